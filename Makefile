@@ -1,0 +1,34 @@
+# make demo   the main job: a small grid on drawn phantoms, from install to leaderboard
+# make test   all tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint lab clean
+
+$(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about two minutes, 6 GB)"
+	$(PIP) install -q -c kaggle_setup/constraints-latest.txt -r requirements.txt
+	$(PIP) install -q -c kaggle_setup/constraints-latest.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m charmlib phantom data/phantoms
+	$(BIN)/python -m charmlib grid run params/grid_demo.yaml --out runs/demo
+	$(BIN)/python benchmarks/demo_check.py runs/demo
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+
+lab: $(VENV)/.installed
+	$(PIP) install -q -c kaggle_setup/constraints-latest.txt -e '.[lab]'
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf runs data/phantoms

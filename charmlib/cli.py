@@ -1,0 +1,157 @@
+"""``python -m charmlib``: phantoms, the image cache, one run, a grid. Exit 0 only when all that was asked is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import click
+
+from charmlib import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli():
+    """CHARM-Xray notebooks' helper. Research use only."""
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--images", default=3000, show_default=True)
+@click.option("--size", default=64, show_default=True, help="Pixels a side.")
+@click.option("--seed", default=85, show_default=True)
+def phantom(out, images, size, seed):
+    """Write drawn radiographs in the NIH layout to OUT."""
+    from charmlib.data.phantom import make_phantoms
+
+    start = time.monotonic()
+    make_phantoms(out, images=images, size=size, seed=seed)
+    click.echo(f"{images} drawn phantoms of {size} pixels in {out} ({time.monotonic() - start:.1f} s)")
+
+
+@cli.command()
+@click.argument("data_root")
+@click.option("--size", default=224, show_default=True)
+@click.option("--cache-dir", default="")
+@click.option("--workers", default=2, show_default=True)
+def cache(data_root, size, cache_dir, workers):
+    """Decode all images of DATA_ROOT once, and say what is odd about them."""
+    from charmlib.data.cache import cached_images
+    from charmlib.data.index import read_index
+    from charmlib.data.paths import resolve_data_root
+
+    index = read_index(resolve_data_root(data_root))
+    start = time.monotonic()
+    images, bad = cached_images(list(index.frame["path"]), size, cache_dir=cache_dir, workers=workers)
+    index.report.add("unreadable", (f"{Path(p).name}: {why}" for p, why in bad.items()))
+    click.echo(f"{len(images)} images at {size} pixels in {Path(images.filename)} ({time.monotonic() - start:.1f} s)")
+    click.echo(f"report: {index.report}")
+
+
+@cli.command()
+@click.argument("params_yaml", type=click.Path(path_type=Path))
+@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder [default: runs/<stem>].")
+@click.option("--rerun-changed", is_flag=True, help="Replace a finished run that was made with other settings.")
+def run(params_yaml, assignments, out, rerun_changed):
+    """Train and test one cell from PARAMS_YAML."""
+    from charmlib.grid.single import run_single
+
+    folder = run_single(params_yaml, assignments, out=out, rerun_changed=rerun_changed, say=_say)
+    click.echo(f"done: {folder}/metrics.json, {folder}/test.ipynb")
+
+
+@cli.group()
+def grid():
+    """Run a grid, look at it."""
+
+
+@grid.command("run")
+@click.argument("grid_yaml", type=click.Path(path_type=Path))
+@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter; pins an axis.")
+@click.option("--out", type=click.Path(path_type=Path), help="The grid's folder [default: runs/<name>].")
+@click.option("--workers", type=click.IntRange(min=1), help="Cells at once [default: one a GPU, or 1].")
+@click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster.")
+@click.option("--scheduler-file", metavar="FILE", help="Use the Dask cluster of this scheduler file.")
+@click.option("--shard", metavar="I/N", help="Only every N-th cell from the I-th on.")
+@click.option("--dry-run", is_flag=True, help="List the cells and run nothing.")
+@click.option("--rerun-changed", is_flag=True, help="Replace finished cells that were made with other settings.")
+@click.option("--notebooks", type=click.Path(path_type=Path), help="Folder of train.ipynb and test.ipynb.")
+def grid_run(grid_yaml, assignments, out, workers, scheduler, scheduler_file, shard, dry_run, rerun_changed, notebooks):
+    """Run or continue the cells of GRID_YAML."""
+    from charmlib.grid.runner import run_grid
+
+    board = run_grid(grid_yaml, assignments, out=out, workers=workers, scheduler=scheduler,
+                     scheduler_file=scheduler_file, shard=_shard(shard), dry_run=dry_run, rerun_changed=rerun_changed,
+                     notebooks=notebooks, say=_say)
+    if dry_run:
+        return
+    click.echo(board.drop(columns=["n_images", "n_patients"]).to_string(index=False, na_rep=""))
+    failed = board[~board["status"].isin(["done", "quick check"])]
+    if len(failed) and not shard:
+        raise SystemExit(f"{len(failed)} of {len(board)} cells are not done: {', '.join(failed['cell'])}")
+    if (board["status"] == "failed").any():
+        raise SystemExit(f"{(board['status'] == 'failed').sum()} cells failed")
+
+
+@grid.command("status")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def grid_status(folder):
+    """Say which cells are done, failed, started or pending."""
+    from charmlib.grid.leaderboard import leaderboard
+
+    board = leaderboard(folder)
+    click.echo(board[["rank", "cell", "valid_mean_auc", "seconds", "status"]].to_string(index=False, na_rep=""))
+    click.echo(", ".join(f"{n} {s}" for s, n in board["status"].value_counts().items()))
+
+
+@grid.command("report")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def grid_report(folder):
+    """Write leaderboard.csv, roc.png and report.html anew from the cells' files."""
+    from charmlib.grid.leaderboard import leaderboard
+    from charmlib.grid.report import write_report
+
+    page = write_report(folder, leaderboard(folder))
+    if page is None:
+        raise SystemExit("no cell is done yet; nothing to report")
+    click.echo(page)
+
+
+@cli.command()
+def params():
+    """List all parameters with their defaults and reasons."""
+    from charmlib.params import cell_source
+
+    click.echo(cell_source())
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise click.UsageError(f"--shard {text!r}: wanted I/N such as 2/3, with 1 <= I <= N")
+    return int(i), int(n)
+
+
+def _say(line: str) -> None:
+    click.echo(line)
+    sys.stdout.flush()
+
+
+def main():
+    """Entry point: a refused input is one clear line and exit status 2."""
+    from charmlib.data.splits import SplitError
+    from charmlib.grid.cells import GridError
+    from charmlib.params import ParameterError
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        cli()
+    except (ParameterError, GridError, SplitError, FileNotFoundError, FileExistsError, ValueError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,70 @@
+"""A data set ready for use: index, split and decoded images together. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from charmlib.data.cache import cached_images
+from charmlib.data.index import Index, read_index
+from charmlib.data.paths import resolve_data_root
+from charmlib.data.splits import Split, make_split
+
+
+@dataclass
+class ChestData:
+    """Index, split and images, row for row.
+
+    ``images`` is (n, size, size) uint8, read-only; ``labels`` (n, classes) float32.
+    """
+
+    index: Index
+    split: Split
+    images: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.index.classes
+
+    @property
+    def source(self) -> str:
+        """What stands on tables and pictures: the folder's name, or that the images are drawn."""
+        return "drawn phantoms, no patients" if self.index.drawn else self.index.root.resolve().name
+
+    def rows(self, part: str, *, findings_only: bool = False) -> np.ndarray:
+        """Row numbers of 'train', 'valid' or 'test'; with ``findings_only`` the images that have a finding (stage 1)."""
+        rows = self.split.rows(part)
+        return rows[self.index.has_finding()[rows]] if findings_only else rows
+
+    def __str__(self) -> str:
+        drawn = "DRAWN PHANTOMS, not radiographs: " if self.index.drawn else ""
+        return (f"{drawn}{len(self.index.frame)} images from {self.index.root}, {len(self.classes)} classes, "
+                f"{self.images.shape[1]} pixels\n{self.split}\nreport: {self.index.report}")
+
+
+def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
+    """The data set that parameters describe (group *data* of :mod:`charmlib.params`).
+
+    Images that cannot be decoded are left out before the split is made, and named in ``index.report``.
+
+    >>> data = open_dataset(data_root='data/phantoms', image_size=64)      # doctest: +SKIP
+    """
+    from charmlib.params import resolve
+
+    p = resolve(dict(params or {}), changes)
+    root = resolve_data_root(p["data_root"])
+    index = read_index(root, classes=p["classes"], csv=p["csv"])
+    images, bad = cached_images(list(index.frame["path"]), p["image_size"], cache_dir=p["cache_dir"],
+                                workers=p["workers"])
+    kept = ~index.frame["path"].isin(bad.keys()).to_numpy()
+    index.report.add("unreadable, left out", (f"{Path(path).name}: {why}" for path, why in bad.items()))
+    if not kept.all():
+        # Rows of the memory map are gathered only when some are bad, which is rare and small.
+        index = replace(index, frame=index.frame[kept].reset_index(drop=True))
+        images = images[kept]
+    split = make_split(index, p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"])
+    return ChestData(index, split, images, index.labels())

@@ -1,0 +1,37 @@
+"""One grey channel from any image file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+
+
+def read_grey(path: str | Path, size: int | None = None) -> np.ndarray:
+    """An image file as uint8 (size, size), or as it is with ``size=None``.
+
+    L, RGB, RGBA, palette and 1-bit files go through Pillow's ``L`` conversion (an alpha channel is dropped, not
+    blended: in the NIH's RGBA files it is opaque). 16-bit files keep their upper byte if they use more than 8 bits.
+    The resize is Pillow's bilinear filter, with antialiasing when shrinking; the aspect is not kept.
+
+    Raises
+    ------
+    OSError
+        Unreadable or truncated; Pillow's message.
+    """
+    with Image.open(path) as image:
+        if image.mode in _SIXTEEN_BIT:
+            values = np.asarray(image).astype(np.float32)
+            if not np.isfinite(values).all():
+                raise OSError(f"{path}: pixel values that are not finite")
+            if values.max(initial=0) > 255:
+                values = values / 257  # 65535 -> 255
+            grey = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
+        else:
+            grey = image.convert("L")
+        if size is not None and grey.size != (size, size):
+            grey = grey.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(grey)

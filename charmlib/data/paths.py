@@ -1,0 +1,57 @@
+"""Where the data is: resolved at run time, never assumed (Kaggle has changed its mounts before)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+TABLES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv", "sample_labels.csv")
+KAGGLE_DATASETS = (("nih-chest-xrays", "data"), ("khanfashee", "nih-chest-x-ray-14-224x224-resized"),
+                   ("nih-chest-xrays", "sample"))
+
+
+def _has_table(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TABLES)
+
+
+def resolve_data_root(data_root: str | Path = "", *, kaggle_input: str | Path = "/kaggle/input") -> Path:
+    """The data folder: the given one, or what is attached on Kaggle, or ``./data``.
+
+    On Kaggle the mounts of today (``datasets/<owner>/<slug>``) are tried, then those of before (``<slug>``), then a
+    search three folders deep for an NIH table.
+
+    Raises
+    ------
+    FileNotFoundError
+        The given folder is not there, or nothing was found; lists what was tried.
+    """
+    if data_root:
+        root = Path(data_root).expanduser()
+        if not root.is_dir():
+            raise FileNotFoundError(f"data_root: no folder {root}")
+        return root
+    base, tried = Path(kaggle_input), []
+    for owner, slug in KAGGLE_DATASETS:
+        for folder in (base / "datasets" / owner / slug, base / slug):
+            tried.append(str(folder))
+            if folder.is_dir() and _has_table(folder):
+                return folder
+    if base.is_dir():
+        for depth in ("*", "*/*", "*/*/*", "*/*/*/*"):
+            for folder in sorted(base.glob(depth)):
+                if folder.is_dir() and _has_table(folder):
+                    return folder
+        tried.append(f"{base} four folders deep")
+    if _has_table(Path("data")):
+        return Path("data")
+    raise FileNotFoundError("no data found: say data_root=/folder/of/the/NIH/data. Looked for "
+                            f"{' or '.join(TABLES)} in {', '.join(tried)}, data")
+
+
+def default_cache_dir() -> Path:
+    """Scratch space for decoded images: ``$CHARM_CACHE``, Kaggle's ``/kaggle/temp``, or the user's cache folder."""
+    if os.environ.get("CHARM_CACHE"):
+        return Path(os.environ["CHARM_CACHE"])
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") and Path("/kaggle").is_dir():
+        return Path("/kaggle/temp/charm_cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "charmlib"

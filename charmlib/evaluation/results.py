@@ -1,0 +1,113 @@
+"""The result files of a run: ``predictions.npz`` and ``metrics.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from charmlib.evaluation.intervals import auc_interval
+from charmlib.evaluation.metrics import summarize
+from charmlib.files import write_json, write_whole
+
+FORMAT = 1
+PART_FILE = "scored.json"
+"""What the test notebook knows; ``metrics.json`` is made of it when the whole run is done."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One part of ``predictions.npz``: ids, patients (n,), labels and logits (n, C), and the classes' names."""
+
+    ids: np.ndarray
+    patients: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+    classes: tuple[str, ...]
+
+
+def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str]) -> None:
+    """Write ``{valid,test}_{ids,patients,labels,logits}`` and ``classes``; no pickles."""
+    arrays = {f"{part}_{key}": value for part, values in parts.items() for key, value in values.items()}
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, classes=np.array(list(classes)), **arrays)
+
+    write_whole(path, write)
+
+
+def load_predictions(run: str | Path, part: str = "test") -> Predictions:
+    """A part of a run's predictions.
+
+    Raises
+    ------
+    FileNotFoundError
+        The run has not been scored.
+    """
+    path = Path(run)
+    path = path / "predictions.npz" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: score the run with the test notebook first")
+    with np.load(path, allow_pickle=False) as file:
+        return Predictions(*(file[f"{part}_{key}"] for key in ("ids", "patients", "labels", "logits")),
+                           tuple(str(c) for c in file["classes"]))
+
+
+def part_metrics(values: Mapping[str, np.ndarray], classes: Sequence[str]) -> dict:
+    """Scores of a part, with the 95 % interval of its mean AUC clustered by patient."""
+    out = summarize(values["labels"], values["logits"], classes)
+    low, high = auc_interval(values["labels"], values["logits"], values["patients"])
+    return {**out, "mean_auc_low": low, "mean_auc_high": high}
+
+
+def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None, wall: float | None = None) -> Path | None:
+    """Turn what the test notebook found into ``metrics.json``, the mark of a finished run, and drop ``resume.pt``.
+
+    A runner of cells does this itself, with the cell's name, hash and wall time; the notebook's own call is then
+    left to it (returns None).
+
+    Raises
+    ------
+    FileNotFoundError
+        The run has not been scored.
+    """
+    folder = Path(run)
+    if os.environ.get("CHARM_CELL") and hash is None:
+        print("scored; the grid's runner writes metrics.json")
+        return None
+    part = folder / PART_FILE
+    if not part.is_file():
+        raise FileNotFoundError(f"no {part}: score the run with the test notebook first")
+    metrics = json.loads(part.read_text())
+    if wall is not None:
+        metrics["seconds"]["overhead"] = round(wall - metrics["seconds"]["train"] - metrics["seconds"]["score"], 3)
+    path = folder / "metrics.json"
+    write_json(path, {"format": FORMAT, "cell": cell or folder.name, "hash": hash, **metrics})
+    part.unlink()
+    (folder / "resume.pt").unlink(missing_ok=True)
+    return path
+
+
+def load_metrics(run: str | Path) -> dict:
+    """A finished run's ``metrics.json``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Not finished; damaged or of another format.
+    """
+    path = Path(run) / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: the run is not finished")
+    try:
+        metrics = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and run the cell again") from error
+    if metrics.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {metrics.get('format')!r}, this charmlib reads {FORMAT}")
+    return metrics

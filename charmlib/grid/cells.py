@@ -1,0 +1,57 @@
+"""A cell's identity and state, as far as its folder tells."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import nbformat
+
+import charmlib
+from charmlib.params import UNHASHED
+
+NOTEBOOKS = ("train", "test")
+
+
+class GridError(RuntimeError):
+    """A grid that cannot go on; the message names the cell or file and the remedy."""
+
+
+def find_notebooks(folder: str | Path | None = None) -> Path:
+    """The folder of ``train.ipynb`` and ``test.ipynb``: given, beside the package, or in the current folder.
+
+    Raises
+    ------
+    GridError
+        Not found; lists where it was looked for.
+    """
+    places = [Path(folder)] if folder else [Path(charmlib.__file__).parents[1] / "notebooks", Path("notebooks"), Path(".")]
+    for place in places:
+        if all((place / f"{name}.ipynb").is_file() for name in NOTEBOOKS):
+            return place.resolve()
+    raise GridError(f"no train.ipynb and test.ipynb in {', '.join(map(str, places))}: name their folder with --notebooks")
+
+
+def notebook_code(notebooks: Path) -> str:
+    """The text of the code cells of both notebooks, which is part of what a result depends on."""
+    cells = [cell["source"] for name in NOTEBOOKS
+             for cell in nbformat.read(notebooks / f"{name}.ipynb", as_version=4).cells if cell["cell_type"] == "code"]
+    return "\n\n".join(cells)
+
+
+def cell_hash(params: Mapping, code: str, split_hash: str) -> str:
+    """16 hex digits over the parameters (not where things are), the notebooks' code, the split and charmlib's version."""
+    what = {"params": {k: params[k] for k in sorted(params) if k not in UNHASHED}, "code": code, "split": split_hash,
+            "version": charmlib.__version__}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cell_status(folder: Path) -> str:
+    """'done', 'failed', 'started' (has finished epochs to go on from) or 'pending'."""
+    if (folder / "metrics.json").is_file():
+        return "done"
+    if (folder / "error.txt").is_file():
+        return "failed"
+    return "started" if (folder / "resume.pt").is_file() or (folder / "model.json").is_file() else "pending"

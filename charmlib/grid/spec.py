@@ -1,0 +1,139 @@
+"""Grid files: axes and extra cells over a base, checked before anything runs."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from charmlib.params import ParameterError, coerce, load_params, nearest, read_yaml, resolve
+
+KEYS = ("name", "base", "axes", "cells")
+_SHORT = {"momentum": "m", "k": "k", "threshold": "t"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its id (and folder), all parameters but ``run_dir``, and the values of the axes it sets."""
+
+    id: str
+    params: dict[str, Any]
+    axes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file, expanded."""
+
+    name: str
+    path: Path
+    cells: tuple[Cell, ...]
+    axes: tuple[str, ...]
+
+    def shard(self, part: int, parts: int) -> Grid:
+        """Every ``parts``-th cell from the ``part``-th on (1-based): shards of about equal length."""
+        return Grid(self.name, self.path, self.cells[part - 1::parts], self.axes)
+
+
+def cell_id(values: Mapping[str, Any]) -> str:
+    """``m0.99_k5_t0.2`` for the three axes of CHARM, ``name=value`` for others, joined by ``_``."""
+    short = [f"{letter}{_text(values[name])}" for name, letter in _SHORT.items() if name in values]
+    long = [f"{name}={_text(value)}" for name, value in values.items() if name not in _SHORT]
+    return "_".join(short + long) or "base"
+
+
+def _text(value: Any) -> str:
+    return re.sub(r"[^\w.+-]", "-", str(value)).strip("-")
+
+
+def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
+    """Read a grid file and lay ``name=value`` assignments over it.
+
+    An assignment to an axis pins it; a list in YAML form (``k=[2,3]``) replaces it. Every cell is resolved here, so
+    whatever is wrong with any of them is an error before the first one runs.
+
+    Raises
+    ------
+    ParameterError
+        Names the file, the key or cell, and the nearest valid name.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    for key in content:
+        if key not in KEYS:
+            raise ParameterError(f"{path}: unknown key '{key}'.{nearest(key, KEYS)} A grid file has {', '.join(KEYS)}.")
+    axes = _axes(content.get("axes") or {}, path)
+    fixed: dict[str, Any] = {}
+    for pair in assignments:
+        name, eq, text = pair.partition("=")
+        if not eq:
+            raise ParameterError(f"-p {pair!r}: wanted name=value.")
+        name, values = name.strip(), _list_or_none(text)
+        if values is not None:
+            axes[name] = _values(name, values, f"-p {name}")
+            fixed.pop(name, None)
+            continue
+        fixed[name] = coerce(name, text.strip(), "-p")
+        if name in axes:
+            axes[name] = [fixed[name]]
+    if "run_dir" in fixed or "run_dir" in axes:
+        raise ParameterError("run_dir cannot be set for a grid: each cell has its own folder. Use --out.")
+    cells = [_cell({}, dict(zip(axes, combination)), fixed, content.get("base"), path)
+             for combination in itertools.product(*axes.values())] if axes else []
+    for i, entry in enumerate(content.get("cells") or []):
+        if not isinstance(entry, dict):
+            raise ParameterError(f"{path}: cells[{i}] is {entry!r}, wanted a mapping of parameters.")
+        values = {k: v for k, v in entry.items() if k not in ("name", "base")}
+        values = {k: fixed.get(k, coerce(k, v, f"{path}: cells[{i}]")) for k, v in values.items()}
+        cells.append(_cell(entry, values, fixed, entry.get("base", content.get("base")), path))
+    if not cells:
+        raise ParameterError(f"{path}: neither axes nor cells; nothing to run.")
+    unique: dict[str, Cell] = {}
+    for cell in cells:
+        other = unique.setdefault(cell.id, cell)
+        if other.params != cell.params:
+            raise ParameterError(f"{path}: two different cells would be called '{cell.id}'; give one of them a name.")
+    names = list(axes)
+    names += [a for cell in unique.values() for a in cell.axes if a not in names]
+    return Grid(str(content.get("name") or path.stem.removeprefix("grid_")), path, tuple(unique.values()),
+                tuple(dict.fromkeys(names)))
+
+
+def _cell(entry, values, fixed, base, path: Path) -> Cell:
+    below = load_params(path.parent / base) if base else {}
+    params = resolve(below, values, fixed, sources=(str(base), str(path), "-p"))
+    name = entry.get("name")
+    if name is not None and not re.fullmatch(r"[\w.=+-]+", str(name)):
+        raise ParameterError(f"{path}: the cell name {name!r} cannot be a folder; use letters, digits and . _ = + -")
+    del params["run_dir"]
+    return Cell(str(name or cell_id(values)), params, dict(values))
+
+
+def _axes(axes: Any, path: Path) -> dict[str, list]:
+    if not isinstance(axes, dict):
+        raise ParameterError(f"{path}: axes must be 'name: [values]' lines, found {axes!r}.")
+    return {name: _values(name, values, f"{path}: axes") for name, values in axes.items()}
+
+
+def _values(name: str, values: Any, source: str) -> list:
+    if not isinstance(values, list) or not values:
+        raise ParameterError(f"{source}: axis '{name}' is {values!r}, wanted a list such as [0.1, 0.2].")
+    out = [coerce(name, value, source) for value in values]
+    if len(set(out)) != len(out):
+        raise ParameterError(f"{source}: axis '{name}' has a value twice: {values}.")
+    return out
+
+
+def _list_or_none(text: str) -> list | None:
+    if not text.strip().startswith("["):
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ParameterError(f"-p: {text!r} is not a YAML list: {error}") from error
+    return value if isinstance(value, list) else None

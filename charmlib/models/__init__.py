@@ -1,0 +1,5 @@
+"""Whole networks by name."""
+
+from charmlib.models.charm import CharmNet
+
+__all__ = ["CharmNet"]

@@ -1,0 +1,243 @@
+"""Backbones, each cut into a trunk and a final block, with ImageNet weights, a file of your own, or none."""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass
+class Backbone:
+    """A network in two parts: ``final(trunk(x))`` is its last feature map (B, features, H, W).
+
+    ``mean`` and ``std`` (of RGB in [0, 1]) are what the weights expect; None where a file of weights cannot say.
+    """
+
+    name: str
+    trunk: nn.Module
+    final: nn.Module
+    features: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def _efficientnet(net):
+    return net.features[:-1], net.features[-1]
+
+
+def _resnet(net):
+    stem = OrderedDict((n, getattr(net, n)) for n in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"))
+    return nn.Sequential(stem), net.layer4
+
+
+def _densenet(net):
+    # The published code takes norm5 alone for the final block; the last dense block is the sensible reading.
+    layers = OrderedDict(net.features.named_children())
+    names = list(layers)
+    cut = names.index("denseblock4")
+    final = OrderedDict((n, layers[n]) for n in names[cut:])
+    final["relu"] = nn.ReLU(inplace=True)  # torchvision applies it in DenseNet.forward
+    return nn.Sequential(OrderedDict((n, layers[n]) for n in names[:cut])), nn.Sequential(final)
+
+
+def _vgg16(net):
+    return net.features[:24], net.features[24:]  # conv5_1 to the last pool
+
+
+TORCHVISION = {
+    "efficientnet_v2_s": (_efficientnet, 1280), "efficientnet_v2_m": (_efficientnet, 1280),
+    "efficientnet_v2_l": (_efficientnet, 1280), "efficientnet_b0": (_efficientnet, 1280),
+    "efficientnet_b1": (_efficientnet, 1280), "mobilenet_v2": (_efficientnet, 1280),
+    "resnet18": (_resnet, 512), "resnet50": (_resnet, 2048),
+    "densenet121": (_densenet, 1024), "vgg16": (_vgg16, 512),
+}
+CLASSIFIERS = ("classifier.", "fc.", "head.")
+
+
+def split_backbone(name: str, weights: str | Path = "imagenet") -> Backbone:
+    """A named network as trunk and final block.
+
+    EfficientNets and MobileNetV2: ``features[:-1]`` and ``features[-1]``; ResNets: to ``layer3`` and ``layer4``;
+    DenseNet-121: to the third transition, and the last dense block with norm and ReLU; VGG16: to the fourth pool and
+    the conv5 block. ``timm:NAME``: any timm model that offers its stages in sequence (``features_only``) and gives
+    (B, D, H, W); the final block is its last stage.
+
+    Parameters
+    ----------
+    name : str
+        A key of ``TORCHVISION``, or ``timm:NAME``.
+    weights : str or Path
+        'imagenet', 'none', or a .pt, .pth or .safetensors state dict of the whole network. The file must fit in every
+        layer except the classifier, which is not used here and may have any number of classes.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; a timm model without a spatial map; a weight file that does not fit (says which keys).
+    FileNotFoundError
+        Weights that are neither here nor to be downloaded; says which file to put where.
+    """
+    weights = str(weights)
+    if name.startswith("timm:"):
+        return _split_timm(name, weights)
+    if name not in TORCHVISION:
+        near = difflib.get_close_matches(name, TORCHVISION, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"unknown arch '{name}'.{hint} There are {', '.join(TORCHVISION)}, and timm:NAME.")
+    cut, features = TORCHVISION[name]
+    state, mean, std = None, *IMAGENET
+    if weights == "imagenet":
+        entry = torchvision.models.get_model_weights(name).DEFAULT
+        transforms = entry.transforms()
+        mean, std = tuple(transforms.mean), tuple(transforms.std)
+        state = _download(entry, name)
+    elif weights != "none":
+        state, mean, std = read_state_dict(weights), None, None
+    net = torchvision.models.get_model(name, weights=None)
+    if state is not None:
+        load_except_classifier(net, state, source=weights if mean is None else f"ImageNet weights of {name}")
+    trunk, final = cut(net)
+    return Backbone(name, trunk, final, features, mean, std)
+
+
+def _download(entry, name: str) -> Mapping[str, Tensor]:
+    """torchvision's own weight file, from its cache or the network."""
+    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
+    try:
+        return entry.get_state_dict(progress=False, check_hash=not target.exists(), weights_only=True)
+    except OSError as error:  # URLError, HTTPError and time-outs are OSErrors
+        raise FileNotFoundError(
+            f"the ImageNet weights of {name} are not at {target} and could not be downloaded ({error}). Put "
+            f"{target.name} there (on Kaggle: attach a dataset that holds it and copy it), or say weights: none, or "
+            "weights: /path/to/a/file.pt") from error
+
+
+def read_state_dict(path: str | Path) -> Mapping[str, Tensor]:
+    """A state dict from .safetensors, or from .pt/.pth without unpickling objects.
+
+    ``state_dict``, ``model`` or ``model_state`` around it, and a ``module.`` before its names, are taken off.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such file; a file that is no state dict or would need unpickling.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file {path}: give 'imagenet', 'none', or the path of a state dict")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read safely as a state dict ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0]}). Save it with torch.save(net.state_dict(), path).") from error
+    for key in ("state_dict", "model_state", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
+    return {k.removeprefix("module."): v for k, v in state.items()}
+
+
+def _misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``state`` from filling ``own``, classifiers apart, as lines for an error."""
+    def rest(keys):
+        return {k for k in keys if not k.startswith(CLASSIFIERS)}
+
+    lines = []
+    optional = {k for k in own if k.endswith("num_batches_tracked")}  # absent from files of before 2018
+    missing = sorted(rest(own) - set(state) - optional)
+    extra = sorted(rest(state) - set(own))
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+              for k in sorted(rest(own) & set(state)) if own[k].shape != state[k].shape]
+    for what, found in (("missing", missing), ("not in the network", extra), ("of another shape", shapes)):
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            lines.append(f"{len(found)} {what}: {', '.join(found[:5])}{more}")
+    return lines
+
+
+def load_except_classifier(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Fill all of ``net`` but its classifier; anything else that differs is an error.
+
+    Raises
+    ------
+    ValueError
+        Names the source, and the keys that are missing, unknown or of another shape.
+    """
+    lines = _misfit(net.state_dict(), state)
+    if lines:
+        raise ValueError(f"{source} does not fit {type(net).__name__}: " + "; ".join(lines))
+    net.load_state_dict({k: v for k, v in state.items() if not k.startswith(CLASSIFIERS)}, strict=False)
+
+
+def _split_timm(name: str, weights: str) -> Backbone:
+    import timm
+
+    short = name.removeprefix("timm:")
+    if not timm.is_model(short):
+        near = difflib.get_close_matches(short, timm.list_models(), n=1)
+        raise ValueError(f"timm has no model '{short}'." + (f" Did you mean 'timm:{near[0]}'?" if near else ""))
+    options = {}
+    if weights == "imagenet":
+        options = {"pretrained": True}
+    elif weights != "none":
+        lines = _misfit(timm.create_model(short).state_dict(), read_state_dict(weights))
+        if lines:
+            raise ValueError(f"{weights} does not fit {name}: " + "; ".join(lines))
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
+    try:
+        net = timm.create_model(short, features_only=True, **options)
+    except (AttributeError, NotImplementedError, RuntimeError, AssertionError) as error:
+        if weights == "imagenet" and "pretrained" in str(error).lower():
+            raise FileNotFoundError(f"timm has no ImageNet weights for {name}: {error}") from error
+        raise ValueError(f"{name} offers no feature maps (timm: {error}); take one with feature_info") from error
+    except Exception as error:  # the hub's client raises its own kinds when there is no network
+        raise FileNotFoundError(
+            f"the weights of {name} are not in timm's cache and could not be downloaded ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Download the model's file elsewhere and say weights: /path/to/model.safetensors, "
+            "or weights: none") from error
+
+    stages = OrderedDict()
+    for child, module in net.named_children():
+        if child == "blocks":
+            stages.update((f"blocks_{n}", block) for n, block in module.named_children())
+        else:
+            stages[child] = module
+    names = list(stages)
+    marks = [f["module"].replace(".", "_") for f in net.feature_info.get_dicts()]
+    if not set(marks) <= set(names):
+        raise ValueError(f"{name} does not offer its stages in sequence; take a convolutional model with feature_info")
+    for mark in reversed(marks[:-1]):  # the last stage that learns something, so not a pool by itself
+        cut = names.index(mark) + 1
+        final = nn.Sequential(OrderedDict((n, stages[n]) for n in names[cut:]))
+        if any(p.dim() > 1 for p in final.parameters()):
+            break
+    trunk = nn.Sequential(OrderedDict((n, stages[n]) for n in names[:cut]))
+    features = net.feature_info.channels()[-1]
+    was_training = trunk.training
+    with torch.no_grad():
+        shape = final.eval()(trunk.eval()(torch.zeros(1, 3, 224, 224))).shape
+    trunk.train(was_training), final.train(was_training)
+    if len(shape) != 4 or shape[1] != features:
+        raise ValueError(f"{name} gives features of shape {tuple(shape)}, wanted (B, {features}, H, W): "
+                         "no spatial map to attend to")
+    config = timm.get_pretrained_cfg(short)
+    known = weights != "none" and config is not None
+    mean, std = (tuple(config.mean), tuple(config.std)) if known else IMAGENET
+    if weights not in ("imagenet", "none"):
+        mean = std = None
+    return Backbone(name, trunk, final, features, mean, std)

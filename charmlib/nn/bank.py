@@ -1,0 +1,187 @@
+"""The rare memory bank of CHARM-Xray and MemAug."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRATEGIES = ("rarity",)
+RULES = ("rare", "published", "angle")
+RETRIEVALS = ("softmax", "cosine", "gated")
+NORMS = ("both", "query", "memory", "none")
+
+
+class RareMemoryBank(nn.Module):
+    """A ring of remembered features; a query is answered by its ``k`` most similar slots.
+
+    Called on features ``z`` it returns ``z' = z + sum_j w_j m_j`` (MemAug, ISCIT 2024, eq. 5 and 6) and, in training
+    mode, writes the accepted ones of ``z`` afterwards, so that no sample meets itself. In eval mode it is frozen.
+    An empty bank gives z' = z.
+
+    What is accepted, with ``mu`` the batch mean of ``||z||`` (eq. 3 and 4) and ``zbar`` the batch's mean vector:
+
+    - ``rare``: ``r = | ||z|| - mu | / mu`` above the threshold, as the paper's text says;
+    - ``published``: r *below* the threshold, as its code does;
+    - ``angle``: ``1 - cos(z, zbar)`` above the threshold, as its figure shows.
+
+    How slots are weighted: ``softmax`` of the k similarities (MemAug eq. 6), ``cosine`` the raw similarities
+    (CHARM's code), or ``gated``: softmax times one learned scalar that starts at 0.
+
+    Differs from the published code: a slot knows which image it holds, and a query's own image is left out by that,
+    not by its similarity; slots not yet filled are never retrieved; state lives in buffers, so a checkpoint, the
+    learning-rate finder and a resumed run restore it; and neither writing nor reading loops over the batch or waits
+    for the GPU.
+
+    Parameters
+    ----------
+    features : int
+        D.
+    classes : int
+        C, the width of the labels that slots remember.
+    size : int
+        N slots.
+    k : int
+        Slots per query, 1 to N.
+    threshold : float
+        See the rules above; 0 or more.
+    strategy : {'rarity'}
+        What a feature is judged by.
+    rule, retrieval : str
+        As above.
+    bank_norm : {'both', 'query', 'memory', 'none'}
+        What is scaled to unit length before the dot product; 'both' is the cosine.
+
+    Raises
+    ------
+    ValueError
+        A parameter outside its range.
+    """
+
+    def __init__(self, features: int, classes: int, *, size: int = 512, k: int = 5, threshold: float = 0.2,
+                 strategy: str = "rarity", rule: str = "rare", retrieval: str = "softmax", bank_norm: str = "both"):
+        super().__init__()
+        for name, value, allowed in (("strategy", strategy, STRATEGIES), ("rule", rule, RULES),
+                                     ("retrieval", retrieval, RETRIEVALS), ("bank_norm", bank_norm, NORMS)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if size < 1 or not 1 <= k <= size:
+            raise ValueError(f"wanted 1 <= k <= size, got k={k}, size={size}")
+        if threshold < 0:
+            raise ValueError(f"threshold must be 0 or more, got {threshold}")
+        self.size, self.k, self.threshold = size, k, threshold
+        self.strategy, self.rule, self.retrieval, self.bank_norm = strategy, rule, retrieval, bank_norm
+        self.gate = nn.Parameter(torch.zeros(())) if retrieval == "gated" else None
+
+        self.register_buffer("slots", torch.zeros(size, features))
+        self.register_buffer("slot_ids", torch.full((size,), -1))
+        self.register_buffer("slot_labels", torch.zeros(size, classes, dtype=torch.int8))  # -1 where unknown
+        self.register_buffer("slot_steps", torch.full((size,), -1))
+        self.register_buffer("slot_scores", torch.zeros(size))
+        for counter in ("filled", "pointer", "steps", "seen", "accepted"):
+            self.register_buffer(counter, torch.zeros((), dtype=torch.int64))
+        self._expected: tuple[Tensor, Tensor | None] | None = None
+
+    def expect(self, ids: Tensor, labels: Tensor | None = None) -> None:
+        """Name the images of the next batch: ids (B,) of whole numbers >= 0, labels (B, C) of 0, 1 or NaN.
+
+        Used by the next call only. Without it, slots get id -1 and nothing can be left out as a self-match.
+        """
+        self._expected = (ids, labels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, D) -> (B, D): retrieve, then (in training mode) write. Computed and returned in float32.
+
+        Raises
+        ------
+        ValueError
+            ``expect`` announced a batch of another size.
+        """
+        expected, self._expected = self._expected, None
+        ids = labels = None
+        if expected is not None:
+            ids, labels = expected
+            if len(ids) != len(z):
+                raise ValueError(f"expect() announced {len(ids)} images, this batch has {len(z)}")
+            ids = ids.to(z.device)
+        with torch.autocast(device_type=z.device.type, enabled=False):
+            z = z.float()
+            _, weights, values = self.retrieve(z, ids)
+            out = z + torch.einsum("bk,bkd->bd", weights, values)
+            if self.training:
+                self.write(z, ids, labels)
+        return out
+
+    def retrieve(self, z: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots that answer each query.
+
+        Returns slot numbers (B, k), best first and -1 where fewer than k slots may answer, their weights (B, k;
+        0 there) and their features (B, k, D). Gradients flow into the query through the weights.
+        """
+        query, memory = z, self.slots
+        if self.bank_norm in ("both", "query"):
+            query = F.normalize(query, dim=1)
+        if self.bank_norm in ("both", "memory"):
+            memory = F.normalize(memory, dim=1)
+        similarity = query @ memory.T  # (B, N)
+        banned = (torch.arange(self.size, device=z.device) >= self.filled).expand(len(z), -1)
+        if ids is not None:
+            banned = banned | ((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
+        top, index = similarity.masked_fill(banned, -torch.inf).topk(self.k, dim=1)  # (B, k)
+        valid = top > -torch.inf
+        top = top.masked_fill(~valid, 0.0)
+        if self.retrieval == "cosine":
+            weights = top
+        else:
+            weights = torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
+            if self.gate is not None:
+                weights = self.gate * weights
+        return index.masked_fill(~valid, -1), weights, self.slots[index]
+
+    @torch.no_grad()
+    def scores(self, z: Tensor) -> Tensor:
+        """Rarity of each of a batch, (B,): r for the rules 'rare' and 'published', 1 - cos for 'angle'."""
+        if self.rule == "angle":
+            return 1 - F.cosine_similarity(z, z.mean(0, keepdim=True), dim=1)
+        norm = z.norm(dim=1)
+        mean = norm.mean()
+        return (norm - mean).abs() / mean.clamp(min=1e-12)
+
+    @torch.no_grad()
+    def write(self, z: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Store the accepted of (B, D) in batch order at the ring's pointer, the oldest slots giving way.
+
+        Accepted rows are sorted to the front and the rows behind them rewrite what their slots already hold, so
+        shapes never depend on the data and the device is never waited for.
+        """
+        z = z.detach()
+        score = self.scores(z)
+        keep = score < self.threshold if self.rule == "published" else score > self.threshold
+        count = keep.sum()
+        batch, rows = len(z), min(len(z), self.size)
+        dropped = (count - rows).clamp(min=0)  # only when a batch brings more than the bank holds: the last ones stay
+        rank = torch.cumsum(keep, 0) - 1
+        keep = keep & (rank >= dropped)
+        order = torch.argsort((~keep).to(torch.uint8), stable=True)[:rows]
+        where = (self.pointer + dropped + torch.arange(rows, device=z.device)) % self.size
+        fresh = torch.arange(rows, device=z.device) < count - dropped
+
+        if ids is None:
+            ids = torch.full((batch,), -1, device=z.device)
+        if labels is None:
+            labels = torch.full((batch, self.slot_labels.shape[1]), -1, device=z.device)
+        labels = torch.nan_to_num(labels.to(z.device).as_subclass(Tensor).float(), nan=-1.0).to(torch.int8)
+        step = self.steps.expand(batch)
+        for store, new in ((self.slots, z), (self.slot_ids, ids), (self.slot_labels, labels),
+                           (self.slot_steps, step), (self.slot_scores, score)):
+            mask = fresh[:, None] if store.dim() == 2 else fresh
+            store.index_copy_(0, where, torch.where(mask, new[order].to(store.dtype), store[where]))
+        self.pointer.copy_((self.pointer + count) % self.size)
+        self.filled.copy_((self.filled + count).clamp(max=self.size))
+        self.steps += 1
+        self.seen += batch
+        self.accepted += count
+
+    def extra_repr(self) -> str:
+        return (f"features={self.slots.shape[1]}, size={self.size}, k={self.k}, threshold={self.threshold}, "
+                f"rule={self.rule}, retrieval={self.retrieval}, bank_norm={self.bank_norm}")

@@ -1,0 +1,249 @@
+"""Every parameter of the suite, declared once: name, type, default, allowed values, reason.
+
+The notebooks' ``parameters`` cells, the YAML files under ``params/``, a grid's axes and the command line's
+``-p name=value`` all go through :func:`resolve`, which coerces by the declared type and refuses what it does not
+know, naming the nearest valid name. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ParameterError(ValueError):
+    """A parameter, axis or YAML key that cannot be used; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter: ``choices`` are the only allowed values, ``also`` describes free values beside them."""
+
+    group: str
+    name: str
+    type: type
+    default: Any
+    reason: str
+    choices: tuple = ()
+    also: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+
+
+_DECLARED = [
+    # data
+    Param("data", "data_root", str, "", "folder of the images and CSVs; '' looks on Kaggle's mounts and in ./data"),
+    Param("data", "classes", str, "nih14", "which labels: the 14 findings, 'No Finding' as a 15th, or those of `csv`",
+          ("nih14", "nih15", "own")),
+    Param("data", "csv", str, "", "a label table of your own instead of the NIH one; '' finds the NIH one"),
+    Param("data", "split", str, "official", "official lists, random by patient, or a folder with train/valid/test.txt",
+          ("official", "patient"), also="a folder"),
+    Param("data", "valid_fraction", float, 0.1, "share of the train_val patients kept for validation", low=0.01, high=0.5),
+    Param("data", "image_size", int, 224, "pixels a side; the published runs use 224", low=16, high=1024),
+    Param("data", "cache_dir", str, "", "where decoded images are kept; '' is a scratch folder of this machine"),
+    Param("data", "limit", int, 0, "0 = all; N images a part makes a quick check, never ranked", low=0),
+    # network
+    Param("network", "arch", str, "efficientnet_v2_s", "a torchvision name, or timm:NAME"),
+    Param("network", "weights", str, "imagenet", "where the backbone starts", ("imagenet", "none"), also="a file"),
+    Param("network", "norm", str, "auto", "input scale; auto asks the weights, half is [-1, 1]",
+          ("auto", "imagenet", "half")),
+    Param("network", "use_momentum", bool, True, "the momentum branch of CHARM"),
+    Param("network", "use_attention", bool, True, "the multi-scale attention of CHARM"),
+    Param("network", "use_bank", bool, True, "the rare memory bank of CHARM and MemAug"),
+    Param("network", "momentum", float, 0.99, "m of the momentum encoder, and of nothing else", low=0, high=1),
+    Param("network", "k", int, 5, "slots retrieved for an image", low=1),
+    Param("network", "threshold", float, 0.2, "rarity above (rule published: below) which a feature is stored", low=0),
+    Param("network", "bank_size", int, 512, "slots in the bank", low=1, high=65536),
+    Param("network", "strategy", str, "rarity", "what the bank judges a feature by", ("rarity",)),
+    Param("network", "rule", str, "rare", "rare keeps the odd ones, published the usual ones, angle by direction",
+          ("rare", "published", "angle")),
+    Param("network", "retrieval", str, "softmax", "weights of the slots: softmax of cosines, raw cosines, or gated from 0",
+          ("softmax", "cosine", "gated")),
+    Param("network", "bank_norm", str, "both", "what is scaled to unit length before the similarity",
+          ("both", "query", "memory", "none")),
+    Param("network", "dropout", float, 0.3, "dropout of the head", low=0, high=0.99),
+    Param("network", "hidden", int, 512, "hidden width of the head", low=1),
+    # training
+    Param("training", "stage1_frozen_epochs", int, 3, "stage 1 (images with a finding): head alone first", low=0),
+    Param("training", "stage1_epochs", int, 20, "then the whole network, at most so many epochs", low=0),
+    Param("training", "stage1_batch", int, 64, "batch of stage 1", low=2),
+    Param("training", "stage1_lr", float, 0.0, "0 asks the learning-rate finder; grids pin a number", low=0),
+    Param("training", "stage1_loss", str, "bce", "loss of stage 1", ("bce", "focal", "asl")),
+    Param("training", "stage2_epochs", int, 5, "stage 2 (all images), one cycle", low=0),
+    Param("training", "stage2_batch", int, 128, "batch of stage 2, and of scoring", low=2),
+    Param("training", "stage2_lr_min", float, 2e-5, "stage 2 learning rate of the first layers", low=0),
+    Param("training", "stage2_lr_max", float, 8e-5, "stage 2 learning rate of the head", low=0),
+    Param("training", "stage2_loss", str, "asl", "loss of stage 2", ("bce", "focal", "asl")),
+    Param("training", "weight_decay", float, 0.01, "AdamW's decoupled weight decay", low=0),
+    Param("training", "patience", int, 5, "epochs without improvement before a stage ends; 0 never ends it early", low=0),
+    Param("training", "monitor", str, "valid_loss", "what early stopping and the best checkpoint look at",
+          ("valid_loss", "valid_auc")),
+    # run
+    Param("run", "run_dir", str, "runs/notebook", "where this run's files go"),
+    Param("run", "seed", int, 85, "all randomness of the run derives from it (85 as published)", low=0),
+    Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
+    Param("run", "workers", int, 2, "processes that decode images", low=0),
+    Param("run", "device", str, "auto", "auto takes the GPU if this torch has kernels for it", ("auto", "cpu", "cuda")),
+    Param("run", "resume", bool, True, "continue from the last finished epoch of run_dir"),
+]
+
+PARAMS: dict[str, Param] = {p.name: p for p in _DECLARED}
+DEFAULTS: dict[str, Any] = {p.name: p.default for p in _DECLARED}
+
+UNHASHED = ("run_dir", "cache_dir", "data_root", "workers", "device")
+"""Parameters that say where a run happens, not what it is; they stay out of a cell's hash."""
+
+
+def nearest(name: str, valid) -> str:
+    """`` Did you mean 'x'?`` for the closest of ``valid``, or an empty text."""
+    close = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _refuse(p: Param, value, why: str, source: str):
+    where = f" ({source})" if source else ""
+    raise ParameterError(f"parameter '{p.name}'{where}: {value!r} {why}.")
+
+
+def coerce(name: str, value: Any, source: str = "") -> Any:
+    """``value`` as the declared type of ``name``.
+
+    YAML reads ``2e-5`` as text and ``off`` as False, the command line hands over text only; both come out right
+    where the meaning is plain and are refused where it is not (a bool for a number, 2.5 for an int).
+
+    Raises
+    ------
+    ParameterError
+        Unknown name, wrong type, a value outside the allowed ones.
+    """
+    if name not in PARAMS:
+        where = f" ({source})" if source else ""
+        raise ParameterError(f"unknown parameter '{name}'{where}.{nearest(name, PARAMS)} "
+                             "`python -m charmlib params` lists them all.")
+    p = PARAMS[name]
+    if p.type is bool:
+        if isinstance(value, str) and value.strip().lower() in ("true", "yes", "on", "1"):
+            value = True
+        elif isinstance(value, str) and value.strip().lower() in ("false", "no", "off", "0"):
+            value = False
+        if not isinstance(value, bool):
+            _refuse(p, value, "is not true or false", source)
+    elif p.type in (int, float):
+        if isinstance(value, bool):
+            _refuse(p, value, f"is true or false, wanted {p.type.__name__}", source)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            _refuse(p, value, f"is not a number, wanted {p.type.__name__}", source)
+        if not math.isfinite(number):
+            _refuse(p, value, "is not finite", source)
+        if p.type is int and number != int(number):
+            _refuse(p, value, "is not a whole number", source)
+        value = p.type(number)
+        if not p.low <= value <= p.high:
+            _refuse(p, value, f"is outside {p.low:g} to {p.high:g}", source)
+    else:
+        if isinstance(value, Path):
+            value = str(value)
+        if value is None or (value is False and "none" in p.choices):
+            value = "none" if "none" in p.choices else ""
+        if not isinstance(value, str):
+            _refuse(p, value, "is not text (put it in quotes)", source)
+        if p.choices and value not in p.choices and not (p.also and _looks_free(value)):
+            allowed = ", ".join(p.choices) + (f", or {p.also}" if p.also else "")
+            raise ParameterError(f"parameter '{p.name}'{f' ({source})' if source else ''}: {value!r} is none of "
+                                 f"{allowed}.{nearest(value, p.choices)}")
+    return value
+
+
+def _looks_free(value: str) -> bool:
+    """A path in place of one of the named choices: has a separator or a suffix, or is there."""
+    return any(c in value for c in "/\\.") or Path(value).exists()
+
+
+def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[str, Any]:
+    """All parameters: the defaults with each of ``layers`` laid over them in turn, coerced and checked together.
+
+    Raises
+    ------
+    ParameterError
+        As :func:`coerce`; also for values that contradict each other.
+    """
+    out = dict(DEFAULTS)
+    for i, layer in enumerate(layers):
+        source = sources[i] if i < len(sources) else ""
+        for name, value in layer.items():
+            out[name] = coerce(name, value, source)
+    if out["use_bank"] and out["k"] > out["bank_size"]:
+        raise ParameterError(f"parameter 'k': {out['k']} is more than bank_size {out['bank_size']}; lower k.")
+    if out["classes"] == "own" and not out["csv"]:
+        raise ParameterError("parameter 'classes': 'own' needs 'csv', the table that holds your labels.")
+    if out["stage1_epochs"] + out["stage1_frozen_epochs"] + out["stage2_epochs"] == 0:
+        raise ParameterError("parameters 'stage1_epochs', 'stage1_frozen_epochs', 'stage2_epochs' are all 0: "
+                             "nothing would be trained.")
+    return out
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file as a dict; an empty file is an empty dict.
+
+    Raises
+    ------
+    ParameterError
+        No such file, not YAML, not a mapping; names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ParameterError(f"no file {path}.{nearest(path.name, there)}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ParameterError(f"{path}: wanted 'name: value' lines, found {type(content).__name__}.")
+    return content
+
+
+def load_params(path: str | Path) -> dict[str, Any]:
+    """A parameter file, checked: only what it sets, coerced."""
+    return {name: coerce(name, value, str(path)) for name, value in read_yaml(path).items()}
+
+
+def parse_assignments(pairs, source: str = "-p") -> dict[str, Any]:
+    """``['k=3', 'weights=none']`` as checked parameters.
+
+    Raises
+    ------
+    ParameterError
+        A pair without ``=``, or as :func:`coerce`.
+    """
+    out = {}
+    for pair in pairs:
+        name, eq, value = pair.partition("=")
+        if not eq:
+            raise ParameterError(f"{source} {pair!r}: wanted name=value.")
+        out[name.strip()] = coerce(name.strip(), value.strip(), source)
+    return out
+
+
+def cell_source(names=None) -> str:
+    """The text of a notebook's ``parameters`` cell: flat, typed, grouped, each line with its reason."""
+    names = list(PARAMS) if names is None else list(names)
+    lines, group = [], None
+    for name in names:
+        p = PARAMS[name]
+        if p.group != group:
+            lines.append(("" if group is None else "\n") + f"# {p.group}")
+            group = p.group
+        allowed = f" [{', '.join(p.choices)}{f', {p.also}' if p.also else ''}]" if p.choices else ""
+        lines.append(f"{name}: {p.type.__name__} = {p.default!r}  # {p.reason}{allowed}")
+    return "\n".join(lines)

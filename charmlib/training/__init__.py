@@ -1,0 +1,1 @@
+"""Training: a fastai Learner around CharmNet, the two stages, checkpoints and resume."""

@@ -1,0 +1,184 @@
+"""Small fastai callbacks, each with one job."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback, CancelFitException
+
+HISTORY = ("stage", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "bank_filled", "bank_accepted")
+
+
+class BankFeed(Callback):
+    """Tells the bank which images the batch holds, so that none meets itself and every slot knows its image."""
+
+    order = -5
+
+    def before_batch(self):
+        ids = getattr(self.dl, "ids", None)
+        bank = getattr(self.model, "bank", None)
+        if bank is None or ids is None or len(ids) != len(self.xb[0]):
+            return
+        bank.expect(ids, self.yb[0] if len(self.yb) else None)
+
+
+class FollowStep(Callback):
+    """Moves the momentum branch after each optimizer step that was made.
+
+    fastai calls ``after_step`` also when the gradient scaler skipped the step; only ``after_cancel_step`` tells.
+    """
+
+    order = 20
+
+    def before_backward(self):
+        self.skipped = False
+
+    def after_cancel_step(self):
+        self.skipped = True
+
+    def after_step(self):
+        if not self.skipped:
+            self.model.update_momentum()
+
+
+class SeedEpoch(Callback):
+    """Derives every epoch's randomness (order, augmentation, dropout) from the seed, the phase and the epoch alone.
+
+    So a resumed run needs no stored generator states to draw what an uninterrupted one drew.
+    """
+
+    order = -20
+
+    def __init__(self, seed: int, phase: str = ""):
+        self.seed, self.phase = seed, phase
+
+    def before_epoch(self):
+        seed_everything(self.seed, self.phase, self.epoch)
+
+
+def seed_everything(*parts) -> int:
+    """Seed torch, numpy and random from a hash of ``parts``; returns the 63-bit seed."""
+    text = "/".join(map(str, parts)).encode()
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    return seed
+
+
+class EpochRecord(Callback):
+    """One row of the history an epoch: losses, validation AUC, learning rate, time, and what the bank took.
+
+    The training loss is the plain mean over the epoch's batches; fastai's smoothed one carries over from epoch to
+    epoch, which a resumed run could not repeat. Epochs before ``start`` are being skipped and get no row.
+    """
+
+    order = 55  # after fastai's Recorder, which computes validation loss and metrics
+
+    def __init__(self, stage: str, rows: list[dict], on_row=None, *, before: int = 0, start: int = 0):
+        self.stage, self.rows, self.on_row, self.before, self.start = stage, rows, on_row, before, start
+
+    def before_epoch(self):
+        self.clock = time.monotonic()
+        self.losses, self.rate = [], 0.0
+        bank = getattr(self.model, "bank", None)
+        self.counts = None if bank is None else (bank.seen.clone(), bank.accepted.clone())
+
+    def after_batch(self):
+        if self.training:
+            self.losses.append(self.loss.detach())
+            self.rate = float(self.opt.hypers[-1]["lr"])
+
+    def after_epoch(self):
+        if self.epoch < self.start:
+            return
+        values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
+        row = {"stage": self.stage, "epoch": self.epoch + self.before,
+               "train_loss": torch.stack(self.losses).mean().item() if self.losses else float("nan"),
+               "valid_loss": float(values["valid_loss"]), "valid_auc": float(values.get("mean_auc", float("nan"))),
+               "lr": self.rate, "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": ""}
+        bank = getattr(self.model, "bank", None)
+        if bank is not None:
+            seen, accepted = (bank.seen - self.counts[0]).item(), (bank.accepted - self.counts[1]).item()
+            row["bank_filled"] = bank.filled.item()
+            row["bank_accepted"] = round(accepted / max(seen, 1), 4)
+        self.rows.append(row)
+        if self.on_row is not None:
+            self.on_row(row)
+
+
+class KeepBest(Callback):
+    """Remembers the best epoch's weights in memory, and says when ``patience`` epochs brought nothing better.
+
+    fastai's ``SaveModelCallback`` does this through files that it loads with pickles allowed.
+    """
+
+    order = 60
+
+    def __init__(self, monitor: str = "valid_loss", patience: int = 0, *, start: int = 0):
+        self.monitor, self.patience, self.start = monitor, patience, start
+        self.best, self.waited, self.state = float("inf"), 0, None
+
+    def after_epoch(self):
+        if self.epoch < self.start:
+            return
+        row = self.learn.epoch_record.rows[-1]
+        value = -row["valid_auc"] if self.monitor == "valid_auc" else row["valid_loss"]
+        if value < self.best:
+            self.best, self.waited = value, 0
+            self.state = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+        else:
+            self.waited += 1
+
+    @property
+    def stop(self) -> bool:
+        return self.patience > 0 and self.waited >= self.patience
+
+
+class SaveProgress(Callback):
+    """Hands each finished epoch to ``save(epochs_done, over)``, then ends the phase if early stopping says so.
+
+    The last of the epoch's callbacks, so that what is saved is complete.
+    """
+
+    order = 90
+
+    def __init__(self, save, *, start: int = 0):
+        self.save, self.start = save, start
+
+    def after_epoch(self):
+        if self.epoch < self.start:
+            return
+        stop = self.learn.keep_best.stop
+        self.save(self.epoch + 1, stop or self.epoch + 1 == self.n_epoch)
+        if stop:
+            raise CancelFitException
+
+
+class RestoreScaler(Callback):
+    """Gives a resumed fp16 phase the gradient scale that it had; fastai starts each fit with a new scaler."""
+
+    order = 15  # after MixedPrecision made one
+
+    def __init__(self, state: dict | None):
+        self.state = state
+
+    def before_fit(self):
+        if self.state and getattr(self.learn, "scaler", None) is not None:
+            self.learn.scaler.load_state_dict(self.state)
+
+
+def write_history(path: Path, rows: list[dict]) -> None:
+    """``history.csv``, whole, under a temporary name first."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
+        write = csv.DictWriter(file, HISTORY)
+        write.writeheader()
+        write.writerows(rows)
+    temporary.replace(path)

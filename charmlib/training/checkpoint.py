@@ -1,0 +1,115 @@
+"""Checkpoints without pickles: ``model.safetensors`` beside ``model.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from charmlib.files import write_json, write_whole
+from charmlib.models.charm import CharmNet
+
+FORMAT = 1
+_NETWORK = ("arch", "use_momentum", "use_attention", "use_bank", "momentum", "k", "threshold", "bank_size", "strategy",
+            "rule", "retrieval", "bank_norm", "dropout", "hidden")
+
+
+def network_params(params: Mapping) -> dict:
+    """Those of the parameters that CharmNet takes, weights and norm apart."""
+    return {name: params[name] for name in _NETWORK}
+
+
+def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, thresholds: Mapping | None = None) -> Path:
+    """Write ``model.safetensors`` and ``model.json`` (classes, arch, parameters, norm, thresholds); returns the former.
+
+    ``thresholds`` maps an operating point ('youden') to class -> probability, chosen on validation data.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu").contiguous() for k, v in net.state_dict().items()}
+    write_whole(folder / "model.safetensors", lambda temporary: save_file(state, temporary))
+    write_json(folder / "model.json", {
+        "format": FORMAT, "classes": list(classes), "arch": net.arch, "params": dict(params),
+        "norm": {"mean": list(net.mean), "std": list(net.std)}, "thresholds": dict(thresholds or {})})
+    return folder / "model.safetensors"
+
+
+def load_model(folder: str | Path, device="cpu") -> tuple[CharmNet, dict]:
+    """The network of a run, in eval mode, and its card (``model.json``).
+
+    Strict: a file that does not fill the network exactly is an error, never a silently fresh network.
+
+    Raises
+    ------
+    FileNotFoundError
+        No checkpoint in the folder.
+    ValueError
+        The checkpoint does not fit; names what is missing, unknown or of another shape.
+    """
+    folder = Path(folder)
+    card_path, state_path = folder / "model.json", folder / "model.safetensors"
+    for path in (card_path, state_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"no checkpoint: {path} is not there (was the run trained to its end?)")
+    card = json.loads(card_path.read_text())
+    if card.get("format") != FORMAT:
+        raise ValueError(f"{card_path}: format {card.get('format')!r}, this charmlib reads {FORMAT}")
+    net = CharmNet(classes=len(card["classes"]), weights="none", norm="half", **network_params(card["params"]))
+    net.mean, net.std = tuple(card["norm"]["mean"]), tuple(card["norm"]["std"])
+    fill(net, load_file(state_path), str(state_path))
+    return net.eval().to(device), card
+
+
+def fill(net: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises
+    ------
+    ValueError
+        Names the source and what differs.
+    """
+    own = net.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    wrong += [f"{name} is not in the network" for name in state if name not in own]
+    wrong += [f"{name} is {tuple(state[name].shape)}, wanted {tuple(own[name].shape)}"
+              for name in own if name in state and state[name].shape != own[name].shape]
+    if wrong:
+        raise ValueError(f"{source} does not fit the network ({len(wrong)} differences): " + "; ".join(wrong[:5]))
+    net.load_state_dict(state)
+
+
+def save_resume(path: Path, state: Mapping) -> None:
+    """Write a resume file (tensors, numbers, text, lists and dicts of them), whole or not at all.
+
+    numpy's numbers become Python's: fastai's schedules leave them in the optimizer, and they would need unpickling.
+    """
+    write_whole(path, lambda temporary: torch.save(_plain(state), temporary))
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(v) for v in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def load_resume(path: Path) -> dict | None:
+    """The resume state, or None where there is none; loads with ``weights_only``.
+
+    Raises
+    ------
+    ValueError
+        Damaged; says that removing it starts the run anew.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). Remove it to train from the start, "
+                         "or say resume=False.") from error

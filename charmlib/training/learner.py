@@ -1,0 +1,85 @@
+"""``charm_learner``: a fastai Learner around CharmNet, as ``vision_learner`` is one around a ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback  # noqa: F401  (registers fastai's progress bars)
+from fastai.callback import schedule as _schedule  # noqa: F401  (patches lr_find, fine_tune and fit_one_cycle into Learner)
+from fastai.learner import Learner
+from fastai.metrics import AccumMetric
+from fastai.optimizer import OptimWrapper
+
+from charmlib.data.loaders import ChestDataLoaders
+from charmlib.evaluation.metrics import mean_auc
+from charmlib.models.charm import CharmNet
+from charmlib.nn.losses import MultiLabelLoss, make_loss
+from charmlib.training.callbacks import BankFeed, FollowStep, SeedEpoch
+from charmlib.training.device import pick_precision
+
+
+def adamw(params, lr=1e-3, **kwargs) -> OptimWrapper:
+    """torch's AdamW behind fastai's interface (learning rates and momentum by group, freezing).
+
+    Differs from fastai's own Adam in decaying norm layers and biases too.
+    """
+    return OptimWrapper(params, torch.optim.AdamW, lr=lr, foreach=True, **kwargs)
+
+
+def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net: CharmNet | None = None,
+                  weights: str | Path = "imagenet", norm: str = "auto", use_momentum: bool = True,
+                  use_attention: bool = True, use_bank: bool = True, momentum: float = 0.99, k: int = 5,
+                  threshold: float = 0.2, bank_size: int = 512, strategy: str = "rarity", rule: str = "rare",
+                  retrieval: str = "softmax", bank_norm: str = "both", dropout: float = 0.3, hidden: int = 512,
+                  loss: str | MultiLabelLoss = "bce", weight_decay: float = 0.01, precision: str = "auto",
+                  seed: int | None = None, path: str | Path | None = None, cbs: Sequence = (), **learner) -> Learner:
+    """A Learner whose ``lr_find``, ``fine_tune``, ``fit_one_cycle``, ``show_results`` and callbacks are fastai's own.
+
+    >>> learn = charm_learner(dls, 'efficientnet_v2_s', momentum=0.99, k=5, threshold=0.2)   # doctest: +SKIP
+    >>> learn.fine_tune(20, learn.lr_find().valley, freeze_epochs=3)                          # doctest: +SKIP
+
+    Parameters
+    ----------
+    dls : ChestDataLoaders
+        From :func:`charmlib.data.loaders.chest_dataloaders`; normalised as the network expects.
+    arch ... hidden
+        See :class:`charmlib.models.CharmNet`. ``net`` is one that is there already, and makes these unused.
+    loss : str or MultiLabelLoss
+        'bce', 'focal' or 'asl'.
+    precision : {'auto', 'fp16', 'fp32'}
+        'auto' is fp16 on a GPU.
+    seed : int
+        Given, every epoch's randomness derives from it. The weights' own start does not: seed before building.
+    learner
+        Further arguments of fastai's Learner.
+
+    Raises
+    ------
+    ValueError
+        Network and loaders differ in their number of classes, or in normalisation.
+    """
+    if net is None:
+        net = CharmNet(arch, len(dls.vocab), weights=weights, norm=norm, use_momentum=use_momentum,
+                       use_attention=use_attention, use_bank=use_bank, momentum=momentum, k=k, threshold=threshold,
+                       bank_size=bank_size, strategy=strategy, rule=rule, retrieval=retrieval, bank_norm=bank_norm,
+                       dropout=dropout, hidden=hidden)
+    if net.classes != len(dls.vocab):
+        raise ValueError(f"the network has {net.classes} classes, the data {len(dls.vocab)}")
+    scale = dls.valid.after_batch.fs[0]
+    if not torch.allclose(scale.mean.flatten().cpu(), torch.tensor(net.mean)):
+        raise ValueError(f"the loaders normalise with mean {scale.mean.flatten().tolist()}, the network expects "
+                         f"{list(net.mean)}: build them with mean=net.mean, std=net.std")
+    callbacks = [BankFeed(), FollowStep(), *cbs]
+    if seed is not None:
+        callbacks.append(SeedEpoch(seed))
+    if pick_precision(precision, torch.device(dls.device)) == "fp16":
+        callbacks.append(MixedPrecision())
+    metric = AccumMetric(partial(mean_auc, classes=dls.vocab), flatten=False, to_np=True, invert_arg=True,
+                         name="mean_auc")
+    return Learner(dls, net, loss_func=make_loss(loss) if isinstance(loss, str) else loss, opt_func=adamw,
+                   splitter=CharmNet.parameter_groups, metrics=[metric], cbs=callbacks, wd=weight_decay,
+                   path=path, model_dir=".", **learner)

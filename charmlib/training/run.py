@@ -1,0 +1,309 @@
+"""One run: parameters, data, network and a folder. What the train and test notebooks are written with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+import charmlib
+from charmlib.data.dataset import ChestData, open_dataset
+from charmlib.data.labels import same_order
+from charmlib.data.loaders import ChestDataLoaders, ChestDL, chest_dataloaders
+from charmlib.data.paths import resolve_data_root
+from charmlib.evaluation.metrics import mean_auc
+from charmlib.evaluation.operating import youden_thresholds
+from charmlib.evaluation.results import PART_FILE, part_metrics, save_predictions
+from charmlib.files import write_json, write_text
+from charmlib.models.charm import CharmNet
+from charmlib.params import UNHASHED, read_yaml, resolve
+from charmlib.training.callbacks import seed_everything, write_history
+from charmlib.training.checkpoint import load_model, network_params, save_model
+from charmlib.training.device import pick_device, pick_precision
+from charmlib.training.learner import charm_learner
+from charmlib.training.stages import StageRunner, plan
+
+
+class Run:
+    """A run in its folder.
+
+    >>> run = Run.open(data_root='data/nih', run_dir='runs/mine', k=3)     # doctest: +SKIP
+    >>> run.train()                                                        # doctest: +SKIP
+    >>> Run.load('runs/mine').score()                                      # doctest: +SKIP
+
+    Attributes: ``params`` (all of them), ``data`` (:class:`ChestData`), ``net``, ``folder``, ``device``,
+    ``precision``, ``history`` (list of rows as in ``history.csv``).
+    """
+
+    def __init__(self, params: Mapping, data: ChestData, net: CharmNet, device: torch.device, precision: str):
+        self.params, self.data, self.net = dict(params), data, net
+        self.device, self.precision = device, precision
+        self.folder = Path(params["run_dir"])
+        self.history: list[dict] = []
+        self._lr = self.params["stage1_lr"] or None
+
+    @classmethod
+    def open(cls, params: Mapping | None = None, **changes) -> Run:
+        """Check the parameters, open the data, build the network, and write ``params.yaml``.
+
+        Raises
+        ------
+        charmlib.params.ParameterError
+            A parameter that is unknown, ill-typed or out of range.
+        """
+        p = resolve(dict(params or {}), changes)
+        p["data_root"] = str(resolve_data_root(p["data_root"]))
+        device = pick_device(p["device"])
+        precision = pick_precision(p["precision"], device)
+        data = open_dataset(p)
+        seed_everything(p["seed"], "weights")
+        net = CharmNet(classes=len(data.classes), weights=p["weights"], norm=p["norm"], **network_params(p)).to(device)
+        run = cls(p, data, net, device, precision)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / "params.yaml", yaml.safe_dump(p, sort_keys=False))
+        return run
+
+    @classmethod
+    def load(cls, run_dir: str | Path, **changes) -> Run:
+        """A trained run from its folder; ``changes`` may only say where things are (data_root, cache_dir, workers, device).
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            Not trained, a checkpoint that does not fit, classes in another order, or another split than in training.
+        """
+        folder = Path(run_dir)
+        if not (folder / "params.yaml").is_file():
+            raise FileNotFoundError(f"no run in {folder}: params.yaml is not there. Train first, with run_dir={folder}")
+        wrong = set(changes) - set(UNHASHED)
+        if wrong:
+            raise ValueError(f"a trained run cannot be loaded with another {', '.join(sorted(wrong))}")
+        p = resolve(read_yaml(folder / "params.yaml"), {k: v for k, v in changes.items() if v not in ("", None)},
+                    {"run_dir": str(folder)})
+        device = pick_device(p["device"])
+        net, card = load_model(folder, device)
+        data = open_dataset(p)
+        same_order(card["classes"], data.classes, f"checkpoint {folder} and data {data.index.table}")
+        if card["params"].get("split_hash") != data.split.hash:
+            raise ValueError(f"{folder} was trained on split {card['params'].get('split_hash')}, {data.index.root} gives "
+                             f"{data.split.hash}: scores would mix training and test images")
+        return cls(p, data, net, device, pick_precision(p["precision"], device))
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def dataloaders(self, stage: int = 2) -> ChestDataLoaders:
+        """fastai DataLoaders of a stage: 1 takes images with a finding only, 2 all."""
+        batch = self.params["stage1_batch" if stage == 1 else "stage2_batch"]
+        return chest_dataloaders(self.data, bs=batch, findings_only=stage == 1, mean=self.net.mean, std=self.net.std,
+                                 device=self.device, path=self.folder)
+
+    def learner(self, stage: int = 2):
+        """A fastai Learner of a stage around the run's network."""
+        return charm_learner(self.dataloaders(stage), net=self.net, loss=self.params[f"stage{stage}_loss"],
+                             weight_decay=self.params["weight_decay"], precision=self.precision, path=self.folder)
+
+    def find_lr(self, *, plot: bool = False) -> float:
+        """The learning rate of stage 1: ``stage1_lr``, or where that is 0 the valley of fastai's finder.
+
+        The finder leaves network, bank and momentum branch as they were. A resumed run keeps the rate it began with.
+        """
+        if self._lr is None:
+            kept = self._runner().saved(self.params["resume"])
+            self._lr = kept["lr"] if kept else None
+        if self._lr is None:
+            seed_everything(self.params["seed"], "lr_find")
+            learner = self.learner(1)
+            learner.freeze() if self.params["stage1_frozen_epochs"] else learner.unfreeze()
+            with learner.no_bar():
+                self._lr = float(learner.lr_find(show_plot=plot).valley)
+            self.log(f"learning-rate finder: {self._lr:.2e}")
+        return self._lr
+
+    def train(self) -> list[dict]:
+        """Both stages; continues where an earlier start was stopped, and does nothing for a run that is trained.
+
+        Writes ``history.csv`` and ``log.txt`` as it goes, ``resume.pt`` after each epoch, and at the end
+        ``model.safetensors`` and ``model.json`` with thresholds chosen on the validation part.
+
+        Raises
+        ------
+        ValueError
+            The folder holds a run with other settings; says which, and what to do.
+        """
+        if self.trained():
+            self.log("trained already; nothing to do")
+            return self._read_history()
+        if not self.params["resume"]:
+            for name in ("resume.pt", "model.json", "model.safetensors", "history.csv", "predictions.npz", PART_FILE,
+                         "metrics.json"):
+                (self.folder / name).unlink(missing_ok=True)
+        phases = plan(self.params, self.find_lr())
+        runner = self._runner()
+        state = runner.saved(self.params["resume"])
+        self.log(f"training on {self.device} in {self.precision}, {self.data.source}, split {self.data.split.name} "
+                 f"{self.data.split.hash}" + (f", continuing {state['phase']} after epoch {state['epochs']}" if state else ""))
+        self.history = runner.run(phases, state)
+        logits, labels = self.logits("valid")
+        card = {**self.params, "split_hash": self.data.split.hash}
+        save_model(self.net, self.folder, classes=self.data.classes, params=card,
+                   thresholds={"youden": youden_thresholds(labels, logits, self.data.classes)})
+        return self.history
+
+    def trained(self) -> bool:
+        """Whether the folder holds the checkpoint of exactly this run; it is then loaded.
+
+        Raises
+        ------
+        ValueError
+            It holds a checkpoint of other settings and ``resume`` is on.
+        """
+        path = self.folder / "model.json"
+        if not self.params["resume"] or not path.is_file():
+            return False
+        card = json.loads(path.read_text())
+        ours, theirs = self._identity(), {k: v for k, v in card["params"].items() if k not in (*UNHASHED, "resume")}
+        if ours != theirs:
+            keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            shown = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys[:4])
+            raise ValueError(f"{self.folder} holds a trained run with other settings ({shown}). Name another run_dir, or "
+                             "say resume=False to train anew.")
+        self.net.load_state_dict(load_model(self.folder)[0].state_dict())
+        return True
+
+    def _identity(self) -> dict:
+        return {**{k: v for k, v in self.params.items() if k not in (*UNHASHED, "resume")},
+                "split_hash": self.data.split.hash}
+
+    def _runner(self) -> StageRunner:
+        return StageRunner(self.learner, self.net, self.folder / "resume.pt", self._identity(),
+                             monitor=self.params["monitor"], seed=self.params["seed"], on_row=self._row,
+                             bars=person_watches(), lr=self._lr)
+
+    def _row(self, history: list[dict]) -> None:
+        write_history(self.folder / "history.csv", history)
+        row = history[-1]
+        bank = f", bank {row['bank_filled']}/{self.params['bank_size']}, took {row['bank_accepted']:.0%}" \
+            if row["bank_filled"] != "" else ""
+        total = (self.params["stage1_frozen_epochs"] + self.params["stage1_epochs"] if row["stage"] == "1"
+                 else self.params["stage2_epochs"])
+        self.log(f"stage {row['stage']} epoch {row['epoch'] + 1}/{total}: train {row['train_loss']:.4f}, "
+                 f"valid {row['valid_loss']:.4f}, AUC {row['valid_auc']:.4f}, {row['seconds']:.1f} s{bank}")
+
+    def _read_history(self) -> list[dict]:
+        import pandas as pd
+
+        path = self.folder / "history.csv"
+        self.history = pd.read_csv(path).to_dict("records") if path.is_file() else []
+        return self.history
+
+    def log(self, text: str) -> None:
+        """One line, shown and kept in ``log.txt``."""
+        print(text, flush=True)
+        with open(self.folder / "log.txt", "a") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+    # -- scoring ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, part: str, rows=None) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and labels (n, C) float32 of a whole part, in the order of its rows (or of the given rows)."""
+        dls = self.dataloaders(2)
+        dl: ChestDL = {"train": dls.train, "valid": dls.valid, "test": dls.test}[part]
+        if rows is not None:
+            dl.dataset.rows, dl.n = np.asarray(rows), len(rows)
+        dl = dl.new(shuffle=False, drop_last=False, after_batch=dls.valid.after_batch)
+        dl.dataset.split_idx = 1
+        self.net.eval()
+        out, labels = [], []
+        for x, y in dl:
+            with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
+                out.append(self.net(x.as_subclass(torch.Tensor)).float().cpu())
+            labels.append(y.as_subclass(torch.Tensor).cpu())
+        return torch.cat(out).numpy(), torch.cat(labels).numpy()
+
+    def quick_check(self, images: int = 100) -> float:
+        """Mean ROC-AUC on so many random test images: a glance at a checkpoint, never a result."""
+        rows = self.data.rows("test")
+        if images < len(rows):
+            rows = np.sort(np.random.default_rng(self.params["seed"]).choice(rows, images, replace=False))
+        logits, labels = self.logits("test", rows)
+        score = mean_auc(labels, logits, self.data.classes)
+        print(f"QUICK CHECK on {len(rows)} of {self.data.split.counts['test']['images']} test images: "
+              f"mean ROC-AUC {score:.3f}. Not a test score.")
+        return score
+
+    def score(self) -> dict:
+        """Score the whole validation and test parts; writes ``predictions.npz`` and returns the metrics.
+
+        The metrics also go into a part file from which ``metrics.json`` is made when the run is finished (see
+        :func:`charmlib.evaluation.results.finish`).
+        """
+        start = time.monotonic()
+        parts = {}
+        for part in ("valid", "test"):
+            logits, labels = self.logits(part)
+            rows = self.data.rows(part)
+            frame = self.data.index.frame.iloc[rows]
+            parts[part] = {"ids": frame["id"].to_numpy(str), "patients": frame["patient"].to_numpy(str),
+                           "labels": labels, "logits": logits}
+        save_predictions(self.folder / "predictions.npz", parts, self.data.classes)
+        history = self.history or self._read_history()
+        bank = None
+        if self.net.bank is not None:
+            bank = {"filled": self.net.bank.filled.item(),
+                    "accepted": self.net.bank.accepted.item() / max(self.net.bank.seen.item(), 1)}
+        metrics = {
+            "params": self.params, "data": {"name": self.data.source, "drawn": self.data.index.drawn},
+            "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
+            "classes": list(self.data.classes),
+            **{part: part_metrics(values, self.data.classes) for part, values in parts.items()},
+            "bank": bank,
+            "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": None, "overhead": None},
+            "peak_memory_mb": peak_memory_mb(), "device": device_name(self.device), "precision": self.precision,
+            "versions": versions(), "quick_check": self.params["limit"] > 0,
+        }
+        metrics["seconds"]["score"] = round(time.monotonic() - start, 3)
+        write_json(self.folder / PART_FILE, metrics)
+        return metrics
+
+
+def person_watches() -> bool:
+    """Whether a person looks at this notebook: progress bars are for them, batch runs get one line an epoch."""
+    if os.environ.get("CHARM_BATCH") or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
+        return False
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return type(get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+def peak_memory_mb() -> float:
+    """The GPU's peak if one was used, else the process's."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def device_name(device: torch.device) -> str:
+    """'Tesla T4', or 'cpu, 2 cores'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a result."""
+    import fastai
+    import torchvision
+
+    return {"charmlib": charmlib.__version__, "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "fastai": fastai.__version__}

@@ -1,0 +1,39 @@
+"""Loss curves, validation AUC and what the bank took, over the epochs of both stages."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from charmlib.viz.style import OKABE_ITO
+
+
+def plot_history(history):
+    """Draw ``history.csv`` (a DataFrame or the list of its rows); returns the figure."""
+    history = pd.DataFrame(history)
+    history["stage"] = history["stage"].astype(str)
+    bank = pd.to_numeric(history["bank_accepted"], errors="coerce")
+    panels = 3 if bank.notna().any() else 2
+    figure, axes = plt.subplots(1, panels, figsize=(4.0 * panels, 3.3), layout="constrained")
+    epochs = range(1, len(history) + 1)
+    for name, colour, marker in (("train_loss", OKABE_ITO[0], "o"), ("valid_loss", OKABE_ITO[1], "s")):
+        for i, (_, rows) in enumerate(history.groupby("stage", sort=True)):
+            at = [epochs[j] for j in rows.index]
+            axes[0].plot(at, rows[name], color=colour, marker=marker, ms=4, label=name.replace("_", " ") if i == 0 else None)
+    axes[0].set(title="loss (stages have their own)", xlabel="epoch")
+    axes[0].legend(frameon=False)
+    for _, rows in history.groupby("stage", sort=True):
+        axes[1].plot([epochs[j] for j in rows.index], rows["valid_auc"], color=OKABE_ITO[2], marker="o", ms=4)
+    axes[1].set(title="validation mean AUC", xlabel="epoch")
+    if panels == 3:
+        axes[2].bar(epochs, bank, color=OKABE_ITO[4])
+        axes[2].set(title="share of features the bank took", xlabel="epoch", ylim=(0, 1))
+    border = int((history["stage"] == "1").sum())
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if 0 < border < len(history):
+            axis.axvline(border + 0.5, color="#999999", lw=1, ls=":")
+    if 0 < border < len(history):
+        axes[1].annotate("stage 2", (border + 0.55, 0.02), xycoords=("data", "axes fraction"), fontsize=9, color="#666666")
+    return figure

@@ -1,0 +1,32 @@
+"""Grids of radiographs."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def show_images(images, titles=(), *, columns: int = 5, axes=None, boxes=None):
+    """Draw (n, H, W) or (n, 1, H, W) grey images, in [0, 1] or uint8, with a title each; returns the figure."""
+    images = [np.asarray(image).squeeze() for image in images]
+    if axes is None:
+        columns = min(columns, max(len(images), 1))
+        rows = math.ceil(len(images) / columns)
+        lines = max((t.count("\n") + 1 for t in titles), default=1)
+        figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, (2.2 + 0.16 * lines) * rows), squeeze=False,
+                                    layout="constrained")
+        axes = axes.flat
+    else:
+        axes = np.ravel(axes)
+        figure = axes[0].figure
+    for i, axis in enumerate(axes):
+        axis.axis("off")
+        if i < len(images):
+            axis.imshow(images[i], cmap="gray", vmin=0, vmax=255 if images[i].dtype == np.uint8 else 1)
+            if i < len(titles):
+                axis.set_title(titles[i], fontsize=8)
+            for x0, y0, x1, y1 in (boxes[i] if boxes is not None else ()):
+                axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec="#e69f00", lw=1.2))
+    return figure

@@ -1,0 +1,211 @@
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from charmlib.data.dataset import open_dataset
+from charmlib.data.index import read_index
+from charmlib.data.labels import NIH14, canonical, same_order
+from charmlib.data.paths import resolve_data_root
+from charmlib.data.splits import SplitError, make_split
+
+
+def png(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+
+
+def nih_folder(root, rows, *, header=None, images="images_001/images", table="Data_Entry_2017.csv"):
+    header = header or ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+                        "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],")
+    root.mkdir(parents=True, exist_ok=True)
+    lines = [header, *(f"{name},{labels},0,{int(name[:8])},058Y,M,PA,2000,2000,0.1,0.1," for name, labels in rows)]
+    (root / table).write_text("\n".join(lines) + "\n")
+    for name, _ in rows:
+        png(root / images / name)
+    return root
+
+
+ROWS = [("00000001_000.png", "Cardiomegaly|Emphysema"), ("00000001_001.png", "No Finding"),
+        ("00000002_000.png", "Pleural_Thickening"), ("00000003_000.png", "Hernia"), ("00000004_000.png", "No Finding")]
+
+
+def test_layout_of_the_full_dataset(tmp_path):
+    index = read_index(nih_folder(tmp_path / "data", ROWS))
+    assert list(index.frame["id"]) == [r[0] for r in ROWS] and index.classes == NIH14
+    assert index.frame["patient"].tolist() == ["1", "1", "2", "3", "4"]
+    assert index.frame["age"].tolist() == [58] * 5 and index.frame["view"].tolist() == ["PA"] * 5
+    row = index.labels()[0]
+    assert [c for c, v in zip(NIH14, row) if v] == ["Cardiomegaly", "Emphysema"]
+    assert index.has_finding().tolist() == [True, False, True, True, False] and not index.report.found
+
+
+def test_layout_of_the_resized_copy(tmp_path):
+    root = nih_folder(tmp_path / "data", ROWS, images="images-224/images-224")
+    (root / "train_val_list_NIH.txt").write_text("\n".join(r[0] for r in ROWS[:3]))
+    (root / "test_list_NIH.txt").write_text("\n".join(r[0] for r in ROWS[3:]))
+    split = make_split(read_index(root), "official", valid_fraction=0.5)
+    assert {p: c["images"] for p, c in split.counts.items()}["test"] == 2
+
+
+def test_layout_of_the_sample_has_no_lists(tmp_path):
+    root = nih_folder(tmp_path / "data", ROWS, images="sample/images", table="sample_labels.csv",
+                      header="Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+                             "OriginalImageWidth,OriginalImageHeight,OriginalImagePixelSpacing_x,OriginalImagePixelSpacing_y,")
+    index = read_index(root)
+    assert len(index.frame) == 5
+    with pytest.raises(SplitError, match="split: patient"):
+        make_split(index, "official")
+
+
+def test_the_fifteenth_class(tmp_path):
+    index = read_index(nih_folder(tmp_path / "data", ROWS), classes="nih15")
+    assert index.labels()[:, 14].tolist() == [0, 1, 0, 0, 1]
+    assert index.has_finding().tolist() == [True, False, True, True, False]
+
+
+def test_nothing_odd_passes_silently(tmp_path):
+    rows = [*ROWS, ("00000005_000.png", "Mass|Lumpy"), ("00000006_000.png", "mass"), ("00000007_000.png", "")]
+    root = nih_folder(tmp_path / "data", rows)
+    table = root / "Data_Entry_2017.csv"
+    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
+    (root / "images_001/images/00000003_000.png").unlink()
+    png(root / "images_002/images/00000002_000.png")
+    png(root / "images_001/images/00000099_000.png")
+    index = read_index(root)
+    said = str(index.report)
+    for name in ("rows given twice, first kept: 1 (00000001_000.png)", "rows without image, left out: 1 (00000003_000.png)",
+                 "images without row, left out: 1 (00000099_000.png)", "images found twice, first kept: 1",
+                 "label 'Lumpy'", "rows with an empty label, taken as no finding: 1 (00000007_000.png)"):
+        assert name in said, said
+    frame = index.frame.set_index("id")
+    assert frame.loc["00000005_000.png", "Mass"] == 1 and frame.loc["00000006_000.png", "Mass"] == 1
+    assert "00000003_000.png" not in frame.index
+
+
+def test_unreadable_images_are_left_out_and_named(phantoms, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(phantoms, root)
+    victim = sorted((root / "images_001/images").iterdir())[5]
+    victim.write_bytes(victim.read_bytes()[:200])
+    data = open_dataset(data_root=str(root), image_size=32)
+    assert len(data.images) == len(data.labels) == len(data.index.frame) == len(data.split.part) == 319
+    assert victim.name in str(data.index.report) and victim.name not in set(data.index.frame["id"])
+    assert data.images.max(axis=(1, 2)).min() > 0  # no black row of the cache came through
+
+
+def test_missing_columns_and_files_are_named(tmp_path):
+    root = nih_folder(tmp_path / "data", ROWS)
+    (root / "Data_Entry_2017.csv").write_text("Image,Diagnosis\na.png,x\n")
+    with pytest.raises(ValueError, match="columns for Atelectasis"):
+        read_index(root)
+    (root / "Data_Entry_2017.csv").write_text("Name,Finding Labels\na.png,x\n")
+    with pytest.raises(ValueError, match=r"Data_Entry_2017\.csv has no image column"):
+        read_index(root)
+    with pytest.raises(FileNotFoundError, match=r"Data_Entry_2017\.csv"):
+        read_index(tmp_path)
+    (root / "Data_Entry_2017.csv").write_text("Image Index,Finding Labels\na.png,Mass\n")
+    with pytest.raises(FileNotFoundError, match=r"none of the 1 images"):
+        read_index(root)
+
+
+def test_a_table_of_ones_own_with_other_classes(tmp_path):
+    for i in range(4):
+        png(tmp_path / "pics" / f"p{i}.png")
+    (tmp_path / "mine.csv").write_text("path,patient_id,age,Covid,Tube,note\npics/p0.png,a,50,1,0,x\npics/p1.png,a,50,0,1,y\n"
+                                       "pics/p2.png,b,61,,0,z\npics/p3.png,c,7,-1,1,w\n")
+    index = read_index(tmp_path, classes="own", csv="mine.csv")
+    assert index.classes == ("Covid", "Tube")
+    np.testing.assert_array_equal(index.labels(), [[1, 0], [0, 1], [np.nan, 0], [np.nan, 1]])
+    assert "not used as classes: 1 (note)" in str(index.report)
+
+
+def test_a_table_with_image_ids_without_suffix_and_without_patients(tmp_path):
+    for i in range(2):
+        png(tmp_path / f"p{i}.png")
+    (tmp_path / "mine.csv").write_text("ImageID,A\np0,1\np1,0\n")
+    index = read_index(tmp_path, classes="own", csv=tmp_path / "mine.csv")
+    assert index.frame["id"].tolist() == ["p0.png", "p1.png"]
+    assert "each image counted as one of its own: 2" in str(index.report)
+
+
+def test_splits_are_disjoint_seeded_and_counted(phantoms):
+    index = read_index(phantoms)
+    for name in ("official", "patient"):
+        split = make_split(index, name, valid_fraction=0.2)
+        again = make_split(read_index(phantoms), name, valid_fraction=0.2)
+        assert split.hash == again.hash and len(split.hash) == 16
+        by_part = {p: set(index.frame["patient"][split.rows(p)]) for p in ("train", "valid", "test")}
+        assert not by_part["train"] & by_part["valid"] and not by_part["test"] & (by_part["train"] | by_part["valid"])
+        assert sum(c["images"] for c in split.counts.values()) == len(index.frame)
+        assert split.counts["test"]["positive_share"] == pytest.approx(index.has_finding()[split.rows("test")].mean())
+        assert split.hash in str(split)
+    assert set(index.frame["id"][make_split(index, "official").rows("test")]) == \
+        set((phantoms / "test_list.txt").read_text().split())
+    shares = [make_split(index, "patient").counts[p]["patients"] for p in ("train", "valid", "test")]
+    np.testing.assert_allclose(np.array(shares) / sum(shares), (0.7, 0.1, 0.2), atol=0.01)
+
+
+def test_lists_of_ones_own(phantoms, tmp_path):
+    index = read_index(phantoms)
+    split = make_split(index, "patient")
+    for p in ("train", "valid", "test"):
+        (tmp_path / f"{p}.txt").write_text("\n".join(index.frame["id"][split.rows(p)]))
+    assert make_split(index, str(tmp_path)).hash == split.hash
+    moved = index.frame["id"][split.rows("test")].iloc[0]
+    (tmp_path / "train.txt").write_text((tmp_path / "train.txt").read_text() + f"\n{moved}")
+    with pytest.raises(SplitError, match="two lists"):
+        make_split(index, str(tmp_path))
+    (tmp_path / "test.txt").write_text("")
+    with pytest.raises(SplitError):
+        make_split(index, str(tmp_path))
+
+
+def test_a_patient_in_two_parts_is_refused_by_name(tmp_path):
+    rows = [(f"{p:08d}_{v:03d}.png", "Mass") for p in range(1, 5) for v in range(2)]
+    root = nih_folder(tmp_path / "data", rows)
+    (root / "train_val_list.txt").write_text("\n".join(r[0] for r in rows[:5]))
+    (root / "test_list.txt").write_text("\n".join(r[0] for r in rows[5:]))
+    with pytest.raises(SplitError, match="3 in test and"):
+        make_split(read_index(root), "official", valid_fraction=0.4)
+
+
+def test_limit_takes_so_many_a_part(phantoms):
+    index = read_index(phantoms)
+    split = make_split(index, "official", limit=20)
+    assert [split.counts[p]["images"] for p in ("train", "valid", "test")] == [20, 20, 20]
+    assert split.hash != make_split(index, "official").hash
+
+
+def test_kaggle_mounts_of_today_and_before(tmp_path):
+    new = tmp_path / "a" / "datasets" / "nih-chest-xrays" / "data"
+    old = tmp_path / "b" / "data"
+    other = tmp_path / "c" / "datasets" / "someone" / "my-copy" / "nih"
+    for folder in (new, old, other):
+        nih_folder(folder, ROWS)
+        assert resolve_data_root("", kaggle_input=tmp_path / folder.relative_to(tmp_path).parts[0]) == folder
+    with pytest.raises(FileNotFoundError, match="data_root"):
+        resolve_data_root("", kaggle_input=tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        resolve_data_root(tmp_path / "nothing")
+
+
+def test_label_names():
+    assert canonical(" pleural thickening") == "Pleural_Thickening" and canonical("no finding") == "No Finding"
+    with pytest.raises(ValueError, match="class 0 is 'A' here and 'B' there"):
+        same_order(["A", "B"], ["B", "A"], "x")
+    with pytest.raises(ValueError, match="2 classes here, 1 there"):
+        same_order(["A", "B"], ["A"], "x")
+
+
+def test_phantom_boxes_and_tables(phantoms):
+    boxes = pd.read_csv(phantoms / "BBox_List_2017.csv")
+    index = read_index(phantoms)
+    assert not index.report.found and index.drawn
+    positives = {(r.id, c) for r in index.frame.itertuples() for c in NIH14 if getattr(r, c) == 1}
+    boxed = {(i, "Infiltration" if c == "Infiltrate" else c) for i, c in zip(boxes["Image Index"], boxes["Finding Label"])}
+    assert boxed == positives
+    corner = boxes[["Bbox [x", "y"]].to_numpy() + boxes[["w", "h]"]].to_numpy()
+    assert (boxes[["Bbox [x", "y"]].to_numpy() >= 0).all() and (corner <= 1024.01).all()

@@ -1,0 +1,242 @@
+"""Grids through papermill and Dask, with real child processes, on phantoms."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from charmlib.evaluation.results import load_metrics
+from charmlib.grid import leaderboard, run_grid
+from charmlib.grid.cells import GridError, cell_hash, cell_status, find_notebooks, notebook_code
+from charmlib.grid.runner import child_environment
+from charmlib.params import ParameterError, resolve
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[2]
+
+
+def small_grid(folder, phantoms, **axes):
+    base = {**TINY, "data_root": str(phantoms), "stage1_frozen_epochs": 0, "stage1_epochs": 1, "stage2_epochs": 1}
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    (folder / "grid_small.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "axes": axes}))
+    return folder / "grid_small.yaml"
+
+
+@pytest.fixture(scope="module")
+def done(phantoms, tmp_path_factory):
+    """A grid of two cells, run once; the lines it said; and its folder."""
+    folder = tmp_path_factory.mktemp("grid")
+    path, said = small_grid(folder, phantoms, momentum=[0.9], k=[1, 2], threshold=[0.1]), []
+    board = run_grid(path, out=folder / "out", say=said.append)
+    return path, folder / "out", board, said
+
+
+@pytest.mark.slow
+def test_a_grid_leaves_all_its_files(done):
+    _, out, board, said = done
+    assert board["status"].tolist() == ["done"] * 2 and board["rank"].tolist() == [1, 2]
+    assert list(board.columns) == ["rank", "cell", "momentum", "k", "threshold", "valid_mean_auc", "test_mean_auc", "ci_low",
+                                   "ci_high", "split", "n_images", "n_patients", "seconds", "overhead_seconds", "status"]
+    for name in ("leaderboard.csv", "roc.png", "report.html", "grid.yaml", "split.csv"):
+        assert (out / name).stat().st_size > 0, name
+    for cell in board["cell"]:
+        assert {p.name for p in (out / cell).iterdir()} == {
+            "params.yaml", "train.ipynb", "test.ipynb", "model.safetensors", "model.json", "history.csv", "predictions.npz",
+            "metrics.json", "log.txt"}
+        metrics = load_metrics(out / cell)
+        assert metrics["cell"] == cell and len(metrics["hash"]) == 16 and metrics["seconds"]["overhead"] > 0
+        params = yaml.safe_load((out / cell / "params.yaml").read_text())
+        assert resolve(params) == params and params["run_dir"] == str(out / cell)
+        for name in ("train", "test"):
+            book = nbformat.read(out / cell / f"{name}.ipynb", as_version=4)
+            assert not any(o.output_type == "error" for c in book.cells if c.cell_type == "code" for o in c.outputs)
+    assert any("stage 2 epoch 1/1" in line for line in said)  # one line an epoch reaches the caller
+
+
+@pytest.mark.slow
+def test_validation_ranks_and_the_test_score_is_beside(done):
+    _, out, board, _ = done
+    assert board["valid_mean_auc"].is_monotonic_decreasing
+    for _, row in board.iterrows():
+        metrics = load_metrics(out / row["cell"])
+        assert (row["valid_mean_auc"], row["test_mean_auc"]) == (metrics["valid"]["mean_auc"], metrics["test"]["mean_auc"])
+        assert row["ci_low"] <= row["test_mean_auc"] <= row["ci_high"] and "drawn" in row["split"]
+        assert row["n_images"] == metrics["split"]["test"]["images"]
+
+
+@pytest.mark.slow
+def test_finished_cells_are_skipped_and_the_board_is_the_same(done):
+    path, out, board, _ = done
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*")}
+    said = []
+    again = run_grid(path, out=out, say=said.append)
+    assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/*")}
+    pd.testing.assert_frame_equal(again, board)
+    assert any("2 done, 0 to run" in line for line in said)
+
+
+@pytest.mark.slow
+def test_the_report_is_one_file_that_says_what_it_shows(done):
+    _, out, board, _ = done
+    page = (out / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page and page.count("data:image/png;base64,") >= 2
+    for text in ("drawn phantoms", "test images of", "Research use only", *board["cell"]):
+        assert text in page
+
+
+@pytest.mark.slow
+def test_a_finished_cell_of_other_settings_is_refused_by_name_then_rerun_when_asked(done, phantoms, tmp_path):
+    _, out, _, _ = done
+    mine = tmp_path / "out"
+    shutil.copytree(out, mine)
+    path = small_grid(tmp_path, phantoms, momentum=[0.9], k=[1], threshold=[0.1])
+    with pytest.raises(GridError, match=r"1 finished cells.*m0\.9_k1_t0\.1.*--rerun-changed"):
+        run_grid(path, ["seed=7"], out=mine)
+    board = run_grid(path, ["seed=7"], out=mine, rerun_changed=True)
+    assert load_metrics(mine / "m0.9_k1_t0.1")["params"]["seed"] == 7
+    assert set(board["cell"]) == {"m0.9_k1_t0.1", "m0.9_k2_t0.1"}  # the other cell stays on the board
+
+
+@pytest.mark.slow
+def test_a_failed_cell_keeps_its_traceback_the_others_go_on_and_the_next_call_tries_again(done, phantoms, tmp_path):
+    """The weight file of one cell is missing; then it is put there."""
+    import timm
+    import torch
+
+    weights = tmp_path / "weights.pt"
+    grid = {"base": "base.yaml", "cells": [{"name": "broken", "weights": str(weights)}, {"name": "sound"}]}
+    small_grid(tmp_path, phantoms, k=[1])
+    path = tmp_path / "grid_two.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    said = []
+    board = run_grid(path, out=tmp_path / "out", say=said.append).set_index("cell")
+    assert board.loc["broken", "status"] == "failed" and board.loc["sound", "status"] == "done"
+    assert "no weight file" in (tmp_path / "out/broken/error.txt").read_text()
+    book = nbformat.read(tmp_path / "out/broken/train.ipynb", as_version=4)
+    assert any(o.output_type == "error" for c in book.cells if c.cell_type == "code" for o in c.outputs)
+    assert any("broken FAILED" in line for line in said)
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
+    board = run_grid(path, out=tmp_path / "out", say=said.append).set_index("cell")
+    assert board.loc["broken", "status"] == "done" and not (tmp_path / "out/broken/error.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_wrong_axis_is_refused_before_anything_is_written(phantoms, tmp_path):
+    path = small_grid(tmp_path, phantoms, treshold=[0.1])
+    with pytest.raises(ParameterError, match="Did you mean 'threshold'"):
+        run_grid(path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_quick_check_is_marked_and_never_ranked(phantoms, tmp_path):
+    path = small_grid(tmp_path, phantoms, k=[1])
+    board = run_grid(path, ["limit=60"], out=tmp_path / "out", say=lambda line: None)
+    assert board["status"].tolist() == ["quick check"] and board["rank"].isna().all()
+    assert (tmp_path / "out/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_cluster_without_workers_is_refused_not_waited_for(phantoms, tmp_path):
+    from distributed import LocalCluster
+
+    path = small_grid(tmp_path, phantoms, k=[1])
+    with LocalCluster(n_workers=0, dashboard_address=None) as cluster, pytest.raises(GridError, match="no workers"):
+        run_grid(path, out=tmp_path / "out", scheduler=cluster.scheduler_address)
+
+
+@pytest.mark.slow
+def test_another_dask_cluster_does_the_same(done, phantoms, tmp_path):
+    from distributed import LocalCluster
+
+    path, out, _, _ = done
+    mine = tmp_path / "out"
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        run_grid(path, ["k=1"], out=mine, scheduler=cluster.scheduler_address, say=lambda line: None)
+    ours, theirs = load_metrics(mine / "m0.9_k1_t0.1"), load_metrics(out / "m0.9_k1_t0.1")
+    assert ours["hash"] == theirs["hash"] and ours["test"] == theirs["test"]  # the same bits
+
+
+@pytest.mark.slow
+def test_two_cells_at_once_share_the_cores(done, phantoms, tmp_path):
+    path, *_ = done
+    board = run_grid(path, out=tmp_path / "out", workers=2, say=lambda line: None)
+    assert board["status"].tolist() == ["done"] * 2
+
+
+def test_dry_run_lists_and_writes_nothing(phantoms, tmp_path):
+    said = []
+    run_grid(small_grid(tmp_path, phantoms, k=[1, 2]), out=tmp_path / "out", dry_run=True, say=said.append)
+    assert said[:2] == ["k1: pending", "k2: pending"] and not (tmp_path / "out").exists()
+
+
+def test_a_hash_changes_with_what_a_result_depends_on_and_nothing_else():
+    params, code = resolve(), notebook_code(find_notebooks())
+    one = cell_hash(params, code, "s")
+    assert one == cell_hash({**params, "run_dir": "x", "data_root": "y", "cache_dir": "z", "workers": 9, "device": "cpu"},
+                            code, "s")
+    others = [cell_hash({**params, "k": 3}, code, "s"), cell_hash(params, code + " ", "s"), cell_hash(params, code, "t")]
+    assert len({one, *others}) == 4
+
+
+def test_status_from_files_alone(tmp_path):
+    assert cell_status(tmp_path) == "pending"
+    (tmp_path / "resume.pt").touch()
+    assert cell_status(tmp_path) == "started"
+    (tmp_path / "error.txt").touch()
+    assert cell_status(tmp_path) == "failed"
+    (tmp_path / "metrics.json").touch()
+    assert cell_status(tmp_path) == "done"
+    with pytest.raises(GridError, match="holds no grid"):
+        leaderboard(tmp_path)
+
+
+def test_the_nannys_thread_and_malloc_settings_do_not_reach_a_cell(monkeypatch):
+    """They made training three times slower without a word."""
+    import dask
+    import distributed  # noqa: F401
+
+    nanny = dask.config.get("distributed.nanny.pre-spawn-environ")
+    assert "OMP_NUM_THREADS" in nanny and "MALLOC_TRIM_THRESHOLD_" in nanny
+    for name, value in nanny.items():
+        monkeypatch.setenv(name, str(value))
+    assert not set(nanny) & set(child_environment(0))
+    assert child_environment(1)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert child_environment(0)["OMP_NUM_THREADS"] == "7"  # the user's own wish stays
+
+
+@pytest.mark.parametrize("module", ["charmlib.grid", "charmlib.grid.runner", "charmlib.grid.report", "charmlib.params",
+                                    "charmlib.data.dataset", "charmlib.data.phantom", "charmlib.evaluation.results",
+                                    "charmlib.viz.roc", "charmlib.cli"])
+def test_grid_files_and_pictures_never_import_torch(module):
+    code = f"import sys, {module}; bad = [m for m in ('torch', 'fastai') if m in sys.modules]; sys.exit(str(bad) if bad else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gpus_come_from_the_environment(monkeypatch):
+    from charmlib.grid.runner import gpus
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    assert gpus() == ["0", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", os.devnull)
+    assert gpus() == []
+
+
+def test_grid_yaml_is_readable(tmp_path):
+    from charmlib.grid.runner import _as_yaml
+    from charmlib.grid.spec import load_grid
+
+    text = _as_yaml(load_grid(ROOT / "params/grid_demo.yaml"))
+    assert len(yaml.safe_load(text)["cells"]) == 8 and json.dumps(yaml.safe_load(text))

@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import pytest
+
+from charmlib.evaluation.published import published_charm_grid
+from charmlib.grid.spec import cell_id, load_grid
+from charmlib.params import PARAMS, ParameterError, load_params, resolve
+
+PARAMS_DIR = Path(__file__).parents[2] / "params"
+
+
+def grid_file(tmp_path, text, base="k: 4\n"):
+    (tmp_path / "base.yaml").write_text(base)
+    path = tmp_path / "grid_mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_every_combination_with_names_and_layers(tmp_path):
+    grid = load_grid(grid_file(tmp_path, "base: base.yaml\naxes: {momentum: [0.99, 0.999], threshold: [0.1, '2e-1']}\n"
+                                         "cells: [{name: plain, use_bank: off}, {seed: 7, k: 3}]\n"))
+    assert grid.name == "mine"
+    assert [c.id for c in grid.cells] == ["m0.99_t0.1", "m0.99_t0.2", "m0.999_t0.1", "m0.999_t0.2", "plain", "k3_seed=7"]
+    assert all(c.params["k"] == (3 if c.id.startswith("k3") else 4) for c in grid.cells)
+    assert set(grid.cells[0].params) == set(PARAMS) - {"run_dir"}
+
+
+def test_the_name_of_a_cell():
+    assert cell_id({"threshold": 0.2, "k": 5, "momentum": 0.99}) == "m0.99_k5_t0.2"
+    assert cell_id({"momentum": 0.99, "seed": 1, "stage2_lr_min": 2e-5}) == "m0.99_seed=1_stage2_lr_min=2e-05"
+    assert "/" not in cell_id({"weights": "/a/b.pt"})
+
+
+def test_assignments_pin_replace_and_override(tmp_path):
+    path = grid_file(tmp_path, "base: base.yaml\naxes: {k: [2, 3], threshold: [0.1, 0.2]}\ncells: [{k: 5, threshold: 0.3}]\n")
+    assert [c.id for c in load_grid(path, ["k=3"]).cells] == ["k3_t0.1", "k3_t0.2", "k3_t0.3"]
+    assert [c.id for c in load_grid(path, ["k=[4,5]", "threshold=[0.1]"]).cells] == ["k4_t0.1", "k5_t0.1", "k5_t0.3"]
+    assert len(load_grid(path, ["seed=[1,2]"]).cells) == 9
+    assert {c.params["stage1_epochs"] for c in load_grid(path, ["stage1_epochs=1"]).cells} == {1}
+
+
+def test_shards_cover_the_grid_once(tmp_path):
+    grid = load_grid(PARAMS_DIR / "grid_charm.yaml")
+    shards = [grid.shard(i, 3).cells for i in (1, 2, 3)]
+    assert sorted(c.id for s in shards for c in s) == sorted(c.id for c in grid.cells)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("axis: {k: [2]}", "unknown key 'axis'.*Did you mean 'axes'"), ("axes: {treshold: [0.1]}", "Did you mean 'threshold'"),
+    ("axes: {k: [2.5]}", "whole number"), ("axes: {k: 3}", "wanted a list"), ("axes: {k: [2, 2]}", "a value twice"),
+    ("axes: [k]", "axes must be"), ("cells: [k]", "cells.0."), ("base: base.yaml", "nothing to run"),
+    ("base: bas.yaml\naxes: {k: [2]}", "Did you mean 'base.yaml'"), ("axes: {k: [2]}\ncells: [{name: a/b}]", "cannot be a folder"),
+    ("axes: {bank_size: [3]}", "lower k"), ("axes: {run_dir: [x]}", "own folder"),
+    ("axes: {k: [2]}\ncells: [{k: 2, name: k2, seed: 1}]", "two different cells")])
+def test_whatever_is_wrong_is_refused_before_anything_runs(tmp_path, text, says):
+    with pytest.raises(ParameterError, match=says):
+        load_grid(grid_file(tmp_path, text + "\n"))
+
+
+@pytest.mark.parametrize(("assignment", "says"), [("treshold=0.1", "Did you mean 'threshold'"), ("k", "wanted name=value"),
+                                                  ("k=[2", "not a YAML list"), ("run_dir=x", "own folder")])
+def test_bad_assignments_are_refused(tmp_path, assignment, says):
+    with pytest.raises(ParameterError, match=says):
+        load_grid(grid_file(tmp_path, "axes: {k: [2, 3]}\n"), [assignment])
+
+
+def test_the_published_grid_is_exactly_the_published_one():
+    grid = load_grid(PARAMS_DIR / "grid_published.yaml")
+    table = published_charm_grid()
+    assert [(c.params["momentum"], c.params["k"], c.params["threshold"]) for c in grid.cells] == \
+        list(table[["momentum", "k", "threshold"]].itertuples(index=False, name=None))
+    for cell in grid.cells:
+        p = cell.params
+        assert (p["rule"], p["retrieval"], p["patience"], p["stage2_loss"]) == ("published", "cosine", 3, "asl")
+        assert (p["stage1_frozen_epochs"], p["stage1_epochs"], p["stage1_batch"], p["stage2_batch"]) == (3, 20, 64, 128)
+        assert (p["stage2_lr_min"], p["stage2_lr_max"], p["arch"], p["seed"]) == (2e-5, 8e-5, "efficientnet_v2_s", 85)
+
+
+def test_published_yaml_pins_all_that_a_changed_default_could_move():
+    free = {"data_root", "csv", "valid_fraction", "cache_dir", "limit", "run_dir", "precision", "workers", "device", "resume"}
+    assert set(load_params(PARAMS_DIR / "published.yaml")) == set(PARAMS) - free
+
+
+def test_our_grids():
+    charm = load_grid(PARAMS_DIR / "grid_charm.yaml")
+    assert len([c for c in charm.cells if c.id != "plain"]) == 36 and charm.cells[-1].id == "plain"
+    assert all(c.params["stage1_lr"] > 0 for c in charm.cells)  # a finder in each cell would be a fourth axis
+    demo = load_grid(PARAMS_DIR / "grid_demo.yaml")
+    assert len(demo.cells) == 8 and set(demo.axes) == {"momentum", "k", "threshold"}
+
+
+@pytest.mark.parametrize("path", sorted(p for p in PARAMS_DIR.rglob("*.yaml") if not p.name.startswith("grid_")),
+                         ids=lambda p: p.stem)
+def test_every_parameter_file_resolves(path):
+    resolve(load_params(path))
+
+
+@pytest.mark.parametrize("path", sorted(PARAMS_DIR.rglob("grid_*.yaml")), ids=lambda p: p.stem)
+def test_every_grid_file_resolves(path):
+    assert load_grid(path).cells

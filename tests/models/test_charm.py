@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from charmlib.models import CharmNet
+
+SMALL = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 16, "k": 2, "hidden": 16}
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    return CharmNet(classes=5, **{**SMALL, **changes})
+
+
+def test_forward_is_the_written_pipeline():
+    net = make(threshold=0.0).train()
+    net(torch.randn(8, 3, 32, 32))  # fills the bank
+    net.eval()
+    x = torch.randn(4, 3, 32, 32)
+    shared = net.trunk(x)
+    q = net.final(shared)
+    region = (q * net.attention(q)).flatten(2).mean(2)
+    z = region + net.momentum.encoder(shared).flatten(2).mean(2)
+    assert net.bank.filled.item() > 0
+    torch.testing.assert_close(net(x), net.head(net.bank(z)))
+
+
+@pytest.mark.parametrize("off", ["use_momentum", "use_attention", "use_bank"])
+def test_each_part_can_be_left_out(off):
+    net = make(**{off: False})
+    part = getattr(net, off.removeprefix("use_"))
+    assert part is None
+    net(torch.randn(4, 3, 32, 32)).sum().backward()
+    net.update_momentum()
+
+
+def test_without_all_three_it_is_the_plain_network():
+    net = make(use_momentum=False, use_attention=False, use_bank=False).eval()
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(net(x), net.head(net.final(net.trunk(x)).mean((2, 3))))
+    assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"trunk", "final", "head"}
+
+
+def test_groups_hold_every_trained_parameter_once_and_the_momentum_branch_never():
+    net = make(retrieval="gated")
+    grouped = [p for group in net.parameter_groups() for p in group]
+    trained = {id(p) for n, p in net.named_parameters() if not n.startswith("momentum.")}
+    assert len(grouped) == len(trained) and {id(p) for p in grouped} == trained
+
+
+def test_a_bare_loop_trains_it():
+    net, x = make(), torch.randn(16, 3, 32, 32)
+    y = torch.stack([(x.mean((1, 2, 3)) > 0).float()] * 5, 1)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3)
+    losses = []
+    for _ in range(25):
+        net.bank.expect(torch.arange(16), y)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        net.update_momentum()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert net.momentum.updates.item() == 25 and net.bank.steps.item() == 25
+    assert set(net.bank.slot_ids[: net.bank.filled].tolist()) <= set(range(16))
+
+
+def test_all_that_training_changes_is_in_the_state_dict():
+    net = make(threshold=0.0)
+    for _ in range(3):
+        net(torch.randn(8, 3, 32, 32))
+        net.update_momentum()
+    other = make(threshold=0.0)
+    other.load_state_dict(net.state_dict())
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(net.eval()(x), other.eval()(x))
+    assert other.momentum.updates.item() == 3 and other.bank.pointer.item() == net.bank.pointer.item()
+
+
+def test_auto_norm_refuses_to_guess_for_a_file(tmp_path):
+    net = make()
+    import timm
+
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="norm: imagenet"):
+        make(weights=tmp_path / "w.pt", norm="auto")
+    assert make(weights=tmp_path / "w.pt", norm="half").mean == net.mean

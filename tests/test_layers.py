@@ -1,0 +1,54 @@
+"""The plan of the house, held: imports run one way, nothing unsafe, no star imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "charmlib"
+ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz"},
+           "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation"},
+           "grid": {"grid", "data", "evaluation", "viz", "files", "params"},
+           "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz"}}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or "", [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((a.name, []) for a in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    room = path.relative_to(PACKAGE).parts[0]
+    for module, names in imports(path):
+        assert "*" not in names, f"star import of {module}"
+        if room in ALLOWED and module.startswith("charmlib."):
+            assert module.split(".")[1] in ALLOWED[room], f"{room} imports {module}"
+        if room == "nn" or room == "models":
+            assert not module.startswith("fastai")
+        if room in ("grid", "evaluation", "viz"):
+            assert not module.startswith(("torch", "fastai")), module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_unpickles(path):
+    text = path.read_text()
+    for unsafe in ("import pickle", "load_learner", "allow_pickle=True", "weights_only=False", "yaml.load("):
+        assert unsafe not in text
+    for call in ast.walk(ast.parse(text)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "torch.load":
+            assert "weights_only=True" in ast.unparse(call)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_public_things_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    if path.name != "__main__.py":
+        assert ast.get_docstring(tree), path
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name != "main":
+            assert ast.get_docstring(node), node.name

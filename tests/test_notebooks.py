@@ -1,0 +1,104 @@
+"""Each notebook as stored, and each run through papermill on phantoms as a user would."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from charmlib.params import PARAMS, cell_source
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NAMES = {"train": list(PARAMS), "test": ["data_root", "cache_dir", "limit", "run_dir", "workers", "device"]}
+
+
+def code_cells(path):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def test_the_notebooks_are_there():
+    assert {p.stem for p in BOOKS} >= {"train", "test", "grid"}
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_stored_clean_and_short(path):
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    for cell in code_cells(path):
+        assert not cell.outputs and cell.execution_count is None
+        assert "parameters" in cell.metadata.get("tags", []) or len(cell.source.splitlines()) <= 16
+        for word in ("ipywidgets", "interact", "widgets.", "import *", "load_learner"):
+            assert word not in cell.source
+        tree = ast.parse(cell.source)
+        assert not any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in tree.body), "logic belongs in charmlib"
+    assert [c.metadata.get("tags") for c in book.cells].count(["parameters"]) == 1
+    prose = sum(len(c.source) for c in book.cells if c.cell_type == "markdown")
+    assert prose > 300 and "Research use only" in book.cells[0].source
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_imports_only_what_it_may(path):
+    allowed = {"charmlib", "matplotlib", "pandas", "numpy", "pathlib", "warnings", "os", "IPython"}
+    for i, cell in enumerate(code_cells(path)):
+        extra = {"importlib", "subprocess", "sys"} if i == 0 else set()
+        for node in ast.walk(ast.parse(cell.source)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {n.split(".")[0] for n in names} <= allowed | extra
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_parameters_cell_is_the_declaration(name):
+    cell = next(c for c in code_cells(ROOT / f"notebooks/{name}.ipynb") if "parameters" in c.metadata.get("tags", []))
+    assert cell.source == cell_source(NAMES[name])
+
+
+def papermill(name, out, parameters, cwd):
+    args = [sys.executable, "-m", "papermill", str(ROOT / f"notebooks/{name}.ipynb"), str(out), "--no-progress-bar"]
+    for key, value in parameters.items():
+        args += ["-p", key, str(value)]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("CHARM_CELL")}
+    done = subprocess.run(args, capture_output=True, text=True, cwd=cwd, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return nbformat.read(out, as_version=4)
+
+
+def pictures(book):
+    return sum("image/png" in o.get("data", {}) for c in book.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def text(book):
+    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for c in book.cells
+                     if c.cell_type == "code" for o in c.outputs)
+
+
+@pytest.mark.slow
+def test_train_with_the_finder_then_test_then_a_quick_check(phantoms, tmp_path):
+    run = tmp_path / "run"
+    given = {**TINY, "data_root": phantoms, "run_dir": run, "stage1_lr": 0.0, "stage1_frozen_epochs": 1, "stage1_epochs": 1}
+    book = papermill("train", tmp_path / "train.ipynb", given, ROOT / "notebooks")
+    assert pictures(book) == 3  # a batch, the finder's curve, the loss curves
+    assert "(from the finder)" in text(book) and "DRAWN PHANTOMS" in text(book) and "stage 2 epoch 2/2" in text(book)
+    book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run, "limit": 40}, ROOT / "notebooks")
+    assert "QUICK CHECK on 40" in text(book) and not (run / "metrics.json").exists() and pictures(book) == 0
+    book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run}, ROOT / "notebooks")
+    assert (run / "metrics.json").is_file() and pictures(book) == 1
+    assert "95 % interval" in text(book) and "no published figure belongs beside" in text(book)
+
+
+@pytest.mark.slow
+def test_the_grid_notebook(phantoms, tmp_path):
+    import yaml
+
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**TINY, "data_root": str(phantoms), "stage1_epochs": 1,
+                                                        "stage1_frozen_epochs": 0, "stage2_epochs": 1}))
+    (tmp_path / "grid_nb.yaml").write_text(yaml.safe_dump(
+        {"base": "base.yaml", "axes": {"momentum": [0.9], "k": [1, 2], "threshold": [0.2]}}))
+    book = papermill("grid", tmp_path / "grid.ipynb", {"grid": tmp_path / "grid_nb.yaml", "out": tmp_path / "out"}, tmp_path)
+    assert pictures(book) == 2  # heat maps and ROC curves
+    assert (tmp_path / "out/leaderboard.csv").is_file()

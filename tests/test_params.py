@@ -1,0 +1,67 @@
+import pytest
+
+from charmlib.params import PARAMS, ParameterError, cell_source, coerce, load_params, parse_assignments, resolve
+
+
+@pytest.mark.parametrize(("name", "given", "wanted"), [
+    ("stage2_lr_min", "2e-5", 2e-5),  # YAML reads 2e-5 as text
+    ("weights", False, "none"), ("use_bank", "off", False), ("use_bank", "True", True), ("k", "3", 3), ("k", 3.0, 3),
+    ("momentum", 1, 1.0), ("split", "/lists/mine", "/lists/mine"), ("weights", None, "none"), ("csv", None, "")])
+def test_values_are_coerced_by_type(name, given, wanted):
+    value = coerce(name, given)
+    assert value == wanted and type(value) is type(wanted)
+
+
+@pytest.mark.parametrize(("name", "given", "says"), [
+    ("k", 2.5, "whole number"), ("k", True, "true or false"), ("k", "three", "not a number"), ("k", 0, "outside"),
+    ("momentum", 1.5, "outside"), ("momentum", "nan", "not finite"), ("use_bank", 1, "not true or false"),
+    ("rule", "rarest", "Did you mean 'rare'"), ("split", "oficial", "Did you mean 'official'"),
+    ("treshold", 0.1, "Did you mean 'threshold'"), ("arch", 3, "not text")])
+def test_refusals_name_the_value_and_the_remedy(name, given, says):
+    with pytest.raises(ParameterError, match=says) as error:
+        coerce(name, given, "somewhere.yaml")
+    assert "somewhere.yaml" in str(error.value)
+
+
+def test_later_layers_win(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("k: 4\nstage2_lr_max: 1e-4\nuse_bank: off\n")
+    p = resolve(load_params(path), {"k": 3}, parse_assignments(["k=2"]))
+    assert (p["k"], p["stage2_lr_max"], p["use_bank"]) == (2, 1e-4, False)
+    assert set(p) == set(PARAMS)
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ParameterError, match="bank_size"):
+        resolve({"k": 5, "bank_size": 3})
+    with pytest.raises(ParameterError, match="csv"):
+        resolve({"classes": "own"})
+    with pytest.raises(ParameterError, match="nothing would be trained"):
+        resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0, "stage2_epochs": 0})
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "charm.yaml").write_text("k: [")
+    with pytest.raises(ParameterError, match=r"charm\.yaml is not valid YAML"):
+        load_params(tmp_path / "charm.yaml")
+    with pytest.raises(ParameterError, match=r"Did you mean 'charm\.yaml'"):
+        load_params(tmp_path / "charn.yaml")
+
+
+def test_the_cell_text_runs_and_gives_the_defaults():
+    namespace: dict = {}
+    exec(cell_source(), namespace)
+    assert {name: namespace[name] for name in PARAMS} == resolve()
+    assert all(p.reason for p in PARAMS.values())
+
+
+def test_library_keywords_have_the_declared_defaults():
+    import inspect
+
+    from charmlib.models.charm import CharmNet
+    from charmlib.training.learner import charm_learner
+
+    for function in (CharmNet.__init__, charm_learner):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in PARAMS and parameter.default is not inspect.Parameter.empty and name not in ("classes", "seed"):
+                assert parameter.default == PARAMS[name].default, f"{function.__qualname__}: {name}"

@@ -1,0 +1,255 @@
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from charmlib import Run
+from charmlib.evaluation.results import finish, load_metrics, load_predictions
+from charmlib.params import ParameterError
+from charmlib.training import stages
+from charmlib.training.checkpoint import load_model, load_resume
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(monkeypatch, saves):
+    """Let the run write so many resume files and then die on the spot, as by SIGKILL."""
+    real, count = stages.save_resume, [0]
+
+    def save(path, state):
+        real(path, state)
+        count[0] += 1
+        if count[0] == saves:
+            raise Killed
+
+    monkeypatch.setattr(stages, "save_resume", save)
+
+
+def bits(folder):
+    net, card = load_model(folder)
+    history = pd.read_csv(folder / "history.csv").drop(columns="seconds")
+    return net.state_dict(), card["thresholds"], history
+
+
+@pytest.fixture(scope="module")
+def quiet(phantoms, tmp_path_factory):
+    """An undisturbed run of five epochs over three phases."""
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("quiet") / "run"
+    Run.open({**TINY, "data_root": str(phantoms), "run_dir": str(folder)}).train()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saves", [1, 2, 3, 4, 5])
+def test_a_killed_and_resumed_run_ends_in_the_same_bits(quiet, tiny, monkeypatch, saves):
+    """Killed after each of the five epochs: inside and at the end of each phase."""
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        killed_after(m, saves)
+        Run.open(tiny).train()
+    from pathlib import Path
+
+    folder = Path(tiny["run_dir"])
+    assert (folder / "resume.pt").is_file() and not (folder / "model.json").is_file()
+    torch.manual_seed(12345)  # the new process has some other random state
+    Run.open(tiny).train()
+    state, thresholds, history = bits(folder)
+    want_state, want_thresholds, want_history = bits(quiet)
+    assert state.keys() == want_state.keys()
+    for name, value in want_state.items():
+        assert torch.equal(state[name], value), name
+    assert thresholds == want_thresholds
+    pd.testing.assert_frame_equal(history, want_history)
+    assert len(history) == 5
+
+
+def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(quiet, tiny):
+    again = Run.open(tiny)
+    again.train()
+    for name, value in bits(quiet)[0].items():
+        assert torch.equal(again.net.state_dict()[name], value), name
+    other = Run.open(tiny, seed=7, run_dir=tiny["run_dir"] + "7")
+    assert not torch.equal(other.net.head[1].weight, Run.open(tiny).net.head[1].weight)
+
+
+def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):
+    """Validation losses are prescribed: 5 3 4 4 ends stage 2 with patience 2, and epoch 2's weights stay."""
+    from charmlib.training.callbacks import EpochRecord, KeepBest
+
+    script, states = iter([9, 9, 9, 5, 3, 4, 4, 1, 1]), []
+    real_row, real_keep = EpochRecord.after_epoch, KeepBest.after_epoch
+
+    def row(self):
+        real_row(self)
+        self.rows[-1]["valid_loss"] = float(next(script))
+
+    def keep(self):
+        states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        real_keep(self)
+
+    monkeypatch.setattr(EpochRecord, "after_epoch", row)
+    monkeypatch.setattr(KeepBest, "after_epoch", keep)
+    run = Run.open(tiny, stage2_epochs=6, patience=2)
+    history = run.train()
+    assert [r["valid_loss"] for r in history] == [9, 9, 9, 5, 3, 4, 4]
+    assert [r["stage"] for r in history] == ["1"] * 3 + ["2"] * 4
+    for name, value in run.net.state_dict().items():
+        assert torch.equal(value, states[4][name]), name
+
+
+def test_early_stopping_counts_on_after_a_kill(tiny, monkeypatch):
+    from charmlib.training.callbacks import EpochRecord
+
+    real_row = EpochRecord.after_epoch
+    losses = {("1", 0): 9, ("1", 1): 9, ("1", 2): 9, ("2", 0): 3}
+
+    def row(self):
+        real_row(self)
+        if self.epoch >= self.start:
+            r = self.rows[-1]
+            r["valid_loss"] = float(losses.get((r["stage"], r["epoch"]), 4))
+
+    monkeypatch.setattr(EpochRecord, "after_epoch", row)
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        killed_after(m, 5)  # stage 2 has waited one epoch of two
+        Run.open(tiny, stage2_epochs=6, patience=2).train()
+    history = Run.open(tiny, stage2_epochs=6, patience=2).train()
+    assert [r["stage"] for r in history].count("2") == 3
+
+
+def test_the_finder_is_asked_when_no_rate_is_pinned_and_its_answer_survives_a_kill(tiny, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        killed_after(m, 2)
+        run = Run.open(tiny, stage1_lr=0)
+        rate = run.find_lr()
+        run.train()
+    assert 1e-6 < rate < 1
+    again = Run.open(tiny, stage1_lr=0)
+    assert again.find_lr() == rate
+
+
+def test_settings_that_differ_are_refused_by_name(quiet, tiny, tmp_path, phantoms, monkeypatch):
+    from tests.conftest import TINY
+
+    copy = tmp_path / "copy"
+    shutil.copytree(quiet, copy)
+    mine = {**TINY, "data_root": str(phantoms), "run_dir": str(copy)}
+    with pytest.raises(ValueError, match="k 2 there, 3 here"):
+        Run.open(mine, k=3).train()
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        killed_after(m, 1)
+        Run.open(tiny).train()
+    with pytest.raises(ValueError, match=r"threshold 0\.2 there, 0\.1 here"):
+        Run.open(tiny, threshold=0.1).train()
+    before = (copy / "model.safetensors").stat().st_mtime_ns
+    Run.open(mine).train()  # the same settings: nothing to do
+    assert (copy / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ParameterError, match="Did you mean 'threshold'"):
+        Run.open(tiny, treshold=0.1)
+
+
+def test_a_damaged_resume_file_is_named(tiny):
+    from pathlib import Path
+
+    run = Run.open(tiny)
+    Path(tiny["run_dir"], "resume.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"resume\.pt cannot be read.*resume=False"):
+        run.train()
+
+
+def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
+    from sklearn.metrics import roc_auc_score
+
+    folder = tmp_path / "scored"
+    shutil.copytree(quiet, folder)
+    run = Run.load(folder)
+    metrics = run.score()
+    p = load_predictions(folder)
+    assert set(p.ids) == set((phantoms / "test_list.txt").read_text().split()) and p.classes == run.data.classes
+    with np.load(folder / "predictions.npz", allow_pickle=False) as file:
+        assert set(file.files) == {"classes", *(f"{a}_{b}" for a in ("valid", "test")
+                                                for b in ("ids", "patients", "labels", "logits"))}
+    defined = [i for i in range(14) if 0 < p.labels[:, i].sum() < len(p.labels)]
+    want = np.mean([roc_auc_score(p.labels[:, i], p.logits[:, i]) for i in defined])
+    assert metrics["test"]["mean_auc"] == pytest.approx(want, abs=1e-12)
+    # the order of the ids is the order of the rows: score one image alone
+    with torch.no_grad():
+        x, _ = run.dataloaders(2).test_dl([run.data.index.frame.set_index("id").loc[p.ids[3], "path"]]).one_batch()
+        alone = run.net(x.as_subclass(torch.Tensor))[0].numpy()
+    np.testing.assert_allclose(alone, p.logits[3], rtol=1e-3, atol=1e-4)
+    assert not (folder / "metrics.json").exists()
+    finish(folder)
+    kept = load_metrics(folder)
+    for key in ("format", "cell", "hash", "params", "split", "classes", "valid", "test", "bank", "seconds", "peak_memory_mb",
+                "device", "versions", "quick_check"):
+        assert key in kept, key
+    assert kept["split"]["test"]["patients"] > 1 and kept["data"]["drawn"] and not (folder / "resume.pt").exists()
+    assert 0 < run.quick_check(40) < 1
+
+
+def test_loading_is_strict_and_loud(quiet, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "x"
+    shutil.copytree(quiet, folder)
+    state = load_file(folder / "model.safetensors")
+    state["head.9.weight"] = state.pop("head.4.weight")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"2 differences.*head\.4\.weight is missing"):
+        load_model(folder)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Train first"):
+        Run.load(tmp_path)
+    with pytest.raises(ValueError, match="another k"):
+        Run.load(quiet, k=3)
+
+
+def test_a_checkpoint_meets_only_data_with_its_labels_and_split(quiet, tmp_path):
+    folder = tmp_path / "x"
+    shutil.copytree(quiet, folder)
+    card = json.loads((folder / "model.json").read_text())
+    card["classes"][:2] = card["classes"][1::-1]
+    (folder / "model.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="class 0 is 'Cardiomegaly' here and 'Atelectasis' there"):
+        Run.load(folder)
+    card["classes"][:2] = card["classes"][1::-1]
+    card["params"]["split_hash"] = "0" * 16
+    (folder / "model.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="would mix training and test"):
+        Run.load(folder)
+
+
+def test_resume_files_load_without_pickles_and_history_counts_the_bank(tiny, monkeypatch):
+    from pathlib import Path
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        killed_after(m, 4)
+        Run.open(tiny).train()
+    state = load_resume(Path(tiny["run_dir"]) / "resume.pt")
+    assert state["phase"] == "stage2" and state["epochs"] == 1
+    assert "bank.slots" in state["model"] and state["model"]["momentum.updates"].item() > 0
+    rows = state["history"]
+    assert all(0 <= r["bank_accepted"] <= 1 and 0 <= r["bank_filled"] <= 16 for r in rows)
+
+
+def test_own_classes_end_to_end(phantoms, tmp_path, tiny):
+    """A table of one's own with holes in it trains, scores and names the class that has no positives."""
+    from charmlib.data.index import read_index
+
+    index = read_index(phantoms)
+    table = index.frame[["id", "patient"]].assign(Big=index.frame["Effusion"], Small=index.frame["Infiltration"], Never=0.0)
+    table.loc[::7, "Small"] = np.nan
+    table.to_csv(tmp_path / "own.csv", index=False)
+    run = Run.open(tiny, classes="own", csv=str(tmp_path / "own.csv"), split="patient", stage1_epochs=1, stage2_epochs=1)
+    run.train()
+    with pytest.warns(UserWarning, match="Never"):
+        metrics = run.score()
+    assert metrics["test"]["undefined"] == ["Never"] and np.isfinite(metrics["test"]["mean_auc"])
+    assert np.isnan(load_predictions(run.folder).labels).any()

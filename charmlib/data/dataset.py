@@ -33,7 +33,7 @@ class ChestData:
     @property
     def source(self) -> str:
         """What stands on tables and pictures: the folder's name, or that the images are drawn."""
-        return "drawn phantoms, no patients" if self.index.drawn else self.index.root.resolve().name
+        return "drawn phantoms" if self.index.drawn else self.index.root.resolve().name
 
     def rows(self, part: str, *, findings_only: bool = False) -> np.ndarray:
         """Row numbers of 'train', 'valid' or 'test'; with ``findings_only`` the images that have a finding (stage 1)."""

@@ -68,11 +68,13 @@ def split_note(metrics: dict) -> str:
     """What must stand beside every score: data, split, images, patients, share of positives."""
     part = metrics["split"]["test"]
     return (f"{metrics['data']['name']}, split '{metrics['split']['name']}' ({metrics['split']['hash'][:8]}): "
-            f"{part['images']:,} test images of {part['patients']:,} patients, {part['positive_share']:.1%} with a finding")
+            f"{part['images']:,} test images of {part['patients']:,} patients, {part['positive_share']:.0%} with a finding")
 
 
 def _table(frame: pd.DataFrame) -> str:
     shown = frame.copy()
+    if "n_images" in shown and shown["split"].dropna().nunique() == 1:  # said once, above the table
+        shown = shown.drop(columns=["split", "n_images", "n_patients"])
     for column in shown.columns:
         if column.endswith(("_auc", "ci_low", "ci_high")) or column == "mean AUC":
             shown[column] = shown[column].map(lambda v: "" if pd.isna(v) else f"{v:.4f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -150,12 +151,25 @@ class Run:
         state = runner.saved(self.params["resume"])
         self.log(f"training on {self.device} in {self.precision}, {self.data.source}, split {self.data.split.name} "
                  f"{self.data.split.hash}" + (f", continuing {state['phase']} after epoch {state['epochs']}" if state else ""))
+        if self.params["use_momentum"] and state is None:
+            self._note_warmup(phases)
         self.history = runner.run(phases, state)
         logits, labels = self.logits("valid")
         card = {**self.params, "split_hash": self.data.split.hash}
         save_model(self.net, self.folder, classes=self.data.classes, params=card,
                    thresholds={"youden": youden_thresholds(labels, logits, self.data.classes)})
         return self.history
+
+    def _note_warmup(self, phases) -> None:
+        """Say so when the run is too short for its momentum: a larger one would then be the same run."""
+        m = self.params["momentum"]
+        needed = float("inf") if m >= 1 else max(0, math.ceil((10 * m - 1) / (1 - m)))
+        batches = {stage: max(1, len(self.data.rows("train", findings_only=stage == 1))
+                              // self.params[f"stage{stage}_batch"]) for stage in (1, 2)}
+        steps = sum(phase.epochs * batches[phase.stage] for phase in phases)
+        if steps <= needed:
+            self.log(f"note: the warm-up reaches momentum {m:g} after {needed:g} steps and this run has {steps} at most, so "
+                     "any larger momentum gives the same run")
 
     def trained(self) -> bool:
         """Whether the folder holds the checkpoint of exactly this run; it is then loaded.

@@ -42,5 +42,5 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
     mean = f"mean {np.mean(defined):.3f}" + (f" of {len(defined)}" if len(defined) < len(aucs) else "") if defined else ""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside center right", frameon=False, fontsize=10,
                   title=f"AUC, finding (positives)\n{mean}")
-    figure.suptitle("\n".join([title, *textwrap.wrap(note, 110)]).strip(), fontsize=10.5)
+    figure.suptitle("\n".join([title, *textwrap.wrap(note, 125)]).strip(), fontsize=10.5)
     return figure

@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint lab clean
+.PHONY: demo test nih64 lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+SHARED ?= ../shared
+nih64: $(VENV)/.installed
+	$(BIN)/python -m charmlib grid run params/grid_nih64.yaml --out runs/nih64 \
+		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
+	$(BIN)/python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

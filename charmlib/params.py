@@ -38,7 +38,8 @@ class Param:
 
 _DECLARED = [
     # data
-    Param("data", "data_root", str, "", "folder of the images and CSVs; '' looks on Kaggle's mounts and in ./data"),
+    Param("data", "data_root", str, "",
+          "folder of the images and CSVs; '' looks on Kaggle's mounts and in ./data, else draws phantoms"),
     Param("data", "classes", str, "nih14", "which labels: the 14 findings, 'No Finding' as a 15th, or those of `csv`",
           ("nih14", "nih15", "own")),
     Param("data", "csv", str, "", "a label table of your own instead of the NIH one; '' finds the NIH one"),
@@ -198,7 +199,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     ParameterError
         No such file, not YAML, not a mapping; names the file.
     """
-    path = Path(path)
+    path = find_file(path)
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParameterError(f"no file {path}.{nearest(path.name, there)}")
@@ -211,6 +212,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ParameterError(f"{path}: wanted 'name: value' lines, found {type(content).__name__}.")
     return content
+
+
+def find_file(path: str | Path) -> Path:
+    """``path`` if it is there, else the file of that name that ships with charmlib (``params/charm.yaml`` anywhere)."""
+    path = Path(path)
+    parts = path.parts[path.parts.index("params") + 1:] if "params" in path.parts else path.parts
+    package = Path(__file__).parent
+    for folder in () if path.is_file() else (package.parent / "params", package / "shipped" / "params"):
+        if folder.joinpath(*parts).is_file():
+            return folder.joinpath(*parts)
+    return path
 
 
 def load_params(path: str | Path) -> dict[str, Any]:

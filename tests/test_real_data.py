@@ -22,10 +22,10 @@ def test_the_full_metadata_reads_as_published(shared, tmp_path):
     """Labels and official lists of all 112,120 images, without the images."""
     import gzip
 
+    import pandas as pd
+
     from charmlib.data.index import Report, _read_labels, _read_meta
     from charmlib.data.labels import NIH14
-
-    import pandas as pd
 
     with gzip.open(shared / "nih_meta/Data_Entry_2017_v2020.csv.gz", "rt") as file:
         raw = pd.read_csv(file, dtype=str, keep_default_na=False)

@@ -20,14 +20,16 @@ class GridError(RuntimeError):
 
 
 def find_notebooks(folder: str | Path | None = None) -> Path:
-    """The folder of ``train.ipynb`` and ``test.ipynb``: given, beside the package, or in the current folder.
+    """The folder of ``train.ipynb`` and ``test.ipynb``: given, of the checkout or wheel, or in the current folder.
 
     Raises
     ------
     GridError
         Not found; lists where it was looked for.
     """
-    places = [Path(folder)] if folder else [Path(charmlib.__file__).parents[1] / "notebooks", Path("notebooks"), Path(".")]
+    package = Path(charmlib.__file__).parent
+    places = [Path(folder)] if folder else [package.parent / "notebooks", package / "shipped" / "notebooks",
+                                            Path("notebooks"), Path(".")]
     for place in places:
         if all((place / f"{name}.ipynb").is_file() for name in NOTEBOOKS):
             return place.resolve()

@@ -5,8 +5,10 @@ Papermill executes both notebooks here, so that a crash or a kill stays in this 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -53,14 +55,25 @@ def declared(notebook: Path) -> set[str]:
     raise ValueError(f"{notebook} has no cell tagged 'parameters'")
 
 
+def die_with_parent() -> None:
+    """Let the kernel end this process when the one that started it is gone, so that no cell ever runs on unseen.
+
+    The notebook's own kernel watches this process and ends with it. Linux only; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
 def main() -> int:
+    die_with_parent()
     warnings.filterwarnings("ignore")
     cell = json.load(sys.stdin)
     error = Path(cell["folder"]) / "error.txt"
     try:
         error.unlink(missing_ok=True)
         run_cell(cell)
-    except BaseException as problem:
+    except Exception as problem:
         error.parent.mkdir(parents=True, exist_ok=True)
         error.write_text(traceback.format_exc())
         print(f"{type(problem).__name__}: {problem}", file=sys.stderr)

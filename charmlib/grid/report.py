@@ -8,6 +8,7 @@ import io
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from charmlib.evaluation.published import beside_published
@@ -46,6 +47,8 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | N
         pictures.append((f"Training of {best['cell']}", plot_history(history)))
         images = "".join(f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' src='{_data_url(figure)}'>"
                          for title, figure in pictures)
+        for _, figure in pictures:  # or a notebook that runs the grid shows them all
+            plt.close(figure)
     drawn = ("<p class='drawn'>Made from <b>drawn phantoms</b>, not radiographs: this shows that the software works and "
              "nothing else.</p>") if metrics["data"]["drawn"] else ""
     published, remark = beside_published(metrics)
@@ -55,8 +58,9 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | N
     name = grid.name if grid is not None else folder.name
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Grid {html.escape(name)}</title>
 <style>{_STYLE}</style><h1>Grid {html.escape(name)}</h1>{drawn}
-<p>{html.escape(split_note(metrics))}. {html.escape(metrics['device'])}, {metrics['precision']}, torch {metrics['versions']['torch']},
-charmlib {metrics['versions']['charmlib']}, seed {metrics['params']['seed']}. Research use only.</p>
+<p>{html.escape(split_note(metrics))}. {html.escape(metrics['device'])}, {metrics['precision']},
+torch {metrics['versions']['torch']}, charmlib {metrics['versions']['charmlib']}, seed {metrics['params']['seed']}.
+Research use only.</p>
 <h2>Leaderboard</h2><p class="note">Ranked by validation mean AUC. The test columns are for reading, with 95 %
 intervals by bootstrap over patients; differences within them say nothing.</p>
 <div class="scroll">{_table(board)}</div>{images}{compare}</html>"""

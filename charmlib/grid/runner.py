@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+import charmlib
 from charmlib.data.dataset import open_dataset
 from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.results import load_metrics
@@ -93,19 +94,18 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, *, split_folder: Path, 
 
 def _prepare(grid: Grid, folder: Path, notebooks: Path, say) -> dict[str, str]:
     """Decode the images once for all cells, write the split, and compute every cell's hash."""
-    code, seen, hashes = notebook_code(notebooks), {}, {}
+    code, splits, hashes = notebook_code(notebooks), {}, {}
     for cell in grid.cells:
         key = tuple(cell.params[name] for name in _DATA)
-        if key not in seen:
+        if key not in splits:
             data = open_dataset({name: cell.params[name] for name in _DATA})
-            seen[key] = data.split
+            splits[key] = data.split, data.split.frame(data.index)
             say(str(data))
-        hashes[cell.id] = cell_hash(cell.params, code, seen[key].hash)
-        several = len({s.hash for s in seen.values()}) > 1
-        name = f"split_{seen[key].hash}.csv" if several else "split.csv"
-        if not (folder / name).is_file() or not several:
-            frame = seen[key].frame(data.index)
-            write_whole(folder / name, lambda temporary, frame=frame: frame.to_csv(temporary, index=False))
+        hashes[cell.id] = cell_hash(cell.params, code, splits[key][0].hash)
+    different = {split.hash: frame for split, frame in splits.values()}
+    for name, frame in different.items():
+        target = folder / ("split.csv" if len(different) == 1 else f"split_{name}.csv")
+        write_whole(target, lambda temporary, frame=frame: frame.to_csv(temporary, index=False))
     return hashes
 
 
@@ -163,6 +163,9 @@ def child_environment(threads: int) -> dict[str, str]:
         for name, value in dask.config.get(f"distributed.nanny.{key}", {}).items():
             if env.get(name) == str(value):
                 del env[name]
+    home = Path(charmlib.__file__).parents[1]
+    if (home / "pyproject.toml").is_file():  # a checkout that is perhaps not installed
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), env.get("PYTHONPATH")]))
     if threads and "OMP_NUM_THREADS" not in env:
         env["OMP_NUM_THREADS"] = str(threads)
     return env
@@ -225,8 +228,8 @@ def _run(jobs: list[dict], workers, scheduler, scheduler_file, say) -> None:
     start, done = time.monotonic(), 0
     try:
         # pure=False and no retries: a cell is run because its result is not on disk, never because of a cached key
-        futures = [client.submit(work, job, devices, key=f"cell-{job['id']}-{time.time_ns()}", pure=False, retries=0)
-                   for job in jobs]
+        futures = [client.submit(work, job, devices, key=f"cell-{job['id']}-{time.time_ns()}", pure=False, retries=0,
+                                 priority=-i) for i, job in enumerate(jobs)]
         pending = set(futures)
         while pending:
             for future in [f for f in pending if f.done()]:

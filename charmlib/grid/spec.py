@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from charmlib.params import ParameterError, coerce, load_params, nearest, read_yaml, resolve
+from charmlib.params import ParameterError, coerce, find_file, load_params, nearest, read_yaml, resolve
 
 KEYS = ("name", "base", "axes", "cells")
 _SHORT = {"momentum": "m", "k": "k", "threshold": "t"}
@@ -62,7 +62,7 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
     ParameterError
         Names the file, the key or cell, and the nearest valid name.
     """
-    path = Path(path)
+    path = find_file(path)
     content = read_yaml(path)
     for key in content:
         if key not in KEYS:

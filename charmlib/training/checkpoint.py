@@ -111,5 +111,5 @@ def load_resume(path: Path) -> dict | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). Remove it to train from the start, "
-                         "or say resume=False.") from error
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                         "Remove it to train from the start, or say resume=False.") from error

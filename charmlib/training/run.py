@@ -53,7 +53,7 @@ class Run:
 
     @classmethod
     def open(cls, params: Mapping | None = None, **changes) -> Run:
-        """Check the parameters, open the data, build the network, and write ``params.yaml``.
+        """Check the parameters, open the data, build the network. Writes nothing yet.
 
         Raises
         ------
@@ -67,10 +67,7 @@ class Run:
         data = open_dataset(p)
         seed_everything(p["seed"], "weights")
         net = CharmNet(classes=len(data.classes), weights=p["weights"], norm=p["norm"], **network_params(p)).to(device)
-        run = cls(p, data, net, device, precision)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_text(run.folder / "params.yaml", yaml.safe_dump(p, sort_keys=False))
-        return run
+        return cls(p, data, net, device, precision)
 
     @classmethod
     def load(cls, run_dir: str | Path, **changes) -> Run:
@@ -116,6 +113,7 @@ class Run:
 
         The finder leaves network, bank and momentum branch as they were. A resumed run keeps the rate it began with.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self._lr is None:
             kept = self._runner().saved(self.params["resume"])
             self._lr = kept["lr"] if kept else None
@@ -131,7 +129,7 @@ class Run:
     def train(self) -> list[dict]:
         """Both stages; continues where an earlier start was stopped, and does nothing for a run that is trained.
 
-        Writes ``history.csv`` and ``log.txt`` as it goes, ``resume.pt`` after each epoch, and at the end
+        Writes ``params.yaml``, then ``history.csv`` and ``log.txt`` as it goes, ``resume.pt`` after each epoch, and at the end
         ``model.safetensors`` and ``model.json`` with thresholds chosen on the validation part.
 
         Raises
@@ -146,6 +144,9 @@ class Run:
             for name in ("resume.pt", "model.json", "model.safetensors", "history.csv", "predictions.npz", PART_FILE,
                          "metrics.json"):
                 (self.folder / name).unlink(missing_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._runner().saved(self.params["resume"])  # refuses a folder of other settings before writing to it
+        write_text(self.folder / "params.yaml", yaml.safe_dump(self.params, sort_keys=False))
         phases = plan(self.params, self.find_lr())
         runner = self._runner()
         state = runner.saved(self.params["resume"])
@@ -221,6 +222,7 @@ class Run:
     def log(self, text: str) -> None:
         """One line, shown and kept in ``log.txt``."""
         print(text, flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.txt", "a") as file:
             file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,10 +66,10 @@ def test_cache_notices_changed_files_other_sizes_and_other_lists(tmp_path):
 
 def test_damaged_files_are_named_not_hidden(tmp_path):
     paths = write(tmp_path)
-    whole = open(paths[2], "rb").read()
-    open(paths[2], "wb").write(whole[: len(whole) // 2])
-    open(paths[7], "wb").write(b"no image")
-    open(paths[8], "wb").close()
+    truncated = Path(paths[2])
+    truncated.write_bytes(truncated.read_bytes()[:600])
+    Path(paths[7]).write_bytes(b"no image")
+    Path(paths[8]).write_bytes(b"")
     images, bad = cached_images(paths, 24, cache_dir=tmp_path / "c")
     assert set(bad) == {paths[2], paths[7], paths[8]} and images[2].max() == 0
     assert cached_images(paths, 24, cache_dir=tmp_path / "c")[1] == bad

@@ -186,10 +186,23 @@ def test_kaggle_mounts_of_today_and_before(tmp_path):
     for folder in (new, old, other):
         nih_folder(folder, ROWS)
         assert resolve_data_root("", kaggle_input=tmp_path / folder.relative_to(tmp_path).parts[0]) == folder
-    with pytest.raises(FileNotFoundError, match="data_root"):
-        resolve_data_root("", kaggle_input=tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="nih-chest-xrays/data"):
+        resolve_data_root("", kaggle_input=tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no folder"):
         resolve_data_root(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_without_any_data_the_embedded_phantoms_are_taken_and_named(tmp_path, monkeypatch, capsys):
+    from charmlib.data.index import is_drawn
+
+    monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    root = resolve_data_root("", kaggle_input=tmp_path / "nothing")
+    assert is_drawn(root) and "DRAWN PHANTOMS" in capsys.readouterr().out
+    nih_folder(tmp_path / "data", ROWS)
+    assert resolve_data_root("", kaggle_input=tmp_path / "nothing").resolve() == tmp_path / "data"
 
 
 def test_label_names():

@@ -50,7 +50,8 @@ def test_shards_cover_the_grid_once(tmp_path):
     ("axis: {k: [2]}", "unknown key 'axis'.*Did you mean 'axes'"), ("axes: {treshold: [0.1]}", "Did you mean 'threshold'"),
     ("axes: {k: [2.5]}", "whole number"), ("axes: {k: 3}", "wanted a list"), ("axes: {k: [2, 2]}", "a value twice"),
     ("axes: [k]", "axes must be"), ("cells: [k]", "cells.0."), ("base: base.yaml", "nothing to run"),
-    ("base: bas.yaml\naxes: {k: [2]}", "Did you mean 'base.yaml'"), ("axes: {k: [2]}\ncells: [{name: a/b}]", "cannot be a folder"),
+    ("base: bas.yaml\naxes: {k: [2]}", "Did you mean 'base.yaml'"),
+    ("axes: {k: [2]}\ncells: [{name: a/b}]", "cannot be a folder"),
     ("axes: {bank_size: [3]}", "lower k"), ("axes: {run_dir: [x]}", "own folder"),
     ("axes: {k: [2]}\ncells: [{k: 2, name: k2, seed: 1}]", "two different cells")])
 def test_whatever_is_wrong_is_refused_before_anything_runs(tmp_path, text, says):

@@ -140,8 +140,10 @@ def test_settings_that_differ_are_refused_by_name(quiet, tiny, tmp_path, phantom
     copy = tmp_path / "copy"
     shutil.copytree(quiet, copy)
     mine = {**TINY, "data_root": str(phantoms), "run_dir": str(copy)}
+    before = (copy / "params.yaml").read_text()
     with pytest.raises(ValueError, match="k 2 there, 3 here"):
         Run.open(mine, k=3).train()
+    assert (copy / "params.yaml").read_text() == before  # a refused start loses nothing
     with monkeypatch.context() as m, pytest.raises(Killed):
         killed_after(m, 1)
         Run.open(tiny).train()

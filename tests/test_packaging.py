@@ -1,0 +1,107 @@
+"""What a user installs: the wheel for Kaggle, the requirements, the README's commands."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source") / "src"  # a build leaves files beside pyproject.toml
+    subprocess.run(["git", "-c", "safe.directory=*", "clone", "-q", str(ROOT), str(source)], check=True)
+    subprocess.run(["cp", "-r", *(str(ROOT / p) for p in ("charmlib", "notebooks", "params", "pyproject.toml", "README.md")),
+                    str(source)], check=True)
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(source)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next(out.glob("charmlib-*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_a_grid_where_there_is_no_checkout(wheel, phantoms, tmp_path):
+    """As on Kaggle: installed with --no-deps into a folder, started elsewhere, notebooks and params from the wheel."""
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site), str(wheel)],
+                   check=True, capture_output=True)
+    code = (f"import sys; sys.path.insert(0, {str(site)!r})\n"
+            "import charmlib, pathlib; assert charmlib.__file__.startswith(sys.path[0])\n"
+            "from charmlib.grid.cells import find_notebooks; from charmlib.grid import load_grid\n"
+            "print(find_notebooks()); print(len(load_grid('params/grid_published.yaml').cells))\n"
+            "from charmlib.evaluation.published import published_results; assert len(published_results())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(site) in done.stdout and "26" in done.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mount", ["charm-wheel", "datasets/me/charm-wheel"])
+def test_the_first_cell_installs_the_wheel_from_a_kaggle_mount(wheel, mount, tmp_path):
+    """On today's and on the former mount form; what pip is told is recorded, not done to this environment."""
+    cell = next(c for c in nbformat.read(ROOT / "notebooks/train.ipynb", as_version=4).cells if c.cell_type == "code")
+    folder = tmp_path / "kaggle/input" / mount
+    folder.mkdir(parents=True)
+    (folder / wheel.name).write_bytes(wheel.read_bytes())
+    source = cell.source.replace("/kaggle/input", str(tmp_path / "kaggle/input"))
+    code = ("import importlib.util, subprocess\nimportlib.util.find_spec = lambda name: None\n"
+            "subprocess.run = lambda args, **k: print(*args)\n" + source)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--no-deps" in done.stdout and done.stdout.strip().endswith(str(folder / wheel.name))
+    empty = subprocess.run([sys.executable, "-c", code.replace("kaggle/input", "kaggle/nothing")], capture_output=True,
+                           text=True, cwd=tmp_path)
+    assert "attach the dataset" in empty.stderr
+
+
+def test_requirements_are_lower_bounds_only():
+    """A pin would replace the torch of Kaggle's image."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            assert re.fullmatch(r"[\w-]+>=[\d.]+", line), line
+
+
+def test_everything_imported_is_required():
+    listed = {re.split(r"[>=<]", line)[0].lower().replace("-", "_") for line in
+              (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")}
+    names = {"sklearn": "scikit_learn", "PIL": "pillow", "yaml": "pyyaml"}
+    brought = {"scipy", "IPython"}  # by scikit-learn and ipykernel
+    found = set()
+    for path in (ROOT / "charmlib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {a.name.split(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+    third = found - set(sys.stdlib_module_names) - {"charmlib"} - brought
+    assert {names.get(n, n).lower() for n in third} <= listed, third
+
+
+def test_the_readmes_files_and_commands_are_there():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:params|notebooks|benchmarks|kaggle_setup)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"\bmake (\w+)\b(?=`|\n| )", "\n".join(re.findall(r"```.*?```|`[^`]*`", text, re.S))):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+    for line in re.findall(r"^python -m charmlib (.+?)(?: \\)?$", text, re.M):
+        words = line.split()
+        command = words[:2] if words[0] in ("grid", "kaggle") else words[:1]
+        done = subprocess.run([sys.executable, "-m", "charmlib", *command, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, line
+        options = set(re.findall(r"(?<!\S)(--[\w-]+)", line))
+        assert options <= set(re.findall(r"--[\w-]+", done.stdout)), line
+    assert "research use only" in text.lower()
+
+
+def test_no_real_radiograph_and_nothing_large_is_stored():
+    files = subprocess.run(["git", "-c", "safe.directory=*", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    for name in files.stdout.splitlines():
+        path = ROOT / name
+        assert not path.is_file() or path.stat().st_size < 1_000_000, name
+        assert not re.search(r"\d{8}_\d{3}\.png$", name), name

@@ -5,7 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test nih64 lint lab clean
+# brings the notebooks' parameters cells up to date after a change of charmlib/params.py
+.PHONY: demo test nih64 parameters lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +30,9 @@ nih64: $(VENV)/.installed
 		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
 	$(BIN)/python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
 
+parameters: $(VENV)/.installed
+	$(BIN)/python -m charmlib params --write notebooks/train.ipynb --write notebooks/test.ipynb
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
@@ -37,4 +41,4 @@ lab: $(VENV)/.installed
 	$(BIN)/jupyter lab notebooks
 
 clean:
-	rm -rf runs data/phantoms
+	rm -rf runs/demo data/phantoms

@@ -122,11 +122,24 @@ def grid_report(folder):
 
 
 @cli.command()
-def params():
+@click.option("--write", "notebooks", multiple=True, type=click.Path(path_type=Path, exists=True), metavar="NOTEBOOK",
+              help="Bring the parameters cell of this notebook up to date instead.")
+def params(notebooks):
     """List all parameters with their defaults and reasons."""
-    from charmlib.params import cell_source
+    import nbformat
 
-    click.echo(cell_source())
+    from charmlib.params import PARAMS, cell_source
+
+    if not notebooks:
+        click.echo(cell_source())
+    for path in notebooks:
+        book = nbformat.read(path, as_version=4)
+        cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
+        names = [line.split(":")[0] for line in cell.source.splitlines() if line.split(":")[0] in PARAMS]
+        # train takes all there are, so that a new parameter reaches it
+        cell.source = cell_source(PARAMS if path.stem == "train" else names)
+        nbformat.write(book, path)
+        click.echo(f"{path}: {len(cell.source.splitlines())} lines")
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
@@ -152,6 +165,6 @@ def main():
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         cli()
-    except (ParameterError, GridError, SplitError, FileNotFoundError, FileExistsError, ValueError) as error:
+    except (ParameterError, GridError, SplitError, ValueError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

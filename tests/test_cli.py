@@ -61,3 +61,20 @@ def test_refused_input_is_one_clear_line_and_exit_2(args, says, tmp_path):
 def test_the_list_of_parameters():
     done = charm("params")
     assert done.returncode == 0 and "threshold: float = 0.2" in done.stdout
+
+
+def test_a_notebooks_parameters_are_brought_up_to_date(tmp_path):
+    import shutil
+
+    import nbformat
+
+    for name in ("train", "test"):
+        path = tmp_path / f"{name}.ipynb"
+        shutil.copy(ROOT / "notebooks" / path.name, path)
+        book = nbformat.read(path, as_version=4)
+        cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
+        right, cell.source = cell.source, cell.source.replace("workers: int = 2", "workers: int = 3")
+        nbformat.write(book, path)
+        assert charm("params", "--write", path).returncode == 0
+        again = nbformat.read(path, as_version=4)
+        assert [c.source for c in again.cells if "parameters" in c.metadata.get("tags", [])] == [right]

@@ -1,6 +1,7 @@
 """What a user installs: the wheel for Kaggle, the requirements, the README's commands."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -97,6 +98,20 @@ def test_the_readmes_files_and_commands_are_there():
         options = set(re.findall(r"(?<!\S)(--[\w-]+)", line))
         assert options <= set(re.findall(r"--[\w-]+", done.stdout)), line
     assert "research use only" in text.lower()
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs(phantoms, tmp_path):
+    """As it stands, but for the data, a small backbone and one epoch."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    for old, new in (("/data/nih", str(phantoms)), ("image_size=224", "image_size=32"), ("fine_tune(20,", "fine_tune(1,"),
+                     ('"efficientnet_v2_s"', '"timm:test_resnet", weights="none"'), ("bs=64", "bs=16"),
+                     ("freeze_epochs=3", "freeze_epochs=1")):
+        assert old in code, old
+        code = code.replace(old, new)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"})
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_no_real_radiograph_and_nothing_large_is_stored():

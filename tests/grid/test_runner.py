@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def small_grid(folder, phantoms, **axes):
     base = {**TINY, "data_root": str(phantoms), "stage1_frozen_epochs": 0, "stage1_epochs": 1, "stage2_epochs": 1}
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    (folder / "grid_small.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "axes": axes}))
+    (folder / "grid_small.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "axes": axes}, sort_keys=False))
     return folder / "grid_small.yaml"
 
 

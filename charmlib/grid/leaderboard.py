@@ -14,6 +14,10 @@ from charmlib.grid.cells import GridError, cell_status
 LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "split", "n_images", "n_patients", "seconds",
         "overhead_seconds", "status"]
 
+_NEEDS = {"momentum": "use_momentum", **dict.fromkeys(
+    ("k", "threshold", "bank_size", "strategy", "rule", "retrieval", "bank_norm"), "use_bank")}
+"""An axis says nothing about a cell whose part is switched off, and stays blank there."""
+
 
 def leaderboard(folder: str | Path, grid=None) -> pd.DataFrame:
     """Collect the cells of a grid's folder, write ``leaderboard.csv`` there, and return it.
@@ -27,16 +31,14 @@ def leaderboard(folder: str | Path, grid=None) -> pd.DataFrame:
         The folder holds no grid.
     """
     folder = Path(folder)
-    cells = _cells(folder, grid)
-    axes = list(dict.fromkeys(name for _, values in cells for name in values))
-    rows, seen = [], set()
-    for cell, values in cells:
-        row = {"rank": pd.NA, "cell": cell, **{a: values.get(a) for a in axes}, "status": cell_status(folder / cell)}
-        if row["status"] == "done":
-            m = load_metrics(folder / cell)
-            for name in axes:
-                if row[name] is None:
-                    row[name] = m["params"].get(name)
+    cells, axes = _cells(folder, grid)
+    rows = []
+    for cell, params in cells.items():
+        row = {"rank": pd.NA, "cell": cell, "status": cell_status(folder / cell)}
+        m = load_metrics(folder / cell) if row["status"] == "done" else None
+        params = m["params"] if m else params
+        row |= {name: None if not params.get(_NEEDS.get(name), True) else params[name] for name in axes}
+        if m:
             drawn = " (drawn phantoms)" if m["data"]["drawn"] else ""
             row |= {"valid_mean_auc": m["valid"]["mean_auc"], "test_mean_auc": m["test"]["mean_auc"],
                     "ci_low": m["test"]["mean_auc_low"], "ci_high": m["test"]["mean_auc_high"],
@@ -44,7 +46,6 @@ def leaderboard(folder: str | Path, grid=None) -> pd.DataFrame:
                     "n_images": m["split"]["test"]["images"], "n_patients": m["split"]["test"]["patients"],
                     "seconds": round(m["seconds"]["train"] + m["seconds"]["score"], 1),
                     "overhead_seconds": m["seconds"]["overhead"]}
-            seen.add(m["split"]["hash"])
             if m["quick_check"]:
                 row["status"] = "quick check"
         rows.append(row)
@@ -57,14 +58,15 @@ def leaderboard(folder: str | Path, grid=None) -> pd.DataFrame:
     return board
 
 
-def _cells(folder: Path, grid) -> list[tuple[str, dict]]:
+def _cells(folder: Path, grid) -> tuple[dict[str, dict], list[str]]:
+    """Cell -> parameters, and the axes' names: of the given grid, or of the one that the folder was made with."""
     if grid is not None:
-        listed = [(c.id, c.axes) for c in grid.cells]
+        listed, axes = {c.id: c.params for c in grid.cells}, list(grid.axes)
     elif (folder / "grid.yaml").is_file():
-        listed = [(c["id"], c["axes"]) for c in yaml.safe_load((folder / "grid.yaml").read_text())["cells"]]
+        kept = yaml.safe_load((folder / "grid.yaml").read_text())
+        listed, axes = {c["id"]: c["params"] for c in kept["cells"]}, list(kept["axes"])
     else:
         raise GridError(f"{folder} holds no grid (no grid.yaml)")
-    known = {name for name, _ in listed}
-    # cells of an earlier, other call of the same grid (a pinned axis, a shard) stay on the board
-    others = sorted(p.parent.name for p in folder.glob("*/metrics.json") if p.parent.name not in known)
-    return listed + [(name, {}) for name in others]
+    # cells of another call of the same grid (a pinned axis, another shard) stay on the board
+    others = sorted(p.parent.name for p in folder.glob("*/metrics.json") if p.parent.name not in listed)
+    return listed | {name: {} for name in others}, [a for a in axes if a != "split"]  # which the board has anyway

@@ -21,7 +21,7 @@ from charmlib.viz.roc import plot_roc
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;color:#222;max-width:1080px;margin:2em auto;padding:0 1em}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:13px}th,td{padding:3px 9px;text-align:right;border-bottom:1px solid #ddd;
-white-space:nowrap}th{border-bottom:2px solid #888}tr:first-child td{font-weight:600}.note{color:#555}
+white-space:nowrap}th{border-bottom:2px solid #888}.board tr:first-child td{font-weight:600}.published th,.published td{text-align:left}.note{color:#555}
 .drawn{background:#fff3cd;padding:.5em .8em;border-radius:4px}"""
 
 
@@ -54,7 +54,7 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | N
     published, remark = beside_published(metrics)
     compare = f"<h2>Beside published figures</h2><p class='note'>{html.escape(remark)}</p>"
     if published is not None:
-        compare += f"<div class='scroll'>{_table(published)}</div>"
+        compare += f"<div class='scroll published'>{_table(published)}</div>"
     name = grid.name if grid is not None else folder.name
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Grid {html.escape(name)}</title>
 <style>{_STYLE}</style><h1>Grid {html.escape(name)}</h1>{drawn}
@@ -63,7 +63,7 @@ torch {metrics['versions']['torch']}, charmlib {metrics['versions']['charmlib']}
 Research use only.</p>
 <h2>Leaderboard</h2><p class="note">Ranked by validation mean AUC. The test columns are for reading, with 95 %
 intervals by bootstrap over patients; differences within them say nothing.</p>
-<div class="scroll">{_table(board)}</div>{images}{compare}</html>"""
+<div class="scroll board">{_table(board)}</div>{images}{compare}</html>"""
     write_text(folder / "report.html", page)
     return folder / "report.html"
 

@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file, expanded."""
+    """A grid file, expanded. ``axes`` are those of the file, then what else its extra cells set differently."""
 
     name: str
     path: Path
@@ -99,7 +99,9 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
         if other.params != cell.params:
             raise ParameterError(f"{path}: two different cells would be called '{cell.id}'; give one of them a name.")
     names = list(axes)
-    names += [a for cell in unique.values() for a in cell.axes if a not in names]
+    for name in dict.fromkeys(a for cell in unique.values() for a in cell.axes if a not in axes):
+        if len({str(cell.params[name]) for cell in unique.values()}) > 1:
+            names.append(name)
     return Grid(str(content.get("name") or path.stem.removeprefix("grid_")), path, tuple(unique.values()),
                 tuple(dict.fromkeys(names)))
 

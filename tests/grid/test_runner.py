@@ -165,6 +165,33 @@ def test_another_dask_cluster_does_the_same(done, phantoms, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_runner_leaves_no_process_and_the_same_command_ends_in_the_same_bits(done, tmp_path):
+    """SIGKILL while the cell trains; the grid's own processes, papermill's and the kernel's must all be gone soon."""
+    import time
+
+    import psutil
+
+    path, out, _, _ = done
+    command = [sys.executable, "-m", "charmlib", "grid", "run", str(path), "-p", "k=1", "--out", str(tmp_path / "out")]
+    runner = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cell = tmp_path / "out/m0.9_k1_t0.1"
+    while not (cell / "resume.pt").is_file():
+        assert runner.poll() is None and not (cell / "metrics.json").is_file()
+        time.sleep(0.01)
+    family = runner.children(recursive=True)
+    assert any("ipykernel" in " ".join(p.cmdline()) for p in family)
+    runner.kill()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive, [p.cmdline() for p in alive]
+    assert not (cell / "metrics.json").is_file()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    ours, theirs = load_metrics(cell), load_metrics(out / "m0.9_k1_t0.1")
+    assert all(ours[key] == theirs[key] for key in ("hash", "split", "valid", "test", "bank"))
+    assert not (cell / "resume.pt").exists()
+
+
+@pytest.mark.slow
 def test_two_cells_at_once_share_the_cores(done, phantoms, tmp_path):
     path, *_ = done
     board = run_grid(path, out=tmp_path / "out", workers=2, say=lambda line: None)
@@ -232,6 +259,17 @@ def test_gpus_come_from_the_environment(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", os.devnull)
     assert gpus() == []
+
+
+def test_a_board_whose_cells_set_the_split_and_switch_parts_off(tmp_path):
+    """Both once broke it: a second column called split, and a k for a cell without a bank."""
+    from charmlib.grid.spec import load_grid
+
+    (tmp_path / "grid_x.yaml").write_text("axes: {k: [2]}\ncells: [{name: plain, use_bank: off, split: patient},"
+                                          " {name: own, split: patient, rule: angle}]\n")
+    board = leaderboard(tmp_path, load_grid(tmp_path / "grid_x.yaml")).set_index("cell")
+    assert board.columns.is_unique and set(board["status"]) == {"pending"}
+    assert pd.isna(board.loc["plain", "k"]) and board.loc["own", "k"] == 5 and board.loc["own", "rule"] == "angle"
 
 
 def test_grid_yaml_is_readable(tmp_path):

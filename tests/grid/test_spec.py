@@ -39,6 +39,14 @@ def test_assignments_pin_replace_and_override(tmp_path):
     assert {c.params["stage1_epochs"] for c in load_grid(path, ["stage1_epochs=1"]).cells} == {1}
 
 
+def test_axes_are_those_of_the_file_and_what_the_extra_cells_set_differently(tmp_path):
+    grid = load_grid(grid_file(tmp_path, "axes: {k: [4, 5]}\ncells: [{name: a, split: patient, seed: 1},"
+                                         " {name: b, seed: 1, split: patient, threshold: 0.2}]\n"))
+    assert grid.axes == ("k", "split", "seed")
+    only = load_grid(grid_file(tmp_path, "cells: [{name: a, seed: 1, rule: rare}, {name: b, seed: 1, rule: angle}]\n"))
+    assert only.axes == ("rule",)
+
+
 def test_shards_cover_the_grid_once(tmp_path):
     grid = load_grid(PARAMS_DIR / "grid_charm.yaml")
     shards = [grid.shard(i, 3).cells for i in (1, 2, 3)]

@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-lat
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m charmlib phantom data/phantoms
-	$(BIN)/python -m charmlib grid run params/grid_demo.yaml --out runs/demo
+	$(BIN)/python -m charmlib grid run params/grid_demo.yaml --out runs/demo --workers 2
 	$(BIN)/python benchmarks/demo_check.py runs/demo
 
 test: $(VENV)/.installed

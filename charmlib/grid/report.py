@@ -21,7 +21,8 @@ from charmlib.viz.roc import plot_roc
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;color:#222;max-width:1080px;margin:2em auto;padding:0 1em}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:13px}th,td{padding:3px 9px;text-align:right;border-bottom:1px solid #ddd;
-white-space:nowrap}th{border-bottom:2px solid #888}.board tr:first-child td{font-weight:600}.published th,.published td{text-align:left}.note{color:#555}
+white-space:nowrap}th{border-bottom:2px solid #888}.board tr:first-child td{font-weight:600}
+.published th,.published td{text-align:left}.note{color:#555}
 .drawn{background:#fff3cd;padding:.5em .8em;border-radius:4px}"""
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -149,20 +149,18 @@ def gpus() -> list[str]:
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in out.stdout.splitlines()))]
 
 
-def child_environment(threads: int) -> dict[str, str]:
+def child_environment(threads: int = 0, own: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a cell's process, without what Dask's nanny sets for workers that compute themselves.
 
     It pins OpenMP to one thread and makes malloc return memory eagerly: together they made an epoch on two cores take
-    three times as long. ``threads`` > 0 is a share of the machine for each of several cells at once.
+    three times as long. ``own`` are such settings that the user made; ``threads`` > 0 is a share of the machine's
+    cores for each of several cells at once.
     """
-    import dask
-    import distributed  # noqa: F401  (fills dask.config)
-
     env = dict(os.environ)
-    for key in ("pre-spawn-environ", "environ"):
-        for name, value in dask.config.get(f"distributed.nanny.{key}", {}).items():
-            if env.get(name) == str(value):
-                del env[name]
+    for name, value in nanny_environment().items():
+        if env.get(name) == value:
+            del env[name]
+    env |= own or {}
     home = Path(charmlib.__file__).parents[1]
     if (home / "pyproject.toml").is_file():  # a checkout that is perhaps not installed
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), env.get("PYTHONPATH")]))
@@ -171,9 +169,18 @@ def child_environment(threads: int) -> dict[str, str]:
     return env
 
 
+def nanny_environment() -> dict[str, str]:
+    """What Dask's nanny puts into the environment of the workers that it starts."""
+    import dask
+    import distributed  # noqa: F401  (fills dask.config)
+
+    return {name: str(value) for key in ("pre-spawn-environ", "environ")
+            for name, value in dask.config.get(f"distributed.nanny.{key}", {}).items()}
+
+
 def work(job: dict, devices: Sequence[str]) -> tuple[str, int, str]:
     """Run one cell in a child process (on a Dask worker); returns its id, exit status and last words."""
-    env = child_environment(job.get("threads", 0))
+    env = child_environment(job.get("threads", 0), job.get("environment"))
     if devices:
         from distributed import get_worker
 
@@ -221,6 +228,8 @@ def _run(jobs: list[dict], workers, scheduler, scheduler_file, say) -> None:
         count = min(workers or max(1, len(devices)), len(jobs))
         if count > 1:
             jobs = [{**job, "threads": max(1, (os.cpu_count() or 1) // count)} for job in jobs]
+        own = {name: os.environ[name] for name in nanny_environment() if name in os.environ}
+        jobs = [{**job, "environment": own} for job in jobs]
         cluster = LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None,
                                silence_logs=logging.ERROR)
         client = Client(cluster)

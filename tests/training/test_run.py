@@ -160,6 +160,7 @@ def test_a_damaged_resume_file_is_named(tiny):
     from pathlib import Path
 
     run = Run.open(tiny)
+    Path(tiny["run_dir"]).mkdir()
     Path(tiny["run_dir"], "resume.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"resume\.pt cannot be read.*resume=False"):
         run.train()

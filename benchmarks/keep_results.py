@@ -2,11 +2,13 @@
 
     python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
 
-writes ``<target>_leaderboard.csv``, ``<target>_per_class.csv`` and ``<target>.json`` (split, device, versions).
+writes ``<target>_leaderboard.csv``, ``<target>_per_class.csv``, ``<target>_roc.png`` and ``<target>.json`` (split, device,
+versions).
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def main(folder: Path, target: Path) -> None:
         "split": first["split"], "device": first["device"], "precision": first["precision"], "versions": first["versions"],
         "seed": first["params"]["seed"], "bank": {cell: m["bank"] for cell, m in done.items()},
         "seconds": {cell: m["seconds"] for cell, m in done.items()}})
+    shutil.copyfile(folder / "roc.png", f"{target}_roc.png")
     print(board.to_string(index=False))
     print(table.round(3).to_string())
 

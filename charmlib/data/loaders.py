@@ -17,6 +17,8 @@ from torch import Tensor
 from charmlib.data.dataset import ChestData
 from charmlib.data.images import read_grey
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 class ChestImages:
     """A part of a data set as (image uint8 (1, S, S), labels float32 (C,)) pairs, with the row each came from.
@@ -162,9 +164,9 @@ class ChestDataLoaders(DataLoaders):
         return dl
 
 
-def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = False, mean: Sequence[float],
-                      std: Sequence[float], degrees: float = 10.0, flip: float = 0.5, device=None,
-                      path: str | Path = ".") -> ChestDataLoaders:
+def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = False,
+                      mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
+                      degrees: float = 10.0, flip: float = 0.5, device=None, path: str | Path = ".") -> ChestDataLoaders:
     """fastai DataLoaders ``[train, valid, test]`` over a :class:`ChestData`.
 
     Parameters
@@ -174,7 +176,7 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
     findings_only : bool
         Stage 1: training and validation take only images with a finding. The test part is always whole.
     mean, std : sequences of 3
-        What the network expects of RGB in [0, 1] (``net.mean``, ``net.std``).
+        What the network expects of RGB in [0, 1] (``net.mean``, ``net.std``); ImageNet's by default.
     degrees, flip : float
         Augmentation of the training part.
 

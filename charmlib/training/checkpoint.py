@@ -82,6 +82,12 @@ def fill(net: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -
     net.load_state_dict(state)
 
 
+def differences(theirs: Mapping, ours: Mapping) -> str:
+    """``'k 5 there, 3 here'`` for the first settings in which two runs differ; empty if they agree."""
+    keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    return ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys[:4])
+
+
 def save_resume(path: Path, state: Mapping) -> None:
     """Write a resume file (tensors, numbers, text, lists and dicts of them), whole or not at all.
 

@@ -27,7 +27,7 @@ from charmlib.files import write_json, write_text
 from charmlib.models.charm import CharmNet
 from charmlib.params import UNHASHED, read_yaml, resolve
 from charmlib.training.callbacks import seed_everything, write_history
-from charmlib.training.checkpoint import load_model, network_params, save_model
+from charmlib.training.checkpoint import differences, load_model, network_params, save_model
 from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner
 from charmlib.training.stages import StageRunner, plan
@@ -184,12 +184,10 @@ class Run:
         if not self.params["resume"] or not path.is_file():
             return False
         card = json.loads(path.read_text())
-        ours, theirs = self._identity(), {k: v for k, v in card["params"].items() if k not in (*UNHASHED, "resume")}
-        if ours != theirs:
-            keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-            shown = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys[:4])
-            raise ValueError(f"{self.folder} holds a trained run with other settings ({shown}). Name another run_dir, or "
-                             "say resume=False to train anew.")
+        theirs = {k: v for k, v in card["params"].items() if k not in (*UNHASHED, "resume")}
+        if wrong := differences(theirs, self._identity()):
+            raise ValueError(f"{self.folder} holds a trained run with other settings ({wrong}). Name another run_dir, or say "
+                             "resume=False to train anew.")
         self.net.load_state_dict(load_model(self.folder)[0].state_dict())
         return True
 

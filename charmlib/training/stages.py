@@ -11,7 +11,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 
 from charmlib.training.callbacks import EpochRecord, KeepBest, RestoreScaler, SaveProgress, SeedEpoch
-from charmlib.training.checkpoint import fill, load_resume, save_resume
+from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 
 FORMAT = 1
 
@@ -84,11 +84,8 @@ class StageRunner:
             The file is of a run with other parameters or another split; says which differ.
         """
         state = load_resume(self.path) if resume else None
-        if state is not None and state["identity"] != self.identity:
-            theirs = state["identity"]
-            keys = sorted(k for k in self.identity.keys() | theirs.keys() if self.identity.get(k) != theirs.get(k))
-            shown = ", ".join(f"{k} {theirs.get(k)!r} there, {self.identity.get(k)!r} here" for k in keys[:4])
-            raise ValueError(f"{self.path} belongs to a run with other settings ({shown}). Name another run_dir, or say "
+        if state is not None and (wrong := differences(state["identity"], self.identity)):
+            raise ValueError(f"{self.path} belongs to a run with other settings ({wrong}). Name another run_dir, or say "
                              "resume=False to train from the start.")
         return state
 

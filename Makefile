@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo test nih64 parameters lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; say PYTHON=...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (about two minutes, 6 GB)"
 	$(PIP) install -q -c kaggle_setup/constraints-latest.txt -r requirements.txt

@@ -164,7 +164,13 @@ def main():
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        cli()
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command goes on from the last finished epoch", err=True)
+        sys.exit(130)
     except (ParameterError, GridError, SplitError, ValueError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -89,7 +89,7 @@ _DECLARED = [
     Param("run", "run_dir", str, "runs/notebook", "where this run's files go"),
     Param("run", "seed", int, 85, "all randomness of the run derives from it (85 as published)", low=0),
     Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
-    Param("run", "workers", int, 2, "processes that decode images", low=0),
+    Param("run", "workers", int, 2, "threads that decode images", low=0),
     Param("run", "device", str, "auto", "auto takes the GPU if this torch has kernels for it", ("auto", "cpu", "cuda")),
     Param("run", "resume", bool, True, "continue from the last finished epoch of run_dir"),
 ]
@@ -97,8 +97,12 @@ _DECLARED = [
 PARAMS: dict[str, Param] = {p.name: p for p in _DECLARED}
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in _DECLARED}
 
-UNHASHED = ("run_dir", "cache_dir", "data_root", "workers", "device")
-"""Parameters that say where a run happens, not what it is; they stay out of a cell's hash."""
+UNHASHED = ("run_dir", "cache_dir", "data_root", "workers", "device", "resume")
+"""Parameters that say where and how a run happens, not what it is; they stay out of a cell's hash."""
+
+ARCHS = ("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "efficientnet_b0", "efficientnet_b1", "mobilenet_v2",
+         "resnet18", "resnet50", "densenet121", "vgg16")
+"""The torchvision backbones; any other goes by ``timm:NAME``."""
 
 
 def nearest(name: str, valid) -> str:
@@ -183,11 +187,39 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
             out[name] = coerce(name, value, source)
     if out["use_bank"] and out["k"] > out["bank_size"]:
         raise ParameterError(f"parameter 'k': {out['k']} is more than bank_size {out['bank_size']}; lower k.")
+    if out["arch"] not in ARCHS and not out["arch"].startswith("timm:"):
+        raise ParameterError(f"parameter 'arch': {out['arch']!r} is none of {', '.join(ARCHS)}, nor timm:NAME."
+                             f"{nearest(out['arch'], ARCHS)}")
+    if out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"):
+        raise ParameterError(f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, "
+                             "or norm: half for inputs in [-1, 1].")
     if out["classes"] == "own" and not out["csv"]:
         raise ParameterError("parameter 'classes': 'own' needs 'csv', the table that holds your labels.")
     if out["stage1_epochs"] + out["stage1_frozen_epochs"] + out["stage2_epochs"] == 0:
         raise ParameterError("parameters 'stage1_epochs', 'stage1_frozen_epochs', 'stage2_epochs' are all 0: "
                              "nothing would be trained.")
+    return out
+
+
+def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with the files and folders that they name as absolute paths, ``~`` expanded.
+
+    Raises
+    ------
+    ParameterError
+        A weight file or a folder of lists that is not there.
+    """
+    out = dict(params)
+    for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient"))):
+        if out[name] not in words:
+            path = Path(out[name]).expanduser()
+            if not path.exists():
+                raise ParameterError(f"parameter '{name}': nothing at {path}; wanted {', '.join(words)} or an existing path.")
+            out[name] = str(path.resolve())
+    for name in ("csv", "cache_dir", "run_dir"):
+        path = Path(out.get(name) or "").expanduser()
+        if out.get(name) and (name != "csv" or path.exists()):  # a csv may also be relative to data_root
+            out[name] = str(path.resolve())
     return out
 
 

@@ -36,7 +36,8 @@ def test_run_trains_and_tests_one_cell_and_again_does_nothing(phantoms, tmp_path
 
 @pytest.mark.slow
 def test_a_grid_with_a_failed_cell_does_not_exit_0(phantoms, tmp_path):
-    base = {**TINY, "data_root": str(phantoms), "weights": str(tmp_path / "absent.pt")}
+    (tmp_path / "damaged.pt").write_bytes(b"damaged")
+    base = {**TINY, "data_root": str(phantoms), "weights": str(tmp_path / "damaged.pt")}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     (tmp_path / "grid_x.yaml").write_text("base: base.yaml\naxes: {k: [1]}\n")
     done = charm("grid", "run", tmp_path / "grid_x.yaml", "--out", tmp_path / "out")
@@ -56,6 +57,7 @@ def test_refused_input_is_one_clear_line_and_exit_2(args, says, tmp_path):
     out = ("--out", tmp_path / "out") if args[0] != "cache" else ()
     done = charm(*args, *out)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_list_of_parameters():

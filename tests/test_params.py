@@ -40,6 +40,28 @@ def test_contradictions_are_refused():
         resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0, "stage2_epochs": 0})
 
 
+def test_what_a_run_names_is_absolute_and_there(tmp_path, monkeypatch):
+    from charmlib.params import with_absolute_paths
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.pt").touch()
+    p = with_absolute_paths(resolve({"weights": "w.pt", "norm": "half", "cache_dir": "c", "run_dir": "r"}))
+    assert (p["weights"], p["cache_dir"], p["run_dir"]) == tuple(str(tmp_path / n) for n in ("w.pt", "c", "r"))
+    with pytest.raises(ParameterError, match="nothing at"):
+        with_absolute_paths(resolve({"weights": "v.pt", "norm": "half"}))
+    with pytest.raises(ParameterError, match="norm: imagenet"):
+        resolve({"weights": "w.pt"})
+
+
+def test_the_declared_backbones_are_those_that_can_be_split():
+    from charmlib.nn.backbone import TORCHVISION
+    from charmlib.params import ARCHS
+
+    assert set(ARCHS) == set(TORCHVISION)
+    with pytest.raises(ParameterError, match="Did you mean 'efficientnet_v2_s'"):
+        resolve({"arch": "efficientnet_v2s"})
+
+
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "charm.yaml").write_text("k: [")
     with pytest.raises(ParameterError, match=r"charm\.yaml is not valid YAML"):

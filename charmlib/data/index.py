@@ -76,20 +76,41 @@ class Index:
         return (self.frame[findings].to_numpy(np.float32) == 1).any(1)
 
 
-def find_images(root: Path, *, depth: int = 4) -> tuple[dict[str, Path], list[str]]:
-    """Image files under ``root`` by file name, and the names found more than once (the first path is kept)."""
-    files: dict[str, Path] = {}
-    twice: list[str] = []
+def find_images(root: Path, *, depth: int = 5) -> list[Path]:
+    """Image files under ``root``, sorted folder by folder."""
+    files = []
     for folder, subfolders, names in os.walk(root):
         level = len(Path(folder).relative_to(root).parts)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith(".")) if level < depth else []
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                if name in files:
-                    twice.append(name)
-                else:
-                    files[name] = Path(folder, name)
-    return files, twice
+                files.append(Path(folder, name))
+    return files
+
+
+def _by_name(ids: pd.Series, root: Path, report: Report) -> dict[str, Path]:
+    """Image id -> file: by file name, or by the end of the path where a table of one's own names folders too."""
+    files: dict[str, Path] = {}
+    folders = int(ids.str.count("/").max()) if len(ids) else 0
+    for path in find_images(root):
+        inside = path.relative_to(root).parts
+        for length in range(1, min(folders + 1, len(inside)) + 1):
+            name = "/".join(inside[-length:])
+            if files.setdefault(name, path) is not path and folders == 0:
+                report.add("images found twice, first kept", [name])
+    if folders == 0:
+        return files
+    # a table may also count folders from above root: 'archive/train/p1/x.png' for root/train/p1/x.png
+    wanted = {}
+    for name in ids:
+        parts = name.split("/")
+        tails = ["/".join(parts[i:]) for i in range(len(parts) - 1)] or [name]
+        found = next((files[t] for t in tails if t in files), None)
+        if found is not None:
+            wanted[name] = found
+    used = set(wanted.values())
+    wanted.update({"/".join(p.relative_to(root).parts): p for p in files.values() if p not in used})
+    return wanted
 
 
 def find_table(root: Path, csv: str | Path = "") -> Path:
@@ -155,7 +176,9 @@ def read_index(root: str | Path, *, classes: str = "nih14", csv: str | Path = ""
     if id_column is None:
         raise ValueError(f"{table} has no image column: wanted one of {', '.join(_META['id'])}, "
                          f"found {', '.join(map(str, raw.columns))}")
-    frame = pd.DataFrame({"id": raw[id_column].str.strip().map(lambda v: Path(v).name)})
+    ids = raw[id_column].str.strip()
+    # NIH file names are unique; in a table of one's own the folders may be what tells images apart
+    frame = pd.DataFrame({"id": ids.str.removeprefix("./") if csv else ids.map(lambda v: Path(v).name)})
     if not frame["id"].str.lower().str.endswith(SUFFIXES).all():
         bare = ~frame["id"].str.lower().str.endswith(SUFFIXES)
         frame.loc[bare, "id"] += ".png"
@@ -163,10 +186,9 @@ def read_index(root: str | Path, *, classes: str = "nih14", csv: str | Path = ""
     names = _read_labels(raw, frame, table, report, classes)
 
     twice = frame["id"].duplicated()
-    report.add("rows given twice, first kept", frame.loc[twice, "id"].unique())
+    report.add("rows given twice, first kept", frame.loc[twice, "id"])
     frame = frame[~twice]
-    files, repeated = find_images(root)
-    report.add("images found twice, first kept", repeated)
+    files = _by_name(frame["id"], root, report)
     missing = ~frame["id"].isin(files.keys())
     report.add("rows without image, left out", frame.loc[missing, "id"])
     known = set(frame["id"])
@@ -229,6 +251,7 @@ def _read_labels(raw, frame, table, report, classes) -> list[str]:
     by_name = {canonical(str(c)): c for c in columns}
     if wanted is None:
         wanted = [str(c) for c in columns if _binary(raw[c]) is not None]
+        _refuse_nearly_binary(raw, [c for c in columns if str(c) not in wanted], table)
         report.add("columns that hold other things than 0, 1 and blanks, not used as classes",
                    (c for c in columns if str(c) not in wanted))
         by_name = {str(c): c for c in columns}
@@ -248,6 +271,17 @@ def _read_labels(raw, frame, table, report, classes) -> list[str]:
             raise ValueError(f"{table}: column {name!r} holds other things than 0, 1 and blanks")
         frame[name] = values
     return list(wanted)
+
+
+def _refuse_nearly_binary(raw: pd.DataFrame, columns, table: Path) -> None:
+    """A column of 0 and 1 with a few other values is a class with mistakes in it, not another kind of column."""
+    for name in columns:
+        values = raw[name].str.strip().str.lower()
+        odd = ~values.isin(["0", "1", "0.0", "1.0", "-1", "-1.0", "", "nan", "true", "false"])
+        if 0 < odd.mean() <= 0.1:
+            shown = ", ".join(f"row {i + 2}: {values[i]!r}" for i in values.index[odd][:3])
+            raise ValueError(f"{table}: column {name!r} holds 0, 1 and blanks but for {odd.sum()} rows ({shown}). Mend them, "
+                             "or leave the column out if it is no class.")
 
 
 def _binary(column: pd.Series) -> np.ndarray | None:

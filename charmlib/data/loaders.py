@@ -32,12 +32,18 @@ class ChestImages:
     classes : sequence of str
     ids : sequence of str
         File names of all n rows.
+    known : bool
+        False for images from elsewhere, whose rows must not be taken for those of a data set.
+    note : str
+        Stands over every picture of these images (that they are drawn).
     """
 
     n_inp = 1
 
-    def __init__(self, images, labels, rows, classes: Sequence[str], ids: Sequence[str], *, train: bool = False):
+    def __init__(self, images, labels, rows, classes: Sequence[str], ids: Sequence[str], *, train: bool = False,
+                 known: bool = True, note: str = ""):
         self.images, self.labels, self.rows = images, labels, np.asarray(rows)
+        self.known, self.note = known, note
         self.classes, self.ids = tuple(classes), ids
         self.split_idx = 0 if train else 1  # fastai's name for training (0) and validation (1) transforms
 
@@ -56,7 +62,9 @@ class ChestImages:
 
 
 class ChestDL(TfmdDL):
-    """A fastai loader that reads whole batches; ``ids`` are the rows of the batch that it gave last, (B,) int64.
+    """A fastai loader that reads whole batches.
+
+    ``ids`` are the rows of the batch that it gave last, (B,) int64, -1 for images that are not of the data set.
 
     Shuffling draws from torch's generator, so that one seed fixes order and augmentation together.
     """
@@ -70,7 +78,8 @@ class ChestDL(TfmdDL):
 
     def create_batches(self, samps):
         for chunk in self.chunkify(iter(samps)):
-            self.ids = torch.from_numpy(self.dataset.rows[np.asarray(chunk)])
+            rows = torch.from_numpy(self.dataset.rows[np.asarray(chunk)])
+            self.ids = rows if self.dataset.known else torch.full_like(rows, -1)
             yield self.dataset.batch(chunk)
 
     def show_batch(self, b=None, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
@@ -80,7 +89,7 @@ class ChestDL(TfmdDL):
         b = self.one_batch() if b is None else b
         x, y = self.decode(b)[:2]
         titles = ["\n".join(self._names(row)) for row in y[:max_n].numpy()]
-        return show_images(x[:max_n].numpy(), titles, axes=ctxs) if show else (x, y)
+        return show_images(x[:max_n].numpy(), titles, axes=ctxs, note=self.dataset.note) if show else (x, y)
 
     def show_results(self, b, out, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings, and below them what the network calls at probability 0.5."""
@@ -89,7 +98,7 @@ class ChestDL(TfmdDL):
         x, y = self.decode(b)[:2]
         titles = ["\n".join(self._names(truth)) + "\n-> " + ", ".join(self._names(call))
                   for truth, call in zip(y[:max_n].numpy(), out[:max_n].float().numpy())]
-        return show_images(x[:max_n].numpy(), titles, axes=ctxs) if show else (x, y, out)
+        return show_images(x[:max_n].numpy(), titles, axes=ctxs, note=self.dataset.note) if show else (x, y, out)
 
     def _names(self, row) -> list[str]:
         return [c for c, v in zip(self.dataset.classes, row) if v == 1] or ["No Finding"]
@@ -159,7 +168,7 @@ class ChestDataLoaders(DataLoaders):
         size = self.train.dataset.images.shape[1]
         images = np.stack([read_grey(path, size) for path in items])
         labels = np.full((len(items), self.c), np.nan, np.float32)
-        part = ChestImages(images, labels, np.arange(len(items)), self.vocab, [Path(p).name for p in items])
+        part = ChestImages(images, labels, np.arange(len(items)), self.vocab, [Path(p).name for p in items], known=False)
         dl = self.valid.new(part, bs=bs or self.valid.bs)
         return dl
 
@@ -193,7 +202,8 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
         rows = data.rows(part, findings_only=findings_only and part != "test")
         if len(rows) < (2 if train else 1):
             raise ValueError(f"the {part} part has {len(rows)} images" + (" with a finding" if findings_only else ""))
-        dataset = ChestImages(data.images, data.labels, rows, data.classes, ids, train=train)
+        dataset = ChestImages(data.images, data.labels, rows, data.classes, ids, train=train,
+                              note=data.source if data.index.drawn else "")
         transforms = [GreyToNetwork(mean, std)] + ([FlipRotate(degrees, flip)] if train and (degrees or flip) else [])
         size = min(bs, len(rows))
         loaders.append(ChestDL(dataset, bs=size, shuffle=train, drop_last=train, after_batch=transforms, device=device,

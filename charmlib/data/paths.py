@@ -30,7 +30,7 @@ def resolve_data_root(data_root: str | Path = "", *, kaggle_input: str | Path = 
         root = Path(data_root).expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"data_root: no folder {root}")
-        return root
+        return root.resolve()  # so that one data set has one cache, from wherever it is named
     base, tried = Path(kaggle_input), []
     for owner, slug in KAGGLE_DATASETS:
         for folder in (base / "datasets" / owner / slug, base / slug):
@@ -45,7 +45,7 @@ def resolve_data_root(data_root: str | Path = "", *, kaggle_input: str | Path = 
         raise FileNotFoundError("no data is attached: add the dataset nih-chest-xrays/data to the notebook, or say data_root. "
                                 f"Looked for {' or '.join(TABLES)} in {', '.join(tried)} and {base} four folders deep")
     if _has_table(Path("data")):
-        return Path("data")
+        return Path("data").resolve()
     from charmlib.data.phantom import make_phantoms
 
     folder = default_cache_dir() / "phantoms"

@@ -13,6 +13,8 @@ import charmlib
 from charmlib.params import UNHASHED
 
 NOTEBOOKS = ("train", "test")
+IDENTITY = "cell.json"
+"""Id and hash of a cell that is not finished, so that it never goes on under other settings."""
 
 
 class GridError(RuntimeError):

@@ -23,11 +23,13 @@ def run_cell(cell: dict) -> None:
     import papermill
 
     from charmlib.evaluation.results import finish
-    from charmlib.files import write_whole
+    from charmlib.files import write_json, write_whole
+    from charmlib.grid.cells import IDENTITY
     from charmlib.params import UNHASHED, coerce
 
     folder, notebooks = Path(cell["folder"]), Path(cell["notebooks"])
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / IDENTITY, {"id": cell["id"], "hash": cell["hash"]})
     params = {name: coerce(name, value, "cell") for name, value in cell["params"].items()}
     params["run_dir"] = str(folder)
     os.environ["CHARM_CELL"], os.environ["CHARM_BATCH"] = cell["id"], "1"
@@ -45,6 +47,7 @@ def run_cell(cell: dict) -> None:
                     source.read_bytes()))
                 partial.unlink()
     finish(folder, cell=cell["id"], hash=cell["hash"], wall=time.time() - cell["started"])
+    (folder / IDENTITY).unlink()
 
 
 def declared(notebook: Path) -> set[str]:

@@ -20,10 +20,11 @@ from charmlib.data.dataset import open_dataset
 from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.results import load_metrics
 from charmlib.files import write_text, write_whole
-from charmlib.grid.cells import GridError, cell_hash, cell_status, find_notebooks, notebook_code
+from charmlib.grid.cells import IDENTITY, GridError, cell_hash, cell_status, find_notebooks, notebook_code
 from charmlib.grid.leaderboard import leaderboard
 from charmlib.grid.report import write_report
 from charmlib.grid.spec import Cell, Grid, load_grid
+from charmlib.params import with_absolute_paths
 
 _DATA = ("data_root", "classes", "csv", "split", "valid_fraction", "limit", "image_size", "cache_dir", "workers")
 
@@ -64,32 +65,40 @@ def run_grid(path: str | Path, assignments: Iterable[str] = (), *, out: str | Pa
         A finished cell was made with other settings, or a worker's cluster cannot be used.
     """
     grid = load_grid(path, assignments)
-    if shard:
-        grid = grid.shard(*shard)
-    folder = Path(out or Path("runs") / grid.name).resolve()
+    part = grid.shard(*shard) if shard else grid
+    folder = Path(out or Path("runs") / grid.name).expanduser().resolve()
     books = find_notebooks(notebooks)
     if dry_run:
-        for cell in grid.cells:
+        for cell in part.cells:
             say(f"{cell.id}: {cell_status(folder / cell.id)}")
-        say(f"{len(grid.cells)} cells in {folder}; nothing was run")
-        return leaderboard(folder) if folder.is_dir() else pd.DataFrame()
-    folder.mkdir(parents=True, exist_ok=True)
-    run_cells(grid, folder, books, split_folder=folder, workers=workers, scheduler=scheduler,
-              scheduler_file=scheduler_file, rerun_changed=rerun_changed, say=say)
-    write_text(folder / "grid.yaml", _as_yaml(grid))
-    board = leaderboard(folder, grid)
+        say(f"{len(part.cells)} cells in {folder}; nothing was run")
+        return pd.DataFrame()
+
+    def refresh(first: bool = False) -> pd.DataFrame:
+        if first:  # the whole grid, also where this call runs a shard of it
+            write_text(folder / "grid.yaml", _as_yaml(grid))
+        return leaderboard(folder, grid)
+
+    run_cells(part, folder, books, split_folder=folder, workers=workers, scheduler=scheduler,
+              scheduler_file=scheduler_file, rerun_changed=rerun_changed, refresh=refresh, say=say)
+    board = refresh()
     write_report(folder, board, grid)
     return board
 
 
 def run_cells(grid: Grid, folder: Path, notebooks: Path, *, split_folder: Path, workers: int | None = None,
               scheduler: str | None = None, scheduler_file: str | None = None, rerun_changed: bool = False,
-              say: Callable[[str], None] = print) -> None:
-    """Run those cells of a grid that are not done, each in ``folder / id``; see :func:`run_grid`."""
+              refresh: Callable[..., object] = lambda first=False: None, say: Callable[[str], None] = print) -> None:
+    """Run those cells of a grid that are not done, each in ``folder / id``; see :func:`run_grid`.
+
+    ``refresh(first=True)`` is called before the first cell starts, ``refresh()`` after each that ends.
+    """
     hashes = _prepare(grid, split_folder, notebooks, say)
     todo = _todo(grid, folder, hashes, rerun_changed, say)
+    refresh(first=True)
     if todo:
-        _run([_job(cell, folder, hashes[cell.id], notebooks) for cell in todo], workers, scheduler, scheduler_file, say)
+        jobs = [_job(cell, folder, hashes[cell.id], notebooks) for cell in todo]
+        _run(jobs, workers, scheduler, scheduler_file, refresh, say)
 
 
 def _prepare(grid: Grid, folder: Path, notebooks: Path, say) -> dict[str, str]:
@@ -103,6 +112,7 @@ def _prepare(grid: Grid, folder: Path, notebooks: Path, say) -> dict[str, str]:
             say(str(data))
         hashes[cell.id] = cell_hash(cell.params, code, splits[key][0].hash)
     different = {split.hash: frame for split, frame in splits.values()}
+    folder.mkdir(parents=True, exist_ok=True)
     for name, frame in different.items():
         target = folder / ("split.csv" if len(different) == 1 else f"split_{name}.csv")
         write_whole(target, lambda temporary, frame=frame: frame.to_csv(temporary, index=False))
@@ -112,28 +122,33 @@ def _prepare(grid: Grid, folder: Path, notebooks: Path, say) -> dict[str, str]:
 def _todo(grid: Grid, folder: Path, hashes: dict[str, str], rerun_changed: bool, say) -> list[Cell]:
     todo, changed = [], []
     for cell in grid.cells:
-        place = folder / cell.id
-        if cell_status(place) != "done":
-            todo.append(cell)
-        elif load_metrics(place)["hash"] != hashes[cell.id]:
-            changed.append(cell)
+        kept = _hash_of(folder / cell.id)
+        (changed if kept not in (None, hashes[cell.id]) else
+         todo if cell_status(folder / cell.id) != "done" else []).append(cell)
     if changed and not rerun_changed:
         names = ", ".join(c.id for c in changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        raise GridError(f"{len(changed)} finished cells in {folder} were made with other parameters, notebooks, split or "
-                        f"charmlib version: {names}. Use --rerun-changed to run them again (their results are replaced), "
-                        "or another --out.")
+        raise GridError(f"{len(changed)} finished or started cells in {folder} were made with other parameters, notebooks, "
+                        f"split or charmlib version: {names}. Use --rerun-changed to run them again (their results are "
+                        "replaced), or another --out.")
     for cell in changed:
         shutil.rmtree(folder / cell.id)
     done = len(grid.cells) - len(todo) - len(changed)
     say(f"{len(grid.cells)} cells: {done} done, {len(todo) + len(changed)} to run, in {folder}")
-    return todo + changed
+    return [cell for cell in grid.cells if cell in todo or cell in changed]
+
+
+def _hash_of(folder: Path) -> str | None:
+    """The hash that a finished or started cell was made under; None for one that has nothing to lose."""
+    if cell_status(folder) == "done":
+        return load_metrics(folder)["hash"] or "a run by hand"
+    if (folder / IDENTITY).is_file() and ((folder / "resume.pt").is_file() or (folder / "model.json").is_file()):
+        return json.loads((folder / IDENTITY).read_text())["hash"]
+    return None
 
 
 def _job(cell: Cell, folder: Path, hash_: str, notebooks: Path) -> dict:
-    params = {**cell.params, "data_root": str(resolve_data_root(cell.params["data_root"]).resolve())}
-    for name in ("csv", "split", "weights", "cache_dir"):  # the notebooks run in the cell's folder
-        if params[name] and Path(params[name]).exists():
-            params[name] = str(Path(params[name]).resolve())
+    # absolute, because the notebooks run in the cell's folder
+    params = with_absolute_paths({**cell.params, "data_root": str(resolve_data_root(cell.params["data_root"]))})
     return {"id": cell.id, "hash": hash_, "params": params, "folder": str(folder / cell.id), "notebooks": str(notebooks)}
 
 
@@ -192,7 +207,7 @@ def work(job: dict, devices: Sequence[str]) -> tuple[str, int, str]:
                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
         child.stdin.write(json.dumps(job))
         child.stdin.close()
-        time.sleep(1.0 if len(devices) > 1 else 0.0)
+        time.sleep(1.0 if job.get("threads") or len(devices) > 1 else 0.0)
     try:
         words = child.stderr.read()
         status = child.wait()
@@ -213,10 +228,11 @@ def _stagger():
         yield
 
 
-def _run(jobs: list[dict], workers, scheduler, scheduler_file, say) -> None:
+def _run(jobs: list[dict], workers, scheduler, scheduler_file, refresh, say) -> None:
     from distributed import Client, LocalCluster
 
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    for noisy in ("distributed", "tornado", "asyncio"):  # their tracebacks at an interrupt hide what matters
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     devices = gpus() if not (scheduler or scheduler_file) else []
     cluster = None
     if scheduler or scheduler_file:
@@ -231,7 +247,7 @@ def _run(jobs: list[dict], workers, scheduler, scheduler_file, say) -> None:
         own = {name: os.environ[name] for name in nanny_environment() if name in os.environ}
         jobs = [{**job, "environment": own} for job in jobs]
         cluster = LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None,
-                               silence_logs=logging.ERROR)
+                               silence_logs=logging.CRITICAL)
         client = Client(cluster)
     tails = {job["id"]: _Tail(Path(job["folder"]) / "log.txt") for job in jobs}
     start, done = time.monotonic(), 0
@@ -245,6 +261,7 @@ def _run(jobs: list[dict], workers, scheduler, scheduler_file, say) -> None:
                 pending.discard(future)
                 done += 1
                 _report_one(future, jobs[futures.index(future)], done, len(jobs), start, tails, say)
+                refresh()
             for cell, tail in tails.items():
                 for line in tail.new():
                     say(f"  {cell}  {line}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from charmlib.grid.cells import GridError, cell_status, find_notebooks
 from charmlib.grid.runner import run_cells
 from charmlib.grid.spec import Cell, Grid
-from charmlib.params import load_params, parse_assignments, resolve
+from charmlib.params import find_file, load_params, parse_assignments, resolve, with_absolute_paths
 
 
 def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,
@@ -20,10 +20,10 @@ def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | 
     charmlib.params.ParameterError, GridError
         Wrong parameters; a finished run of other settings; or the run failed (its traceback is in ``error.txt``).
     """
-    path = Path(path)
+    path = find_file(path)
     params = resolve(load_params(path), parse_assignments(assignments), sources=(str(path), "-p"))
+    with_absolute_paths(params)  # refuses what is not there
     folder = Path(out or Path("runs") / path.stem).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     del params["run_dir"]
     grid = Grid(folder.parent.name, path, (Cell(folder.name, params, {}),), ())
     run_cells(grid, folder.parent, find_notebooks(notebooks), split_folder=folder, rerun_changed=rerun_changed, say=say)

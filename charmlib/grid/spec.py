@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from charmlib.params import ParameterError, coerce, find_file, load_params, nearest, read_yaml, resolve
+from charmlib.params import ParameterError, coerce, find_file, load_params, nearest, read_yaml, resolve, with_absolute_paths
 
 KEYS = ("name", "base", "axes", "cells")
 _SHORT = {"momentum": "m", "k": "k", "threshold": "t"}
@@ -109,6 +109,7 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
 def _cell(entry, values, fixed, base, path: Path) -> Cell:
     below = load_params(path.parent / base) if base else {}
     params = resolve(below, values, fixed, sources=(str(base), str(path), "-p"))
+    with_absolute_paths(params)  # refuses what is not there
     name = entry.get("name")
     if name is not None and not re.fullmatch(r"[\w.=+-]+", str(name)):
         raise ParameterError(f"{path}: the cell name {name!r} cannot be a folder; use letters, digits and . _ = + -")

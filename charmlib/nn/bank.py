@@ -101,6 +101,7 @@ class RareMemoryBank(nn.Module):
         ids = labels = None
         if expected is not None:
             ids, labels = expected
+            ids = torch.as_tensor(ids)
             if len(ids) != len(z):
                 raise ValueError(f"expect() announced {len(ids)} images, this batch has {len(z)}")
             ids = ids.to(z.device)
@@ -170,7 +171,7 @@ class RareMemoryBank(nn.Module):
             ids = torch.full((batch,), -1, device=z.device)
         if labels is None:
             labels = torch.full((batch, self.slot_labels.shape[1]), -1, device=z.device)
-        labels = torch.nan_to_num(labels.to(z.device).as_subclass(Tensor).float(), nan=-1.0).to(torch.int8)
+        labels = torch.nan_to_num(torch.as_tensor(labels).to(z.device).as_subclass(Tensor).float(), nan=-1.0).to(torch.int8)
         step = self.steps.expand(batch)
         for store, new in ((self.slots, z), (self.slot_ids, ids), (self.slot_labels, labels),
                            (self.slot_steps, step), (self.slot_scores, score)):

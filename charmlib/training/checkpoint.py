@@ -23,9 +23,11 @@ def network_params(params: Mapping) -> dict:
     return {name: params[name] for name in _NETWORK}
 
 
-def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, thresholds: Mapping | None = None) -> Path:
+def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, thresholds: Mapping | None = None,
+               stage1_lr: float | None = None) -> Path:
     """Write ``model.safetensors`` and ``model.json`` (classes, arch, parameters, norm, thresholds); returns the former.
 
+    ``stage1_lr`` is the rate that stage 1 used (the finder's, where none was pinned).
     ``thresholds`` maps an operating point ('youden') to class -> probability, chosen on validation data.
     """
     folder = Path(folder)
@@ -34,7 +36,7 @@ def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, t
     write_whole(folder / "model.safetensors", lambda temporary: save_file(state, temporary))
     write_json(folder / "model.json", {
         "format": FORMAT, "classes": list(classes), "arch": net.arch, "params": dict(params),
-        "norm": {"mean": list(net.mean), "std": list(net.std)}, "thresholds": dict(thresholds or {})})
+        "norm": {"mean": list(net.mean), "std": list(net.std)}, "thresholds": dict(thresholds or {}), "stage1_lr": stage1_lr})
     return folder / "model.safetensors"
 
 

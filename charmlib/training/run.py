@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from charmlib.evaluation.operating import youden_thresholds
 from charmlib.evaluation.results import PART_FILE, part_metrics, save_predictions
 from charmlib.files import write_json, write_text
 from charmlib.models.charm import CharmNet
-from charmlib.params import UNHASHED, read_yaml, resolve
+from charmlib.params import UNHASHED, read_yaml, resolve, with_absolute_paths
 from charmlib.training.callbacks import seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, network_params, save_model
 from charmlib.training.device import pick_device, pick_precision
@@ -60,7 +61,7 @@ class Run:
         charmlib.params.ParameterError
             A parameter that is unknown, ill-typed or out of range.
         """
-        p = resolve(dict(params or {}), changes)
+        p = with_absolute_paths(resolve(dict(params or {}), changes))
         p["data_root"] = str(resolve_data_root(p["data_root"]))
         device = pick_device(p["device"])
         precision = pick_precision(p["precision"], device)
@@ -78,7 +79,7 @@ class Run:
         FileNotFoundError, ValueError
             Not trained, a checkpoint that does not fit, classes in another order, or another split than in training.
         """
-        folder = Path(run_dir)
+        folder = Path(run_dir).expanduser().resolve()
         if not (folder / "params.yaml").is_file():
             raise FileNotFoundError(f"no run in {folder}: params.yaml is not there. Train first, with run_dir={folder}")
         wrong = set(changes) - set(UNHASHED)
@@ -86,6 +87,9 @@ class Run:
             raise ValueError(f"a trained run cannot be loaded with another {', '.join(sorted(wrong))}")
         p = resolve(read_yaml(folder / "params.yaml"), {k: v for k, v in changes.items() if v not in ("", None)},
                     {"run_dir": str(folder)})
+        if not os.access(folder, os.W_OK):
+            folder = _writable_copy(folder)
+            p["run_dir"] = str(folder)
         device = pick_device(p["device"])
         net, card = load_model(folder, device)
         data = open_dataset(p)
@@ -114,6 +118,8 @@ class Run:
         The finder leaves network, bank and momentum branch as they were. A resumed run keeps the rate it began with.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lr is None and self.trained():
+            self._lr = json.loads((self.folder / "model.json").read_text())["stage1_lr"]
         if self._lr is None:
             kept = self._runner().saved(self.params["resume"])
             self._lr = kept["lr"] if kept else None
@@ -151,13 +157,13 @@ class Run:
         runner = self._runner()
         state = runner.saved(self.params["resume"])
         self.log(f"training on {self.device} in {self.precision}, {self.data.source}, split {self.data.split.name} "
-                 f"{self.data.split.hash}" + (f", continuing {state['phase']} after epoch {state['epochs']}" if state else ""))
+                 f"{self.data.split.hash}" + (f", going on after {len(state['history'])} finished epochs" if state else ""))
         if self.params["use_momentum"] and state is None:
             self._note_warmup(phases)
         self.history = runner.run(phases, state)
         logits, labels = self.logits("valid")
         card = {**self.params, "split_hash": self.data.split.hash}
-        save_model(self.net, self.folder, classes=self.data.classes, params=card,
+        save_model(self.net, self.folder, classes=self.data.classes, params=card, stage1_lr=self._lr,
                    thresholds={"youden": youden_thresholds(labels, logits, self.data.classes)})
         return self.history
 
@@ -184,7 +190,7 @@ class Run:
         if not self.params["resume"] or not path.is_file():
             return False
         card = json.loads(path.read_text())
-        theirs = {k: v for k, v in card["params"].items() if k not in (*UNHASHED, "resume")}
+        theirs = {k: v for k, v in card["params"].items() if k not in UNHASHED}
         if wrong := differences(theirs, self._identity()):
             raise ValueError(f"{self.folder} holds a trained run with other settings ({wrong}). Name another run_dir, or say "
                              "resume=False to train anew.")
@@ -192,7 +198,7 @@ class Run:
         return True
 
     def _identity(self) -> dict:
-        return {**{k: v for k, v in self.params.items() if k not in (*UNHASHED, "resume")},
+        return {**{k: v for k, v in self.params.items() if k not in UNHASHED},
                 "split_hash": self.data.split.hash}
 
     def _runner(self) -> StageRunner:
@@ -279,7 +285,7 @@ class Run:
             "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
             "classes": list(self.data.classes),
             **{part: part_metrics(values, self.data.classes) for part, values in parts.items()},
-            "bank": bank,
+            "bank": bank, "stage1_lr": json.loads((self.folder / "model.json").read_text())["stage1_lr"],
             "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": None, "overhead": None},
             "peak_memory_mb": peak_memory_mb(), "device": device_name(self.device), "precision": self.precision,
             "versions": versions(), "quick_check": self.params["limit"] > 0,
@@ -287,6 +293,16 @@ class Run:
         metrics["seconds"]["score"] = round(time.monotonic() - start, 3)
         write_json(self.folder / PART_FILE, metrics)
         return metrics
+
+
+def _writable_copy(folder: Path) -> Path:
+    """A copy of a run that lies where nothing can be written, such as another notebook's output on Kaggle."""
+    working = Path("/kaggle/working")
+    target = (working if working.is_dir() else Path("runs")).resolve() / folder.name
+    if not (target / "params.yaml").is_file():
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+    print(f"{folder} is read-only: going on with a copy in {target}")
+    return target
 
 
 def person_watches() -> bool:

@@ -11,13 +11,21 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
               panels: str = "momentum"):
     """One map of ``rows`` x ``columns`` for each value of ``panels``; None if the board is no such grid.
 
-    Each field shows the value, and its interval where the board has one. Cells without all three axes are not drawn.
+    Each field shows the value, and its interval where the board has one. Drawn are ranked cells of the first one's split
+    that have all three axes. Where several share a field (a further axis), the best **by validation** is shown, and the
+    picture says so.
     """
     if not {rows, columns, panels, value} <= set(board.columns):
         return None
-    frame = board.dropna(subset=[rows, columns, panels, value])
+    frame = board.dropna(subset=["rank", rows, columns, panels, value])
+    frame = frame[frame["split"] == frame.sort_values("rank")["split"].iloc[0]] if len(frame) else frame
     if len(frame) < 2:
         return None
+    fields = frame.sort_values("valid_mean_auc", ascending=False).drop_duplicates([panels, rows, columns])
+    notes = ["drawn phantoms"] if fields["split"].str.contains("drawn").any() else []
+    if len(fields) < len(frame):
+        notes.append("best by validation of the cells that share a field")
+    frame = fields
     tall, wide, deep = (sorted(frame[axis].unique()) for axis in (rows, columns, panels))
     low, high = frame[value].min(), frame[value].max()
     pad = max(high - low, 1e-3) * 0.05
@@ -26,12 +34,12 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
                                 layout="constrained")
     for axis, panel in zip(axes[0], deep):
         grid = np.full((len(tall), len(wide)), np.nan)
-        here = frame[frame[panels] == panel].sort_values(value)
+        here = frame[frame[panels] == panel]
         for _, cell in here.iterrows():
             r, c = tall.index(cell[rows]), wide.index(cell[columns])
             grid[r, c] = cell[value]
         image = axis.imshow(grid, cmap="cividis", vmin=low - pad, vmax=high + pad, aspect="auto")
-        for _, cell in here.drop_duplicates([rows, columns], keep="last").iterrows():
+        for _, cell in here.iterrows():
             r, c = tall.index(cell[rows]), wide.index(cell[columns])
             text = f"{cell[value]:.3f}"
             if pd.notna(cell.get("ci_low")) and value == "test_mean_auc":
@@ -43,4 +51,6 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
         axis.set_yticks(range(len(tall)), [f"{v:g}" for v in tall])
     axes[0, 0].set_ylabel(rows)
     figure.colorbar(image, ax=axes[0].tolist(), label=value.replace("_", " "), shrink=0.9)
+    if notes:
+        figure.suptitle("; ".join(notes), fontsize=9)
     return figure

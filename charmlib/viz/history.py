@@ -8,8 +8,8 @@ import pandas as pd
 from charmlib.viz.style import OKABE_ITO
 
 
-def plot_history(history):
-    """Draw ``history.csv`` (a DataFrame or the list of its rows); returns the figure."""
+def plot_history(history, *, note: str = ""):
+    """Draw ``history.csv`` (a DataFrame or the list of its rows) with a note over it; returns the figure."""
     history = pd.DataFrame(history)
     history["stage"] = history["stage"].astype(str)
     bank = pd.to_numeric(history["bank_accepted"], errors="coerce")
@@ -36,4 +36,6 @@ def plot_history(history):
             axis.axvline(border + 0.5, color="#999999", lw=1, ls=":")
     if 0 < border < len(history):
         axes[1].annotate("stage 2", (border + 0.55, 0.02), xycoords=("data", "axes fraction"), fontsize=9, color="#666666")
+    if note:
+        figure.suptitle(note, fontsize=9)
     return figure

@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
-def show_images(images, titles=(), *, columns: int = 5, axes=None, boxes=None):
-    """Draw (n, H, W) or (n, 1, H, W) grey images, in [0, 1] or uint8, with a title each; returns the figure."""
+def show_images(images, titles=(), *, columns: int = 5, axes=None, boxes=None, note: str = ""):
+    """Draw (n, H, W) or (n, 1, H, W) grey images, in [0, 1] or uint8, with a title each and a note over all;
+    returns the figure."""
     images = [np.asarray(image).squeeze() for image in images]
     if axes is None:
         columns = min(columns, max(len(images), 1))
@@ -29,4 +30,6 @@ def show_images(images, titles=(), *, columns: int = 5, axes=None, boxes=None):
                 axis.set_title(titles[i], fontsize=8)
             for x0, y0, x1, y1 in (boxes[i] if boxes is not None else ()):
                 axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec="#e69f00", lw=1.2))
+    if note:
+        figure.suptitle(note, fontsize=9, color="#b34700")
     return figure

@@ -36,6 +36,13 @@ def test_sixteen_bit_files_that_use_eight_keep_their_values(tmp_path, ramp):
     assert np.array_equal(read_grey(tmp_path / "x.png"), ramp)
 
 
+def test_twelve_bits_and_floats_within_0_1(tmp_path, ramp):
+    Image.fromarray((ramp / 255 * 4095).round().astype(np.uint16)).save(tmp_path / "x.png")
+    assert np.abs(read_grey(tmp_path / "x.png").astype(int) - ramp).max() <= 1
+    Image.fromarray((ramp / 255).astype(np.float32)).save(tmp_path / "x.tif")
+    assert np.abs(read_grey(tmp_path / "x.tif").astype(int) - ramp).max() <= 1
+
+
 def write(tmp_path, n=12):
     paths = []
     for i in range(n):

@@ -122,6 +122,27 @@ def test_a_table_of_ones_own_with_other_classes(tmp_path):
     assert "not used as classes: 1 (note)" in str(index.report)
 
 
+def test_folders_tell_images_of_a_table_of_ones_own_apart(tmp_path):
+    """As in CheXpert, where every study holds a view1.png."""
+    names = [f"train/p{p}/s{s}/view1.png" for p in range(3) for s in range(2)]
+    for name in names:
+        png(tmp_path / name)
+    for above in ("", "archive/"):
+        (tmp_path / "mine.csv").write_text("path,patient_id,A\n" + "".join(f"{above}{n},{n[6:8]},1\n" for n in names))
+        index = read_index(tmp_path, classes="own", csv="mine.csv")
+        assert len(index.frame) == 6 and not index.report.found
+        assert [p.removeprefix(str(tmp_path) + "/") for p in index.frame["path"]] == names
+
+
+def test_a_class_with_a_few_wrong_values_is_refused_not_dropped(tmp_path):
+    for i in range(20):
+        png(tmp_path / f"p{i}.png")
+    rows = [f"p{i},{i},{i % 2},{2 if i == 7 else 1}\n" for i in range(20)]
+    (tmp_path / "mine.csv").write_text("id,patient,A,B\n" + "".join(rows))
+    with pytest.raises(ValueError, match="column 'B' holds 0, 1 and blanks but for 1 rows .row 9: '2'"):
+        read_index(tmp_path, classes="own", csv="mine.csv")
+
+
 def test_a_table_with_image_ids_without_suffix_and_without_patients(tmp_path):
     for i in range(2):
         png(tmp_path / f"p{i}.png")

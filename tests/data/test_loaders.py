@@ -90,6 +90,14 @@ def test_fastais_surface(data, phantoms, tmp_path):
     assert torch.equal(x, dls.valid.one_batch()[0][:3]) and torch.isnan(y).all()
 
 
+def test_drawn_images_are_labelled_in_every_picture(data):
+    import matplotlib.pyplot as plt
+
+    figure = loaders(data).show_batch(max_n=2)
+    assert "drawn" in figure.get_suptitle()
+    plt.close(figure)
+
+
 def test_a_part_without_images_is_refused(data):
     from dataclasses import replace
 

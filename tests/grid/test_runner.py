@@ -97,7 +97,7 @@ def test_a_finished_cell_of_other_settings_is_refused_by_name_then_rerun_when_as
     mine = tmp_path / "out"
     shutil.copytree(out, mine)
     path = small_grid(tmp_path, phantoms, momentum=[0.9], k=[1], threshold=[0.1])
-    with pytest.raises(GridError, match=r"1 finished cells.*m0\.9_k1_t0\.1.*--rerun-changed"):
+    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.9_k1_t0\.1.*--rerun-changed"):
         run_grid(path, ["seed=7"], out=mine)
     board = run_grid(path, ["seed=7"], out=mine, rerun_changed=True)
     assert load_metrics(mine / "m0.9_k1_t0.1")["params"]["seed"] == 7
@@ -106,11 +106,12 @@ def test_a_finished_cell_of_other_settings_is_refused_by_name_then_rerun_when_as
 
 @pytest.mark.slow
 def test_a_failed_cell_keeps_its_traceback_the_others_go_on_and_the_next_call_tries_again(done, phantoms, tmp_path):
-    """The weight file of one cell is missing; then it is put there."""
+    """The weight file of one cell is damaged; then it is replaced."""
     import timm
     import torch
 
     weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"damaged")
     grid = {"base": "base.yaml", "cells": [{"name": "broken", "weights": str(weights)}, {"name": "sound"}]}
     small_grid(tmp_path, phantoms, k=[1])
     path = tmp_path / "grid_two.yaml"
@@ -118,13 +119,56 @@ def test_a_failed_cell_keeps_its_traceback_the_others_go_on_and_the_next_call_tr
     said = []
     board = run_grid(path, out=tmp_path / "out", say=said.append).set_index("cell")
     assert board.loc["broken", "status"] == "failed" and board.loc["sound", "status"] == "done"
-    assert "no weight file" in (tmp_path / "out/broken/error.txt").read_text()
+    assert "cannot be read safely" in (tmp_path / "out/broken/error.txt").read_text()
     book = nbformat.read(tmp_path / "out/broken/train.ipynb", as_version=4)
     assert any(o.output_type == "error" for c in book.cells if c.cell_type == "code" for o in c.outputs)
     assert any("broken FAILED" in line for line in said)
     torch.save(timm.create_model("test_resnet").state_dict(), weights)
     board = run_grid(path, out=tmp_path / "out", say=said.append).set_index("cell")
     assert board.loc["broken", "status"] == "done" and not (tmp_path / "out/broken/error.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_half_done_cell_never_goes_on_under_other_settings(done, tmp_path):
+    """A trained but unscored cell: refused by name with another k, replaced when asked."""
+    path, out, _, _ = done
+    mine = tmp_path / "out"
+    shutil.copytree(out, mine)
+    cell = mine / "m0.9_k1_t0.1"
+    (cell / "cell.json").write_text(json.dumps({"id": cell.name, "hash": load_metrics(cell)["hash"]}))
+    (cell / "metrics.json").unlink()
+    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.9_k1_t0\.1"):
+        run_grid(path, ["k=1", "seed=7"], out=mine)
+    assert (cell / "model.safetensors").is_file()
+    run_grid(path, ["k=1"], out=mine, say=lambda line: None)  # the same settings: only scored
+    assert (mine / "m0.9_k1_t0.1/history.csv").read_text() == (out / "m0.9_k1_t0.1/history.csv").read_text()
+
+
+def test_a_grid_can_be_looked_at_before_it_is_done(phantoms, tmp_path, monkeypatch):
+    """Its record is there, and whole, from the first moment on, also when a call runs a shard of it."""
+    from charmlib.grid import runner
+
+    seen = []
+    monkeypatch.setattr(runner, "_run", lambda *a: seen.append(leaderboard(tmp_path / "out")))
+    path = small_grid(tmp_path, phantoms, k=[1, 2], threshold=[0.1, 0.2])
+    run_grid(path, out=tmp_path / "out", shard=(1, 2), say=lambda line: None)
+    assert len(seen[0]) == 4 and set(seen[0]["status"]) == {"pending"}
+
+
+def test_one_data_set_has_one_cache_from_wherever_it_is_named(phantoms, tmp_path, monkeypatch):
+    """Named relatively by the caller and absolutely by the cells, images were decoded and stored twice."""
+    from charmlib.grid import runner
+
+    jobs = []
+    monkeypatch.setattr(runner, "_run", lambda given, *a: jobs.extend(given))
+    monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(phantoms.parent)
+    run_grid(small_grid(tmp_path, phantoms.name, k=[1]), out=tmp_path / "out", say=lambda line: None)
+    from charmlib.data.dataset import open_dataset
+
+    monkeypatch.chdir(tmp_path)
+    open_dataset(jobs[0]["params"])
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
 @pytest.mark.slow

@@ -60,7 +60,9 @@ def test_shards_cover_the_grid_once(tmp_path):
     ("axes: [k]", "axes must be"), ("cells: [k]", "cells.0."), ("base: base.yaml", "nothing to run"),
     ("base: bas.yaml\naxes: {k: [2]}", "Did you mean 'base.yaml'"),
     ("axes: {k: [2]}\ncells: [{name: a/b}]", "cannot be a folder"),
-    ("axes: {bank_size: [3]}", "lower k"), ("axes: {run_dir: [x]}", "own folder"),
+    ("axes: {bank_size: [3]}", "lower k"), ("axes: {arch: [resnet51]}", "Did you mean 'resnet50'"),
+    ("axes: {weights: [/none/such.pt]}", "norm"), ("cells: [{weights: /none/such.pt, norm: half}]", "nothing at /none/such"),
+    ("axes: {split: [lists/mine]}", "nothing at"), ("axes: {run_dir: [x]}", "own folder"),
     ("axes: {k: [2]}\ncells: [{k: 2, name: k2, seed: 1}]", "two different cells")])
 def test_whatever_is_wrong_is_refused_before_anything_runs(tmp_path, text, says):
     with pytest.raises(ParameterError, match=says):

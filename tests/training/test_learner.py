@@ -39,6 +39,16 @@ def test_fastais_own_methods_work(learn, phantoms):
     plt.close("all")
 
 
+def test_images_from_elsewhere_are_not_taken_for_rows_of_the_data(learn, phantoms):
+    """The same picture many times: its answer must not depend on where in the list it stands."""
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        picture = next(phantoms.rglob("*.png"))
+        probabilities, _ = learn.get_preds(dl=learn.dls.test_dl([picture] * 320))
+    assert learn.model.bank.filled.item() == 16
+    torch.testing.assert_close(probabilities, probabilities[:1].expand_as(probabilities), rtol=1e-5, atol=1e-6)
+
+
 def test_lr_find_restores_everything_and_leaves_no_file(learn):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)

@@ -134,6 +134,33 @@ def test_the_finder_is_asked_when_no_rate_is_pinned_and_its_answer_survives_a_ki
     assert again.find_lr() == rate
 
 
+def test_a_run_made_by_hand_is_found_from_anywhere_and_keeps_the_finders_rate(tiny, phantoms, tmp_path, monkeypatch):
+    monkeypatch.chdir(phantoms.parent)
+    run = Run.open(tiny, data_root=phantoms.name, stage1_lr=0, stage1_epochs=1, stage2_epochs=1)
+    run.train()
+    rate = run.find_lr()
+    monkeypatch.chdir(tmp_path)
+    loaded = Run.load("run")
+    assert loaded.score()["stage1_lr"] == rate
+    finish(loaded.folder)
+    monkeypatch.setattr(Run, "learner", lambda *a: pytest.fail("the finder ran again"))
+    again = Run.open(tiny, stage1_lr=0, stage1_epochs=1, stage2_epochs=1)
+    assert again.find_lr() == rate
+
+
+def test_a_run_in_a_read_only_folder_is_copied_first(quiet, tmp_path, monkeypatch):
+    """As another notebook's output is on Kaggle."""
+    from charmlib.training import run as module
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.os, "access", lambda path, mode: not str(path).startswith(str(quiet)))
+    before = sorted(quiet.iterdir())
+    run = Run.load(quiet)
+    run.score()
+    assert run.folder == tmp_path / "runs/run" and (run.folder / "predictions.npz").is_file()
+    assert sorted(quiet.iterdir()) == before
+
+
 def test_settings_that_differ_are_refused_by_name(quiet, tiny, tmp_path, phantoms, monkeypatch):
     from tests.conftest import TINY
 

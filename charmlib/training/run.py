@@ -138,6 +138,8 @@ class Run:
         Writes ``params.yaml``, then ``history.csv`` and ``log.txt`` as it goes, ``resume.pt`` after each epoch, and at the end
         ``model.safetensors`` and ``model.json`` with thresholds chosen on the validation part.
 
+        With ``resume=False`` whatever an earlier run left in the folder is removed first.
+
         Raises
         ------
         ValueError

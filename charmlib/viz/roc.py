@@ -23,7 +23,7 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
     """
     aucs = auc_by_class(predictions.labels, predictions.logits, predictions.classes)
     defined = [v for v in aucs.values() if not np.isnan(v)]
-    figure, axis = plt.subplots(figsize=(9.6, 6.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.6, 5.7), layout="constrained")
     for i in np.argsort([-np.nan_to_num(v, nan=-1.0) for v in aucs.values()], kind="stable"):
         name = predictions.classes[i]
         label = name.replace("_", " ")
@@ -42,5 +42,5 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
     mean = f"mean {np.mean(defined):.3f}" + (f" of {len(defined)}" if len(defined) < len(aucs) else "") if defined else ""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside center right", frameon=False, fontsize=10,
                   title=f"AUC, finding (positives)\n{mean}")
-    figure.suptitle("\n".join([title, *textwrap.wrap(note, 125)]).strip(), fontsize=10.5)
+    figure.suptitle("\n".join([title, *textwrap.wrap(note, 115)]).strip(), fontsize=10.5)
     return figure

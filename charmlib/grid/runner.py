@@ -123,8 +123,10 @@ def _todo(grid: Grid, folder: Path, hashes: dict[str, str], rerun_changed: bool,
     todo, changed = [], []
     for cell in grid.cells:
         kept = _hash_of(folder / cell.id)
-        (changed if kept not in (None, hashes[cell.id]) else
-         todo if cell_status(folder / cell.id) != "done" else []).append(cell)
+        if kept not in (None, hashes[cell.id]):
+            changed.append(cell)
+        elif cell_status(folder / cell.id) != "done":
+            todo.append(cell)
     if changed and not rerun_changed:
         names = ", ".join(c.id for c in changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise GridError(f"{len(changed)} finished or started cells in {folder} were made with other parameters, notebooks, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import random
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
+
+from charmlib.files import write_whole
 
 HISTORY = ("stage", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "bank_filled", "bank_accepted")
 
@@ -175,10 +178,9 @@ class RestoreScaler(Callback):
 
 
 def write_history(path: Path, rows: list[dict]) -> None:
-    """``history.csv``, whole, under a temporary name first."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
-        write = csv.DictWriter(file, HISTORY)
-        write.writeheader()
-        write.writerows(rows)
-    temporary.replace(path)
+    """``history.csv``, whole or not at all."""
+    text = io.StringIO(newline="")
+    write = csv.DictWriter(text, HISTORY)
+    write.writeheader()
+    write.writerows(rows)
+    write_whole(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))

@@ -40,6 +40,37 @@ def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, t
     return folder / "model.safetensors"
 
 
+def load_card(folder: str | Path) -> dict:
+    """``model.json`` of a trained run.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Not there, or of another format.
+    """
+    path = Path(folder) / "model.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint: {path} is not there (was the run trained to its end?)")
+    card = json.loads(path.read_text())
+    if card.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {card.get('format')!r}, this charmlib reads {FORMAT}")
+    return card
+
+
+def load_weights(net: CharmNet, folder: str | Path) -> None:
+    """Fill a network from ``model.safetensors`` of a trained run; see :func:`fill`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Not there, or it does not fit.
+    """
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint: {path} is not there (was the run trained to its end?)")
+    fill(net, load_file(path), str(path))
+
+
 def load_model(folder: str | Path, device="cpu") -> tuple[CharmNet, dict]:
     """The network of a run, in eval mode, and its card (``model.json``).
 
@@ -52,17 +83,10 @@ def load_model(folder: str | Path, device="cpu") -> tuple[CharmNet, dict]:
     ValueError
         The checkpoint does not fit; names what is missing, unknown or of another shape.
     """
-    folder = Path(folder)
-    card_path, state_path = folder / "model.json", folder / "model.safetensors"
-    for path in (card_path, state_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint: {path} is not there (was the run trained to its end?)")
-    card = json.loads(card_path.read_text())
-    if card.get("format") != FORMAT:
-        raise ValueError(f"{card_path}: format {card.get('format')!r}, this charmlib reads {FORMAT}")
+    card = load_card(folder)
     net = CharmNet(classes=len(card["classes"]), weights="none", norm="half", **network_params(card["params"]))
     net.mean, net.std = tuple(card["norm"]["mean"]), tuple(card["norm"]["std"])
-    fill(net, load_file(state_path), str(state_path))
+    load_weights(net, folder)
     return net.eval().to(device), card
 
 

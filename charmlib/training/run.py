@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -28,7 +27,7 @@ from charmlib.files import write_json, write_text
 from charmlib.models.charm import CharmNet
 from charmlib.params import UNHASHED, read_yaml, resolve, with_absolute_paths
 from charmlib.training.callbacks import seed_everything, write_history
-from charmlib.training.checkpoint import differences, load_model, network_params, save_model
+from charmlib.training.checkpoint import differences, load_card, load_model, load_weights, network_params, save_model
 from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner
 from charmlib.training.stages import StageRunner, plan
@@ -73,6 +72,8 @@ class Run:
     @classmethod
     def load(cls, run_dir: str | Path, **changes) -> Run:
         """A trained run from its folder; ``changes`` may only say where things are (data_root, cache_dir, workers, device).
+
+        A folder that is read-only is copied to where one can write, and the copy is the run's folder from then on.
 
         Raises
         ------
@@ -119,7 +120,7 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._lr is None and self.trained():
-            self._lr = json.loads((self.folder / "model.json").read_text())["stage1_lr"]
+            self._lr = load_card(self.folder)["stage1_lr"]
         if self._lr is None:
             kept = self._runner().saved(self.params["resume"])
             self._lr = kept["lr"] if kept else None
@@ -153,11 +154,11 @@ class Run:
                          "metrics.json"):
                 (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._runner().saved(self.params["resume"])  # refuses a folder of other settings before writing to it
-        write_text(self.folder / "params.yaml", yaml.safe_dump(self.params, sort_keys=False))
-        phases = plan(self.params, self.find_lr())
         runner = self._runner()
-        state = runner.saved(self.params["resume"])
+        state = runner.saved(self.params["resume"])  # refuses a folder of other settings before writing to it
+        write_text(self.folder / "params.yaml", yaml.safe_dump(self.params, sort_keys=False))
+        runner.lr = self._lr = state["lr"] if state else self.find_lr()
+        phases = plan(self.params, self._lr)
         self.log(f"training on {self.device} in {self.precision}, {self.data.source}, split {self.data.split.name} "
                  f"{self.data.split.hash}" + (f", going on after {len(state['history'])} finished epochs" if state else ""))
         if self.params["use_momentum"] and state is None:
@@ -188,25 +189,22 @@ class Run:
         ValueError
             It holds a checkpoint of other settings and ``resume`` is on.
         """
-        path = self.folder / "model.json"
-        if not self.params["resume"] or not path.is_file():
+        if not self.params["resume"] or not (self.folder / "model.json").is_file():
             return False
-        card = json.loads(path.read_text())
-        theirs = {k: v for k, v in card["params"].items() if k not in UNHASHED}
+        theirs = {k: v for k, v in load_card(self.folder)["params"].items() if k not in UNHASHED}
         if wrong := differences(theirs, self._identity()):
             raise ValueError(f"{self.folder} holds a trained run with other settings ({wrong}). Name another run_dir, or say "
                              "resume=False to train anew.")
-        self.net.load_state_dict(load_model(self.folder)[0].state_dict())
+        load_weights(self.net, self.folder)
         return True
 
     def _identity(self) -> dict:
-        return {**{k: v for k, v in self.params.items() if k not in UNHASHED},
-                "split_hash": self.data.split.hash}
+        return {**{k: v for k, v in self.params.items() if k not in UNHASHED}, "split_hash": self.data.split.hash}
 
     def _runner(self) -> StageRunner:
         return StageRunner(self.learner, self.net, self.folder / "resume.pt", self._identity(),
-                             monitor=self.params["monitor"], seed=self.params["seed"], on_row=self._row,
-                             bars=person_watches(), lr=self._lr)
+                           monitor=self.params["monitor"], seed=self.params["seed"], lr=self._lr, on_row=self._row,
+                           bars=person_watches())
 
     def _row(self, history: list[dict]) -> None:
         write_history(self.folder / "history.csv", history)
@@ -287,7 +285,7 @@ class Run:
             "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
             "classes": list(self.data.classes),
             **{part: part_metrics(values, self.data.classes) for part, values in parts.items()},
-            "bank": bank, "stage1_lr": json.loads((self.folder / "model.json").read_text())["stage1_lr"],
+            "bank": bank, "stage1_lr": load_card(self.folder)["stage1_lr"],
             "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": None, "overhead": None},
             "peak_memory_mb": peak_memory_mb(), "device": device_name(self.device), "precision": self.precision,
             "versions": versions(), "quick_check": self.params["limit"] > 0,

@@ -1,4 +1,7 @@
-"""``python -m charmlib``: phantoms, the image cache, one run, a grid. Exit 0 only when all that was asked is done."""
+"""``python -m charmlib``: phantoms, the image cache, runs and grids, their evaluation, and predictions for new images.
+
+Exit 0 only when all that was asked is done.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,104 @@ def run(params_yaml, assignments, out, rerun_changed):
     click.echo(f"done: {folder}/metrics.json, {folder}/test.ipynb")
 
 
+_RUN = click.Path(path_type=Path, exists=True, file_okay=False)
+_POINT = click.option("--point", default="youden", show_default=True, metavar="POINT",
+                      help="Operating point: youden, f1, or sensitivity_S such as sensitivity_0.95.")
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=_RUN, metavar="RUN...")
+@_POINT
+@click.option("--ensemble", is_flag=True, help="Score the mean of all runs' probabilities as well.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+              help="Where report.html and per_class.csv go [default: each run's folder].")
+def evaluate(runs, point, ensemble, out):
+    """Score finished runs anew from their prediction files, with intervals; a grid's folder stands for its cells."""
+    from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_folders
+    from charmlib.evaluation.leaks import refuse_leaks
+    from charmlib.evaluation.tables import run_table, with_intervals
+    from charmlib.viz.report import write_evaluation
+
+    folders = run_folders(runs)
+    refuse_leaks(folders)
+    scored = []
+    for folder in folders:
+        metrics, test = evaluate_run(folder, points=[point])
+        target = out if out and len(folders) == 1 and not ensemble else out / folder.name if out else folder
+        click.echo(write_evaluation(target, metrics, test, point) + "\n")
+        scored.append(metrics)
+    if ensemble:
+        metrics, test = evaluate_ensemble(folders, points=[point])
+        target = out / "ensemble" if out else folders[0].parent / "ensemble"
+        click.echo(write_evaluation(target, metrics, test, point) + "\n")
+        scored.append(metrics)
+    if len(scored) > 1:
+        click.echo(with_intervals(run_table(scored), 4).to_string(index=False))
+
+
+@cli.command()
+@click.argument("first", type=_RUN)
+@click.argument("second", type=_RUN)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table to this CSV.")
+def compare(first, second, out):
+    """The paired difference SECOND minus FIRST of two runs on the same images, with its interval."""
+    from charmlib.evaluation.compare import compare as paired
+    from charmlib.evaluation.compare import verdict
+    from charmlib.evaluation.leaks import refuse_leaks
+    from charmlib.evaluation.results import load_metrics, load_predictions
+    from charmlib.evaluation.tables import split_note, with_intervals
+    from charmlib.files import write_whole
+
+    refuse_leaks([first, second])
+    table = paired(load_predictions(first), load_predictions(second))
+    click.echo(f"{split_note(load_metrics(first))}\nfirst: {first}, second: {second}\n")
+    click.echo(with_intervals(table.rename(columns={"low": "difference low", "high": "difference high"}), 4)
+               .to_string(index=False))
+    click.echo("\n" + verdict(table, str(first), str(second)))
+    if out:
+        write_whole(out, lambda temporary: table.to_csv(temporary, index=False))
+
+
+@cli.command()
+@click.argument("params_yaml", type=click.Path(path_type=Path))
+@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE")
+@click.option("--out", type=click.Path(path_type=Path), help="The controls' folder [default: runs/<stem>_controls].")
+@click.option("--workers", type=click.IntRange(min=1), help="Trainings at once [default: one a GPU, or 1].")
+def controls(params_yaml, assignments, out, workers):
+    """Controls of PARAMS_YAML: shuffled labels (must score 0.5), view position alone, the plain network."""
+    from charmlib.evaluation.tables import with_intervals
+    from charmlib.grid.controls import run_controls
+
+    table, held = run_controls(params_yaml, assignments, out=out, workers=workers, say=_say)
+    click.echo(with_intervals(table, 4).to_string(index=False))
+    if not held:
+        raise SystemExit("the 99 % interval of the shuffled control does not hold 0.5: labels reach the network by another way "
+                         "than the images, or this is the one honest run in a hundred (try another seed)")
+
+
+@cli.command()
+@click.argument("run", type=_RUN)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("predictions.csv"), show_default=True)
+@_POINT
+@click.option("--calibrated", is_flag=True, help="Probabilities at the validation part's temperature; calls stay the same.")
+@click.option("--device", default="auto", show_default=True)
+def predict(run, paths, out, point, calibrated, device):
+    """Probabilities and calls of RUN for new images or folders (PNG, JPEG; DICOM with pydicom). Research use only."""
+    from charmlib.files import write_whole
+    from charmlib.training.predict import predict as predict_images
+
+    refused = []
+    table = predict_images(run, paths, point=point, calibrated=calibrated, device=device, refused=refused.append)
+    write_whole(out, lambda temporary: table.to_csv(temporary, index=False))
+    click.echo(f"{out}: {len(table)} images, operating point '{point}'")
+    if refused:
+        for line in refused:
+            click.echo(f"refused: {line}", err=True)
+        click.echo(f"{len(refused)} of {len(table) + len(refused)} files are not in it", err=True)
+        sys.exit(2)
+
+
 @cli.group()
 def grid():
     """Run a grid, look at it."""
@@ -89,8 +190,8 @@ def grid_run(grid_yaml, assignments, out, workers, scheduler, scheduler_file, sh
                      notebooks=notebooks, say=_say)
     if dry_run:
         return
-    click.echo(board.drop(columns=["n_images", "n_patients"]).to_string(index=False, na_rep=""))
-    failed = board[~board["status"].isin(["done", "quick check"])]
+    click.echo(_board_text(board))
+    failed = board[~board["status"].isin(["done", "quick check", "control"])]
     if len(failed) and not shard:
         raise SystemExit(f"{len(failed)} of {len(board)} cells are not done: {', '.join(failed['cell'])}")
     if (board["status"] == "failed").any():
@@ -104,7 +205,7 @@ def grid_status(folder):
     from charmlib.grid.leaderboard import leaderboard
 
     board = leaderboard(folder)
-    click.echo(board[["rank", "cell", "valid_mean_auc", "seconds", "status"]].to_string(index=False, na_rep=""))
+    click.echo(_board_text(board))
     click.echo(", ".join(f"{n} {s}" for s, n in board["status"].value_counts().items()))
 
 
@@ -140,6 +241,13 @@ def params(notebooks):
         cell.source = cell_source(PARAMS if path.stem == "train" else names)
         nbformat.write(book, path)
         click.echo(f"{path}: {len(cell.source.splitlines())} lines")
+
+
+def _board_text(board) -> str:
+    from charmlib.grid.report import board_notes, shown_board
+
+    return "\n".join([*board_notes(board), shown_board(board).to_string(index=False),
+                      "= cannot be told from the first: the paired difference's 95 % interval holds 0"])
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

@@ -43,6 +43,7 @@ _DECLARED = [
     Param("data", "classes", str, "nih14", "which labels: the 14 findings, 'No Finding' as a 15th, or those of `csv`",
           ("nih14", "nih15", "own")),
     Param("data", "csv", str, "", "a label table of your own instead of the NIH one; '' finds the NIH one"),
+    Param("data", "labels", str, "real", "shuffled is a control that must score 0.5; never ranked", ("real", "shuffled")),
     Param("data", "split", str, "official", "official lists, random by patient, or a folder with train/valid/test.txt",
           ("official", "patient"), also="a folder"),
     Param("data", "valid_fraction", float, 0.1, "share of the train_val patients kept for validation", low=0.01, high=0.5),

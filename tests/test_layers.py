@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "charmlib"
 ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz"},
-           "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation"},
+           "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation", "files"},
            "grid": {"grid", "data", "evaluation", "viz", "files", "params"},
            "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz"}}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -11,7 +11,7 @@ import numpy as np
 from charmlib.data.cache import cached_images
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import resolve_data_root
-from charmlib.data.splits import Split, make_split
+from charmlib.data.splits import PARTS, SPLIT_SEED, Split, make_split
 
 
 @dataclass
@@ -67,4 +67,20 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
         index = replace(index, frame=index.frame[kept].reset_index(drop=True))
         images = images[kept]
     split = make_split(index, p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"])
+    if p["labels"] == "shuffled":
+        index = shuffle_labels(index, split)
     return ChestData(index, split, images, index.labels())
+
+
+def shuffle_labels(index: Index, split: Split) -> Index:
+    """A control: within each part of the split, the images get one another's label rows.
+
+    Prevalence and co-occurrence stay as they are and nothing is left to learn, so a test AUC other than 0.5 (within its
+    interval) means that labels reach the network by another way than the images. Seeded as the splits are.
+    """
+    frame, generator = index.frame.copy(), np.random.default_rng(SPLIT_SEED)
+    labels = list(index.classes)
+    for part in PARTS:
+        rows = split.rows(part)
+        frame.loc[rows, labels] = index.frame.loc[generator.permutation(rows), labels].to_numpy()
+    return replace(index, frame=frame)

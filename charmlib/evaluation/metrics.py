@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 
 def _check(labels, scores, classes) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    labels, scores = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 2 or labels.shape != scores.shape:
         raise ValueError(f"labels {labels.shape} and scores {scores.shape} must both be (n_samples, n_classes)")
     classes = [str(c) for c in classes] if classes is not None else [f"class {i}" for i in range(labels.shape[1])]
@@ -21,13 +21,18 @@ def _check(labels, scores, classes) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return labels, scores, classes
 
 
+def known(labels: np.ndarray, scores: np.ndarray, c: int, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Labels and scores of class ``c`` where its label is known, and further arrays (n_samples,), at least one, alike."""
+    there = ~np.isnan(labels[:, c]) if labels.dtype.kind == "f" else np.ones(len(labels), bool)
+    return labels[there, c], scores[there, c], *(o[there] for o in others or (np.arange(len(labels)),))
+
+
 def _by_class(metric, labels, scores, classes) -> dict[str, float]:
     labels, scores, classes = _check(labels, scores, classes)
     out = {}
     for i, name in enumerate(classes):
-        known = ~np.isnan(labels[:, i])
-        y = labels[known, i]
-        out[name] = float(metric(y, scores[known, i])) if 0 < y.sum() < len(y) else float("nan")
+        y, score, _ = known(labels, scores, i)
+        out[name] = float(metric(y, score)) if 0 < y.sum() < len(y) else float("nan")
     return out
 
 
@@ -72,6 +77,35 @@ def mean_over_classes(by_class: dict[str, float], *, what: str = "AUC") -> float
 def mean_auc(labels, scores, classes: Sequence[str] | None = None) -> float:
     """Mean ROC-AUC over the classes, as the published figures are; see :func:`mean_over_classes`."""
     return mean_over_classes(auc_by_class(labels, scores, classes))
+
+
+def micro(labels, scores) -> dict[str, float]:
+    """ROC-AUC and average precision over all (sample, class) pairs together; NaN without positives or negatives.
+
+    It asks for scores that can be compared between classes, and common findings dominate it.
+    """
+    labels, scores, _ = _check(labels, scores, None)
+    there = ~np.isnan(labels)
+    y, score = labels[there], scores[there]
+    defined = 0 < y.sum() < len(y)
+    return {"auc": float(roc_auc_score(y, score)) if defined else float("nan"),
+            "ap": float(average_precision_score(y, score)) if defined else float("nan")}
+
+
+def frequency_groups(prevalence: dict[str, float]) -> dict[str, list[str]]:
+    """'head', 'medium' and 'tail' classes: prevalence in the training part above 5 %, 2 to 5 %, below 2 %."""
+    groups: dict[str, list[str]] = {"head": [], "medium": [], "tail": []}
+    for name, share in prevalence.items():
+        groups["head" if share > 0.05 else "medium" if share >= 0.02 else "tail"].append(name)
+    return groups
+
+
+def prevalence(labels, classes: Sequence[str]) -> dict[str, float]:
+    """Share of positives among the known labels of each class; NaN where none is known."""
+    labels = np.asarray(labels, dtype=np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return dict(zip(map(str, classes), np.nanmean(labels, axis=0).tolist()))
 
 
 def summarize(labels, scores, classes: Sequence[str]) -> dict:

@@ -1,33 +1,114 @@
-"""Operating points: thresholds that are chosen on validation data and then kept."""
+"""Operating points: thresholds that are chosen on validation data and then kept, and what they call on test data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy.special import expit
-from sklearn.metrics import roc_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from charmlib.evaluation.metrics import known
+
+POINTS = ("youden", "f1", "sensitivity_0.90")
+"""The operating points that training stores."""
+
+COUNTS = ("tp", "fp", "fn", "tn")
 
 
-def youden_thresholds(labels, logits, classes: Sequence[str]) -> dict[str, float | None]:
-    """For each class the probability at which sensitivity + specificity - 1 is largest (Youden 1950).
+def choose_thresholds(labels, logits, classes: Sequence[str], points: Sequence[str] = POINTS
+                      ) -> dict[str, dict[str, float | None]]:
+    """Thresholds as probabilities: operating point -> class -> threshold, from validation data.
 
-    A prediction counts as positive from the threshold on. None for a class without positives or negatives.
+    - ``youden``: the largest sensitivity + specificity - 1 (Youden 1950);
+    - ``f1``: the largest F1 score;
+    - ``sensitivity_0.90`` (any share): the highest threshold that still finds this share of the positives.
+
+    A prediction counts as positive from the threshold on. Of equally good thresholds the highest is taken. None for a
+    class without positives or without negatives.
 
     Parameters
     ----------
     labels, logits : array-like of shape (n_samples, n_classes)
         Validation data; labels 0, 1 or NaN.
+
+    Raises
+    ------
+    ValueError
+        Unknown operating point; lists the known ones.
     """
-    labels, logits = np.asarray(labels, np.float64), np.asarray(logits, np.float64)
-    out: dict[str, float | None] = {}
-    for i, name in enumerate(classes):
-        known = ~np.isnan(labels[:, i])
-        y = labels[known, i]
-        if not 0 < y.sum() < len(y):
-            out[name] = None
+    labels, logits = np.asarray(labels), np.asarray(logits)
+    rules = {point: _rule(point) for point in points}
+    out: dict[str, dict[str, float | None]] = {point: {} for point in points}
+    for c, name in enumerate(classes):
+        y, score, _ = known(labels, logits, c)
+        for point, rule in rules.items():
+            out[point][str(name)] = rule(y, expit(score.astype(np.float64))) if 0 < y.sum() < len(y) else None
+    return out
+
+
+def _rule(point: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    if point == "youden":
+        return _youden
+    if point == "f1":
+        return _best_f1
+    name, _, share = point.partition("_")
+    try:
+        wanted = float(share)
+    except ValueError:
+        wanted = -1
+    if name != "sensitivity" or not 0 < wanted <= 1:
+        raise ValueError(f"unknown operating point '{point}'; known are youden, f1 and sensitivity_S with 0 < S <= 1, "
+                         "such as sensitivity_0.95")
+    return lambda y, p: _sensitivity(y, p, wanted)
+
+
+def _youden(y: np.ndarray, probability: np.ndarray) -> float:
+    false, true, thresholds = roc_curve(y, probability, drop_intermediate=False)
+    return float(thresholds[int(np.argmax((true - false)[1:])) + 1])  # the first point calls nothing positive
+
+
+def _best_f1(y: np.ndarray, probability: np.ndarray) -> float:
+    precision, recall, thresholds = precision_recall_curve(y, probability)
+    f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-300))[:-1]
+    return float(thresholds[np.flatnonzero(f1 == f1.max())[-1]])
+
+
+def _sensitivity(y: np.ndarray, probability: np.ndarray, share: float) -> float:
+    _, true, thresholds = roc_curve(y, probability, drop_intermediate=False)
+    return float(thresholds[int(np.argmax(true >= share - 1e-12))])
+
+
+def called(logits, threshold: float) -> np.ndarray:
+    """Whether each logit is called positive: the probability, in float64, is at least the threshold."""
+    return expit(np.asarray(logits, np.float64)) >= threshold
+
+
+def figures(tp, fp, fn, tn) -> dict[str, np.ndarray]:
+    """Sensitivity, specificity, precision and F1 from counts (numbers or arrays of one shape); NaN for 0 / 0."""
+    tp, fp, fn, tn = (np.asarray(v, np.float64) for v in (tp, fp, fn, tn))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {"sensitivity": tp / (tp + fn), "specificity": tn / (tn + fp), "precision": tp / (tp + fp),
+                "f1": np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan)}
+
+
+def at_thresholds(labels, logits, classes: Sequence[str], thresholds: Mapping[str, float | None]) -> dict[str, dict]:
+    """Class -> threshold, the four counts and the :func:`figures` at it; classes without a threshold are left out.
+
+    Parameters
+    ----------
+    labels, logits : array-like of shape (n_samples, n_classes)
+    thresholds : mapping
+        Class -> probability.
+    """
+    labels, logits = np.asarray(labels), np.asarray(logits)
+    out = {}
+    for c, name in enumerate(classes):
+        if thresholds.get(str(name)) is None:
             continue
-        false, true, thresholds = roc_curve(y, logits[known, i], drop_intermediate=False)
-        best = int(np.argmax((true - false)[1:])) + 1  # the first point calls nothing positive
-        out[name] = float(expit(thresholds[best]))
+        y, score, _ = known(labels, logits, c)
+        positive, call = y == 1, called(score, thresholds[str(name)])
+        counts = [int(m.sum()) for m in (call & positive, call & ~positive, ~call & positive, ~call & ~positive)]
+        out[str(name)] = {"threshold": float(thresholds[str(name)]), **dict(zip(COUNTS, counts)),
+                          **{k: float(v) for k, v in figures(*counts).items()}}
     return out

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from charmlib.evaluation.intervals import auc_interval
-from charmlib.evaluation.metrics import summarize
+from charmlib.evaluation.calibration import fit_temperature
+from charmlib.evaluation.intervals import SEED, Resamples, bootstrap, enough_patients
+from charmlib.evaluation.operating import POINTS, choose_thresholds
 from charmlib.files import write_json, write_whole
 
 FORMAT = 1
@@ -58,11 +59,58 @@ def load_predictions(run: str | Path, part: str = "test") -> Predictions:
                            tuple(str(c) for c in file["classes"]))
 
 
-def part_metrics(values: Mapping[str, np.ndarray], classes: Sequence[str]) -> dict:
-    """Scores of a part, with the 95 % interval of its mean AUC clustered by patient."""
-    out = summarize(values["labels"], values["logits"], classes)
-    low, high = auc_interval(values["labels"], values["logits"], values["patients"])
-    return {**out, "mean_auc_low": low, "mean_auc_high": high}
+def save_resamples(run: str | Path, samples: Resamples | None) -> None:
+    """Keep the bootstrap of the test part (``resamples.npz``), so that a leaderboard need not make it again."""
+    if samples is None:
+        return
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, auc=samples.auc, ap=samples.ap, seed=SEED)
+
+    write_whole(Path(run) / "resamples.npz", write)
+
+
+def load_resamples(run: str | Path) -> Resamples | None:
+    """The bootstrap of a run's test part: kept, or made from its predictions; None for a single patient."""
+    path = Path(run) / "resamples.npz"
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as file:
+            if file["seed"] == SEED:
+                return Resamples(file["auc"], file["ap"])
+    test = load_predictions(run)
+    return bootstrap(test.labels, test.logits, test.patients) if enough_patients(test.patients) else None
+
+
+def load_card(folder: str | Path) -> dict:
+    """``model.json`` of a trained run.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Not there, or of another format.
+    """
+    path = Path(folder) / "model.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint: {path} is not there (was the run trained to its end?)")
+    card = json.loads(path.read_text())
+    if card.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {card.get('format')!r}, this charmlib reads {FORMAT}")
+    return card
+
+
+def choices(run: str | Path, valid: Predictions) -> dict:
+    """``thresholds`` and ``temperature`` of a trained run; chosen anew where its ``model.json`` is from before both were
+    kept, on the same validation predictions."""
+    card = load_card(run)
+    if card.get("temperature") is not None and set(POINTS) <= set(card["thresholds"]):
+        return {"thresholds": card["thresholds"], "temperature": card["temperature"]}
+    return chosen_on_validation(valid.labels, valid.logits, valid.classes)
+
+
+def chosen_on_validation(labels, logits, classes: Sequence[str]) -> dict:
+    """What ``model.json`` keeps of the validation part: ``thresholds`` at each operating point, and the ``temperature``."""
+    return {"thresholds": choose_thresholds(labels, logits, classes, POINTS), "temperature": fit_temperature(labels, logits)}
 
 
 def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None, wall: float | None = None) -> Path | None:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.intervals import interval, mean_of_defined
+from charmlib.evaluation.leaks import refuse_leaks
+from charmlib.evaluation.results import load_metrics, load_resamples
 from charmlib.files import write_whole
 from charmlib.grid.cells import GridError, cell_status
 
-LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "split", "n_images", "n_patients", "seconds",
-        "overhead_seconds", "status"]
+LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high",
+        "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
 
 _NEEDS = {"momentum": "use_momentum", **dict.fromkeys(
     ("k", "threshold", "bank_size", "strategy", "rule", "retrieval", "bank_norm"), "use_bank")}
@@ -23,12 +25,18 @@ def leaderboard(folder: str | Path, grid=None) -> pd.DataFrame:
     """Collect the cells of a grid's folder, write ``leaderboard.csv`` there, and return it.
 
     Rank 1 has the highest **validation** mean AUC; the test column decides nothing. Quick checks and cells that are
-    not done have no rank. Ranks are only given within one split: cells of another split are another contest.
+    not done have no rank, nor has a control with shuffled labels. Ranks are only given within one split: cells of another
+    split are another contest.
+
+    ``diff_first`` is a cell's mean test AUC less that of the cell ranked first, with its paired 95 % interval;
+    ``same_as_first`` is True where that interval holds 0, so that the two cannot be told apart.
 
     Raises
     ------
     GridError
         The folder holds no grid.
+    charmlib.evaluation.leaks.LeakError
+        Test images of a cell were in another's training part.
     """
     folder = Path(folder)
     cells, axes = _cells(folder, grid)
@@ -44,18 +52,65 @@ def leaderboard(folder: str | Path, grid=None) -> pd.DataFrame:
                     "ci_low": m["test"]["mean_auc_low"], "ci_high": m["test"]["mean_auc_high"],
                     "split": f"{m['split']['name']} {m['split']['hash'][:8]}{drawn}",
                     "n_images": m["split"]["test"]["images"], "n_patients": m["split"]["test"]["patients"],
+                    "positive_share": m["split"]["test"]["positive_share"],
                     "seconds": round(m["seconds"]["train"] + m["seconds"]["score"], 1),
                     "overhead_seconds": m["seconds"]["overhead"]}
             if m["quick_check"]:
                 row["status"] = "quick check"
+            elif m["params"].get("labels") == "shuffled":
+                row["status"] = "control"
         rows.append(row)
     board = pd.DataFrame(rows, columns=["rank", "cell", *axes, *LAST])
     ranked = board["status"] == "done"
     order = board[ranked].groupby("split")["valid_mean_auc"].rank(ascending=False, method="first")
     board["rank"] = order.reindex(board.index).astype("Int64")
+    refuse_leaks(folder / cell for cell in board["cell"][board["split"].notna()])
+    board = _against_first(folder, board)
     board = board.sort_values(["split", "rank", "status", "cell"], na_position="last", ignore_index=True)
     write_whole(folder / "leaderboard.csv", lambda temporary: board.to_csv(temporary, index=False))
     return board
+
+
+def _against_first(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
+    """Fill in the paired difference of each ranked cell from the first one of its split."""
+    board = board.astype({"same_as_first": object})
+    for _, same_split in board[board["rank"].notna()].groupby("split"):
+        first = same_split.loc[same_split["rank"].idxmin()]
+        others = same_split[same_split["rank"] > 1]
+        reference = load_resamples(folder / first["cell"]) if len(others) else None
+        if reference is None:
+            continue
+        mean = mean_of_defined(reference.auc)
+        for i, row in others.iterrows():
+            low, high, _ = interval(mean_of_defined(load_resamples(folder / row["cell"]).auc) - mean)
+            board.loc[i, ["diff_first", "diff_low", "diff_high"]] = row["test_mean_auc"] - first["test_mean_auc"], low, high
+            board.loc[i, "same_as_first"] = bool(low <= 0 <= high)
+    return board
+
+
+def over_seeds(board: pd.DataFrame, axes: list[str]) -> pd.DataFrame | None:
+    """Mean and standard deviation over the seeds of each setting, ranked by validation; None without a seed axis.
+
+    ``axes`` are the grid's; ranked cells that agree in all but the seed are one setting. The spread over seeds is that of
+    training, on one and the same test part; the intervals of :func:`leaderboard` are of drawing patients.
+    """
+    if "seed" not in axes:
+        return None
+    ranked = board[board["rank"].notna()]
+    others = [a for a in axes if a != "seed"] + ["split"]
+    if ranked.empty or ranked.groupby(others, dropna=False)["seed"].nunique().max() < 2:
+        return None
+    table = ranked.groupby(others, dropna=False, as_index=False).agg(
+        seeds=("seed", "nunique"), valid_mean=("valid_mean_auc", "mean"), valid_sd=("valid_mean_auc", "std"),
+        test_mean=("test_mean_auc", "mean"), test_sd=("test_mean_auc", "std"), test_low=("test_mean_auc", "min"),
+        test_high=("test_mean_auc", "max"), n_images=("n_images", "first"), n_patients=("n_patients", "first"),
+        positive_share=("positive_share", "first"))
+    return table.sort_values("valid_mean", ascending=False, ignore_index=True)
+
+
+def grid_axes(folder: str | Path) -> list[str]:
+    """The axes of the grid that a folder was made with."""
+    return _cells(Path(folder), None)[1]
 
 
 def _cells(folder: Path, grid) -> tuple[dict[str, dict], list[str]]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from pathlib import Path
 
 import matplotlib
@@ -13,17 +10,14 @@ import pandas as pd
 
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.results import load_metrics, load_predictions
-from charmlib.files import write_text, write_whole
+from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
+from charmlib.files import write_whole
+from charmlib.grid.leaderboard import grid_axes, over_seeds
+from charmlib.viz import page
 from charmlib.viz.grid import heat_maps
 from charmlib.viz.history import plot_history
-from charmlib.viz.roc import plot_roc
-
-_STYLE = """body{font:15px/1.45 system-ui,sans-serif;color:#222;max-width:1080px;margin:2em auto;padding:0 1em}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:13px}th,td{padding:3px 9px;text-align:right;border-bottom:1px solid #ddd;
-white-space:nowrap}th{border-bottom:2px solid #888}.board tr:first-child td{font-weight:600}
-.published th,.published td{text-align:left}.note{color:#555}
-.drawn{background:#fff3cd;padding:.5em .8em;border-radius:4px}"""
+from charmlib.viz.report import positives
+from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 
 def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | None:
@@ -31,62 +25,70 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | N
     folder = Path(folder)
     ranked = board[board["rank"] == 1]
     if ranked.empty:
-        ranked = board[board["status"] == "quick check"]
+        ranked = board[board["status"].isin(["quick check", "control"])]
     if ranked.empty:
         return None
     best = ranked.iloc[0]
-    metrics = load_metrics(folder / best["cell"])
-    predictions = load_predictions(folder / best["cell"])
+    metrics, predictions = load_metrics(folder / best["cell"]), load_predictions(folder / best["cell"])
+    note, part = split_note(metrics), metrics["test"]
+    seeds = over_seeds(board, list(grid.axes) if grid is not None else grid_axes(folder))
+    if seeds is not None:
+        write_whole(folder / "seeds.csv", lambda temporary: seeds.to_csv(temporary, index=False))
     with matplotlib.rc_context({"figure.max_open_warning": 0}):
-        roc = plot_roc(predictions, title=f"{best['cell']}, ranked first by validation", note=split_note(metrics))
+        roc = plot_roc(predictions, title=f"{best['cell']}, ranked first by validation", note=note)
         write_whole(folder / "roc.png", lambda temporary: roc.savefig(temporary, format="png", dpi=130))
         pictures = [("ROC curves on the whole test part", roc)]
-        maps = heat_maps(board)
+        if "intervals" in part:
+            pictures.append(("Interval bands", plot_roc_bands(predictions, part, title=best["cell"], note=note)))
+        maps = heat_maps(board, note=note)
         if maps is not None:
             pictures.append(("Mean test AUC over the grid (for reading; ranks come from validation)", maps))
-        history = pd.read_csv(folder / best["cell"] / "history.csv")
-        pictures.append((f"Training of {best['cell']}", plot_history(history)))
-        images = "".join(f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' src='{_data_url(figure)}'>"
-                         for title, figure in pictures)
+        pictures.append((f"Training of {best['cell']}", plot_history(pd.read_csv(folder / best["cell"] / "history.csv"),
+                                                                     note=note)))
+        drawn = [text for title, figure in pictures for text in (page.heading(title), page.picture(figure, title))]
         for _, figure in pictures:  # or a notebook that runs the grid shows them all
             plt.close(figure)
-    drawn = ("<p class='drawn'>Made from <b>drawn phantoms</b>, not radiographs: this shows that the software works and "
-             "nothing else.</p>") if metrics["data"]["drawn"] else ""
-    published, remark = beside_published(metrics)
-    compare = f"<h2>Beside published figures</h2><p class='note'>{html.escape(remark)}</p>"
-    if published is not None:
-        compare += f"<div class='scroll published'>{_table(published)}</div>"
     name = grid.name if grid is not None else folder.name
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Grid {html.escape(name)}</title>
-<style>{_STYLE}</style><h1>Grid {html.escape(name)}</h1>{drawn}
-<p>{html.escape(split_note(metrics))}. {html.escape(metrics['device'])}, {metrics['precision']},
-torch {metrics['versions']['torch']}, charmlib {metrics['versions']['charmlib']}, seed {metrics['params']['seed']}.
-Research use only.</p>
-<h2>Leaderboard</h2><p class="note">Ranked by validation mean AUC. The test columns are for reading, with 95 %
-intervals by bootstrap over patients; differences within them say nothing.</p>
-<div class="scroll board">{_table(board)}</div>{images}{compare}</html>"""
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+    parts = [page.paragraph(f"{note}. {origin_note(metrics)}.", ""), page.heading("Leaderboard"),
+             page.paragraph("Ranked by validation mean AUC. The test columns are for reading, with 95 % intervals by bootstrap "
+                            f"over patients. '=' marks cells whose paired difference from {best['cell']} has an interval that "
+                            "holds 0: the test part cannot tell them from it."), page.table(shown_board(board), "first")]
+    if seeds is not None:
+        parts += [page.heading("Over seeds"),
+                  page.paragraph("Mean and standard deviation over training seeds, on one test part."),
+                  page.table(with_intervals(seeds, 4), "first")]
+    if "intervals" in part:
+        parts += [page.heading(f"Classes of {best['cell']}"),
+                  page.table(with_intervals(class_table(part, positives(predictions))), "first")]
+    published, remark = beside_published(metrics)
+    parts += [*drawn, page.heading("Beside published figures"), page.paragraph(remark)]
+    if published is not None:
+        parts.append(page.table(with_intervals(published, 4), "words"))
+    return page.write_page(folder / "report.html", f"Grid {name}", parts, drawn=metrics["data"]["drawn"])
 
 
-def split_note(metrics: dict) -> str:
-    """What must stand beside every score: data, split, images, patients, share of positives."""
-    part = metrics["split"]["test"]
-    return (f"{metrics['data']['name']}, split '{metrics['split']['name']}' ({metrics['split']['hash'][:8]}): "
-            f"{part['images']:,} test images of {part['patients']:,} patients, {part['positive_share']:.0%} with a finding")
+def board_notes(board: pd.DataFrame) -> list[str]:
+    """A line for each split on the board: images, patients, share of positives."""
+    lines = []
+    for split, cells in board.dropna(subset=["split"]).groupby("split"):
+        first = cells.iloc[0]
+        lines.append(f"split {split}: {int(first['n_images']):,} test images of {int(first['n_patients']):,} patients, "
+                     f"{first['positive_share']:.1%} with a finding")
+    return lines
 
 
-def _table(frame: pd.DataFrame) -> str:
-    shown = frame.copy()
-    if "n_images" in shown and shown["split"].dropna().nunique() == 1:  # said once, above the table
-        shown = shown.drop(columns=["split", "n_images", "n_patients"])
-    for column in shown.columns:
-        if column.endswith(("_auc", "ci_low", "ci_high")) or column == "mean AUC":
-            shown[column] = shown[column].map(lambda v: "" if pd.isna(v) else f"{v:.4f}")
-    return shown.astype(object).where(shown.notna(), "").to_html(index=False, border=0)
-
-
-def _data_url(figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def shown_board(board: pd.DataFrame) -> pd.DataFrame:
+    """A leaderboard for reading: intervals in one column, '=' at cells that cannot be told from the first, and the split's
+    columns only where they differ (they are said above)."""
+    shown = board.rename(columns={"ci_low": "test_mean_auc low", "ci_high": "test_mean_auc high",
+                                  "diff_low": "diff_first low", "diff_high": "diff_first high"})
+    shown["same_as_first"] = shown["same_as_first"].map({True: "=", False: "differs"}).fillna("")
+    shown["cell"] = [f"{c} =" if s == "=" else c for c, s in zip(shown["cell"], shown["same_as_first"])]
+    shown["overhead_seconds"] = shown["overhead_seconds"].round(1)
+    if shown["split"].dropna().nunique() == 1:
+        shown = shown.drop(columns=["split", "n_images", "n_patients", "positive_share"])
+    plain = [*shown.columns[2:list(shown.columns).index("valid_mean_auc")], "seconds", "overhead_seconds"]
+    for column in plain:
+        shown[column] = ["" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v) for v in shown[column]]
+    out = with_intervals(shown)
+    return out.replace("undefined", "").drop(columns="same_as_first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from charmlib.grid.report import write_report
 from charmlib.grid.spec import Cell, Grid, load_grid
 from charmlib.params import with_absolute_paths
 
-_DATA = ("data_root", "classes", "csv", "split", "valid_fraction", "limit", "image_size", "cache_dir", "workers")
+_DATA = ("data_root", "classes", "csv", "labels", "split", "valid_fraction", "limit", "image_size", "cache_dir", "workers")
 
 
 def run_grid(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,
@@ -64,7 +65,16 @@ def run_grid(path: str | Path, assignments: Iterable[str] = (), *, out: str | Pa
     GridError
         A finished cell was made with other settings, or a worker's cluster cannot be used.
     """
-    grid = load_grid(path, assignments)
+    return run_loaded(load_grid(path, assignments), out=out, workers=workers, scheduler=scheduler,
+                      scheduler_file=scheduler_file, shard=shard, dry_run=dry_run, rerun_changed=rerun_changed,
+                      notebooks=notebooks, say=say)
+
+
+def run_loaded(grid: Grid, *, out: str | Path | None = None, workers: int | None = None, scheduler: str | None = None,
+               scheduler_file: str | None = None, shard: tuple[int, int] | None = None, dry_run: bool = False,
+               rerun_changed: bool = False, notebooks: str | Path | None = None,
+               say: Callable[[str], None] = print) -> pd.DataFrame:
+    """:func:`run_grid` for a grid that is not a file."""
     part = grid.shard(*shard) if shard else grid
     folder = Path(out or Path("runs") / grid.name).expanduser().resolve()
     books = find_notebooks(notebooks)
@@ -112,11 +122,21 @@ def _prepare(grid: Grid, folder: Path, notebooks: Path, say) -> dict[str, str]:
             say(str(data))
         hashes[cell.id] = cell_hash(cell.params, code, splits[key][0].hash)
     different = {split.hash: frame for split, frame in splits.values()}
+    _refuse_leaking_splits(different)
     folder.mkdir(parents=True, exist_ok=True)
     for name, frame in different.items():
         target = folder / ("split.csv" if len(different) == 1 else f"split_{name}.csv")
         write_whole(target, lambda temporary, frame=frame: frame.to_csv(temporary, index=False))
     return hashes
+
+
+def _refuse_leaking_splits(frames: Mapping[str, pd.DataFrame]) -> None:
+    """Refuse a grid whose cells could not stand on one leaderboard, before any is trained."""
+    for (one, a), (other, b) in itertools.permutations(frames.items(), 2):
+        both = set(a["id"][a["part"] == "test"]) & set(b["id"][b["part"] != "test"])
+        if both:
+            raise GridError(f"{len(both):,} test images of split {one} are in the training or validation part of {other}, "
+                            f"such as {min(both)}: they cannot stand on one leaderboard. Make a grid for each split.")
 
 
 def _todo(grid: Grid, folder: Path, hashes: dict[str, str], rerun_changed: bool, say) -> list[Cell]:

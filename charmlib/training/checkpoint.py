@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from charmlib.evaluation.results import FORMAT, load_card
 from charmlib.files import write_json, write_whole
 from charmlib.models.charm import CharmNet
 
-FORMAT = 1
 _NETWORK = ("arch", "use_momentum", "use_attention", "use_bank", "momentum", "k", "threshold", "bank_size", "strategy",
             "rule", "retrieval", "bank_norm", "dropout", "hidden")
 
@@ -24,11 +23,12 @@ def network_params(params: Mapping) -> dict:
 
 
 def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, thresholds: Mapping | None = None,
-               stage1_lr: float | None = None) -> Path:
+               temperature: float | None = None, stage1_lr: float | None = None) -> Path:
     """Write ``model.safetensors`` and ``model.json`` (classes, arch, parameters, norm, thresholds); returns the former.
 
     ``stage1_lr`` is the rate that stage 1 used (the finder's, where none was pinned).
-    ``thresholds`` maps an operating point ('youden') to class -> probability, chosen on validation data.
+    ``thresholds`` maps an operating point ('youden') to class -> probability; they and the ``temperature`` of the
+    calibration are chosen on validation data.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,25 +36,9 @@ def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, t
     write_whole(folder / "model.safetensors", lambda temporary: save_file(state, temporary))
     write_json(folder / "model.json", {
         "format": FORMAT, "classes": list(classes), "arch": net.arch, "params": dict(params),
-        "norm": {"mean": list(net.mean), "std": list(net.std)}, "thresholds": dict(thresholds or {}), "stage1_lr": stage1_lr})
+        "norm": {"mean": list(net.mean), "std": list(net.std)}, "thresholds": dict(thresholds or {}),
+        "temperature": temperature, "stage1_lr": stage1_lr})
     return folder / "model.safetensors"
-
-
-def load_card(folder: str | Path) -> dict:
-    """``model.json`` of a trained run.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        Not there, or of another format.
-    """
-    path = Path(folder) / "model.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint: {path} is not there (was the run trained to its end?)")
-    card = json.loads(path.read_text())
-    if card.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {card.get('format')!r}, this charmlib reads {FORMAT}")
-    return card
 
 
 def load_weights(net: CharmNet, folder: str | Path) -> None:

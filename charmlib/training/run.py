@@ -20,14 +20,22 @@ from charmlib.data.dataset import ChestData, open_dataset
 from charmlib.data.labels import same_order
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, chest_dataloaders
 from charmlib.data.paths import resolve_data_root
-from charmlib.evaluation.metrics import mean_auc
-from charmlib.evaluation.operating import youden_thresholds
-from charmlib.evaluation.results import PART_FILE, part_metrics, save_predictions
+from charmlib.evaluation.metrics import mean_auc, prevalence
+from charmlib.evaluation.results import (
+    PART_FILE,
+    choices,
+    chosen_on_validation,
+    load_card,
+    load_predictions,
+    save_predictions,
+    save_resamples,
+)
+from charmlib.evaluation.score import score_part
 from charmlib.files import write_json, write_text
 from charmlib.models.charm import CharmNet
 from charmlib.params import UNHASHED, read_yaml, resolve, with_absolute_paths
 from charmlib.training.callbacks import seed_everything, write_history
-from charmlib.training.checkpoint import differences, load_card, load_model, load_weights, network_params, save_model
+from charmlib.training.checkpoint import differences, load_model, load_weights, network_params, save_model
 from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner
 from charmlib.training.stages import StageRunner, plan
@@ -167,7 +175,7 @@ class Run:
         logits, labels = self.logits("valid")
         card = {**self.params, "split_hash": self.data.split.hash}
         save_model(self.net, self.folder, classes=self.data.classes, params=card, stage1_lr=self._lr,
-                   thresholds={"youden": youden_thresholds(labels, logits, self.data.classes)})
+                   **chosen_on_validation(labels, logits, self.data.classes))
         return self.history
 
     def _note_warmup(self, phases) -> None:
@@ -280,11 +288,16 @@ class Run:
         if self.net.bank is not None:
             bank = {"filled": self.net.bank.filled.item(),
                     "accepted": self.net.bank.accepted.item() / max(self.net.bank.seen.item(), 1)}
+        train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
+        valid, _ = score_part(parts["valid"], self.data.classes)
+        test, samples = score_part(parts["test"], self.data.classes, prevalence=train,
+                                   **choices(self.folder, load_predictions(self.folder, "valid")))
+        save_resamples(self.folder, samples)
         metrics = {
             "params": self.params, "data": {"name": self.data.source, "drawn": self.data.index.drawn},
             "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
             "classes": list(self.data.classes),
-            **{part: part_metrics(values, self.data.classes) for part, values in parts.items()},
+            "train_prevalence": train, "valid": valid, "test": test,
             "bank": bank, "stage1_lr": load_card(self.folder)["stage1_lr"],
             "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": None, "overhead": None},
             "peak_memory_mb": peak_memory_mb(), "device": device_name(self.device), "precision": self.precision,

@@ -6,14 +6,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from charmlib.viz.style import heading, styled
 
+
+@styled
 def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = "k", columns: str = "threshold",
-              panels: str = "momentum"):
+              panels: str = "momentum", note: str = ""):
     """One map of ``rows`` x ``columns`` for each value of ``panels``; None if the board is no such grid.
 
     Each field shows the value, and its interval where the board has one. Drawn are ranked cells of the first one's split
     that have all three axes. Where several share a field (a further axis), the best **by validation** is shown, and the
-    picture says so.
+    picture says so. ``note`` says what data it is of.
     """
     if not {rows, columns, panels, value} <= set(board.columns):
         return None
@@ -22,7 +25,7 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
     if len(frame) < 2:
         return None
     fields = frame.sort_values("valid_mean_auc", ascending=False).drop_duplicates([panels, rows, columns])
-    notes = ["drawn phantoms"] if fields["split"].str.contains("drawn").any() else []
+    notes = [note] if note else ["drawn phantoms"] if fields["split"].str.contains("drawn").any() else []
     if len(fields) < len(frame):
         notes.append("best by validation of the cells that share a field")
     frame = fields
@@ -49,8 +52,8 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
         axis.set(title=f"{panels} {panel:g}", xlabel=columns)
         axis.set_xticks(range(len(wide)), [f"{v:g}" for v in wide])
         axis.set_yticks(range(len(tall)), [f"{v:g}" for v in tall])
+        axis.grid(False)
     axes[0, 0].set_ylabel(rows)
     figure.colorbar(image, ax=axes[0].tolist(), label=value.replace("_", " "), shrink=0.9)
-    if notes:
-        figure.suptitle("; ".join(notes), fontsize=9)
+    heading(figure, "", "; ".join(notes))
     return figure

@@ -5,9 +5,10 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from charmlib.viz.style import OKABE_ITO
+from charmlib.viz.style import OKABE_ITO, heading, styled
 
 
+@styled
 def plot_history(history, *, note: str = ""):
     """Draw ``history.csv`` (a DataFrame or the list of its rows) with a note over it; returns the figure."""
     history = pd.DataFrame(history)
@@ -30,12 +31,10 @@ def plot_history(history, *, note: str = ""):
         axes[2].set(title="share of features the bank took", xlabel="epoch", ylim=(0, 1))
     border = int((history["stage"] == "1").sum())
     for axis in axes:
-        axis.grid(alpha=0.25)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if 0 < border < len(history):
             axis.axvline(border + 0.5, color="#999999", lw=1, ls=":")
     if 0 < border < len(history):
         axes[1].annotate("stage 2", (border + 0.55, 0.02), xycoords=("data", "axes fraction"), fontsize=9, color="#666666")
-    if note:
-        figure.suptitle(note, fontsize=9)
+    heading(figure, "", note)
     return figure

@@ -1,0 +1,94 @@
+"""Calibration: do findings called with probability p turn out to be there in a share p of the images?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import expit
+from sklearn.metrics import brier_score_loss
+
+from charmlib.evaluation.metrics import known, mean_over_classes
+
+BINS = 15
+_LOWEST, _HIGHEST = 0.01, 100.0
+
+
+def fit_temperature(labels, logits) -> float:
+    """The one temperature T > 0 for all classes that makes sigmoid(logits / T) most likely (Guo et al. 2017, section 4).
+
+    To be fitted on validation data. One number keeps every ranking and so every AUC as it is. Guo et al. scale a softmax;
+    here it is one sigmoid a class. It cannot mend a constant shift, such as asymmetric loss leaves.
+
+    Parameters
+    ----------
+    labels, logits : array-like of shape (n_samples, n_classes)
+        Labels 0, 1 or NaN (left out).
+
+    Returns
+    -------
+    float in [0.01, 100]; 1.0 where no label is known.
+    """
+    labels, logits = np.asarray(labels, np.float64), np.asarray(logits, np.float64)
+    there = ~np.isnan(labels)
+    y, z = labels[there], logits[there]
+    if not len(y):
+        return 1.0
+
+    def loss(log_t: float) -> float:
+        scaled = z * np.exp(-log_t)
+        return float(np.mean(np.maximum(scaled, 0) + np.log1p(np.exp(-np.abs(scaled))) - scaled * y))
+
+    found = minimize_scalar(loss, bounds=(np.log(_LOWEST), np.log(_HIGHEST)), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
+
+
+def reliability_curve(y, probability, *, bins: int = 10, strategy: str = "quantile"
+                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean probability, share of positives and number of samples in each bin that is not empty.
+
+    As scikit-learn's ``calibration_curve``, with the counts.
+
+    Parameters
+    ----------
+    y, probability : array-like of shape (n_samples,)
+    strategy : str
+        'uniform' bins of equal width over [0, 1], or 'quantile' bins that hold equally many samples.
+    """
+    y, probability = np.asarray(y, np.float64), np.asarray(probability, np.float64)
+    if strategy not in ("uniform", "quantile"):
+        raise ValueError(f"strategy {strategy!r}: wanted 'uniform' or 'quantile'")
+    if not len(y):
+        return np.empty(0), np.empty(0), np.empty(0, int)
+    inner = np.linspace(0, 1, bins + 1)
+    edges = np.percentile(probability, inner * 100) if strategy == "quantile" else inner
+    bin_of = np.searchsorted(edges[1:-1], probability)
+    count = np.bincount(bin_of, minlength=bins)
+    filled = count > 0
+    mean = np.bincount(bin_of, weights=probability, minlength=bins)[filled] / count[filled]
+    share = np.bincount(bin_of, weights=y, minlength=bins)[filled] / count[filled]
+    return mean, share, count[filled]
+
+
+def calibration_error(y, probability, *, bins: int = BINS, strategy: str = "uniform") -> float:
+    """Expected calibration error: the mean distance of probability and share of positives over the bins, weighted by their
+    samples (Naeini et al. 2015; 15 equal bins as in Guo et al. 2017). NaN without samples."""
+    mean, share, count = reliability_curve(y, probability, bins=bins, strategy=strategy)
+    return float(np.abs(mean - share) @ count / count.sum()) if len(count) else float("nan")
+
+
+def calibration(labels, logits, classes: Sequence[str], temperature: float = 1.0) -> dict:
+    """ECE and Brier score (mean squared error of the probability) by class and their means, at a temperature.
+
+    Rare findings have small values whatever the network does: predicting the prevalence p scores p (1 - p).
+    """
+    labels, logits = np.asarray(labels), np.asarray(logits)
+    ece, brier = {}, {}
+    for c, name in enumerate(classes):
+        y, score, _ = known(labels, logits, c)
+        probability = expit(score.astype(np.float64) / temperature)
+        ece[str(name)] = calibration_error(y, probability)
+        brier[str(name)] = float(brier_score_loss(y, probability, pos_label=1)) if len(y) else float("nan")
+    return {"temperature": temperature, "mean_ece": mean_over_classes(ece, what="ECE"),
+            "mean_brier": mean_over_classes(brier, what="Brier score"), "ece": ece, "brier": brier}

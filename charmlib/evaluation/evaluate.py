@@ -1,0 +1,69 @@
+"""Score runs anew from their prediction files: no images, no network, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from charmlib.evaluation.ensemble import mean_ensemble
+from charmlib.evaluation.leaks import refuse_leaks
+from charmlib.evaluation.operating import choose_thresholds
+from charmlib.evaluation.results import Predictions, choices, chosen_on_validation, load_metrics, load_predictions
+from charmlib.evaluation.score import score_part
+
+
+def run_folders(paths: Iterable[str | Path]) -> list[Path]:
+    """Finished runs: the given folders, or the cells of those that are a grid's.
+
+    Raises
+    ------
+    FileNotFoundError
+        A folder that is neither; names it.
+    """
+    out = []
+    for path in map(Path, paths):
+        cells = sorted(p.parent for p in path.glob("*/metrics.json"))
+        if (path / "metrics.json").is_file():
+            out.append(path)
+        elif cells:
+            out += cells
+        else:
+            raise FileNotFoundError(f"{path} is neither a finished run (it has no metrics.json) nor a grid that holds some")
+    return list(dict.fromkeys(out))
+
+
+def evaluate_run(run: str | Path, *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
+    """A finished run's metrics with its test part scored anew, and its test predictions.
+
+    ``points`` are further operating points (such as 'sensitivity_0.95'), chosen on the run's validation predictions.
+    """
+    metrics, test, valid = load_metrics(run), load_predictions(run), load_predictions(run, "valid")
+    chosen = choices(run, valid)
+    return {**metrics, "test": _score(test, valid, chosen, points, metrics.get("train_prevalence"))}, test
+
+
+def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
+    """The mean of several runs as :func:`evaluate_run` gives one; thresholds and temperature come from the mean of their
+    validation predictions.
+
+    Raises
+    ------
+    charmlib.evaluation.leaks.LeakError
+        A run's test images were in another's training part.
+    ValueError
+        The runs are not of the same images, classes and labels.
+    """
+    refuse_leaks(runs)
+    test, valid = (mean_ensemble([load_predictions(run, part) for run in runs]) for part in ("test", "valid"))
+    chosen = chosen_on_validation(valid.labels, valid.logits, valid.classes)
+    first = load_metrics(runs[0])
+    part, _ = score_part(vars(valid), valid.classes)
+    return {**first, "cell": f"mean of {len(runs)} runs", "valid": part,
+            "test": _score(test, valid, chosen, points, first.get("train_prevalence"))}, test
+
+
+def _score(test: Predictions, valid: Predictions, chosen: dict, points: Sequence[str], prevalence) -> dict:
+    thresholds = chosen["thresholds"] | choose_thresholds(valid.labels, valid.logits, valid.classes, points)
+    part, _ = score_part(vars(test), test.classes, thresholds=thresholds, temperature=chosen["temperature"],
+                         prevalence=prevalence)
+    return part

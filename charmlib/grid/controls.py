@@ -1,0 +1,90 @@
+"""Three controls of a parameter file in one call: shuffled labels, the view position alone, the plain network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from charmlib.data.dataset import open_dataset
+from charmlib.evaluation.controls import column_scores
+from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
+from charmlib.evaluation.metrics import mean_auc
+from charmlib.evaluation.results import load_metrics, load_resamples
+from charmlib.files import write_whole
+from charmlib.grid.cells import cell_status
+from charmlib.grid.runner import run_loaded
+from charmlib.grid.spec import Cell, Grid
+from charmlib.params import ParameterError, find_file, load_params, parse_assignments, resolve, with_absolute_paths
+
+PARTS_OFF = {"use_momentum": False, "use_attention": False, "use_bank": False}
+LEVEL = 0.99
+"""Of the interval in which the shuffled control must hold 0.5: one in a hundred honest ones does not."""
+
+
+def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,
+                 workers: int | None = None, say: Callable[[str], None] = print) -> tuple[pd.DataFrame, bool]:
+    """Train what is missing and score it; returns the table (also in ``controls.csv``) and whether the shuffled control
+    held.
+
+    - ``network``: the parameter file as it is; ``plain``: without CHARM's three parts;
+    - ``shuffled``: the same network on label rows shuffled within each part: must score 0.5 within its interval;
+    - ``view position alone``: each view (PA, AP) scores the share of positives it has in the training part.
+
+    Raises
+    ------
+    charmlib.params.ParameterError, charmlib.grid.cells.GridError
+        Wrong parameters; a finished control of other settings; a control that failed.
+    """
+    path = find_file(path)
+    params = resolve(load_params(path), parse_assignments(assignments), sources=(str(path), "-p"))
+    with_absolute_paths(params)  # refuses what is not there
+    del params["run_dir"]
+    if params["labels"] != "real":
+        raise ParameterError("controls make the shuffled run themselves; leave labels at 'real'")
+    if params["limit"]:
+        raise ParameterError("controls are scored on the whole test part; leave limit at 0")
+    settings = {"network": params, "plain": {**params, **PARTS_OFF}, "shuffled": {**params, "labels": "shuffled"}}
+    if settings["plain"] == params:
+        del settings["network"]
+    folder = Path(out or Path("runs") / f"{path.stem}_controls")
+    grid = Grid(folder.name, path, tuple(Cell(name, p, {}) for name, p in settings.items()), ())
+    run_loaded(grid, out=folder, workers=workers, say=say)
+    failed = [name for name in settings if cell_status(folder / name) != "done"]
+    if failed:
+        raise ParameterError(f"no table yet: {', '.join(failed)} failed; see {folder / failed[0] / 'error.txt'}")
+    rows = [_trained(folder / name, name) for name in settings]
+    view = _view_alone(params)
+    if view is None:
+        say("the label table has no view position: that control is left out")
+    table = pd.DataFrame([*rows, *([view] if view else [])])
+    write_whole(folder / "controls.csv", lambda temporary: table.to_csv(temporary, index=False))
+    low, high, _ = interval(mean_of_defined(load_resamples(folder / "shuffled").auc), LEVEL)
+    return table, bool(low <= 0.5 <= high)
+
+
+def _trained(folder: Path, name: str) -> dict:
+    metrics = load_metrics(folder)
+    low, high, _ = metrics["test"]["intervals"]["mean_auc"]
+    part = metrics["split"]["test"]
+    return {"control": {"shuffled": "shuffled labels (must be 0.5)", "plain": "plain network"}.get(name, name),
+            "test AUC": metrics["test"]["mean_auc"], "test AUC low": low, "test AUC high": high,
+            "split": f"{metrics['split']['name']} {metrics['split']['hash'][:8]}", "images": part["images"],
+            "patients": part["patients"], "positive share": part["positive_share"], "seed": metrics["params"]["seed"]}
+
+
+def _view_alone(params: dict) -> dict | None:
+    data = open_dataset(params)
+    views = data.index.frame["view"].fillna("").astype(str).to_numpy()
+    train, test = data.rows("train"), data.rows("test")
+    if len(np.unique(views[train])) < 2:
+        return None
+    scores = column_scores(views[train], data.labels[train], views[test])
+    labels, patients = data.labels[test], data.index.frame["patient"].to_numpy(str)[test]
+    low, high, _ = interval(mean_of_defined(bootstrap(labels, scores, patients).auc))
+    part = data.split.counts["test"]
+    return {"control": "view position alone", "test AUC": mean_auc(labels, scores, data.classes), "test AUC low": low,
+            "test AUC high": high, "split": f"{data.split.name} {data.split.hash[:8]}", "images": part["images"],
+            "patients": part["patients"], "positive share": part["positive_share"]}

@@ -1,0 +1,74 @@
+"""Probabilities and calls of a trained run for new images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import expit
+
+from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
+from charmlib.evaluation.results import choices, load_card, load_predictions
+from charmlib.training.checkpoint import load_model
+from charmlib.training.device import pick_device
+
+
+def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youden", calibrated: bool = False, batch: int = 32,
+            device: str = "auto", refused: Callable[[str], None] = print) -> pd.DataFrame:
+    """A row an image: its path, ``p_<class>`` and ``call_<class>`` (0 or 1) at an operating point.
+
+    The network reads each image by itself, with the memory bank as training left it, so neither the batch nor other images
+    change a result by more than rounding.
+
+    Parameters
+    ----------
+    run : folder of a trained run
+    paths : files (PNG, JPEG, DICOM) or folders of them
+    point : str
+        Operating point that training chose on validation data: 'youden', 'f1' or 'sensitivity_0.90'.
+    calibrated : bool
+        Give probabilities at the temperature of the validation part; the calls are the same either way.
+    refused : callable
+        Gets a line for each file that is not a radiograph-like grey image; such a file has no row.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Not a trained run, no images, or an unknown operating point.
+    """
+    card = load_card(run)
+    if point not in card["thresholds"] or (calibrated and card.get("temperature") is None):
+        card |= choices(run, load_predictions(run, "valid"))  # a run from before both were kept
+    if point not in card["thresholds"]:
+        raise ValueError(f"{run} has no operating point '{point}'; it has {', '.join(card['thresholds'])}")
+    files = find_radiographs(paths)
+    chosen = pick_device(device)
+    net, _ = load_model(run, chosen)
+    mean, std = (torch.tensor(v, device=chosen).view(1, -1, 1, 1) for v in (net.mean, net.std))
+    kept, logits = [], []
+    for start in range(0, len(files), batch):
+        images = []
+        for path in files[start:start + batch]:
+            try:
+                images.append(read_radiograph(path, card["params"]["image_size"]))
+                kept.append(path)
+            except NotARadiograph as error:
+                refused(str(error))
+        if images:
+            grey = torch.from_numpy(np.stack(images)).to(chosen).unsqueeze(1).float() / 255
+            with torch.inference_mode():
+                logits.append(net((grey - mean) / std).float().cpu().numpy())
+    values = np.concatenate(logits) if logits else np.empty((0, len(card["classes"])))
+    probability = expit(values.astype(np.float64))
+    shown = expit(values / card["temperature"]) if calibrated else probability
+    table = pd.DataFrame({"image": [str(path) for path in kept]})
+    for c, name in enumerate(card["classes"]):
+        table[f"p_{name}"] = shown[:, c]
+    for c, name in enumerate(card["classes"]):
+        threshold = card["thresholds"][point].get(name)
+        table[f"call_{name}"] = pd.array([pd.NA] * len(kept) if threshold is None else probability[:, c] >= threshold,
+                                         dtype="Int8")
+    return table

@@ -1,0 +1,53 @@
+"""One self-contained HTML page: tables and pictures that open without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from charmlib.files import write_text
+
+_STYLE = """body{font:15px/1.45 system-ui,sans-serif;color:#222;max-width:1080px;margin:2em auto;padding:0 1em}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:13px}th,td{padding:3px 9px;text-align:right;border-bottom:1px solid #ddd;
+white-space:nowrap}th{border-bottom:2px solid #888}.first tr:first-child td{font-weight:600}.words td,.words th,
+td:first-child,th:first-child{text-align:left}.note{color:#555}.drawn{background:#fff3cd;padding:.5em .8em;border-radius:4px}
+@media print{body{max-width:none;margin:0}h2{break-after:avoid}img,table{break-inside:avoid}}"""
+
+
+def heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def paragraph(text: str, kind: str = "note") -> str:
+    return f"<p class='{kind}'>{html.escape(text)}</p>"
+
+
+def table(frame: pd.DataFrame, kind: str = "") -> str:
+    """A table of texts and numbers as they are; blank where missing. ``kind``: 'first' sets off the first row, 'words' aligns
+    left."""
+    shown = frame.astype(object).where(frame.notna(), "")
+    return f"<div class='scroll {kind}'>{shown.to_html(index=False, border=0)}</div>"
+
+
+def picture(figure, title: str) -> str:
+    """A matplotlib figure, held in the page itself."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='{html.escape(title, quote=True)}' src='data:image/png;base64,{data}'>"
+
+
+def write_page(path: str | Path, title: str, parts: Iterable[str], *, drawn: bool = False) -> Path:
+    """Write the page; ``drawn`` says over everything that the images are no radiographs."""
+    warning = ("<p class='drawn'>Made from <b>drawn phantoms</b>, not radiographs: this shows that the software works and "
+               "nothing else.</p>") if drawn else ""
+    write_text(path, f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
+                     f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{warning}\n" + "\n".join(parts)
+                     + "\n<p class='note'>Research use only.</p></html>\n")
+    return Path(path)

@@ -1,0 +1,91 @@
+"""A run's pictures, and its ``report.html``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from charmlib.evaluation.published import beside_published
+from charmlib.evaluation.results import Predictions
+from charmlib.evaluation.tables import (
+    calibration_table,
+    class_table,
+    operating_table,
+    origin_note,
+    split_note,
+    with_intervals,
+)
+from charmlib.files import write_whole
+from charmlib.viz import page
+from charmlib.viz.calibration import plot_calibration
+from charmlib.viz.cooccurrence import plot_cooccurrence
+from charmlib.viz.counts import plot_counts
+from charmlib.viz.per_class import plot_per_class
+from charmlib.viz.precision_recall import plot_precision_recall
+from charmlib.viz.roc import plot_roc, plot_roc_bands
+
+
+def positives(predictions: Predictions) -> dict[str, int]:
+    """Class -> images with it."""
+    return dict(zip(predictions.classes, (predictions.labels == 1).sum(0).tolist()))
+
+
+def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "youden") -> dict[str, object]:
+    """Title -> figure: all that is drawn of a scored run. ``metrics`` needs not be finished (``cell`` may be missing)."""
+    part, note, name = metrics["test"], split_note(metrics), metrics.get("cell", "")
+    return {
+        "ROC curves": plot_roc(predictions, title=name, note=note),
+        "ROC curves with interval bands": plot_roc_bands(predictions, part, point=point, title=name, note=note),
+        "Precision and recall": plot_precision_recall(predictions, part, title=name, note=note),
+        "AUC by class": plot_per_class(metrics, title=name, note=note),
+        f"Counts at the operating point '{point}'": plot_counts(part["operating"][point], title=name, note=note),
+        "Calibration": plot_calibration(predictions, part["calibration"]["scaled"]["temperature"], title=name, note=note),
+        "Findings that come together (test part)": plot_cooccurrence(predictions.labels, predictions.classes, note=note),
+    }
+
+
+def write_run_report(path: str | Path, metrics: Mapping, predictions: Predictions, pictures: Mapping | None = None) -> Path:
+    """Write a run's ``report.html``: tables and pictures on one page that needs nothing else; returns its path.
+
+    ``pictures`` are those of :func:`run_pictures`, where they have been drawn already.
+    """
+    pictures = run_pictures(metrics, predictions) if pictures is None else pictures
+    part, name = metrics["test"], metrics.get("cell") or Path(path).resolve().parent.name
+    published, remark = beside_published({**metrics, "cell": name})
+    shown = with_intervals(class_table(part, positives(predictions)))
+    parts = [page.paragraph(f"{split_note(metrics)}. {origin_note(metrics)}.", ""),
+             page.heading("Scores on the whole test part"),
+             page.paragraph("95 % intervals by bootstrap over patients; 'undefined' is the share of resamples that lack "
+                            "positives or negatives of a class, which are left out of its interval."),
+             page.table(shown, "first")]
+    for point in part["operating"]:
+        parts += [page.heading(f"Operating point '{point}'"),
+                  page.paragraph("Thresholds were chosen on the validation part and stay fixed in the resamples."),
+                  page.table(with_intervals(operating_table(part, point)))]
+    parts += [page.heading("Calibration"), page.table(with_intervals(calibration_table(part), 4), "words"),
+              page.heading("Beside published figures"), page.paragraph(remark)]
+    if published is not None:
+        parts.append(page.table(with_intervals(published, 4), "words"))
+    for title, figure in pictures.items():
+        parts += [page.heading(title), page.picture(figure, title)]
+    return page.write_page(path, f"Run {name}", parts, drawn=metrics["data"]["drawn"])
+
+
+
+def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predictions, point: str) -> str:
+    """Write ``report.html`` and ``per_class.csv`` of a run into a folder; returns the tables as text."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = class_table(metrics["test"], positives(predictions))
+    calls = operating_table(metrics["test"], point)
+    write_whole(folder / "per_class.csv",
+                lambda temporary: scores.merge(calls, on="class", how="left").to_csv(temporary, index=False))
+    pictures = run_pictures(metrics, predictions, point=point)
+    page_path = write_run_report(folder / "report.html", metrics, predictions, pictures)
+    for figure in pictures.values():
+        plt.close(figure)
+    return "\n".join([f"{metrics['cell']}: {split_note(metrics)}; {origin_note(metrics)}",
+                      with_intervals(scores).to_string(index=False), f"\noperating point '{point}', chosen on validation:",
+                      with_intervals(calls).to_string(index=False), str(page_path)])

@@ -1,12 +1,13 @@
 # make demo   the main job: a small grid on drawn phantoms, from install to leaderboard
 # make test   all tests
+# make explore  finished runs as a web page of this machine (RUNS=runs/nih64 for some of them)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # brings the notebooks' parameters cells up to date after a change of charmlib/params.py
-.PHONY: demo test nih64 parameters lint lab clean
+.PHONY: demo test explore nih64 parameters lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; say PYTHON=...')"
@@ -30,6 +31,11 @@ nih64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64.yaml --out runs/nih64 \
 		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
 	$(BIN)/python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
+
+RUNS ?= runs
+explore: $(VENV)/.installed
+	$(PIP) install -q -c kaggle_setup/constraints-latest.txt -e '.[explore]'
+	$(BIN)/python -m charmlib explore $(RUNS)
 
 parameters: $(VENV)/.installed
 	$(BIN)/python -m charmlib params --write notebooks/train.ipynb --write notebooks/test.ipynb

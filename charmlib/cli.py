@@ -165,6 +165,18 @@ def predict(run, paths, out, point, calibrated, device):
         sys.exit(2)
 
 
+@cli.command()
+@click.argument("runs", nargs=-1, type=_RUN, metavar="[RUN]...")
+@click.option("--data-root", default="", help="Where the images are [default: as each run's parameters say].")
+@click.option("--port", default=8866, show_default=True)
+@click.option("--browser/--no-browser", default=True, help="Open the page in a browser.")
+def explore(runs, data_root, port, browser):
+    """Look at finished runs on a web page of this machine: walk along ROC curves, see images, compare runs."""
+    from charmlib.viz.serve import explore as serve
+
+    sys.exit(serve(runs or ["runs"], data_root=data_root, port=port, browser=browser))
+
+
 @cli.group()
 def grid():
     """Run a grid, look at it."""

@@ -43,3 +43,52 @@ def shared() -> Path:
     if not (folder / "nih64").is_dir():
         pytest.skip(f"no real data: {folder}/nih64 is not there (set CHARM_SHARED)")
     return folder
+
+
+@pytest.fixture
+def make_run(phantoms, tmp_path):
+    """Makes the folder of a finished run, with scores drawn instead of a network's; ``skill`` 0 knows nothing."""
+    return lambda name, **settings: _finished_run(tmp_path / name, str(phantoms), **settings)
+
+
+def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int = 0, split: str = "official",
+                  split_csv: bool = True, real: bool = False, **changes) -> Path:
+    import numpy as np
+
+    from charmlib.data.dataset import open_dataset
+    from charmlib.evaluation import results
+    from charmlib.evaluation.metrics import prevalence
+    from charmlib.evaluation.score import score_part
+    from charmlib.files import write_json
+    from charmlib.params import resolve
+
+    params = resolve({**TINY, "data_root": data_root, "split": split, "seed": seed, **changes})
+    data = open_dataset(params)
+    generator = np.random.default_rng(seed)
+    parts = {}
+    for part in ("valid", "test"):
+        rows = data.rows(part)
+        frame = data.index.frame.iloc[rows]
+        labels = data.labels[rows]
+        logits = (skill * labels + generator.normal(-2, 1, labels.shape)).astype(np.float32)
+        parts[part] = {"ids": frame["id"].to_numpy(str), "patients": frame["patient"].to_numpy(str), "labels": labels,
+                       "logits": logits}
+    folder.mkdir(parents=True)
+    results.save_predictions(folder / "predictions.npz", parts, data.classes)
+    valid = parts["valid"]
+    chosen = results.chosen_on_validation(valid["labels"], valid["logits"], data.classes)
+    write_json(folder / "model.json", {"format": 1, "classes": data.classes, "params": params, **chosen})
+    train = prevalence(data.labels[data.rows("train")], data.classes)
+    test, samples = score_part(parts["test"], data.classes, prevalence=train, **chosen)
+    results.save_resamples(folder, samples)
+    write_json(folder / "metrics.json", {
+        "format": 1, "cell": folder.name, "hash": None, "params": params, "data": {"name": data.source, "drawn": not real},
+        "split": {"name": data.split.name, "hash": data.split.hash, **data.split.counts}, "classes": data.classes,
+        "train_prevalence": train, "valid": score_part(valid, data.classes)[0], "test": test, "bank": None,
+        "seconds": {"train": 1.0, "score": 1.0, "overhead": 1.0}, "device": "cpu", "precision": "fp32",
+        "versions": {"torch": "0", "charmlib": "0"}, "quick_check": bool(params["limit"])})
+    (folder / "history.csv").write_text("stage,epoch,train_loss,valid_loss,valid_auc,lr,seconds,bank_filled,bank_accepted\n"
+                                        "1,0,0.5,0.5,0.6,0.001,1.0,,\n2,0,0.4,0.4,0.7,0.001,1.0,,\n")
+    if split_csv:
+        data.split.frame(data.index).to_csv(folder / "split.csv", index=False)
+    return folder

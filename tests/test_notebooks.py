@@ -22,7 +22,7 @@ def code_cells(path):
 
 
 def test_the_notebooks_are_there():
-    assert {p.stem for p in BOOKS} >= {"train", "test", "grid"}
+    assert {p.stem for p in BOOKS} >= {"train", "test", "grid", "explore"}
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
@@ -59,7 +59,8 @@ def test_the_parameters_cell_is_the_declaration(name):
 
 
 def papermill(name, out, parameters, cwd):
-    args = [sys.executable, "-m", "papermill", str(ROOT / f"notebooks/{name}.ipynb"), str(out), "--no-progress-bar"]
+    book = name if isinstance(name, Path) else ROOT / f"notebooks/{name}.ipynb"
+    args = [sys.executable, "-m", "papermill", str(book), str(out), "--no-progress-bar"]
     for key, value in parameters.items():
         args += ["-p", key, str(value)]
     env = {k: v for k, v in os.environ.items() if not k.startswith("CHARM_CELL")}
@@ -87,8 +88,9 @@ def test_train_with_the_finder_then_test_then_a_quick_check(phantoms, tmp_path):
     book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run, "limit": 40}, ROOT / "notebooks")
     assert "QUICK CHECK on 40" in text(book) and not (run / "metrics.json").exists() and pictures(book) == 0
     book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run}, ROOT / "notebooks")
-    assert (run / "metrics.json").is_file() and pictures(book) == 1
-    assert "95 % interval" in text(book) and "no published figure belongs beside" in text(book)
+    assert (run / "metrics.json").is_file() and pictures(book) == 7
+    assert "mean of classes" in text(book) and "no published figure belongs beside" in text(book)
+    assert (run / "report.html").read_text().count("data:image/png") == 7
 
 
 @pytest.mark.slow

@@ -59,3 +59,74 @@ def test_all_curves_with_their_auc_in_the_legend():
         assert any(t.startswith(f"{roc_auc_score(labels[:, i], logits[:, i]):.3f}") and f"class {i} " in t for t in legend)
     styles = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines if line.get_label()[0] != "_"}
     assert len(styles) == 14
+
+
+@pytest.fixture
+def scored(make_run):
+    from charmlib.evaluation.evaluate import evaluate_run
+
+    return evaluate_run(make_run("g/a"))
+
+
+def test_every_picture_names_its_data_and_every_class(scored):
+    from charmlib.evaluation.tables import split_note
+    from charmlib.viz.report import run_pictures
+
+    metrics, test = scored
+    note = split_note(metrics)
+    assert "drawn phantoms" in note and "patients" in note and "with a finding" in note and "official" in note
+    for title, figure in run_pictures(metrics, test).items():
+        heading = " ".join(figure.get_suptitle().split())
+        assert "drawn phantoms" in heading and "test images of" in heading, title
+        words = " ".join(t.get_text() for t in figure.findobj(plt.Text))
+        for name in test.classes:
+            assert name.replace("_", " ") in words, f"{name} is not in {title}"
+        figure.canvas.draw()
+
+
+def test_panels_show_the_stored_numbers(scored):
+    from charmlib.viz.counts import plot_counts
+    from charmlib.viz.roc import plot_roc_bands
+
+    metrics, test = scored
+    part = metrics["test"]
+    titles = " ".join(a.get_title() for a in plot_roc_bands(test, part).axes)
+    name = max((n for n in test.classes if part["auc"][n] == part["auc"][n]), key=part["auc"].get)
+    low, high, _ = part["intervals"]["auc"][name]
+    assert f"{part['auc'][name]:.3f} ({low:.2f} to {high:.2f})" in titles
+    point = part["operating"]["youden"]
+    shown = texts(plot_counts(point))
+    assert all(f"{row[k]:,}" in shown for row in point.values() for k in ("tp", "fp", "fn", "tn"))
+
+
+def test_cooccurrence_counts_pairs():
+    from charmlib.viz.cooccurrence import plot_cooccurrence
+
+    labels = np.array([[1, 1], [1, 0], [1, np.nan], [0, 1]])
+    assert texts(plot_cooccurrence(labels, "ab"))[:4] == ["3", "50%", "50%", "2"]
+
+
+def test_a_report_needs_nothing_else(scored, tmp_path):
+    from charmlib.viz.report import write_evaluation
+
+    metrics, test = scored
+    text = write_evaluation(tmp_path / "out", metrics, test, "f1")
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 7 and "http" not in page.replace("https://arxiv", "")
+    assert "drawn phantoms" in page and "sensitivity_0.90" in page and "Research use only" in page
+    assert "operating point 'f1'" in text and "mean of classes" in text
+    table = pd.read_csv(tmp_path / "out/per_class.csv").set_index("class")
+    assert set(test.classes) <= set(table.index) and {"AUC", "AUC low", "TP", "F1 high"} <= set(table.columns)
+
+
+def test_colours_can_be_told_apart_by_the_colour_blind():
+    """The pairs of colours that stand beside one another keep apart when red-green vision is missing (Machado 2009)."""
+    from matplotlib.colors import to_rgb
+
+    from charmlib.viz.style import FIRST, OKABE_ITO, SECOND
+
+    deuteranopia = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                             [-0.011820, 0.042940, 0.968881]])
+    for one, other in ((FIRST, SECOND), (OKABE_ITO[2], SECOND)):
+        seen = [deuteranopia @ np.array(to_rgb(c)) ** 2.2 for c in (one, other)]
+        assert np.abs(seen[0] - seen[1]).max() > 0.15

@@ -100,7 +100,7 @@ def _dicom(path: Path, size: int) -> np.ndarray:
     if kind == "MONOCHROME1":
         values = 255 - values
     grey = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
-    _check_grey(path, np.asarray(grey))
+    _check_grey(path, np.asarray(grey), paper=False)  # a narrow window may well burn out half of a radiograph
     return np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -111,12 +111,12 @@ def _check_size(path: Path, width: int, height: int) -> None:
         raise NotARadiograph(f"{path}: {width} x {height} pixels is no chest radiograph's shape")
 
 
-def _check_grey(path: Path, grey: np.ndarray) -> None:
+def _check_grey(path: Path, grey: np.ndarray, *, paper: bool = True) -> None:
     spread, levels = float(grey.std()), len(np.unique(grey))
     if spread < _SPREAD:
         raise NotARadiograph(f"{path}: nearly blank (grey values spread by {spread:.1f} only)")
     bright = np.bincount(grey.ravel(), minlength=256)[128:].max() / grey.size
-    if bright > _BRIGHT:
+    if paper and bright > _BRIGHT:
         raise NotARadiograph(f"{path}: {bright:.0%} of it is one bright grey value, as of a page, a chart or a screenshot")
     if levels < _GREY_LEVELS:
         raise NotARadiograph(f"{path}: only {levels} grey values, a drawing or a scan of text rather than a radiograph")

@@ -13,7 +13,7 @@ from charmlib.evaluation.score import score_part
 
 
 def run_folders(paths: Iterable[str | Path]) -> list[Path]:
-    """Finished runs: the given folders, or the cells of those that are a grid's.
+    """Finished runs: the given folders, or those that they hold (a grid's cells; a folder of grids).
 
     Raises
     ------
@@ -22,13 +22,13 @@ def run_folders(paths: Iterable[str | Path]) -> list[Path]:
     """
     out = []
     for path in map(Path, paths):
-        cells = sorted(p.parent for p in path.glob("*/metrics.json"))
+        cells = sorted(p.parent for depth in ("*", "*/*") for p in path.glob(f"{depth}/metrics.json"))
         if (path / "metrics.json").is_file():
             out.append(path)
         elif cells:
             out += cells
         else:
-            raise FileNotFoundError(f"{path} is neither a finished run (it has no metrics.json) nor a grid that holds some")
+            raise FileNotFoundError(f"{path} is neither a finished run (it has no metrics.json) nor a folder that holds some")
     return list(dict.fromkeys(out))
 
 

@@ -60,6 +60,13 @@ def operating_table(part: Mapping, point: str) -> pd.DataFrame:
     return table.astype({c: float for c in numbers})
 
 
+def point_note(part: Mapping, point: str) -> str:
+    """Where an operating point comes from, and the classes that have none."""
+    missing = [name for name in part["auc"] if name not in part["operating"][point]]
+    return f"operating point '{point}', chosen on validation" + (
+        f" (none for {', '.join(missing)}: no positives or no negatives there)" if missing else "")
+
+
 def calibration_table(part: Mapping) -> pd.DataFrame:
     """Mean ECE and Brier score as trained and with the temperature of the validation part."""
     return pd.DataFrame([{"probabilities": name.replace("_", " "), "temperature": c["temperature"], "mean ECE": c["mean_ece"],

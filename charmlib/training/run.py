@@ -39,6 +39,7 @@ from charmlib.training.checkpoint import differences, load_model, load_weights, 
 from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner
 from charmlib.training.stages import StageRunner, plan
+from charmlib.viz.person import person_watches
 
 
 class Run:
@@ -316,17 +317,6 @@ def _writable_copy(folder: Path) -> Path:
         shutil.copytree(folder, target, dirs_exist_ok=True)
     print(f"{folder} is read-only: going on with a copy in {target}")
     return target
-
-
-def person_watches() -> bool:
-    """Whether a person looks at this notebook: progress bars are for them, batch runs get one line an epoch."""
-    if os.environ.get("CHARM_BATCH") or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
-        return False
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return type(get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
 def peak_memory_mb() -> float:

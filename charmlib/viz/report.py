@@ -14,6 +14,7 @@ from charmlib.evaluation.tables import (
     class_table,
     operating_table,
     origin_note,
+    point_note,
     split_note,
     with_intervals,
 )
@@ -40,7 +41,8 @@ def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "yo
         "ROC curves with interval bands": plot_roc_bands(predictions, part, point=point, title=name, note=note),
         "Precision and recall": plot_precision_recall(predictions, part, title=name, note=note),
         "AUC by class": plot_per_class(metrics, title=name, note=note),
-        f"Counts at the operating point '{point}'": plot_counts(part["operating"][point], title=name, note=note),
+        f"Counts at the operating point '{point}'": plot_counts(
+            part["operating"][point], title=name, note=f"{note}; {point_note(part, point)}"),
         "Calibration": plot_calibration(predictions, part["calibration"]["scaled"]["temperature"], title=name, note=note),
         "Findings that come together (test part)": plot_cooccurrence(predictions.labels, predictions.classes, note=note),
     }
@@ -62,7 +64,7 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
              page.table(shown, "first")]
     for point in part["operating"]:
         parts += [page.heading(f"Operating point '{point}'"),
-                  page.paragraph("Thresholds were chosen on the validation part and stay fixed in the resamples."),
+                  page.paragraph(f"{point_note(part, point)}; thresholds stay fixed in the resamples."),
                   page.table(with_intervals(operating_table(part, point)))]
     parts += [page.heading("Calibration"), page.table(with_intervals(calibration_table(part), 4), "words"),
               page.heading("Beside published figures"), page.paragraph(remark)]
@@ -87,5 +89,5 @@ def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predicti
     for figure in pictures.values():
         plt.close(figure)
     return "\n".join([f"{metrics['cell']}: {split_note(metrics)}; {origin_note(metrics)}",
-                      with_intervals(scores).to_string(index=False), f"\noperating point '{point}', chosen on validation:",
+                      with_intervals(scores).to_string(index=False), f"\n{point_note(metrics['test'], point)}:",
                       with_intervals(calls).to_string(index=False), str(page_path)])

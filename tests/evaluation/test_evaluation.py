@@ -2,22 +2,25 @@ import json
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from charmlib.evaluation.intervals import auc_interval, auc_resamples
-from charmlib.evaluation.metrics import ap_by_class, auc_by_class, mean_auc, summarize
-from charmlib.evaluation.operating import youden_thresholds
-from charmlib.evaluation.published import beside_published, published_charm_grid, published_results
+from charmlib.evaluation.metrics import (
+    ap_by_class,
+    auc_by_class,
+    frequency_groups,
+    mean_auc,
+    micro,
+    prevalence,
+    summarize,
+)
+from charmlib.evaluation.published import (
+    beside_published,
+    per_class_beside,
+    published_charm_grid,
+    published_per_class,
+    published_results,
+)
 from charmlib.evaluation.results import load_metrics, load_predictions
-
-
-@pytest.fixture
-def cohort():
-    g = np.random.default_rng(0)
-    patients = g.integers(0, 60, 400)
-    labels = (g.random((400, 3)) < (0.4, 0.1, 0.03)).astype(float)
-    scores = np.round(labels + g.normal(0, 1.2, labels.shape), 1)  # many ties
-    return labels, scores, patients
 
 
 def test_unknown_labels_are_left_out_class_by_class(cohort):
@@ -48,47 +51,24 @@ def test_bad_arrays_are_refused(cohort):
         mean_auc(labels, scores)
 
 
-def test_resamples_equal_scikit_learn_with_weights(cohort):
-    labels, scores, patients = cohort
-    labels[:20, 2] = np.nan
-    got = auc_resamples(labels, scores, patients, resamples=20, seed=3)
-    names, index = np.unique(patients, return_inverse=True)
-    draws = np.random.default_rng(3).multinomial(len(names), np.full(len(names), 1 / len(names)), size=20)
-    for r in range(20):
-        weight = draws[r][index]
-        for c in range(3):
-            known = ~np.isnan(labels[:, c]) & (weight > 0)
-            y = labels[known, c]
-            want = roc_auc_score(y, scores[known, c], sample_weight=weight[known]) if 0 < y.sum() < len(y) else np.nan
-            assert got[r, c] == pytest.approx(want, abs=1e-12, nan_ok=True)
-
-
-def test_intervals_are_seeded_contain_the_mean_and_know_clusters(cohort):
-    labels, scores, patients = cohort
-    low, high = auc_interval(labels, scores, patients)
-    assert low < mean_auc(labels, scores) < high and (low, high) == auc_interval(labels, scores, patients)
-    assert np.isnan(auc_interval(labels, scores, np.zeros(400))).all()
-    many = auc_interval(np.tile(labels, (4, 1)), np.tile(scores, (4, 1)), np.tile(patients, 4))
-    alone = auc_interval(np.tile(labels, (4, 1)), np.tile(scores, (4, 1)), np.arange(1600))
-    assert many[1] - many[0] > 1.5 * (alone[1] - alone[0])  # copies of the same patients bring nothing new
-
-
-def test_youden_is_the_best_point_of_the_curve(cohort):
+def test_micro_is_all_pairs_at_once(cohort):
     labels, scores, _ = cohort
-    got = youden_thresholds(labels, scores, ["a", "b", "c"])
-    for i, name in enumerate("abc"):
-        def j(t, i=i):
-            called = scores[:, i] >= t
-            y = labels[:, i] == 1
-            return called[y].mean() + (~called[~y]).mean() - 1
-        logit = np.log(got[name] / (1 - got[name]))
-        assert j(logit - 1e-6) == pytest.approx(max(j(t) for t in np.unique(scores[:, i])))
-    assert youden_thresholds(np.zeros((5, 1)), np.zeros((5, 1)), ["x"]) == {"x": None}
+    labels[:30, 1] = np.nan
+    there = ~np.isnan(labels)
+    assert micro(labels, scores) == {"auc": roc_auc_score(labels[there], scores[there]),
+                                     "ap": average_precision_score(labels[there], scores[there])}
+    assert np.isnan(micro(np.zeros((4, 2)), np.zeros((4, 2)))["auc"])
 
 
-def metrics(split, images=25596, drawn=False, quick=False, classes=14):
+def test_frequency_groups_have_the_agreed_borders():
+    assert frequency_groups({"a": 0.0501, "b": 0.05, "c": 0.02, "d": 0.0199}) == {
+        "head": ["a"], "medium": ["b", "c"], "tail": ["d"]}
+    assert prevalence([[1, np.nan], [0, np.nan], [np.nan, np.nan]], "ab")["a"] == 0.5
+
+
+def metrics(split, images=25596, drawn=False, quick=False, classes=14, labels="real"):
     return {"cell": "mine", "split": {"name": split, "test": {"images": images, "patients": 9}}, "quick_check": quick,
-            "data": {"drawn": drawn}, "classes": ["x"] * classes, "test": {"mean_auc": 0.8}}
+            "data": {"drawn": drawn}, "classes": ["x"] * classes, "test": {"mean_auc": 0.8}, "params": {"labels": labels}}
 
 
 def test_published_figures_stand_beside_their_own_kind_of_split_only():
@@ -101,8 +81,19 @@ def test_published_figures_stand_beside_their_own_kind_of_split_only():
     assert others["split"].str.contains("another draw").all() and "another draw" in remark
     assert others["system"].str.contains("CHARM").any() and not (others["split"] == "official").any()
     for case in (metrics("official", drawn=True), metrics("mine"), metrics("official", quick=True),
-                 metrics("official", classes=15)):
-        assert beside_published(case)[0] is None
+                 metrics("official", classes=15), metrics("official", labels="shuffled")):
+        assert beside_published(case)[0] is None and per_class_beside(case)[0] is None
+    assert set(per_class_beside(metrics("official"))[0].index) == {"Wang et al. 2017 ResNet-50",
+                                                                   "Gündel et al. 2018 DenseNet-121"}
+    assert not per_class_beside(metrics("patient"))[0].index.str.contains("Wang").any()
+
+
+def test_per_class_figures_mean_to_the_published_means():
+    """Guards against a figure copied wrongly: complete rows must average to the mean that their paper states."""
+    means = published_per_class().set_index("system").drop(columns=["split", "source"]).mean(axis=1, skipna=False)
+    assert means["Wang et al. 2017 ResNet-50"] == pytest.approx(0.745, abs=5e-4)
+    assert means["Gündel et al. 2018 DenseNet-121"] == pytest.approx(0.807, abs=5e-4)
+    assert means["CheXNet"] == pytest.approx(0.841, abs=5e-4) and np.isnan(means["MemAug EfficientNetV2-S rarity"])
 
 
 def test_the_published_tables_ship_with_the_package():

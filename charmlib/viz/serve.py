@@ -1,0 +1,60 @@
+"""The explorer as a web page on this machine only, by Voilà."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import charmlib
+
+WEB = Path(__file__).with_name("web")
+"""Holds a Voilà template that loads nothing from the internet."""
+
+
+def explore(runs: Sequence[str | Path], *, data_root: str = "", port: int = 8866, browser: bool = True) -> int:
+    """Serve ``explore.ipynb`` for some runs at http://127.0.0.1:port until it is stopped; returns Voilà's exit status.
+
+    Raises
+    ------
+    FileNotFoundError
+        A folder without finished runs.
+    ValueError
+        Voilà is not installed; says how to.
+    """
+    from charmlib.evaluation.evaluate import run_folders
+
+    if importlib.util.find_spec("voila") is None:
+        raise ValueError("the explorer's page needs Voilà: pip install 'charmlib[explore]', or open notebooks/explore.ipynb "
+                         "in JupyterLab")
+    import papermill
+
+    folders = [str(folder.resolve()) for folder in run_folders(runs)]
+    package = Path(charmlib.__file__).parent
+    book = next(p for p in (package.parent / "notebooks/explore.ipynb", package / "shipped/notebooks/explore.ipynb")
+                if p.is_file())
+    env = dict(os.environ)
+    for name, value in (("JUPYTER_PATH", WEB), ("PYTHONPATH", package.parent)):
+        env[name] = os.pathsep.join(filter(None, [str(value), env.get(name)]))
+    with tempfile.TemporaryDirectory(prefix="charm-explore-") as scratch:
+        page = Path(scratch) / "explore.ipynb"
+        root = str(Path(data_root).expanduser().resolve()) if data_root else ""
+        papermill.execute_notebook(str(book), str(page), parameters={"runs": folders, "data_root": root}, prepare_only=True,
+                                   progress_bar=False)
+        command = [sys.executable, "-m", "voila", str(page), "--Voila.ip=127.0.0.1", f"--port={port}", "--template=charm",
+                   "--show_tracebacks=True", *([] if browser else ["--no-browser"])]
+        print(f"{len(folders)} runs at http://127.0.0.1:{port}/ (Ctrl-C ends it)", flush=True)
+        server = subprocess.Popen(command, env=env)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # or the server would outlive this process
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.terminate()
+            server.wait(20)

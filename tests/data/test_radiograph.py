@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from charmlib.data.phantom import draw_phantom
+from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
+
+
+@pytest.fixture
+def grey():
+    return draw_phantom(seed=3)[0]
+
+
+def save(path, array, mode=None):
+    Image.fromarray(array).convert(mode).save(path) if mode else Image.fromarray(array).save(path)
+    return path
+
+
+def test_grey_pictures_of_all_kinds_are_read_alike(tmp_path, grey):
+    plain = read_radiograph(save(tmp_path / "a.png", grey), 32)
+    assert plain.shape == (32, 32) and plain.dtype == np.uint8
+    for name, mode in (("b.png", "RGB"), ("c.png", "RGBA"), ("d.png", "LA")):
+        np.testing.assert_array_equal(read_radiograph(save(tmp_path / name, grey, mode), 32), plain)
+    jpeg = read_radiograph(save(tmp_path / "e.jpg", grey, "RGB"), 32)
+    assert np.abs(jpeg.astype(int) - plain).mean() < 4
+
+
+def test_what_is_no_radiograph_is_refused_by_name(tmp_path, grey):
+    colour = np.stack([grey, np.roll(grey, 20), 255 - grey], 2)
+    page = Image.new("L", (300, 200), 255)
+    ImageDraw.Draw(page).text((20, 20), "not a radiograph " * 3, fill=0)
+    page.save(tmp_path / "page.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    Image.fromarray(grey).save(tmp_path / "film.gif", save_all=True, append_images=[Image.fromarray(255 - grey)])
+    cases = {save(tmp_path / "colour.png", colour): "colour picture", save(tmp_path / "blank.png", grey * 0 + 9): "blank",
+             tmp_path / "page.png": "bright grey value|grey values", tmp_path / "broken.png": "cannot be read",
+             save(tmp_path / "tiny.png", grey[:20, :20]): "too small", tmp_path / "film.gif": "2 frames",
+             save(tmp_path / "long.png", np.tile(grey, (1, 4))): "shape",
+             save(tmp_path / "drawing.png", (grey > 128).astype(np.uint8) * 120): "only 2 grey values"}
+    for path, why in cases.items():
+        with pytest.raises(NotARadiograph, match=why) as caught:
+            read_radiograph(path, 32)
+        assert str(path) in str(caught.value)
+
+
+@pytest.fixture
+def dicom(tmp_path, grey):
+    """Writes a 12-bit DICOM radiograph."""
+    pydicom = pytest.importorskip("pydicom", reason="needs pydicom (pip install pydicom)")
+    from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+    def write(name, values=None, **tags):
+        values = grey.astype(np.uint16) * 16 if values is None else values
+        file = pydicom.Dataset()
+        file.file_meta = pydicom.dataset.FileMetaDataset()
+        file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        file.file_meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+        file.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        file.SOPClassUID, file.SOPInstanceUID = file.file_meta.MediaStorageSOPClassUID, generate_uid()
+        file.Modality, file.PhotometricInterpretation = "DX", "MONOCHROME2"
+        file.Rows, file.Columns = values.shape[:2]
+        file.SamplesPerPixel, file.BitsAllocated, file.BitsStored, file.HighBit = 1, 16, 12, 11
+        file.PixelRepresentation, file.PixelData = 0, values.tobytes()
+        for tag, value in tags.items():
+            setattr(file, tag, value)
+        path = tmp_path / name
+        file.save_as(path, enforce_file_format=True)
+        return path
+
+    return write
+
+
+def test_dicom_is_read_as_the_picture_it_shows(tmp_path, grey, dicom):
+    plain = read_radiograph(save(tmp_path / "a.png", grey), 32).astype(float)
+    assert np.corrcoef(read_radiograph(dicom("a.dcm"), 32).ravel(), plain.ravel())[0, 1] > 0.999
+    inverted = dicom("b.dcm", (255 - grey).astype(np.uint16) * 16, PhotometricInterpretation="MONOCHROME1")
+    assert np.corrcoef(read_radiograph(inverted, 32).ravel(), plain.ravel())[0, 1] > 0.999
+    windowed = read_radiograph(dicom("c.dcm", WindowCenter=2048, WindowWidth=400), 32)
+    assert (windowed == 0).mean() + (windowed == 255).mean() > 0.4  # the window clips what lies outside it
+
+
+def test_dicom_of_another_kind_is_refused(tmp_path, dicom):
+    with pytest.raises(NotARadiograph, match="modality CT"):
+        read_radiograph(dicom("ct.dcm", Modality="CT"), 32)
+    (tmp_path / "no.dcm").write_bytes(b"x" * 200)
+    with pytest.raises(NotARadiograph, match="no.dcm: cannot be read"):
+        read_radiograph(tmp_path / "no.dcm", 32)
+
+
+def test_folders_are_searched_and_missing_ones_named(tmp_path, grey):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    a, b = save(tmp_path / "in/a.png", grey), save(tmp_path / "in/deep/b.JPG", grey)
+    (tmp_path / "in/notes.txt").write_text("x")
+    assert find_radiographs([tmp_path / "in", a]) == [a, b]
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
+        find_radiographs([tmp_path / "nowhere"])
+
+
+def test_all_real_radiographs_pass(shared):
+    for path in [*sorted((shared / "nih_full").glob("*.png")), *sorted((shared / "nih64").rglob("*.png"))[::40]]:
+        assert read_radiograph(path, 64).shape == (64, 64)

@@ -1,0 +1,185 @@
+"""Comparisons, ensembles, leaks, tables and the walk along a curve, on finished runs."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+from sklearn.metrics import roc_auc_score
+
+from charmlib.evaluation.compare import MEAN, aligned, compare, verdict
+from charmlib.evaluation.controls import column_scores
+from charmlib.evaluation.ensemble import mean_ensemble
+from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_folders
+from charmlib.evaluation.intervals import bootstrap
+from charmlib.evaluation.leaks import LeakError, refuse_leaks, split_of
+from charmlib.evaluation.results import Predictions, load_metrics, load_predictions, load_resamples
+from charmlib.evaluation.tables import class_table, operating_table, run_table, with_intervals
+from charmlib.evaluation.walk import Walk
+from charmlib.files import write_json
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
+
+
+def predictions(cohort, names="abc"):
+    labels, scores, patients = cohort
+    return Predictions(np.array([f"i{i:03}" for i in range(len(labels))]), patients, labels, scores, tuple(names))
+
+
+def test_a_paired_difference_is_sharper_than_two_intervals(cohort):
+    first = predictions(cohort)
+    noise = np.random.default_rng(3).normal(0, 0.25, first.logits.shape)
+    second = Predictions(first.ids, first.patients, first.labels, first.logits + noise, first.classes)
+    table = compare(first, second, resamples=200).set_index(["figure", "class"])
+    a, b = (bootstrap(p.labels, p.logits, p.patients, resamples=200).auc[:, 0] for p in (first, second))
+    row = table.loc["AUC", "a"]
+    assert row["difference"] == pytest.approx(roc_auc_score(first.labels[:, 0], second.logits[:, 0])
+                                              - roc_auc_score(first.labels[:, 0], first.logits[:, 0]))
+    assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile(b - a, [0.025, 0.975])), abs=1e-12)
+    assert row["agree"] == np.mean(np.sign(b - a) == np.sign(row["difference"]))
+    assert row["high"] - row["low"] < 0.6 * (np.quantile(a, 0.975) - np.quantile(a, 0.025))
+    assert table.loc["AP", MEAN]["positives"] == first.labels.sum()
+    same = compare(first, first, resamples=20)
+    assert (same["difference"] == 0).all() and "cannot be told apart" in verdict(same, "x", "y")
+    worse = Predictions(first.ids, first.patients, first.labels, -first.logits, first.classes)
+    assert "differ; x is better" in verdict(compare(first, worse, resamples=50), "x", "y")
+
+
+def test_images_are_matched_by_name_not_by_place(cohort):
+    first = predictions(cohort)
+    order = np.random.default_rng(1).permutation(400)
+    moved = Predictions(first.ids[order], first.patients[order], first.labels[order], first.logits[order], first.classes)
+    assert (compare(first, moved, resamples=10)["difference"] == 0).all()
+    assert np.array_equal(aligned(first, moved)[1].logits, first.logits)
+
+
+def test_what_cannot_be_paired_is_refused(cohort):
+    first = predictions(cohort)
+    with pytest.raises(ValueError, match="other classes or another order"):
+        compare(first, predictions(cohort, "acb"))
+    fewer = Predictions(first.ids[1:], first.patients[1:], first.labels[1:], first.logits[1:], first.classes)
+    with pytest.raises(ValueError, match="other images \\(400 and 399, 399 in both\\)"):
+        compare(first, fewer)
+    flipped = first.labels.copy()
+    flipped[7, 1] = 1 - flipped[7, 1]
+    with pytest.raises(ValueError, match="other labels for 1 of the same images \\(first of class b"):
+        compare(first, Predictions(first.ids, first.patients, flipped, first.logits, first.classes))
+
+
+def test_an_ensemble_is_the_mean_probability(cohort):
+    first = predictions(cohort)
+    second = Predictions(first.ids, first.patients, first.labels, first.logits[::-1].copy(), first.classes)
+    mean = mean_ensemble([first, second])
+    np.testing.assert_allclose(expit(mean.logits), (expit(first.logits) + expit(second.logits)) / 2)
+    extreme = Predictions(first.ids, first.patients, first.labels, first.logits * 1000, first.classes)
+    assert np.isfinite(mean_ensemble([extreme, extreme]).logits).all()
+    with pytest.raises(ValueError, match="at least two"):
+        mean_ensemble([first])
+
+
+def test_a_run_that_saw_anothers_test_images_is_refused_by_name(make_run):
+    official, other = make_run("g/official"), make_run("g/other", seed=1)
+    patient = make_run("h/patient", split="patient")
+    refuse_leaks([official, other])
+    with pytest.raises(LeakError, match="test images of .*official were in the training or validation part of .*patient"):
+        refuse_leaks([official, other, patient])
+    with pytest.raises(LeakError):
+        evaluate_ensemble([official, patient])
+    (patient / "split.csv").unlink()
+    with pytest.raises(LeakError, match="no split.csv.*cannot be checked"):
+        refuse_leaks([official, patient])
+    real = make_run("r/real", real=True)
+    with pytest.raises(LeakError, match="drawn phantoms.*cannot stand in one table"):
+        refuse_leaks([official, real])
+
+
+def test_a_split_is_found_in_the_grids_folder_and_only_if_it_is_the_runs(make_run):
+    run = make_run("g/cell")
+    frame = split_of(run)
+    (run / "split.csv").rename(run.parent / "split.csv")
+    pd.testing.assert_frame_equal(split_of(run), frame)
+    another = make_run("h/cell", split="patient")
+    (another / "split.csv").replace(run.parent / "split.csv")  # a later call of the grid with another split
+    assert split_of(run) is None
+
+
+def test_splits_of_the_same_test_part_may_meet(make_run):
+    """Another share of validation patients is another split hash and the same test part."""
+    refuse_leaks([make_run("g/a"), make_run("g/b", valid_fraction=0.3)])
+
+
+def test_evaluate_gives_what_training_stored_and_mends_older_runs(make_run):
+    run = make_run("g/a")
+    metrics, test = evaluate_run(run, points=["sensitivity_0.70"])
+    stored = load_metrics(run)["test"]
+    assert metrics["test"]["auc"] == stored["auc"] and metrics["test"]["mean_auc_low"] == stored["mean_auc_low"]
+    write_json(run / "anew.json", metrics["test"]["operating"])
+    assert json.loads((run / "anew.json").read_text())["f1"] == stored["operating"]["f1"]
+    assert {"youden", "f1", "sensitivity_0.90", "sensitivity_0.70"} == set(metrics["test"]["operating"])
+    old = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps({**old, "temperature": None, "thresholds": {"youden":
+                                                                                           old["thresholds"]["youden"]}}))
+    (run / "resamples.npz").unlink()
+    again, _ = evaluate_run(run)
+    write_json(run / "again.json", again["test"]["operating"])
+    assert json.loads((run / "again.json").read_text())["f1"] == stored["operating"]["f1"]
+    assert np.array_equal(load_resamples(run).auc, bootstrap(test.labels, test.logits, test.patients).auc, equal_nan=True)
+    mean, both = evaluate_ensemble([run, make_run("g/b", seed=4)])
+    assert mean["cell"] == "mean of 2 runs" and mean["test"]["mean_auc"] > max(stored["mean_auc"] - 0.02, 0.5)
+    assert len(both.ids) == len(test.ids)
+
+
+def test_folders_of_runs_are_found(make_run, tmp_path):
+    a, b = make_run("g/a"), make_run("g/b")
+    assert run_folders([tmp_path]) == [a, b] == run_folders([tmp_path / "g"]) == run_folders([a, b, a])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty is neither a finished run"):
+        run_folders([tmp_path / "empty"])
+
+
+def test_tables_fold_intervals_and_say_what_is_undefined(make_run):
+    run = make_run("g/a")
+    part = load_metrics(run)["test"]  # as read from JSON: no NaN, but null
+    test = load_predictions(run)
+    table = class_table(part, dict(zip(test.classes, (test.labels == 1).sum(0).tolist())))
+    assert table["class"].iloc[0] == MEAN and set(test.classes) <= set(table["class"])
+    assert {"mean of head", "mean of tail"} & set(table["class"]) and "all pairs (micro)" in set(table["class"])
+    text = with_intervals(table).set_index("class")
+    assert text.loc[MEAN, "AUC"] == f"{part['mean_auc']:.3f} ({part['mean_auc_low']:.3f} to {part['mean_auc_high']:.3f})"
+    for name in part["undefined"]:
+        assert text.loc[name, "AUC"] == "undefined"
+    calls = operating_table(part, "youden")
+    assert (calls[["TP", "FP", "FN", "TN"]].sum(axis=1) == len(test.ids)).all()
+    row = run_table([load_metrics(run)]).iloc[0]
+    assert row["images"] == len(test.ids) and row["patients"] == len(set(test.patients)) and 0 < row["positive share"] < 1
+
+
+def test_walking_along_the_curve_equals_counting(cohort):
+    labels, logits, _ = cohort
+    labels[3, 0] = np.nan
+    walk = Walk(labels, logits, 0)
+    there = ~np.isnan(labels[:, 0])
+    y, p = labels[there, 0] == 1, expit(logits[there, 0])
+    assert walk.stand(0)[1:3] == (0, 0) and walk.stand(walk.last)[3:5] == (0, 0)
+    for point in (1, walk.last // 2, walk.last):
+        here = walk.stand(point)
+        call = p >= here.threshold
+        assert here[1:5] == ((call & y).sum(), (call & ~y).sum(), (~call & y).sum(), (~call & ~y).sum())
+        assert walk.at_threshold(here.threshold) == point
+    stations = walk.stations(20)
+    assert stations[0] == 0 and stations[-1] == walk.last and (np.diff(stations) > 0).all()
+    moved = walk.between(3, 6)
+    change = (p >= walk.stand(6).threshold) & (p < walk.stand(3).threshold)
+    assert set(walk.rows[moved]) == set(np.flatnonzero(there)[change])
+    assert list(walk.between(6, 3)) == list(moved[::-1])
+    worst = walk.by_error("missed")
+    assert walk.y[worst].all() and walk.probability[worst[0]] == walk.probability[walk.y].min()
+    assert not walk.y[walk.by_error("false alarms")].any() and len(walk.by_error()) == there.sum()
+
+
+def test_one_column_learns_its_direction_on_training_data():
+    train = ["PA", "PA", "AP", "AP", "AP"]
+    labels = [[0, 1], [0, 1], [1, 0], [1, np.nan], [0, 0]]
+    scores = column_scores(train, labels, ["AP", "PA", "LL"])
+    np.testing.assert_allclose(scores, [[2 / 3, 0], [0, 1], [0.4, 0.5]])

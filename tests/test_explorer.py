@@ -1,0 +1,173 @@
+"""The explorer: its widgets moved by program, its static pictures, and the page in a real browser."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from charmlib.data.reader import ImageReader
+from charmlib.evaluation.results import load_metrics, load_predictions
+from charmlib.viz.explorer import SHOWN, Explorer, _Board
+from tests.test_notebooks import papermill, pictures
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
+
+
+@pytest.fixture
+def runs(make_run):
+    return [make_run("g/one"), make_run("g/two", seed=3, skill=2.0), make_run("other/three", seed=4, valid_fraction=0.3)]
+
+
+@pytest.fixture
+def board(runs):
+    return _Board(Explorer(runs, ImageReader()))
+
+
+def test_moving_along_the_curve_changes_numbers_and_pictures(board):
+    numbers, curve = board.numbers.value, board.curve.value
+    board.slider.value += 12
+    assert board.numbers.value != numbers and board.curve.value != curve and "change sides" in board.moved.value
+    here = board.walk.stand(board.at)
+    for value in (here.tp, here.fp, here.fn, here.tn):
+        assert f"<td>{value:,}</td>" in board.numbers.value
+    assert f"{here.sensitivity:.3f}" in board.numbers.value
+    strip = board.changed.value
+    board.slider.value -= 5
+    assert "no longer called" in board.moved.value and board.changed.value != strip
+    board.slider.value = board.slider.max
+    assert ">1.000</td>" in board.numbers.value  # everything is called: sensitivity 1
+    board.slider.value = 0
+    assert "above all" in board.numbers.value
+
+
+def test_operating_points_are_those_of_validation(board):
+    for name in board.point.options:
+        board.point.value = name
+        row = board.metrics["test"]["operating"][name][board.finding.value]
+        assert board.walk.stand(board.at)[1:5] == (row["tp"], row["fp"], row["fn"], row["tn"])
+
+
+def test_choosing_run_finding_and_order(board, runs):
+    assert board.run.value == "g/two"  # best by validation
+    findings = [value for _, value in board.finding.options]
+    board.finding.value = findings[1]
+    assert board.c == board.test.classes.index(findings[1])
+    board.run.value = "g/one"
+    assert board.finding.value == findings[1] and np.array_equal(board.test.logits, load_predictions(runs[0]).logits)
+    board.order.value = "missed findings"
+    assert board.walk.y[board.places].all()
+    first = board.errors.value
+    board.order.value = "largest error"
+    board.page.value = 1
+    assert board.errors.value != first and board.page.max == (len(board.places) - 1) // SHOWN
+
+
+def test_two_runs_are_compared_only_on_the_same_split(board, runs):
+    assert list(board.other.options) == ["(none)", "g/one"]  # other/three has another split
+    assert load_metrics(runs[2])["split"]["hash"] != load_metrics(runs[0])["split"]["hash"]
+    curve = board.curve.value
+    board.other.value = "g/one"
+    assert "resamples agree in sign" in board.said.value and board.curve.value != curve
+    board.order.value = "the two runs differ most"
+    mine, theirs = (load_predictions(r).logits[:, board.c] for r in (runs[1], runs[0]))
+    ranks = [np.argsort(np.argsort(v[board.walk.rows])) for v in (mine, theirs)]
+    assert abs(ranks[0] - ranks[1])[board.places[0]] == abs(ranks[0] - ranks[1]).max()
+    board.other.value = "(none)"
+    assert board.said.value == "" and board.order.value == "largest error"
+
+
+def test_missing_images_do_not_stop_it(runs):
+    assert _Board(Explorer(runs[:1])).errors.value[:4] == b"\x89PNG"
+    assert _Board(Explorer(runs[:1], ImageReader("/nowhere"))).errors.value[:4] == b"\x89PNG"
+
+
+def test_names_cannot_smuggle_html(make_run):
+    run = make_run("g/<b>x")
+    board = _Board(Explorer([run, make_run("g/y")]))
+    board.run.value = "g/<b>x"
+    board.other.value = "g/y"
+    assert "<b>x" not in board.said.value + board.note.value
+
+
+@pytest.mark.slow
+def test_papermill_gets_static_pictures_and_no_widget(runs, tmp_path):
+    nb = nbformat.read(ROOT / "notebooks/explore.ipynb", as_version=4)
+    cell = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source = cell.source.replace('["runs"]', repr([str(runs[0])]))
+    nbformat.write(nb, tmp_path / "explore.ipynb")
+    book = papermill(tmp_path / "explore.ipynb", tmp_path / "out.ipynb", {}, tmp_path)
+    assert pictures(book) == 4 and "widget" not in (tmp_path / "out.ipynb").read_text()
+
+
+@pytest.fixture
+def page(runs):
+    """The explorer's page, served as `make explore` serves it; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "charmlib", "explore", *map(str, runs), "--port", str(port), "--no-browser"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/voila/static/", timeout=1)
+            except urllib.error.HTTPError:
+                break  # it answers
+            except OSError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_in_a_real_browser(page, tmp_path):
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser_path is None:
+        pytest.skip("no browser: install one (apt-get install chromium) to test the explorer's page")
+    from playwright.sync_api import expect, sync_playwright
+
+    errors, outside = [], []
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1240, "height": 1200})
+        tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        tab.on("pageerror", lambda e: errors.append(str(e)))
+        tab.on("request", lambda r: outside.append(r.url) if not r.url.startswith((page, "data:", "blob:", "ws://127")) else None)
+        tab.goto(page)
+        slider = tab.locator(".noUi-handle").first
+        slider.wait_for(timeout=120_000)
+        numbers, curve = tab.locator("table.walk"), tab.locator("img").first
+        before, source = numbers.inner_text(), curve.get_attribute("src")
+        slider.focus()
+        for _ in range(8):
+            tab.keyboard.press("ArrowRight")
+        expect(numbers).not_to_have_text(before, timeout=30_000)
+        expect(curve).not_to_have_attribute("src", source, timeout=30_000)
+        expect(tab.get_by_text("images change sides").first).to_be_visible()
+        after = numbers.inner_text()
+        tab.get_by_label("finding").select_option(index=1)
+        expect(numbers).not_to_have_text(after, timeout=30_000)
+        tab.get_by_label("compare with").select_option(index=1)
+        expect(tab.get_by_text("resamples agree in sign")).to_be_visible(timeout=30_000)
+        sizes = tab.evaluate("[...document.images].filter(i => i.offsetParent).map(i => [i.naturalWidth, i.offsetWidth])")
+        assert len(sizes) >= 2 and all(natural > 100 and shown > 100 for natural, shown in sizes)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 1240  # nothing runs off the side
+        tab.screenshot(path=os.environ.get("CHARM_SCREENSHOT", str(tmp_path / "explorer.png")), full_page=True)
+        browser.close()
+    assert not errors and not outside

@@ -1,9 +1,10 @@
-"""Copy what is worth keeping of a finished grid: its leaderboard, and each class's test AUC by cell.
+"""Copy what is worth keeping of a finished grid: leaderboard, classes, operating points, paired differences, pictures.
 
     python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
 
-writes ``<target>_leaderboard.csv``, ``<target>_per_class.csv``, ``<target>_roc.png`` and ``<target>.json`` (split, device,
-versions).
+writes ``<target>_leaderboard.csv``, ``<target>_per_class.csv`` (every cell and class with intervals),
+``<target>_operating.csv`` (at Youden's point), ``<target>_paired.csv`` (each cell less the first), ``<target>_*.png`` of the cell
+that validation ranks first, and ``<target>.json`` (split, device, versions, calibration).
 """
 
 from __future__ import annotations
@@ -12,28 +13,55 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import pandas as pd
 
-from charmlib.evaluation.results import load_metrics, load_predictions
+from charmlib.evaluation.compare import compare, verdict
+from charmlib.evaluation.evaluate import evaluate_run
+from charmlib.evaluation.results import load_predictions
+from charmlib.evaluation.tables import class_table, operating_table, with_intervals
 from charmlib.files import write_json
+from charmlib.grid.leaderboard import leaderboard
+from charmlib.grid.report import board_notes, shown_board
+from charmlib.viz.report import positives, run_pictures
+
+KEPT = {"ROC curves with interval bands": "bands", "Precision and recall": "precision_recall", "AUC by class": "per_class",
+        "Counts at the operating point 'youden'": "counts", "Calibration": "calibration",
+        "Findings that come together (test part)": "cooccurrence"}
 
 
 def main(folder: Path, target: Path) -> None:
-    board = pd.read_csv(folder / "leaderboard.csv")
+    board = leaderboard(folder)
     board.to_csv(f"{target}_leaderboard.csv", index=False)
-    done = {cell: load_metrics(folder / cell) for cell in board["cell"]}
-    first = next(iter(done.values()))
-    positives = (load_predictions(folder / board["cell"][0]).labels == 1).sum(0)
-    table = pd.DataFrame({"test_positives": dict(zip(first["classes"], positives.tolist())),
-                          **{cell: m["test"]["auc"] for cell, m in done.items()}})
-    table.round(4).to_csv(f"{target}_per_class.csv", index_label="class")
+    scored = {cell: evaluate_run(folder / cell) for cell in board["cell"]}
+    first, (metrics, test) = next(iter(scored.items()))
+    classes = pd.concat([class_table(m["test"], positives(p)).assign(cell=c) for c, (m, p) in scored.items()])
+    classes.round(4).to_csv(f"{target}_per_class.csv", index=False)
+    calls = pd.concat([operating_table(m["test"], "youden").assign(cell=c) for c, (m, _) in scored.items()])
+    calls.round(4).to_csv(f"{target}_operating.csv", index=False)
+    pairs = []
+    for cell in list(scored)[1:]:
+        table = compare(test, load_predictions(folder / cell))
+        print(f"{cell} less {first}: {verdict(table, first, cell)}")
+        pairs.append(table.assign(first_run=first, second_run=cell))
+    pd.concat(pairs).round(4).to_csv(f"{target}_paired.csv", index=False)
     write_json(f"{target}.json", {
-        "split": first["split"], "device": first["device"], "precision": first["precision"], "versions": first["versions"],
-        "seed": first["params"]["seed"], "bank": {cell: m["bank"] for cell, m in done.items()},
-        "seconds": {cell: m["seconds"] for cell, m in done.items()}})
+        "split": metrics["split"], "device": metrics["device"], "precision": metrics["precision"],
+        "versions": metrics["versions"], "seed": metrics["params"]["seed"], "bank": {c: m["bank"] for c, (m, _) in scored.items()},
+        "seconds": {c: m["seconds"] for c, (m, _) in scored.items()},
+        "calibration": {c: {k: {n: v[n] for n in ("temperature", "mean_ece", "mean_brier")}
+                            for k, v in m["test"]["calibration"].items()} for c, (m, _) in scored.items()}})
     shutil.copyfile(folder / "roc.png", f"{target}_roc.png")
-    print(board.to_string(index=False))
-    print(table.round(3).to_string())
+    for title, figure in run_pictures(metrics, test).items():
+        if title in KEPT:
+            figure.savefig(f"{target}_{KEPT[title]}.png", dpi=100)
+        plt.close(figure)
+    print("\n".join([*board_notes(board), shown_board(board).to_string(index=False)]))
+    print(with_intervals(classes[classes["cell"] == first].drop(columns="cell")).to_string(index=False))
 
 
 if __name__ == "__main__":

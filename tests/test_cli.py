@@ -10,6 +10,9 @@ from tests.conftest import TINY
 ROOT = Path(__file__).parents[1]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
+
+
 def charm(*args, cwd=ROOT):
     return subprocess.run([sys.executable, "-m", "charmlib", *map(str, args)], capture_output=True, text=True, cwd=cwd)
 
@@ -52,6 +55,7 @@ def test_a_grid_with_a_failed_cell_does_not_exit_0(phantoms, tmp_path):
     (("grid", "run", "params/grid_demo.yaml", "--shard", "3/2"), "wanted I/N"),
     (("run", "params/charm.yaml", "-p", "k=many"), "not a number"),
     (("run", "params/charm.yaml", "-p", "data_root=/nowhere"), "no folder /nowhere"),
+    (("controls", "params/charm.yaml", "-p", "limit=50"), "whole test part"),
     (("cache", "/nowhere"), "no folder /nowhere")])
 def test_refused_input_is_one_clear_line_and_exit_2(args, says, tmp_path):
     out = ("--out", tmp_path / "out") if args[0] != "cache" else ()
@@ -80,3 +84,71 @@ def test_a_notebooks_parameters_are_brought_up_to_date(tmp_path):
         assert charm("params", "--write", path).returncode == 0
         again = nbformat.read(path, as_version=4)
         assert [c.source for c in again.cells if "parameters" in c.metadata.get("tags", [])] == [right]
+
+
+def test_evaluate_and_compare_finished_runs(make_run, tmp_path):
+    first, second = make_run("g/one"), make_run("g/two", seed=3, skill=2.0)
+    done = charm("evaluate", first, second, "--ensemble", "--point", "sensitivity_0.80", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "mean of 2 runs" in done.stdout and "operating point 'sensitivity_0.80'" in done.stdout
+    assert done.stdout.count("test images of") == 3  # on every table
+    for name in ("one", "two", "ensemble"):
+        assert (tmp_path / f"out/{name}/report.html").is_file() and (tmp_path / f"out/{name}/per_class.csv").is_file()
+    done = charm("compare", first, second, "--out", tmp_path / "d.csv")
+    assert done.returncode == 0 and "is better" in done.stdout and "agree in sign" in done.stdout
+    assert (tmp_path / "d.csv").read_text().startswith("class,figure,positives,first,second,difference,low,high,agree")
+
+
+def test_leaks_and_unknown_points_are_refused(make_run, tmp_path):
+    official, patient = make_run("g/official"), make_run("h/patient", split="patient")
+    for command in ("evaluate", "compare"):
+        done = charm(command, official, patient)
+        assert done.returncode == 2 and "training or validation part of" in done.stderr and "Traceback" not in done.stderr
+    done = charm("evaluate", official, "--point", "yuden")
+    assert done.returncode == 2 and "unknown operating point 'yuden'" in done.stderr
+    (tmp_path / "empty").mkdir()
+    assert charm("explore", tmp_path / "empty").returncode == 2
+
+
+@pytest.mark.slow
+def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, tiny, tmp_path):
+    import numpy as np
+    import pandas as pd
+    from PIL import Image
+    from scipy.special import expit
+
+    from charmlib import Run
+    from charmlib.evaluation.results import finish, load_card, load_predictions
+
+    run = Run.open(tiny)
+    run.train()
+    run.score()
+    finish(run.folder)
+    test = load_predictions(run.folder)
+    files = {p.name: p for p in phantoms.rglob("*.png")}
+    (tmp_path / "in").mkdir()
+    for name in test.ids[:40]:
+        (tmp_path / "in" / name).write_bytes(files[name].read_bytes())
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "in/photo.png")
+    done = charm("predict", run.folder, tmp_path / "in", "--out", tmp_path / "p.csv")
+    assert done.returncode == 2 and "photo.png: a colour picture" in done.stderr and "1 of 41 files" in done.stderr
+    table = pd.read_csv(tmp_path / "p.csv")
+    table.index = table["image"].map(lambda p: Path(p).name)
+    thresholds = load_card(run.folder)["thresholds"]["youden"]
+    for c, name in enumerate(test.classes):
+        want = expit(test.logits[:40, c].astype(float))
+        np.testing.assert_allclose(table.loc[test.ids[:40], f"p_{name}"], want, atol=1e-5)
+        if thresholds[name] is None:
+            assert table[f"call_{name}"].isna().all()
+        else:
+            clear = abs(want - thresholds[name]) > 1e-5
+            assert (table.loc[test.ids[:40], f"call_{name}"][clear] == (want >= thresholds[name])[clear]).all()
+    done = charm("predict", run.folder, tmp_path / "in" / test.ids[0], "--out", tmp_path / "q.csv", "--calibrated")
+    assert done.returncode == 0
+    scaled, plain = pd.read_csv(tmp_path / "q.csv").iloc[0], table.loc[test.ids[0]]
+    temperature = load_card(run.folder)["temperature"]
+    logit = np.log(plain["p_Effusion"] / (1 - plain["p_Effusion"]))
+    assert scaled["p_Effusion"] == pytest.approx(expit(logit / temperature), abs=1e-6)
+    assert charm("predict", run.folder, tmp_path / "nowhere").returncode == 2
+    assert charm("predict", run.folder, tmp_path / "in", "--point", "yuden").returncode == 2

@@ -74,8 +74,8 @@ def pictures(book):
 
 
 def text(book):
-    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for c in book.cells
-                     if c.cell_type == "code" for o in c.outputs)
+    return "\n".join(o.get("text", "") or "".join(o.get("data", {}).get(f"text/{kind}", "") for kind in ("plain", "html"))
+                     for c in book.cells if c.cell_type == "code" for o in c.outputs)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from charmlib.evaluation.results import (
     save_resamples,
 )
 from charmlib.evaluation.score import score_part
-from charmlib.files import write_json, write_text
+from charmlib.files import write_json, write_text, write_whole
 from charmlib.models.charm import CharmNet
 from charmlib.params import UNHASHED, read_yaml, resolve, with_absolute_paths
 from charmlib.training.callbacks import seed_everything, write_history
@@ -145,8 +145,9 @@ class Run:
     def train(self) -> list[dict]:
         """Both stages; continues where an earlier start was stopped, and does nothing for a run that is trained.
 
-        Writes ``params.yaml``, then ``history.csv`` and ``log.txt`` as it goes, ``resume.pt`` after each epoch, and at the end
-        ``model.safetensors`` and ``model.json`` with thresholds chosen on the validation part.
+        Writes ``params.yaml`` and ``split.csv``, then ``history.csv`` and ``log.txt`` as it goes, ``resume.pt`` after each
+        epoch, and at the end ``model.safetensors`` and ``model.json`` with the thresholds and the temperature, both chosen on
+        the validation part.
 
         With ``resume=False`` whatever an earlier run left in the folder is removed first.
 
@@ -166,6 +167,9 @@ class Run:
         runner = self._runner()
         state = runner.saved(self.params["resume"])  # refuses a folder of other settings before writing to it
         write_text(self.folder / "params.yaml", yaml.safe_dump(self.params, sort_keys=False))
+        if "CHARM_CELL" not in os.environ:  # a grid keeps one for all its cells
+            frame = self.data.split.frame(self.data.index)
+            write_whole(self.folder / "split.csv", lambda temporary: frame.to_csv(temporary, index=False))
         runner.lr = self._lr = state["lr"] if state else self.find_lr()
         phases = plan(self.params, self._lr)
         self.log(f"training on {self.device} in {self.precision}, {self.data.source}, split {self.data.split.name} "

@@ -21,10 +21,12 @@ td:first-child,th:first-child{text-align:left}.note{color:#555}.drawn{background
 
 
 def heading(text: str) -> str:
+    """A section's heading."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def paragraph(text: str, kind: str = "note") -> str:
+    """Plain text; 'note' sets it back."""
     return f"<p class='{kind}'>{html.escape(text)}</p>"
 
 

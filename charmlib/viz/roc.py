@@ -74,7 +74,8 @@ def plot_roc_bands(predictions, part: Mapping, *, point: str = "youden", title: 
         axis.set_aspect("equal")
     legend.plot([], [], color=FIRST, label="ROC curve")
     legend.fill_between([], [], color=FIRST, alpha=0.22, label="95 % band\n(patients)")
-    legend.plot([], [], "o", ms=5, color=SECOND, ls="", label=f"{readable(point)} point\nof validation")
+    if operating:
+        legend.plot([], [], "o", ms=5, color=SECOND, ls="", label=f"{readable(point)} point\nof validation")
     legend.legend(loc="center", title="finding, positives\nAUC (95 % interval)")
     figure.supxlabel("false positive rate (1 - specificity)", fontsize=9)
     figure.supylabel("true positive rate (sensitivity)", fontsize=9)

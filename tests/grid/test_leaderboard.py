@@ -1,0 +1,115 @@
+"""What a leaderboard says of its cells, on finished runs."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from charmlib.evaluation.compare import MEAN, compare
+from charmlib.evaluation.leaks import LeakError
+from charmlib.evaluation.results import load_predictions
+from charmlib.grid import leaderboard, run_grid
+from charmlib.grid.cells import GridError
+from charmlib.grid.controls import run_controls
+from charmlib.grid.leaderboard import over_seeds
+from charmlib.grid.report import shown_board, write_report
+from charmlib.params import ParameterError
+from tests.conftest import TINY
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
+
+
+def as_grid(folder, axes=()):
+    """Write the grid.yaml of finished cells."""
+    cells = sorted(p.parent.name for p in folder.glob("*/metrics.json"))
+    (folder / "grid.yaml").write_text(yaml.safe_dump({"name": "g", "axes": list(axes),
+                                                      "cells": [{"id": c, "params": {}} for c in cells]}))
+    return folder
+
+
+def test_cells_that_cannot_be_told_from_the_first_are_marked(make_run):
+    runs = {"best": make_run("g/best", skill=2.0), "near": make_run("g/near", skill=1.95, seed=1),
+            "far": make_run("g/far", skill=0.0, seed=2)}
+    folder = as_grid(runs["best"].parent)
+    board = leaderboard(folder).set_index("cell")
+    first = board.index[board["rank"] == 1][0]
+    for cell in set(runs) - {first}:
+        want = compare(load_predictions(runs[first]), load_predictions(runs[cell])).set_index(["figure", "class"])
+        want = want.loc[("AUC", MEAN)]
+        row = board.loc[cell]
+        assert (row["diff_first"], row["diff_low"], row["diff_high"]) == pytest.approx(
+            (want["difference"], want["low"], want["high"]), abs=1e-12)
+        assert row["same_as_first"] == (want["low"] <= 0 <= want["high"])
+    assert board.loc["far", "same_as_first"] is False and board["same_as_first"].map(lambda v: v is True).any()
+    shown = shown_board(board.reset_index())
+    assert not shown["cell"].str.fullmatch("far =").any() and shown["cell"].str.endswith(" =").sum() == 1
+    page = write_report(folder, board.reset_index()).read_text()
+    assert "cannot tell them from it" in page and "with a finding" in page
+
+
+def test_seeds_are_summed_up(make_run):
+    for k in (1, 2):
+        for seed in (0, 1, 2):
+            make_run(f"g/k{k}_seed={seed}", seed=seed, k=k, skill=2.0 if k == 2 else 0.5)
+    folder = as_grid(make_run("g/k2_seed=3", seed=3, k=2, skill=2.0).parent, ("k", "seed"))
+    board = leaderboard(folder)
+    table = over_seeds(board, ["k", "seed"])
+    assert table["k"].tolist() == [2, 1] and table["seeds"].tolist() == [4, 3]
+    two = board[board["k"] == 2]["test_mean_auc"]
+    assert table.loc[0, "test_mean"] == pytest.approx(two.mean()) and table.loc[0, "test_sd"] == pytest.approx(two.std())
+    assert over_seeds(board, ["k"]) is None
+    assert "Over seeds" in write_report(folder, board).read_text() and (folder / "seeds.csv").is_file()
+
+
+def test_controls_quick_checks_and_other_splits_are_no_contestants(make_run):
+    make_run("g/real")
+    make_run("g/shuffled", labels="shuffled", skill=9.0)
+    make_run("g/quick", limit=40, skill=9.0)
+    board = leaderboard(as_grid(make_run("g/wide", valid_fraction=0.3).parent)).set_index("cell")
+    assert board["status"].to_dict() == {"real": "done", "shuffled": "control", "quick": "quick check", "wide": "done"}
+    assert board["rank"].dropna().to_dict() == {"real": 1, "wide": 1} and board["same_as_first"].isna().all()
+
+
+def test_a_board_never_mixes_runs_that_saw_one_anothers_test_images(make_run):
+    make_run("g/official")
+    folder = as_grid(make_run("g/patient", split="patient").parent)
+    with pytest.raises(LeakError, match="cannot stand in one table"):
+        leaderboard(folder)
+
+
+def test_a_grid_over_leaking_splits_is_refused_before_training(phantoms, tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**TINY, "data_root": str(phantoms)}))
+    (tmp_path / "grid_x.yaml").write_text("base: base.yaml\naxes: {split: [official, patient]}\n")
+    with pytest.raises(GridError, match="test images of split .* Make|Make a grid|such as .*make|leaderboard"):
+        run_grid(tmp_path / "grid_x.yaml", out=tmp_path / "out", say=lambda line: None)
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
+@pytest.mark.slow
+def test_controls_in_one_call(phantoms, tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({
+        **TINY, "data_root": str(phantoms), "stage1_frozen_epochs": 0, "stage1_epochs": 1, "stage2_epochs": 1}))
+    table, held = run_controls(tmp_path / "mine.yaml", out=tmp_path / "out", say=lambda line: None)
+    table = table.set_index("control")
+    assert list(table.index) == ["network", "plain network", "shuffled labels (must be 0.5)", "view position alone"]
+    row = table.loc["shuffled labels (must be 0.5)"]
+    assert held and row["test AUC low"] < 0.5 < row["test AUC high"] and table["images"].nunique() == 1
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out/controls.csv").set_index("control"), table, check_dtype=False)
+    said = []
+    run_controls(tmp_path / "mine.yaml", out=tmp_path / "out", say=said.append)
+    assert any("3 done, 0 to run" in line for line in said)
+    with pytest.raises(ParameterError, match="make the shuffled run themselves"):
+        run_controls(tmp_path / "mine.yaml", ["labels=shuffled"], out=tmp_path / "x")
+
+
+def test_shuffled_labels_keep_everything_but_the_match(phantoms):
+    from charmlib.data.dataset import open_dataset
+
+    real, shuffled = (open_dataset(data_root=str(phantoms), image_size=32, labels=which) for which in ("real", "shuffled"))
+    assert real.split.hash == shuffled.split.hash and not np.array_equal(real.labels, shuffled.labels)
+    for part in ("train", "valid", "test"):
+        rows = real.rows(part)
+        assert sorted(map(tuple, real.labels[rows])) == sorted(map(tuple, shuffled.labels[rows]))
+        assert len(real.rows(part, findings_only=True)) == len(shuffled.rows(part, findings_only=True))
+    again = open_dataset(data_root=str(phantoms), image_size=32, labels="shuffled")
+    assert np.array_equal(again.labels, shuffled.labels)

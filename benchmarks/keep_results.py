@@ -2,9 +2,9 @@
 
     python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
 
-writes ``<target>_leaderboard.csv``, ``<target>_per_class.csv`` (every cell and class with intervals),
-``<target>_operating.csv`` (at Youden's point), ``<target>_paired.csv`` (each cell less the first), ``<target>_*.png`` of the cell
-that validation ranks first, and ``<target>.json`` (split, device, versions, calibration).
+writes ``<target>_leaderboard.csv``, ``<target>_per_class.csv`` (cells and classes with intervals),
+``<target>_operating.csv`` (at Youden's point), ``<target>_paired.csv`` (each cell less the first), ``<target>_*.png`` of the
+cell that validation ranks first, and ``<target>.json`` (split, device, versions, calibration).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def main(folder: Path, target: Path) -> None:
     pd.concat(pairs).round(4).to_csv(f"{target}_paired.csv", index=False)
     write_json(f"{target}.json", {
         "split": metrics["split"], "device": metrics["device"], "precision": metrics["precision"],
-        "versions": metrics["versions"], "seed": metrics["params"]["seed"], "bank": {c: m["bank"] for c, (m, _) in scored.items()},
+        "versions": metrics["versions"], "seed": metrics["params"]["seed"],
+        "bank": {c: m["bank"] for c, (m, _) in scored.items()},
         "seconds": {c: m["seconds"] for c, (m, _) in scored.items()},
         "calibration": {c: {k: {n: v[n] for n in ("temperature", "mean_ece", "mean_brier")}
                             for k, v in m["test"]["calibration"].items()} for c, (m, _) in scored.items()}})

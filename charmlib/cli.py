@@ -126,16 +126,16 @@ def compare(first, second, out):
 
 
 @cli.command()
-@click.argument("params_yaml", type=click.Path(path_type=Path))
+@click.argument("params_or_run", type=click.Path(path_type=Path))
 @click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE")
-@click.option("--out", type=click.Path(path_type=Path), help="The controls' folder [default: runs/<stem>_controls].")
+@click.option("--out", type=click.Path(path_type=Path), help="The controls' folder [default: runs/<name>_controls].")
 @click.option("--workers", type=click.IntRange(min=1), help="Trainings at once [default: one a GPU, or 1].")
-def controls(params_yaml, assignments, out, workers):
-    """Controls of PARAMS_YAML: shuffled labels (must score 0.5), view position alone, the plain network."""
+def controls(params_or_run, assignments, out, workers):
+    """Controls of a parameter file or a finished run: shuffled labels (must score 0.5), view position alone, plain network."""
     from charmlib.evaluation.tables import with_intervals
     from charmlib.grid.controls import run_controls
 
-    table, held = run_controls(params_yaml, assignments, out=out, workers=workers, say=_say)
+    table, held = run_controls(params_or_run, assignments, out=out, workers=workers, say=_say)
     click.echo(with_intervals(table, 4).to_string(index=False))
     if not held:
         raise SystemExit("the 99 % interval of the shuffled control does not hold 0.5: labels reach the network by another way "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,15 @@ from charmlib.files import write_whole
 from charmlib.grid.cells import cell_status
 from charmlib.grid.runner import run_loaded
 from charmlib.grid.spec import Cell, Grid
-from charmlib.params import ParameterError, find_file, load_params, parse_assignments, resolve, with_absolute_paths
+from charmlib.params import (
+    UNHASHED,
+    ParameterError,
+    find_file,
+    load_params,
+    parse_assignments,
+    resolve,
+    with_absolute_paths,
+)
 
 PARTS_OFF = {"use_momentum": False, "use_attention": False, "use_bank": False}
 LEVEL = 0.99
@@ -29,6 +37,8 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     """Train what is missing and score it; returns the table (also in ``controls.csv``) and whether the shuffled control
     held.
 
+    ``path`` is a parameter file, or the folder of a finished run, which then is the network and is not trained again.
+
     - ``network``: the parameter file as it is; ``plain``: without CHARM's three parts;
     - ``shuffled``: the same network on label rows shuffled within each part: must score 0.5 within its interval;
     - ``view position alone``: each view (PA, AP) scores the share of positives it has in the training part.
@@ -38,7 +48,9 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     charmlib.params.ParameterError, charmlib.grid.cells.GridError
         Wrong parameters; a finished control of other settings; a control that failed.
     """
-    path = find_file(path)
+    run = Path(path).resolve() if Path(path).is_dir() else None
+    path = run / "params.yaml" if run else find_file(path)
+    finished = load_metrics(run) if run else None
     params = resolve(load_params(path), parse_assignments(assignments), sources=(str(path), "-p"))
     with_absolute_paths(params)  # refuses what is not there
     del params["run_dir"]
@@ -46,16 +58,23 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
         raise ParameterError("controls make the shuffled run themselves; leave labels at 'real'")
     if params["limit"]:
         raise ParameterError("controls are scored on the whole test part; leave limit at 0")
+    if finished and (changed := _changed(finished["params"], params)):
+        raise ParameterError(f"controls of the finished run {run} keep its settings; -p changes {', '.join(changed)}. Name its "
+                             "parameter file instead.")
     settings = {"network": params, "plain": {**params, **PARTS_OFF}, "shuffled": {**params, "labels": "shuffled"}}
-    if settings["plain"] == params:
+    if run or settings["plain"] == params:
         del settings["network"]
-    folder = Path(out or Path("runs") / f"{path.stem}_controls")
-    grid = Grid(folder.name, path, tuple(Cell(name, p, {}) for name, p in settings.items()), ())
+    if run and {**params, **PARTS_OFF} == params:
+        del settings["plain"]
+    name = run.name if run else path.stem
+    folder = Path(out or Path("runs") / f"{name}_controls")
+    grid = Grid(folder.name, path, tuple(Cell(cell, p, {}) for cell, p in settings.items()), ())
     run_loaded(grid, out=folder, workers=workers, say=say)
     failed = [name for name in settings if cell_status(folder / name) != "done"]
     if failed:
         raise ParameterError(f"no table yet: {', '.join(failed)} failed; see {folder / failed[0] / 'error.txt'}")
-    rows = [_trained(folder / name, name) for name in settings]
+    rows = [_trained(run, run.name)] if run else []
+    rows += [_trained(folder / name, name) for name in settings]
     view = _view_alone(params)
     if view is None:
         say("the label table has no view position: that control is left out")
@@ -63,6 +82,11 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     write_whole(folder / "controls.csv", lambda temporary: table.to_csv(temporary, index=False))
     low, high, _ = interval(mean_of_defined(load_resamples(folder / "shuffled").auc), LEVEL)
     return table, bool(low <= 0.5 <= high)
+
+
+def _changed(theirs: Mapping, ours: Mapping) -> list[str]:
+    """Names of the parameters that decide a result and differ."""
+    return [name for name in ours if name not in UNHASHED and ours[name] != theirs.get(name, ours[name])]
 
 
 def _trained(folder: Path, name: str) -> dict:

@@ -98,6 +98,11 @@ def test_controls_in_one_call(phantoms, tmp_path):
     said = []
     run_controls(tmp_path / "mine.yaml", out=tmp_path / "out", say=said.append)
     assert any("3 done, 0 to run" in line for line in said)
+    of_run, held = run_controls(tmp_path / "out/plain", out=tmp_path / "of_run", say=said.append)  # trains one cell only
+    assert held and len(of_run) == 3 and of_run["test AUC"][0] == table.loc["plain network", "test AUC"]
+    assert {p.parent.name for p in (tmp_path / "of_run").glob("*/metrics.json")} == {"shuffled"}
+    with pytest.raises(ParameterError, match="-p changes k"):
+        run_controls(tmp_path / "out/plain", ["k=1"], out=tmp_path / "x")
     with pytest.raises(ParameterError, match="make the shuffled run themselves"):
         run_controls(tmp_path / "mine.yaml", ["labels=shuffled"], out=tmp_path / "x")
 

@@ -27,7 +27,7 @@ from charmlib.evaluation.tables import class_table, operating_table, with_interv
 from charmlib.files import write_json
 from charmlib.grid.leaderboard import leaderboard
 from charmlib.grid.report import board_notes, shown_board
-from charmlib.viz.report import positives, run_pictures
+from charmlib.viz.report import run_pictures
 
 KEPT = {"ROC curves with interval bands": "bands", "Precision and recall": "precision_recall", "AUC by class": "per_class",
         "Counts at the operating point 'youden'": "counts", "Calibration": "calibration",
@@ -39,7 +39,7 @@ def main(folder: Path, target: Path) -> None:
     board.to_csv(f"{target}_leaderboard.csv", index=False)
     scored = {cell: evaluate_run(folder / cell) for cell in board["cell"]}
     first, (metrics, test) = next(iter(scored.items()))
-    classes = pd.concat([class_table(m["test"], positives(p)).assign(cell=c) for c, (m, p) in scored.items()])
+    classes = pd.concat([class_table(m["test"], p.positives).assign(cell=c) for c, (m, p) in scored.items()])
     classes.round(4).to_csv(f"{target}_per_class.csv", index=False)
     calls = pd.concat([operating_table(m["test"], "youden").assign(cell=c) for c, (m, _) in scored.items()])
     calls.round(4).to_csv(f"{target}_operating.csv", index=False)

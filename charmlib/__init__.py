@@ -14,6 +14,10 @@ _PUBLIC = {
     "load_model": "charmlib.training.checkpoint",
     "chest_dataloaders": "charmlib.data.loaders",
     "open_dataset": "charmlib.data.dataset",
+    "predict": "charmlib.training.predict",
+    "evaluate_run": "charmlib.evaluation.evaluate",
+    "compare": "charmlib.evaluation.compare",
+    "Explorer": "charmlib.viz.explorer",
     "make_phantoms": "charmlib.data.phantom",
 }
 

@@ -5,6 +5,7 @@ Exit 0 only when all that was asked is done.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -87,6 +88,9 @@ def evaluate(runs, point, ensemble, out):
 
     folders = run_folders(runs)
     refuse_leaks(folders)
+    locked = next((f for f in folders if not os.access(f, os.W_OK)), None)
+    if locked and not out:
+        raise click.UsageError(f"{locked} is read-only: name a folder for the reports with --out")
     scored = []
     for folder in folders:
         metrics, test = evaluate_run(folder, points=[point])
@@ -256,10 +260,17 @@ def params(notebooks):
 
 
 def _board_text(board) -> str:
+    from charmlib.evaluation.tables import with_intervals
+    from charmlib.grid.leaderboard import over_seeds
     from charmlib.grid.report import board_notes, shown_board
 
-    return "\n".join([*board_notes(board), shown_board(board).to_string(index=False),
-                      "= cannot be told from the first: the paired difference's 95 % interval holds 0"])
+    lines = [*board_notes(board), shown_board(board).to_string(index=False)]
+    if board["same_as_first"].eq(True).any():
+        lines.append("= cannot be told from the first: the 95 % interval of the paired difference holds 0")
+    seeds = over_seeds(board)
+    if seeds is not None:
+        lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]
+    return "\n".join(lines)
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

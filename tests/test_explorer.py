@@ -172,3 +172,26 @@ def test_in_a_real_browser(page, tmp_path):
         tab.screenshot(path=os.environ.get("CHARM_SCREENSHOT", str(tmp_path / "explorer.png")), full_page=True)
         browser.close()
     assert not errors and not outside
+
+
+def test_who_counts_as_a_person(monkeypatch):
+    """papermill by hand once got a person's progress bars, because a kernel is a kernel to `get_ipython`."""
+    import IPython
+
+    from charmlib.viz.person import person_watches
+
+    class ZMQInteractiveShell:
+        class kernel:
+            _allow_stdin = True
+
+    for name in ("CHARM_BATCH", "KAGGLE_KERNEL_RUN_TYPE", "SERVER_SOFTWARE"):
+        monkeypatch.delenv(name, raising=False)
+    assert not person_watches()  # a script
+    monkeypatch.setattr(IPython, "get_ipython", ZMQInteractiveShell)
+    assert person_watches()  # a frontend that can be asked for input
+    ZMQInteractiveShell.kernel._allow_stdin = False
+    assert not person_watches()  # papermill and nbconvert
+    monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5.13")
+    assert person_watches()
+    monkeypatch.setenv("CHARM_BATCH", "1")
+    assert not person_watches()

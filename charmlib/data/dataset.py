@@ -40,6 +40,12 @@ class ChestData:
         rows = self.split.rows(part)
         return rows[self.index.has_finding()[rows]] if findings_only else rows
 
+    def note(self, part: str) -> str:
+        """What stands beside scores on a part: data, split, images, patients and share of positives."""
+        count = self.split.counts[part]
+        return (f"{self.source}, split '{self.split.name}' ({self.split.hash[:8]}): {count['images']:,} {part} images of "
+                f"{count['patients']:,} patients, {count['positive_share']:.1%} with a finding")
+
     def __str__(self) -> str:
         drawn = "DRAWN PHANTOMS, not radiographs: " if self.index.drawn else ""
         return (f"{drawn}{len(self.index.frame)} images from {self.index.root}, {len(self.classes)} classes, "

@@ -30,6 +30,11 @@ class Predictions:
     logits: np.ndarray
     classes: tuple[str, ...]
 
+    @property
+    def positives(self) -> dict[str, int]:
+        """Class -> images with it."""
+        return dict(zip(self.classes, (self.labels == 1).sum(0).tolist()))
+
 
 def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str]) -> None:
     """Write ``{valid,test}_{ids,patients,labels,logits}`` and ``classes``; no pickles."""

@@ -88,12 +88,19 @@ def _against_first(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
     return board
 
 
-def over_seeds(board: pd.DataFrame, axes: list[str]) -> pd.DataFrame | None:
+def board_axes(board: pd.DataFrame) -> list[str]:
+    """The grid's axes, which stand between a leaderboard's cells and scores."""
+    columns = list(board.columns)
+    return columns[columns.index("cell") + 1:columns.index("valid_mean_auc")]
+
+
+def over_seeds(board: pd.DataFrame) -> pd.DataFrame | None:
     """Mean and standard deviation over the seeds of each setting, ranked by validation; None without a seed axis.
 
-    ``axes`` are the grid's; ranked cells that agree in all but the seed are one setting. The spread over seeds is that of
-    training, on one and the same test part; the intervals of :func:`leaderboard` are of drawing patients.
+    Ranked cells that agree in all axes but the seed are one setting. The spread over seeds is that of training, on one and
+    the same test part; the intervals of :func:`leaderboard` are of drawing patients.
     """
+    axes = board_axes(board)
     if "seed" not in axes:
         return None
     ranked = board[board["rank"].notna()]
@@ -106,11 +113,6 @@ def over_seeds(board: pd.DataFrame, axes: list[str]) -> pd.DataFrame | None:
         test_high=("test_mean_auc", "max"), n_images=("n_images", "first"), n_patients=("n_patients", "first"),
         positive_share=("positive_share", "first"))
     return table.sort_values("valid_mean", ascending=False, ignore_index=True)
-
-
-def grid_axes(folder: str | Path) -> list[str]:
-    """The axes of the grid that a folder was made with."""
-    return _cells(Path(folder), None)[1]
 
 
 def _cells(folder: Path, grid) -> tuple[dict[str, dict], list[str]]:

@@ -12,16 +12,16 @@ from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.results import load_metrics, load_predictions
 from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
 from charmlib.files import write_whole
-from charmlib.grid.leaderboard import grid_axes, over_seeds
+from charmlib.grid.leaderboard import board_axes, over_seeds
 from charmlib.viz import page
 from charmlib.viz.grid import heat_maps
 from charmlib.viz.history import plot_history
-from charmlib.viz.report import positives
 from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 
 def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | None:
-    """Write ``roc.png`` (of the cell that validation ranks first) and ``report.html``; None while no cell is done."""
+    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first) and ``report.html``; None while no cell is
+    done."""
     folder = Path(folder)
     ranked = board[board["rank"] == 1]
     if ranked.empty:
@@ -31,7 +31,7 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | N
     best = ranked.iloc[0]
     metrics, predictions = load_metrics(folder / best["cell"]), load_predictions(folder / best["cell"])
     note, part = split_note(metrics), metrics["test"]
-    seeds = over_seeds(board, list(grid.axes) if grid is not None else grid_axes(folder))
+    seeds = over_seeds(board)
     if seeds is not None:
         write_whole(folder / "seeds.csv", lambda temporary: seeds.to_csv(temporary, index=False))
     with matplotlib.rc_context({"figure.max_open_warning": 0}):
@@ -39,7 +39,9 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | N
         write_whole(folder / "roc.png", lambda temporary: roc.savefig(temporary, format="png", dpi=130))
         pictures = [("ROC curves on the whole test part", roc)]
         if "intervals" in part:
-            pictures.append(("Interval bands", plot_roc_bands(predictions, part, title=best["cell"], note=note)))
+            bands = plot_roc_bands(predictions, part, title=f"{best['cell']}, ranked first by validation", note=note)
+            write_whole(folder / "roc_bands.png", lambda temporary: bands.savefig(temporary, format="png", dpi=130))
+            pictures.append(("Interval bands", bands))
         maps = heat_maps(board, note=note)
         if maps is not None:
             pictures.append(("Mean test AUC over the grid (for reading; ranks come from validation)", maps))
@@ -59,7 +61,7 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | N
                   page.table(with_intervals(seeds, 4), "first")]
     if "intervals" in part:
         parts += [page.heading(f"Classes of {best['cell']}"),
-                  page.table(with_intervals(class_table(part, positives(predictions))), "first")]
+                  page.table(with_intervals(class_table(part, predictions.positives)), "first")]
     published, remark = beside_published(metrics)
     parts += [*drawn, page.heading("Beside published figures"), page.paragraph(remark)]
     if published is not None:
@@ -87,7 +89,7 @@ def shown_board(board: pd.DataFrame) -> pd.DataFrame:
     shown["overhead_seconds"] = shown["overhead_seconds"].round(1)
     if shown["split"].dropna().nunique() == 1:
         shown = shown.drop(columns=["split", "n_images", "n_patients", "positive_share"])
-    plain = [*shown.columns[2:list(shown.columns).index("valid_mean_auc")], "seconds", "overhead_seconds"]
+    plain = [*board_axes(board), "seconds", "overhead_seconds"]
     for column in plain:
         shown[column] = ["" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v) for v in shown[column]]
     out = with_intervals(shown)

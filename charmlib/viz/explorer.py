@@ -25,7 +25,6 @@ from charmlib.evaluation.walk import Walk
 from charmlib.viz.counts import plot_counts
 from charmlib.viz.images import show_images
 from charmlib.viz.person import person_watches
-from charmlib.viz.report import positives
 from charmlib.viz.roc import plot_roc_bands
 from charmlib.viz.style import FIRST, GUIDE, RC, SECOND, readable
 
@@ -89,7 +88,7 @@ class Explorer:
         name = next(iter(self.folders))
         metrics, test = self.scored(name)
         note = split_note(metrics)
-        best = max(positives(test), key=positives(test).get)
+        best = max(test.positives, key=test.positives.get)
         walk = Walk(test.labels, test.logits, test.classes.index(best))
         return [plot_roc_bands(test, metrics["test"], title=name, note=note),
                 plot_counts(metrics["test"]["operating"]["youden"], title=name,
@@ -173,9 +172,9 @@ class _Board:
         self.metrics, self.test = self.explorer.scored(self.run.value)
         drawn = "<b>Drawn phantoms, not radiographs.</b> " if self.metrics["data"]["drawn"] else ""
         self.note.value = f"{drawn}{html.escape(split_note(self.metrics))}. Research use only."
-        count = positives(self.test)
+        count = self.test.positives
         kept = self.finding.value
-        usable = [n for n in self.test.classes if count[n] > 0]
+        usable = [n for n in self.test.classes if count[n] > 0] or list(self.test.classes)
         self.finding.options = [(f"{readable(n)} ({count[n]:,})", n) for n in usable]
         self.finding.value = kept if kept in usable else max(usable, key=count.get)
         points = list(self.metrics["test"]["operating"])

@@ -28,11 +28,6 @@ from charmlib.viz.precision_recall import plot_precision_recall
 from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 
-def positives(predictions: Predictions) -> dict[str, int]:
-    """Class -> images with it."""
-    return dict(zip(predictions.classes, (predictions.labels == 1).sum(0).tolist()))
-
-
 def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "youden") -> dict[str, object]:
     """Title -> figure: all that is drawn of a scored run. ``metrics`` needs not be finished (``cell`` may be missing)."""
     part, note, name = metrics["test"], split_note(metrics), metrics.get("cell", "")
@@ -56,7 +51,7 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     pictures = run_pictures(metrics, predictions) if pictures is None else pictures
     part, name = metrics["test"], metrics.get("cell") or Path(path).resolve().parent.name
     published, remark = beside_published({**metrics, "cell": name})
-    shown = with_intervals(class_table(part, positives(predictions)))
+    shown = with_intervals(class_table(part, predictions.positives))
     parts = [page.paragraph(f"{split_note(metrics)}. {origin_note(metrics)}.", ""),
              page.heading("Scores on the whole test part"),
              page.paragraph("95 % intervals by bootstrap over patients; 'undefined' is the share of resamples that lack "
@@ -80,7 +75,7 @@ def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predicti
     """Write ``report.html`` and ``per_class.csv`` of a run into a folder; returns the tables as text."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scores = class_table(metrics["test"], positives(predictions))
+    scores = class_table(metrics["test"], predictions.positives)
     calls = operating_table(metrics["test"], point)
     write_whole(folder / "per_class.csv",
                 lambda temporary: scores.merge(calls, on="class", how="left").to_csv(temporary, index=False))

@@ -53,11 +53,11 @@ def test_seeds_are_summed_up(make_run):
             make_run(f"g/k{k}_seed={seed}", seed=seed, k=k, skill=2.0 if k == 2 else 0.5)
     folder = as_grid(make_run("g/k2_seed=3", seed=3, k=2, skill=2.0).parent, ("k", "seed"))
     board = leaderboard(folder)
-    table = over_seeds(board, ["k", "seed"])
+    table = over_seeds(board)
     assert table["k"].tolist() == [2, 1] and table["seeds"].tolist() == [4, 3]
     two = board[board["k"] == 2]["test_mean_auc"]
     assert table.loc[0, "test_mean"] == pytest.approx(two.mean()) and table.loc[0, "test_sd"] == pytest.approx(two.std())
-    assert over_seeds(board, ["k"]) is None
+    assert over_seeds(board.drop(columns="seed")) is None
     assert "Over seeds" in write_report(folder, board).read_text() and (folder / "seeds.csv").is_file()
 
 

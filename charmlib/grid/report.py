@@ -54,7 +54,7 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | N
     parts = [page.paragraph(f"{note}. {origin_note(metrics)}.", ""), page.heading("Leaderboard"),
              page.paragraph("Ranked by validation mean AUC. The test columns are for reading, with 95 % intervals by bootstrap "
                             f"over patients. '=' marks cells whose paired difference from {best['cell']} has an interval that "
-                            "holds 0: the test part cannot tell them from it."), page.table(shown_board(board), "first")]
+                            "holds 0: the test part cannot tell them from it."), page.table(shown_board(board), "first board")]
     if seeds is not None:
         parts += [page.heading("Over seeds"),
                   page.paragraph("Mean and standard deviation over training seeds, on one test part."),
@@ -84,13 +84,13 @@ def shown_board(board: pd.DataFrame) -> pd.DataFrame:
     columns only where they differ (they are said above)."""
     shown = board.rename(columns={"ci_low": "test_mean_auc low", "ci_high": "test_mean_auc high",
                                   "diff_low": "diff_first low", "diff_high": "diff_first high"})
-    shown["same_as_first"] = shown["same_as_first"].map({True: "=", False: "differs"}).fillna("")
-    shown["cell"] = [f"{c} =" if s == "=" else c for c, s in zip(shown["cell"], shown["same_as_first"])]
+    shown["cell"] += shown["same_as_first"].eq(True).map({True: " =", False: ""})
     shown["overhead_seconds"] = shown["overhead_seconds"].round(1)
     if shown["split"].dropna().nunique() == 1:
         shown = shown.drop(columns=["split", "n_images", "n_patients", "positive_share"])
     plain = [*board_axes(board), "seconds", "overhead_seconds"]
     for column in plain:
         shown[column] = ["" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v) for v in shown[column]]
-    out = with_intervals(shown)
-    return out.replace("undefined", "").drop(columns="same_as_first")
+    return with_intervals(shown.drop(columns="same_as_first")).replace("undefined", "").rename(columns={
+        "valid_mean_auc": "valid AUC", "test_mean_auc": "test AUC (95 %)", "diff_first": "less the first (95 %)",
+        "overhead_seconds": "overhead"})

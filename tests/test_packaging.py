@@ -43,6 +43,18 @@ def test_the_wheel_runs_a_grid_where_there_is_no_checkout(wheel, phantoms, tmp_p
 
 
 @pytest.mark.slow
+def test_the_wheel_holds_every_file_that_is_not_python(wheel):
+    """A file left out of the wheel is missed first on Kaggle."""
+    import zipfile
+
+    held = set(zipfile.ZipFile(wheel).namelist())
+    for path in (ROOT / "charmlib").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            assert str(path.relative_to(ROOT)) in held, path
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"charmlib/shipped/notebooks/{path.name}" in held, path
+
+
 @pytest.mark.parametrize("mount", ["charm-wheel", "datasets/me/charm-wheel"])
 def test_the_first_cell_installs_the_wheel_from_a_kaggle_mount(wheel, mount, tmp_path):
     """On today's and on the former mount form; what pip is told is recorded, not done to this environment."""

@@ -17,7 +17,8 @@ h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}.scroll
 table{border-collapse:collapse;font-size:13px}th,td{padding:3px 9px;text-align:right;border-bottom:1px solid #ddd;
 white-space:nowrap}th{border-bottom:2px solid #888}.first tr:first-child td{font-weight:600}.words td,.words th,
 td:first-child,th:first-child,
-.board td:nth-child(2),.board th:nth-child(2){text-align:left}.note{color:#555}.drawn{background:#fff3cd;padding:.5em .8em;border-radius:4px}
+.board td:nth-child(2),.board th:nth-child(2){text-align:left}
+.note{color:#555}.drawn{background:#fff3cd;padding:.5em .8em;border-radius:4px}
 @media print{body{max-width:none;margin:0}h2{break-after:avoid}img,table{break-inside:avoid}}"""
 
 
@@ -32,8 +33,8 @@ def paragraph(text: str, kind: str = "note") -> str:
 
 
 def table(frame: pd.DataFrame, kind: str = "") -> str:
-    """A table of texts and numbers as they are; blank where missing. ``kind``: 'first' sets off the first row, 'words' aligns
-    left, 'board' the second column."""
+    """A table of texts and numbers as they are; blank where missing. ``kind``: 'first' sets off the first row, 'words'
+    aligns left, 'board' the second column."""
     shown = frame.astype(object).where(frame.notna(), "")
     return f"<div class='scroll {kind}'>{shown.to_html(index=False, border=0)}</div>"
 

@@ -109,19 +109,23 @@ def evaluate(runs, point, ensemble, out):
 @cli.command()
 @click.argument("first", type=_RUN)
 @click.argument("second", type=_RUN)
+@_POINT
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table to this CSV.")
-def compare(first, second, out):
+def compare(first, second, point, out):
     """The paired difference SECOND minus FIRST of two runs on the same images, with its interval."""
     from charmlib.evaluation.compare import compare as paired
     from charmlib.evaluation.compare import verdict
+    from charmlib.evaluation.evaluate import thresholds_at
     from charmlib.evaluation.leaks import refuse_leaks
     from charmlib.evaluation.results import load_metrics, load_predictions
     from charmlib.evaluation.tables import split_note, with_intervals
     from charmlib.files import write_whole
 
     refuse_leaks([first, second])
-    table = paired(load_predictions(first), load_predictions(second))
-    click.echo(f"{split_note(load_metrics(first))}\nfirst: {first}, second: {second}\n")
+    thresholds = [thresholds_at(run, point) for run in (first, second)]
+    table = paired(load_predictions(first), load_predictions(second), thresholds=thresholds)
+    click.echo(f"{split_note(load_metrics(first))}\nfirst: {first}, second: {second}; each at its own operating point "
+               f"'{point}', chosen on validation\n")
     click.echo(with_intervals(table.rename(columns={"low": "difference low", "high": "difference high"}), 4)
                .to_string(index=False))
     click.echo("\n" + verdict(table, str(first), str(second)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,11 @@ from charmlib.evaluation.intervals import (
     enough_patients,
     interval,
     mean_of_defined,
+    operating_resamples,
+    thresholds_of,
 )
 from charmlib.evaluation.metrics import ap_by_class, auc_by_class, mean_over_classes
+from charmlib.evaluation.operating import at_thresholds
 from charmlib.evaluation.results import Predictions
 from charmlib.evaluation.tables import MEAN
 
@@ -52,16 +56,20 @@ def aligned(first: Predictions, *others: Predictions) -> list[Predictions]:
     return out
 
 
-def compare(first: Predictions, second: Predictions, *, resamples: int = RESAMPLES, seed: int = SEED) -> pd.DataFrame:
+def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Mapping[str, float | None]] | None = None,
+            resamples: int = RESAMPLES, seed: int = SEED) -> pd.DataFrame:
     """Second minus first in ROC-AUC and average precision, by class and in the mean, resampled together by patient.
+
+    With ``thresholds``, those of both runs (class -> probability, each run's own, chosen on its validation part), also in
+    sensitivity, specificity and F1; they stay fixed in the resamples.
 
     ``agree`` is the share of resamples whose difference has the sign of the difference on all images, of those that
     define it; ``undefined`` the share that does not. The means are over the classes that a resample defines.
 
     Returns
     -------
-    DataFrame, one row a class and figure ('AUC', 'AP'), and one a figure for the mean: class, figure, positives, first,
-    second, difference, low, high, agree, undefined.
+    DataFrame, one row a class and figure ('AUC', 'AP', with thresholds 'sensitivity', 'specificity' and 'F1'), and one a
+    figure for the mean: class, figure, positives, first, second, difference, low, high, agree, undefined.
 
     Raises
     ------
@@ -73,15 +81,28 @@ def compare(first: Predictions, second: Predictions, *, resamples: int = RESAMPL
     several = enough_patients(first.patients)
     samples = [bootstrap(p.labels, p.logits, p.patients, resamples=resamples, seed=seed) for p in (first, second)] \
         if several else []
+    nothing = [np.full((1, len(first.classes)), np.nan)] * 2
+    figures = [("AUC", [auc_by_class(p.labels, p.logits, p.classes) for p in (first, second)],
+                [s.auc for s in samples] or nothing),
+               ("AP", [ap_by_class(p.labels, p.logits, p.classes) for p in (first, second)],
+                [s.ap for s in samples] or nothing)]
+    if thresholds is not None:
+        figures += _at_thresholds((first, second), thresholds, resamples if several else 0, seed, nothing)
     rows = []
-    for figure, attribute, metric in (("AUC", "auc", auc_by_class), ("AP", "ap", ap_by_class)):
-        values = [metric(p.labels, p.logits, p.classes) for p in (first, second)]
-        found = [getattr(s, attribute) for s in samples] or [np.full((1, len(first.classes)), np.nan)] * 2
+    for figure, values, found in figures:
         rows.append(_row(MEAN, figure, int(positives.sum()), [mean_over_classes(v, what=figure) for v in values],
                          mean_of_defined(found[1]) - mean_of_defined(found[0])))
         rows += [_row(name, figure, int(positives[c]), [v[name] for v in values], found[1][:, c] - found[0][:, c])
                  for c, name in enumerate(first.classes)]
     return pd.DataFrame(rows)
+
+
+def _at_thresholds(runs, thresholds, resamples: int, seed: int, nothing) -> list[tuple]:
+    stands = [at_thresholds(p.labels, p.logits, p.classes, t) for p, t in zip(runs, thresholds)]
+    found = [operating_resamples(p.labels, p.logits, p.patients, thresholds_of(t, p.classes), resamples=resamples, seed=seed)
+             for p, t in zip(runs, thresholds)] if resamples else None
+    return [(figure, [{n: s.get(n, {}).get(figure.lower(), float("nan")) for n in p.classes} for p, s in zip(runs, stands)],
+             [f[figure.lower()] for f in found] if found else nothing) for figure in ("sensitivity", "specificity", "F1")]
 
 
 def _row(name: str, figure: str, positives: int, values, differences: np.ndarray) -> dict:

@@ -62,6 +62,13 @@ def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ())
             "test": _score(test, valid, chosen, points, first.get("train_prevalence"))}, test
 
 
+def thresholds_at(run: str | Path, point: str) -> dict[str, float | None]:
+    """A run's thresholds at any operating point: stored by training, or chosen now on its validation predictions."""
+    valid = load_predictions(run, "valid")
+    stored = choices(run, valid)["thresholds"]
+    return stored[point] if point in stored else choose_thresholds(valid.labels, valid.logits, valid.classes, [point])[point]
+
+
 def _score(test: Predictions, valid: Predictions, chosen: dict, points: Sequence[str], prevalence) -> dict:
     thresholds = chosen["thresholds"] | choose_thresholds(valid.labels, valid.logits, valid.classes, points)
     part, _ = score_part(vars(test), test.classes, thresholds=thresholds, temperature=chosen["temperature"],

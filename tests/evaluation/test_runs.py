@@ -40,6 +40,14 @@ def test_a_paired_difference_is_sharper_than_two_intervals(cohort):
     assert row["agree"] == np.mean(np.sign(b - a) == np.sign(row["difference"]))
     assert row["high"] - row["low"] < 0.6 * (np.quantile(a, 0.975) - np.quantile(a, 0.025))
     assert table.loc["AP", MEAN]["positives"] == first.labels.sum()
+    both = [{"a": 0.5, "b": 0.6, "c": None}, {"a": 0.55, "b": 0.6, "c": 0.5}]
+    calls = compare(first, second, thresholds=both, resamples=60).set_index(["figure", "class"])
+    for i, name in enumerate("ab"):
+        y, there = first.labels[:, i] == 1, [expit(p.logits[:, i]) >= t[name] for p, t in zip((first, second), both)]
+        assert calls.loc[("sensitivity", name), "difference"] == pytest.approx(there[1][y].mean() - there[0][y].mean())
+        assert calls.loc[("specificity", name), "difference"] == pytest.approx(there[0][~y].mean() - there[1][~y].mean())
+    assert np.isnan(calls.loc[("F1", "c"), "difference"]) and calls.loc[("F1", "c"), "undefined"] == 1
+    assert calls.loc[("sensitivity", "a"), "low"] <= calls.loc[("sensitivity", "a"), "high"]
     same = compare(first, first, resamples=20)
     assert (same["difference"] == 0).all() and "cannot be told apart" in verdict(same, "x", "y")
     worse = Predictions(first.ids, first.patients, first.labels, -first.logits, first.classes)

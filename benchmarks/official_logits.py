@@ -99,6 +99,7 @@ def view_alone(shared: Path) -> dict:
 
 
 def main(shared: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     runs = {name: read(shared / f"casp_logits/{name}.npz") for name in NAMES}
     runs["mean of the four"] = mean_ensemble(list(runs.values()))
     first = runs[NAMES[0]]

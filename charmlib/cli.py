@@ -224,19 +224,24 @@ def grid_status(folder):
     """Say which cells are done, failed, started or pending."""
     from charmlib.grid.leaderboard import leaderboard
 
-    board = leaderboard(folder)
+    board = leaderboard(folder, write=False)
     click.echo(_board_text(board))
     click.echo(", ".join(f"{n} {s}" for s, n in board["status"].value_counts().items()))
 
 
 @grid.command("report")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-def grid_report(folder):
-    """Write leaderboard.csv, roc.png and report.html anew from the cells' files."""
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write there instead (a read-only grid).")
+def grid_report(folder, out):
+    """Write leaderboard.csv, the pictures and report.html anew from the cells' files."""
     from charmlib.grid.leaderboard import leaderboard
     from charmlib.grid.report import write_report
 
-    page = write_report(folder, leaderboard(folder))
+    board = leaderboard(folder, write=out is None)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        board.to_csv(out / "leaderboard.csv", index=False)
+    page = write_report(folder, board, out=out)
     if page is None:
         raise SystemExit("no cell is done yet; nothing to report")
     click.echo(page)
@@ -298,6 +303,7 @@ def main():
     from charmlib.params import ParameterError
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*undefined for")  # the tables name these classes
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

@@ -90,5 +90,5 @@ def calibration(labels, logits, classes: Sequence[str], temperature: float = 1.0
         probability = expit(score.astype(np.float64) / temperature)
         ece[str(name)] = calibration_error(y, probability)
         brier[str(name)] = float(brier_score_loss(y, probability, pos_label=1)) if len(y) else float("nan")
-    return {"temperature": temperature, "mean_ece": mean_over_classes(ece, what="ECE"),
-            "mean_brier": mean_over_classes(brier, what="Brier score"), "ece": ece, "brier": brier}
+    return {"temperature": temperature, "mean_ece": mean_over_classes(ece, what="ECE", why="no labels"),
+            "mean_brier": mean_over_classes(brier, what="Brier score", why="no labels"), "ece": ece, "brier": brier}

@@ -40,20 +40,21 @@ def _bands(labels, scores, patients, curve, resamples: int, seed: int) -> list[B
     found: list[list[np.ndarray]] = [[] for _ in rankings]
     for weights in draws(len(names), resamples, seed, int(np.clip(2**24 // len(patient), 8, 64))):
         for ranking, curves in zip(rankings, found):
-            positives, _, upto, rest = ranking.totals(weights)
+            positives, above, upto, rest = ranking.totals(weights)
             hits = np.cumsum(positives, axis=0)
-            curves += [curve(hits[:, r], upto[:, r], rest[r]) for r in range(weights.shape[1])
+            curves += [curve(hits[:, r], above[:, r], upto[:, r], rest[r]) for r in range(weights.shape[1])
                        if len(hits) and hits[-1, r] > 0 and rest[r] > 0]
     limits = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     return [Band(POINTS, *np.quantile(np.stack(curves), limits, axis=0)) if len(curves) > 1 else nothing for curves in found]
 
 
-def _sensitivity_at(hits: np.ndarray, upto: np.ndarray, negatives: float) -> np.ndarray:
-    false = np.concatenate([[0.0], upto / negatives, [1.0]])
-    return np.interp(POINTS, false, np.concatenate([[0.0], hits / hits[-1], [1.0]]))
+def _sensitivity_at(hits: np.ndarray, above: np.ndarray, upto: np.ndarray, negatives: float) -> np.ndarray:
+    before = np.concatenate([[0.0], hits[:-1]])  # level from one group with positives to the next, then up (or aslant) to it
+    false = np.concatenate([[0.0], np.stack([above, upto], 1).ravel() / negatives, [1.0]])
+    return np.interp(POINTS, false, np.concatenate([[0.0], np.stack([before, hits], 1).ravel() / hits[-1], [1.0]]))
 
 
-def _precision_at(hits: np.ndarray, upto: np.ndarray, negatives: float) -> np.ndarray:
+def _precision_at(hits: np.ndarray, above: np.ndarray, upto: np.ndarray, negatives: float) -> np.ndarray:
     recall = hits / hits[-1]
     first = np.searchsorted(recall, np.maximum(POINTS, recall[recall > 0][0]) - 1e-12)
     return (hits / np.maximum(hits + upto, 1))[first]

@@ -64,12 +64,12 @@ def undefined(by_class: dict[str, float]) -> list[str]:
     return [name for name, value in by_class.items() if np.isnan(value)]
 
 
-def mean_over_classes(by_class: dict[str, float], *, what: str = "AUC") -> float:
+def mean_over_classes(by_class: dict[str, float], *, what: str = "AUC", why: str = "no positives or no negatives") -> float:
     """Unweighted mean over the defined classes; warns of the others by name; NaN if none is defined."""
     left_out = undefined(by_class)
     if left_out:
-        warnings.warn(f"{what} is undefined for {', '.join(left_out)} (no positives or no negatives) and left out of "
-                      f"the mean over {len(by_class)} classes", stacklevel=2)
+        warnings.warn(f"{what} is undefined for {', '.join(left_out)} ({why}) and left out of the mean over "
+                      f"{len(by_class)} classes", stacklevel=2)
     values = [v for v in by_class.values() if not np.isnan(v)]
     return float(np.mean(values)) if values else float("nan")
 

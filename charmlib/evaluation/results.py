@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,16 +53,19 @@ def load_predictions(run: str | Path, part: str = "test") -> Predictions:
 
     Raises
     ------
-    FileNotFoundError
-        The run has not been scored.
+    FileNotFoundError, ValueError
+        The run has not been scored; the file is damaged.
     """
     path = Path(run)
     path = path / "predictions.npz" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: score the run with the test notebook first")
-    with np.load(path, allow_pickle=False) as file:
-        return Predictions(*(file[f"{part}_{key}"] for key in ("ids", "patients", "labels", "logits")),
-                           tuple(str(c) for c in file["classes"]))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Predictions(*(file[f"{part}_{key}"] for key in ("ids", "patients", "labels", "logits")),
+                               tuple(str(c) for c in file["classes"]))
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged or no prediction file ({type(error).__name__}); score the run again") from error
 
 
 def save_resamples(run: str | Path, samples: Resamples | None) -> None:

@@ -28,12 +28,15 @@ def class_table(part: Mapping, positives: Mapping[str, int] | None = None) -> pd
     """AUC and average precision with their intervals: the means, then the classes from the best AUC down.
 
     Columns: class, positives, AUC, AUC low, AUC high, AP, AP low, AP high, undefined (the share of resamples that did not
-    define the class's figures; in the first row the largest of them).
+    define the class's figures; in the first row the largest of those of the classes that the mean is over).
     """
     limits = part["intervals"]
     names = sorted(part["auc"], key=lambda name: -_number(part["auc"][name], -1))
-    rows = [{"class": MEAN, "AUC": part["mean_auc"], "AP": part["mean_ap"], **_limits("AUC", limits["mean_auc"]),
-             **_limits("AP", limits["mean_ap"]), "undefined": max(v[2] for v in limits["auc"].values())}]
+    defined = [name for name in names if name not in part["undefined"]]
+    mean = MEAN if len(defined) == len(names) else f"mean of {len(defined)} of {len(names)} classes"
+    rows = [{"class": mean, "AUC": part["mean_auc"], "AP": part["mean_ap"], **_limits("AUC", limits["mean_auc"]),
+             **_limits("AP", limits["mean_ap"]),
+             "undefined": max((limits["auc"][name][2] for name in defined), default=float("nan"))}]
     rows += [{"class": group, "AUC": g["mean_auc"], "AP": g["mean_ap"], **_limits("AUC", g["mean_auc_interval"]),
               **_limits("AP", g["mean_ap_interval"])}
              for group, g in (("mean of " + k, v) for k, v in part.get("groups", {}).items())]
@@ -49,12 +52,14 @@ def class_table(part: Mapping, positives: Mapping[str, int] | None = None) -> pd
 
 
 def operating_table(part: Mapping, point: str) -> pd.DataFrame:
-    """Counts and figures at an operating point, with intervals: class, threshold, TP, FP, FN, TN, sensitivity, low, high ..."""
+    """Counts and figures at an operating point, with intervals: class, threshold, TP, FP, FN, TN, sensitivity, low, high ...,
+    and the share of resamples without positives, which do not define a sensitivity."""
     rows = []
     for name, row in part["operating"][point].items():
         rows.append({"class": name, "threshold": row["threshold"], **{k.upper(): row[k] for k in ("tp", "fp", "fn", "tn")}})
         for figure in ("sensitivity", "specificity", "F1"):
             rows[-1] |= {figure: row[figure.lower()], **_limits(figure, row[f"{figure.lower()}_interval"])}
+        rows[-1]["undefined"] = row["sensitivity_interval"][2]
     table = pd.DataFrame(rows)
     numbers = [c for c in table if c not in ("class", "TP", "FP", "FN", "TN")]
     return table.astype({c: float for c in numbers})
@@ -65,6 +70,15 @@ def point_note(part: Mapping, point: str) -> str:
     missing = [name for name in part["auc"] if name not in part["operating"][point]]
     return f"operating point '{point}', chosen on validation" + (
         f" (none for {', '.join(missing)}: no positives or no negatives there)" if missing else "")
+
+
+def groups_note(part: Mapping) -> str:
+    """Which classes the frequency groups hold, and their borders."""
+    if "groups" not in part:
+        return "No frequency groups: the run was made before the prevalence of its training part was kept."
+    return "By prevalence in the training part: " + "; ".join(
+        f"{name} ({border}): {', '.join(part['groups'][name]['classes'])}"
+        for name, border in (("head", "above 5 %"), ("medium", "2 to 5 %"), ("tail", "below 2 %")) if name in part["groups"])
 
 
 def calibration_table(part: Mapping) -> pd.DataFrame:
@@ -79,7 +93,7 @@ def run_table(runs: Sequence[Mapping]) -> pd.DataFrame:
     for m in runs:
         part = m["split"]["test"]
         rows.append({"run": m["cell"], "valid AUC": m["valid"]["mean_auc"], "test AUC": m["test"]["mean_auc"],
-                     **_limits("AUC", m["test"]["intervals"]["mean_auc"]), "test AP": m["test"]["mean_ap"],
+                     **_limits("test AUC", m["test"]["intervals"]["mean_auc"]), "test AP": m["test"]["mean_ap"],
                      "split": f"{m['split']['name']} {m['split']['hash'][:8]}", "images": part["images"],
                      "patients": part["patients"], "positive share": part["positive_share"], "seed": m["params"]["seed"]})
     return pd.DataFrame(rows)
@@ -94,7 +108,7 @@ def with_intervals(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
         out = out.drop(columns=[f"{column} low", f"{column} high"])
     for column in out.columns:
         if pd.api.types.is_float_dtype(out[column]):
-            share = column in ("undefined", "agree", "positive share")
+            share = column in ("undefined", "agree", "positive share", "positive_share")
             out[column] = [("" if pd.isna(v) else f"{v:.1%}" if share else f"{v:.{digits}f}") for v in out[column]]
         elif pd.api.types.is_integer_dtype(out[column]):
             out[column] = ["" if pd.isna(v) else f"{v:,}" for v in out[column]]

@@ -21,8 +21,8 @@ _NEEDS = {"momentum": "use_momentum", **dict.fromkeys(
 """An axis says nothing about a cell whose part is switched off, and stays blank there."""
 
 
-def leaderboard(folder: str | Path, grid=None) -> pd.DataFrame:
-    """Collect the cells of a grid's folder, write ``leaderboard.csv`` there, and return it.
+def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.DataFrame:
+    """Collect the cells of a grid's folder, write ``leaderboard.csv`` there (unless told not to), and return it.
 
     Rank 1 has the highest **validation** mean AUC; the test column decides nothing. Quick checks and cells that are
     not done have no rank, nor has a control with shuffled labels. Ranks are only given within one split: cells of another
@@ -49,7 +49,6 @@ def leaderboard(folder: str | Path, grid=None) -> pd.DataFrame:
         if m:
             drawn = " (drawn phantoms)" if m["data"]["drawn"] else ""
             row |= {"valid_mean_auc": m["valid"]["mean_auc"], "test_mean_auc": m["test"]["mean_auc"],
-                    "ci_low": m["test"]["mean_auc_low"], "ci_high": m["test"]["mean_auc_high"],
                     "split": f"{m['split']['name']} {m['split']['hash'][:8]}{drawn}",
                     "n_images": m["split"]["test"]["images"], "n_patients": m["split"]["test"]["patients"],
                     "positive_share": m["split"]["test"]["positive_share"],
@@ -65,24 +64,29 @@ def leaderboard(folder: str | Path, grid=None) -> pd.DataFrame:
     order = board[ranked].groupby("split")["valid_mean_auc"].rank(ascending=False, method="first")
     board["rank"] = order.reindex(board.index).astype("Int64")
     refuse_leaks(folder / cell for cell in board["cell"][board["split"].notna()])
-    board = _against_first(folder, board)
+    board = _with_intervals(folder, board)
     board = board.sort_values(["split", "rank", "status", "cell"], na_position="last", ignore_index=True)
-    write_whole(folder / "leaderboard.csv", lambda temporary: board.to_csv(temporary, index=False))
+    if write:
+        write_whole(folder / "leaderboard.csv", lambda temporary: board.to_csv(temporary, index=False))
     return board
 
 
-def _against_first(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
-    """Fill in the paired difference of each ranked cell from the first one of its split."""
+def _with_intervals(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
+    """Fill in each cell's interval, and the paired difference of each ranked one from the first of its split, both from one
+    bootstrap."""
     board = board.astype({"same_as_first": object})
+    means = {}
+    for i, row in board[board["split"].notna()].iterrows():
+        samples = load_resamples(folder / row["cell"])
+        if samples is not None:
+            means[i] = mean_of_defined(samples.auc)
+            board.loc[i, ["ci_low", "ci_high"]] = interval(means[i])[:2]
     for _, same_split in board[board["rank"].notna()].groupby("split"):
         first = same_split.loc[same_split["rank"].idxmin()]
-        others = same_split[same_split["rank"] > 1]
-        reference = load_resamples(folder / first["cell"]) if len(others) else None
-        if reference is None:
-            continue
-        mean = mean_of_defined(reference.auc)
-        for i, row in others.iterrows():
-            low, high, _ = interval(mean_of_defined(load_resamples(folder / row["cell"]).auc) - mean)
+        for i, row in same_split[same_split["rank"] > 1].iterrows():
+            if i not in means or first.name not in means:
+                continue
+            low, high, _ = interval(means[i] - means[first.name])
             board.loc[i, ["diff_first", "diff_low", "diff_high"]] = row["test_mean_auc"] - first["test_mean_auc"], low, high
             board.loc[i, "same_as_first"] = bool(low <= 0 <= high)
     return board

@@ -8,8 +8,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from charmlib.evaluation.evaluate import evaluate_run
 from charmlib.evaluation.published import beside_published
-from charmlib.evaluation.results import load_metrics, load_predictions
 from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
 from charmlib.files import write_whole
 from charmlib.grid.leaderboard import board_axes, over_seeds
@@ -19,29 +19,28 @@ from charmlib.viz.history import plot_history
 from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 
-def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | None:
-    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first) and ``report.html``; None while no cell is
-    done."""
+def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str | Path | None = None) -> Path | None:
+    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first), ``seeds.csv`` (with a seed axis) and
+    ``report.html`` into the grid's folder, or ``out``; None while no cell is done."""
     folder = Path(folder)
+    out = Path(out or folder)
     ranked = board[board["rank"] == 1]
     if ranked.empty:
         ranked = board[board["status"].isin(["quick check", "control"])]
     if ranked.empty:
         return None
     best = ranked.iloc[0]
-    metrics, predictions = load_metrics(folder / best["cell"]), load_predictions(folder / best["cell"])
+    metrics, predictions = evaluate_run(folder / best["cell"])  # anew, so that runs of an older version have all of it
     note, part = split_note(metrics), metrics["test"]
     seeds = over_seeds(board)
     if seeds is not None:
-        write_whole(folder / "seeds.csv", lambda temporary: seeds.to_csv(temporary, index=False))
+        write_whole(out / "seeds.csv", lambda temporary: seeds.to_csv(temporary, index=False))
     with matplotlib.rc_context({"figure.max_open_warning": 0}):
         roc = plot_roc(predictions, title=f"{best['cell']}, ranked first by validation", note=note)
-        write_whole(folder / "roc.png", lambda temporary: roc.savefig(temporary, format="png", dpi=130))
-        pictures = [("ROC curves on the whole test part", roc)]
-        if "intervals" in part:
-            bands = plot_roc_bands(predictions, part, title=f"{best['cell']}, ranked first by validation", note=note)
-            write_whole(folder / "roc_bands.png", lambda temporary: bands.savefig(temporary, format="png", dpi=130))
-            pictures.append(("Interval bands", bands))
+        write_whole(out / "roc.png", lambda temporary: roc.savefig(temporary, format="png", dpi=130))
+        bands = plot_roc_bands(predictions, part, title=f"{best['cell']}, ranked first by validation", note=note)
+        write_whole(out / "roc_bands.png", lambda temporary: bands.savefig(temporary, format="png", dpi=130))
+        pictures = [("ROC curves on the whole test part", roc), ("Interval bands", bands)]
         maps = heat_maps(board, note=note)
         if maps is not None:
             pictures.append(("Mean test AUC over the grid (for reading; ranks come from validation)", maps))
@@ -59,14 +58,13 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None) -> Path | N
         parts += [page.heading("Over seeds"),
                   page.paragraph("Mean and standard deviation over training seeds, on one test part."),
                   page.table(with_intervals(seeds, 4), "first")]
-    if "intervals" in part:
-        parts += [page.heading(f"Classes of {best['cell']}"),
-                  page.table(with_intervals(class_table(part, predictions.positives)), "first")]
+    parts += [page.heading(f"Classes of {best['cell']}"),
+              page.table(with_intervals(class_table(part, predictions.positives)), "first")]
     published, remark = beside_published(metrics)
     parts += [*drawn, page.heading("Beside published figures"), page.paragraph(remark)]
     if published is not None:
         parts.append(page.table(with_intervals(published, 4), "words"))
-    return page.write_page(folder / "report.html", f"Grid {name}", parts, drawn=metrics["data"]["drawn"])
+    return page.write_page(out / "report.html", f"Grid {name}", parts, drawn=metrics["data"]["drawn"])
 
 
 def board_notes(board: pd.DataFrame) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ def explore(runs: Sequence[str | Path], *, data_root: str = "", port: int = 8866
     FileNotFoundError
         A folder without finished runs.
     ValueError
-        Voilà is not installed; says how to.
+        Voilà is not installed; says how to. The port is in use.
     """
     from charmlib.evaluation.evaluate import run_folders
 
@@ -34,6 +35,12 @@ def explore(runs: Sequence[str | Path], *, data_root: str = "", port: int = 8866
                          "in JupyterLab")
     import papermill
 
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"port {port} is in use, perhaps by another explorer: name another with --port") from error
     folders = [str(folder.resolve()) for folder in run_folders(runs)]
     package = Path(charmlib.__file__).parent
     book = next(p for p in (package.parent / "notebooks/explore.ipynb", package / "shipped/notebooks/explore.ipynb")

@@ -107,6 +107,9 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         load_predictions(tmp_path)
     with pytest.raises(FileNotFoundError, match="not finished"):
         load_metrics(tmp_path)
+    (tmp_path / "predictions.npz").write_text("garbage")
+    with pytest.raises(ValueError, match="predictions.npz is damaged"):
+        load_predictions(tmp_path)
     (tmp_path / "metrics.json").write_text('{"format": ')
     with pytest.raises(ValueError, match="damaged"):
         load_metrics(tmp_path)

@@ -78,29 +78,34 @@ _POINT = click.option("--point", default="youden", show_default=True, metavar="P
 @_POINT
 @click.option("--ensemble", is_flag=True, help="Score the mean of all runs' probabilities as well.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False),
-              help="Where report.html and per_class.csv go [default: each run's folder].")
+              help="Where report.html and per_class.csv go [default: each run's folder; an ensemble has none].")
 def evaluate(runs, point, ensemble, out):
     """Score finished runs anew from their prediction files, with intervals; a grid's folder stands for its cells."""
-    from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_folders
+    from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_folders, run_names
     from charmlib.evaluation.leaks import refuse_leaks
     from charmlib.evaluation.tables import run_table, with_intervals
-    from charmlib.viz.report import write_evaluation
+    from charmlib.viz.report import evaluation_text, write_evaluation
 
     folders = run_folders(runs)
     refuse_leaks(folders)
+    if ensemble and len(folders) < 2:
+        raise click.UsageError(f"an ensemble needs at least two runs, found {folders[0]} only")
     locked = next((f for f in folders if not os.access(f, os.W_OK)), None)
     if locked and not out:
         raise click.UsageError(f"{locked} is read-only: name a folder for the reports with --out")
     scored = []
-    for folder in folders:
+    for folder, name in zip(folders, run_names(folders)):
         metrics, test = evaluate_run(folder, points=[point])
-        target = out if out and len(folders) == 1 and not ensemble else out / folder.name if out else folder
-        click.echo(write_evaluation(target, metrics, test, point) + "\n")
+        metrics["cell"] = name
+        target = out if out and len(folders) == 1 else out / name if out else folder
+        click.echo(evaluation_text(metrics, test, point))
+        click.echo(f"{write_evaluation(target, metrics, test, point)}\n")
         scored.append(metrics)
     if ensemble:
         metrics, test = evaluate_ensemble(folders, points=[point])
-        target = out / "ensemble" if out else folders[0].parent / "ensemble"
-        click.echo(write_evaluation(target, metrics, test, point) + "\n")
+        click.echo(evaluation_text(metrics, test, point))
+        if out:
+            click.echo(f"{write_evaluation(out / f'mean_of_{len(folders)}_runs', metrics, test, point)}\n")
         scored.append(metrics)
     if len(scored) > 1:
         click.echo(with_intervals(run_table(scored), 4).to_string(index=False))
@@ -118,19 +123,24 @@ def compare(first, second, point, out):
     from charmlib.evaluation.evaluate import thresholds_at
     from charmlib.evaluation.leaks import refuse_leaks
     from charmlib.evaluation.results import load_metrics, load_predictions
-    from charmlib.evaluation.tables import split_note, with_intervals
+    from charmlib.evaluation.tables import split_note, with_intervals, with_origin
     from charmlib.files import write_whole
 
+    if first.resolve() == second.resolve():
+        raise click.UsageError(f"{first} is named twice; compare two runs")
     refuse_leaks([first, second])
+    metrics = load_metrics(first)
     thresholds = [thresholds_at(run, point) for run in (first, second)]
     table = paired(load_predictions(first), load_predictions(second), thresholds=thresholds)
-    click.echo(f"{split_note(load_metrics(first))}\nfirst: {first}, second: {second}; each at its own operating point "
+    click.echo(f"{split_note(metrics)}\nfirst: {first}, second: {second}; each at its own operating point "
                f"'{point}', chosen on validation\n")
     click.echo(with_intervals(table.rename(columns={"low": "difference low", "high": "difference high"}), 4)
                .to_string(index=False))
     click.echo("\n" + verdict(table, str(first), str(second)))
     if out:
-        write_whole(out, lambda temporary: table.to_csv(temporary, index=False))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        named = with_origin(table, metrics).assign(first_run=str(first), second_run=str(second))
+        write_whole(out, lambda temporary: named.to_csv(temporary, index=False))
 
 
 @cli.command()
@@ -143,8 +153,8 @@ def controls(params_or_run, assignments, out, workers):
     from charmlib.evaluation.tables import with_intervals
     from charmlib.grid.controls import run_controls
 
-    table, held = run_controls(params_or_run, assignments, out=out, workers=workers, say=_say)
-    click.echo(with_intervals(table, 4).to_string(index=False))
+    table, held, remarks = run_controls(params_or_run, assignments, out=out, workers=workers, say=_say)
+    click.echo("\n".join([with_intervals(table, 4).to_string(index=False), *remarks]))
     if not held:
         raise SystemExit("the 99 % interval of the shuffled control does not hold 0.5: labels reach the network by another way "
                          "than the images, or this is the one honest run in a hundred (try another seed)")
@@ -160,9 +170,12 @@ def controls(params_or_run, assignments, out, workers):
 def predict(run, paths, out, point, calibrated, device):
     """Probabilities and calls of RUN for new images or folders (PNG, JPEG; DICOM with pydicom). Research use only."""
     from charmlib.files import write_whole
+    from charmlib.training.predict import origin
     from charmlib.training.predict import predict as predict_images
 
     refused = []
+    click.echo(origin(run))
+    out.parent.mkdir(parents=True, exist_ok=True)
     table = predict_images(run, paths, point=point, calibrated=calibrated, device=device, refused=refused.append)
     write_whole(out, lambda temporary: table.to_csv(temporary, index=False))
     click.echo(f"{out}: {len(table)} images, operating point '{point}'")

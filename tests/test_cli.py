@@ -90,13 +90,14 @@ def test_evaluate_and_compare_finished_runs(make_run, tmp_path):
     first, second = make_run("g/one"), make_run("g/two", seed=3, skill=2.0)
     done = charm("evaluate", first, second, "--ensemble", "--point", "sensitivity_0.80", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "mean of 2 runs" in done.stdout and "operating point 'sensitivity_0.80'" in done.stdout
+    assert "mean of the probabilities of one, two" in done.stdout and "Warning" not in done.stderr and "operating point 'sensitivity_0.80'" in done.stdout
     assert done.stdout.count("test images of") == 3  # on every table
-    for name in ("one", "two", "ensemble"):
+    for name in ("one", "two", "mean_of_2_runs"):
         assert (tmp_path / f"out/{name}/report.html").is_file() and (tmp_path / f"out/{name}/per_class.csv").is_file()
     done = charm("compare", first, second, "--out", tmp_path / "d.csv")
     assert done.returncode == 0 and "is better" in done.stdout and "agree in sign" in done.stdout
     assert (tmp_path / "d.csv").read_text().startswith("class,figure,positives,first,second,difference,low,high,agree")
+    assert charm("compare", first, first).returncode == 2 and charm("evaluate", first, "--ensemble").returncode == 2
 
 
 def test_leaks_and_unknown_points_are_refused(make_run, tmp_path):
@@ -133,6 +134,7 @@ def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, ti
     Image.fromarray(noise).save(tmp_path / "in/photo.png")
     done = charm("predict", run.folder, tmp_path / "in", "--out", tmp_path / "p.csv")
     assert done.returncode == 2 and "photo.png: a colour picture" in done.stderr and "1 of 41 files" in done.stderr
+    assert "TRAINED ON DRAWN PHANTOMS" in done.stdout
     table = pd.read_csv(tmp_path / "p.csv")
     table.index = table["image"].map(lambda p: Path(p).name)
     thresholds = load_card(run.folder)["thresholds"]["youden"]
@@ -150,5 +152,7 @@ def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, ti
     temperature = load_card(run.folder)["temperature"]
     logit = np.log(plain["p_Effusion"] / (1 - plain["p_Effusion"]))
     assert scaled["p_Effusion"] == pytest.approx(expit(logit / temperature), abs=1e-6)
+    done = charm("predict", run.folder, tmp_path / "in", "--out", tmp_path / "new/r.csv", "--point", "sensitivity_0.55")
+    assert set(pd.read_csv(tmp_path / "new/r.csv")["point"]) == {"sensitivity_0.55"}
     assert charm("predict", run.folder, tmp_path / "nowhere").returncode == 2
     assert charm("predict", run.folder, tmp_path / "in", "--point", "yuden").returncode == 2

@@ -51,32 +51,51 @@ def test_moving_along_the_curve_changes_numbers_and_pictures(board):
 
 
 def test_operating_points_are_those_of_validation(board):
-    for name in board.point.options:
+    for name in board.point.options[:-1]:
         board.point.value = name
+        board.slider.value += 3
+        assert board.point.value == "(by hand)"
+        board.point.value = name  # and back
         row = board.metrics["test"]["operating"][name][board.finding.value]
         assert board.walk.stand(board.at)[1:5] == (row["tp"], row["fp"], row["fn"], row["tn"])
+        low, high, _ = row["specificity_interval"]
+        assert f"({low:.3f} to {high:.3f})" in board.numbers.value  # the report's own
 
 
 def test_choosing_run_finding_and_order(board, runs):
-    assert board.run.value == "g/two"  # best by validation
+    assert board.run.value == "two"  # best by validation
     findings = [value for _, value in board.finding.options]
     board.finding.value = findings[1]
     assert board.c == board.test.classes.index(findings[1])
-    board.run.value = "g/one"
+    board.run.value = "one"
     assert board.finding.value == findings[1] and np.array_equal(board.test.logits, load_predictions(runs[0]).logits)
     board.order.value = "missed findings"
-    assert board.walk.y[board.places].all()
-    first = board.errors.value
+    assert len(board.places) == board.walk.stand(board.at).fn and board.walk.y[board.places].all()
+    board.slider.value = 0  # nothing is called: all are missed
+    assert len(board.places) == board.test.positives[findings[1]]
+    board.slider.value = board.slider.max
+    assert len(board.places) == 0 and "0 images" in board.pages.value
     board.order.value = "largest error"
-    board.page.value = 1
-    assert board.errors.value != first and board.page.max == (len(board.places) - 1) // SHOWN
+    first = board.errors.value
+    board.page.value = 2
+    assert board.errors.value != first and board.page.max == -(-len(board.places) // SHOWN)
+
+
+def test_runs_of_one_name_and_controls_with_other_labels(make_run):
+    """Two runs of one name once became one, and a shuffled control was offered for comparison and broke the page."""
+    one, two = make_run("a/g/x"), make_run("b/g/x", seed=1)
+    shuffled = make_run("a/g/shuffled", labels="shuffled")
+    board = _Board(Explorer([one, two, shuffled]))
+    assert sorted(board.run.options) == ["a/g/shuffled", "a/g/x", "b/g/x"]
+    board.run.value = "a/g/x"
+    assert list(board.other.options) == ["(none)", "b/g/x"]
 
 
 def test_two_runs_are_compared_only_on_the_same_split(board, runs):
-    assert list(board.other.options) == ["(none)", "g/one"]  # other/three has another split
+    assert list(board.other.options) == ["(none)", "one"]  # three has another split
     assert load_metrics(runs[2])["split"]["hash"] != load_metrics(runs[0])["split"]["hash"]
     curve = board.curve.value
-    board.other.value = "g/one"
+    board.other.value = "one"
     assert "resamples agree in sign" in board.said.value and board.curve.value != curve
     board.order.value = "the two runs differ most"
     mine, theirs = (load_predictions(r).logits[:, board.c] for r in (runs[1], runs[0]))
@@ -94,8 +113,8 @@ def test_missing_images_do_not_stop_it(runs):
 def test_names_cannot_smuggle_html(make_run):
     run = make_run("g/<b>x")
     board = _Board(Explorer([run, make_run("g/y")]))
-    board.run.value = "g/<b>x"
-    board.other.value = "g/y"
+    board.run.value = "<b>x"
+    board.other.value = "y"
     assert "<b>x" not in board.said.value + board.note.value
 
 

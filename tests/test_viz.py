@@ -107,16 +107,18 @@ def test_cooccurrence_counts_pairs():
 
 
 def test_a_report_needs_nothing_else(scored, tmp_path):
-    from charmlib.viz.report import write_evaluation
+    from charmlib.viz.report import evaluation_text, write_evaluation
 
     metrics, test = scored
-    text = write_evaluation(tmp_path / "out", metrics, test, "f1")
+    text = evaluation_text(metrics, test, "f1")
+    write_evaluation(tmp_path / "out", metrics, test, "f1")
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("data:image/png;base64,") == 7 and "http" not in page.replace("https://arxiv", "")
     assert "drawn phantoms" in page and "sensitivity_0.90" in page and "Research use only" in page
-    assert "operating point 'f1'" in text and "mean of classes" in text
+    assert "operating point 'f1'" in text and "mean of " in text
     table = pd.read_csv(tmp_path / "out/per_class.csv").set_index("class")
     assert set(test.classes) <= set(table.index) and {"AUC", "AUC low", "TP", "F1 high"} <= set(table.columns)
+    assert {"run", "split", "images", "patients", "positive_share", "point"} <= set(table.columns)
 
 
 def test_colours_can_be_told_apart_by_the_colour_blind():

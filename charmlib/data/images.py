@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
@@ -35,6 +35,8 @@ def read_grey(path: str | Path, size: int | None = None) -> np.ndarray:
                 values = values * (255 / (4095 if top <= 4095 else 65535))
             grey = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
         else:
+            if image.format == "JPEG":  # may be stored lying, with a note which way is up
+                image = ImageOps.exif_transpose(image)
             grey = image.convert("L")
         if size is not None and grey.size != (size, size):
             grey = grey.resize((size, size), Image.Resampling.BILINEAR)

@@ -14,10 +14,11 @@ DICOM_SUFFIXES = (".dcm", ".dicom")
 SMALLEST, LONGEST_SIDE = 32, 2.5
 """Pixels a side; and how many times longer one side may be than the other."""
 
-_COLOURED, _GREY_LEVELS, _SPREAD, _BRIGHT = 0.02, 24, 4.0, 0.4
-"""Share of pixels whose channels lie more than 24 apart; distinct grey values; standard deviation of the grey values; share of
-one value from 128 up, as paper has. Of 11,916 NIH files (17 full-size, the others of 64 pixels) all pass with room: no colour,
-at least 66 levels, a spread of at least 8.4, at most 0.08 of one bright value."""
+_COLOURED, _GREY_LEVELS, _SPREAD, _BRIGHT, _SMOOTH = 0.02, 24, 4.0, 0.4, 0.5
+"""Share of pixels whose channels lie more than 24 apart; distinct grey values; standard deviation of the grey values; share
+of one value from 128 up, as paper has; correlation of pixels with their right neighbours. Of 11,916 NIH files (17 full-size,
+the others of 64 pixels) all pass with room: no colour, at least 66 levels, a spread of at least 8.4, at most 0.08 of one
+bright value, a correlation of at least 0.82."""
 
 
 class NotARadiograph(ValueError):
@@ -25,7 +26,7 @@ class NotARadiograph(ValueError):
 
 
 def find_radiographs(paths) -> list[Path]:
-    """The given files, and all image and DICOM files under the given folders, sorted.
+    """The given files, and all PNG, JPEG and DICOM files (also without a suffix) under the given folders, sorted.
 
     Raises
     ------
@@ -37,7 +38,7 @@ def find_radiographs(paths) -> list[Path]:
         if path.is_file():
             out.append(path)
             continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES + DICOM_SUFFIXES and p.is_file()) \
+        found = sorted(p for p in path.rglob("*") if p.is_file() and (p.suffix.lower() in SUFFIXES or _is_dicom(p))) \
             if path.is_dir() else []
         if not found:
             raise FileNotFoundError(f"{path}: no such file, or a folder without {', '.join(SUFFIXES + DICOM_SUFFIXES)} files")
@@ -49,7 +50,8 @@ def read_radiograph(path: str | Path, size: int) -> np.ndarray:
     """A radiograph as uint8 (size, size), dark background and bright bone.
 
     PNG, JPEG and what else Pillow reads as :func:`charmlib.data.images.read_grey` does; DICOM through pydicom with its VOI
-    window, MONOCHROME1 inverted.
+    window, or without one from the 0.5th to the 99.5th percentile, MONOCHROME1 inverted. (The NIH's PNGs were made by their
+    DICOM windows, so a DICOM without one is a little different from what a network was trained on.)
 
     Raises
     ------
@@ -59,11 +61,19 @@ def read_radiograph(path: str | Path, size: int) -> np.ndarray:
     """
     path = Path(path)
     try:
-        return _dicom(path, size) if path.suffix.lower() in DICOM_SUFFIXES else _picture(path, size)
+        return _dicom(path, size) if _is_dicom(path) else _picture(path, size)
     except NotARadiograph:
         raise
     except Exception as error:
         raise NotARadiograph(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+
+
+def _is_dicom(path: Path) -> bool:
+    """By its suffix, or without one by the mark that every DICOM file bears."""
+    if path.suffix and not path.suffix[1:].isdigit():  # '1.2.840.113' is a name, not a suffix
+        return path.suffix.lower() in DICOM_SUFFIXES
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def _picture(path: Path, size: int) -> np.ndarray:
@@ -95,7 +105,9 @@ def _dicom(path: Path, size: int) -> np.ndarray:
         raise NotARadiograph(f"{path}: {kind} with {file.get('NumberOfFrames', 1)} frames, wanted one grey picture")
     _check_size(path, int(file.Columns), int(file.Rows))
     values = apply_voi_lut(apply_modality_lut(file.pixel_array, file), file).astype(np.float32)
-    low, high = float(values.min()), float(values.max())
+    windowed = "VOILUTSequence" in file or "WindowWidth" in file
+    # without a window, markers and dead pixels must not set the scale
+    low, high = (values.min(), values.max()) if windowed else np.percentile(values, (0.5, 99.5))
     values = (values - low) * (255 / max(high - low, 1e-6))
     if kind == "MONOCHROME1":
         values = 255 - values
@@ -118,5 +130,8 @@ def _check_grey(path: Path, grey: np.ndarray, *, paper: bool = True) -> None:
     bright = np.bincount(grey.ravel(), minlength=256)[128:].max() / grey.size
     if paper and bright > _BRIGHT:
         raise NotARadiograph(f"{path}: {bright:.0%} of it is one bright grey value, as of a page, a chart or a screenshot")
+    across = np.corrcoef(grey[:, 1:].ravel().astype(np.float32), grey[:, :-1].ravel().astype(np.float32))[0, 1]
+    if across < _SMOOTH:
+        raise NotARadiograph(f"{path}: neighbouring pixels have little in common (correlation {across:.2f}), as in noise")
     if levels < _GREY_LEVELS:
         raise NotARadiograph(f"{path}: only {levels} grey values, a drawing or a scan of text rather than a radiograph")

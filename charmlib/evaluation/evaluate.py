@@ -7,6 +7,7 @@ from pathlib import Path
 
 from charmlib.evaluation.ensemble import mean_ensemble
 from charmlib.evaluation.leaks import refuse_leaks
+from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.operating import choose_thresholds
 from charmlib.evaluation.results import Predictions, choices, chosen_on_validation, load_metrics, load_predictions
 from charmlib.evaluation.score import score_part
@@ -32,6 +33,16 @@ def run_folders(paths: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(out))
 
 
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """A short name for each folder: its last parts, as many as tell all of them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(p[-length:]).lstrip("/") for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("the same run was named twice")
+
+
 def evaluate_run(run: str | Path, *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
     """A finished run's metrics with its test part scored anew, and its test predictions.
 
@@ -44,7 +55,7 @@ def evaluate_run(run: str | Path, *, points: Sequence[str] = ()) -> tuple[dict, 
 
 def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
     """The mean of several runs as :func:`evaluate_run` gives one; thresholds and temperature come from the mean of their
-    validation predictions.
+    validation predictions. ``members`` names the runs.
 
     Raises
     ------
@@ -56,10 +67,16 @@ def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ())
     refuse_leaks(runs)
     test, valid = (mean_ensemble([load_predictions(run, part) for run in runs]) for part in ("test", "valid"))
     chosen = chosen_on_validation(valid.labels, valid.logits, valid.classes)
-    first = load_metrics(runs[0])
-    part, _ = score_part(vars(valid), valid.classes)
-    return {**first, "cell": f"mean of {len(runs)} runs", "valid": part,
-            "test": _score(test, valid, chosen, points, first.get("train_prevalence"))}, test
+    each = [load_metrics(run) for run in runs]
+
+    def together(values) -> str:
+        return ", ".join(dict.fromkeys(map(str, values)))
+
+    return {**each[0], "cell": f"mean of {len(runs)} runs", "members": run_names([Path(run) for run in runs]),
+            "params": {**each[0]["params"], "seed": together(m["params"]["seed"] for m in each)},
+            "device": together(m["device"] for m in each), "precision": together(m["precision"] for m in each),
+            "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes)},
+            "test": _score(test, valid, chosen, points, each[0].get("train_prevalence"))}, test
 
 
 def thresholds_at(run: str | Path, point: str) -> dict[str, float | None]:

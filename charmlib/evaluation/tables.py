@@ -99,6 +99,13 @@ def run_table(runs: Sequence[Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def with_origin(table: pd.DataFrame, metrics: Mapping) -> pd.DataFrame:
+    """A table for a file of its own: with split, images, patients and share of positives in every row."""
+    part = metrics["split"]["test"]
+    return table.assign(split=f"{metrics['split']['name']} {metrics['split']['hash'][:8]}", data=metrics["data"]["name"],
+                        images=part["images"], patients=part["patients"], positive_share=part["positive_share"])
+
+
 def with_intervals(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """For display: 'x low' and 'x high' folded into x as ``0.812 (0.790 to 0.833)``; blank where undefined."""
     out = table.copy()

@@ -75,11 +75,13 @@ class Walk:
         places = np.arange(low, high)
         return places[::-1] if end > start else places
 
-    def by_error(self, which: str = "all") -> np.ndarray:
+    def by_error(self, which: str = "all", point: int = 0) -> np.ndarray:
         """Places sorted by the distance of the probability from the label, the worst first.
 
-        ``which``: 'all', 'missed' (positives only) or 'false alarms' (negatives only).
+        ``which``: 'all'; or of those at a point of the curve, 'missed' (positives that are not called) or 'false alarms'
+        (negatives that are).
         """
-        keep = {"all": slice(None), "missed": self.y, "false alarms": ~self.y}[which]
-        places = np.arange(len(self.y))[keep]
+        call = np.arange(len(self.y)) < self.ends[point]
+        keep = {"all": np.ones(len(self.y), bool), "missed": self.y & ~call, "false alarms": ~self.y & call}[which]
+        places = np.flatnonzero(keep)
         return places[np.argsort(-np.abs(self.y - self.probability)[keep], kind="stable")]

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from charmlib.data.dataset import open_dataset
+from charmlib.evaluation.compare import compare, verdict
 from charmlib.evaluation.controls import column_scores
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc
-from charmlib.evaluation.results import load_metrics, load_resamples
+from charmlib.evaluation.results import load_metrics, load_predictions, load_resamples
 from charmlib.files import write_whole
 from charmlib.grid.cells import cell_status
 from charmlib.grid.runner import run_loaded
@@ -33,9 +34,9 @@ LEVEL = 0.99
 
 
 def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,
-                 workers: int | None = None, say: Callable[[str], None] = print) -> tuple[pd.DataFrame, bool]:
-    """Train what is missing and score it; returns the table (also in ``controls.csv``) and whether the shuffled control
-    held.
+                 workers: int | None = None, say: Callable[[str], None] = print) -> tuple[pd.DataFrame, bool, list[str]]:
+    """Train what is missing and score it; returns the table (also in ``controls.csv``), whether the shuffled control held,
+    and remarks: its interval, and what the network adds to the plain one.
 
     ``path`` is a parameter file, or the folder of a finished run, which then is the network and is not trained again.
 
@@ -78,10 +79,16 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     view = _view_alone(params)
     if view is None:
         say("the label table has no view position: that control is left out")
-    table = pd.DataFrame([*rows, *([view] if view else [])])
+    table = pd.DataFrame([*rows, *([view] if view else [])]).astype({"seed": "Int64"})
     write_whole(folder / "controls.csv", lambda temporary: table.to_csv(temporary, index=False))
     low, high, _ = interval(mean_of_defined(load_resamples(folder / "shuffled").auc), LEVEL)
-    return table, bool(low <= 0.5 <= high)
+    held = bool(low <= 0.5 <= high)
+    remarks = [f"shuffled labels: the {LEVEL:.0%} interval {low:.4f} to {high:.4f} {'holds' if held else 'does NOT hold'} 0.5"]
+    network = run or (folder / "network" if "network" in settings else None)
+    if network and "plain" in settings:
+        plain, ours = load_predictions(folder / "plain"), load_predictions(network)
+        remarks.append(f"network less plain: {verdict(compare(plain, ours), 'the plain network', 'the network')}")
+    return table, held, remarks
 
 
 def _changed(theirs: Mapping, ours: Mapping) -> list[str]:

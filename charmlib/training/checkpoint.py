@@ -23,12 +23,12 @@ def network_params(params: Mapping) -> dict:
 
 
 def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, thresholds: Mapping | None = None,
-               temperature: float | None = None, stage1_lr: float | None = None) -> Path:
+               temperature: float | None = None, stage1_lr: float | None = None, data: Mapping | None = None) -> Path:
     """Write ``model.safetensors`` and ``model.json`` (classes, arch, parameters, norm, thresholds); returns the former.
 
     ``stage1_lr`` is the rate that stage 1 used (the finder's, where none was pinned).
     ``thresholds`` maps an operating point ('youden') to class -> probability; they and the ``temperature`` of the
-    calibration are chosen on validation data.
+    calibration are chosen on validation data. ``data`` says what it was trained on (name, drawn).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, t
     write_json(folder / "model.json", {
         "format": FORMAT, "classes": list(classes), "arch": net.arch, "params": dict(params),
         "norm": {"mean": list(net.mean), "std": list(net.std)}, "thresholds": dict(thresholds or {}),
-        "temperature": temperature, "stage1_lr": stage1_lr})
+        "temperature": temperature, "stage1_lr": stage1_lr, "data": data})
     return folder / "model.safetensors"
 
 

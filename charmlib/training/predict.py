@@ -11,14 +11,15 @@ import torch
 from scipy.special import expit
 
 from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
-from charmlib.evaluation.results import choices, load_card, load_predictions
+from charmlib.evaluation.evaluate import thresholds_at
+from charmlib.evaluation.results import choices, load_card, load_metrics, load_predictions
 from charmlib.training.checkpoint import load_model
 from charmlib.training.device import pick_device
 
 
 def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youden", calibrated: bool = False, batch: int = 32,
             device: str = "auto", refused: Callable[[str], None] = print) -> pd.DataFrame:
-    """A row an image: its path, ``p_<class>`` and ``call_<class>`` (0 or 1) at an operating point.
+    """A row an image: its path, run, operating point, ``p_<class>`` and ``call_<class>`` (0 or 1).
 
     The network reads each image by itself, with the memory bank as training left it, so neither the batch nor other images
     change a result by more than rounding.
@@ -28,7 +29,8 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     run : folder of a trained run
     paths : files (PNG, JPEG, DICOM) or folders of them
     point : str
-        Operating point that training chose on validation data: 'youden', 'f1' or 'sensitivity_0.90'.
+        Operating point that training chose on validation data: 'youden', 'f1' or 'sensitivity_0.90'; any other sensitivity is
+        chosen now, on the run's validation predictions.
     calibrated : bool
         Give probabilities at the temperature of the validation part; the calls are the same either way.
     refused : callable
@@ -40,10 +42,9 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
         Not a trained run, no images, or an unknown operating point.
     """
     card = load_card(run)
-    if point not in card["thresholds"] or (calibrated and card.get("temperature") is None):
-        card |= choices(run, load_predictions(run, "valid"))  # a run from before both were kept
-    if point not in card["thresholds"]:
-        raise ValueError(f"{run} has no operating point '{point}'; it has {', '.join(card['thresholds'])}")
+    if calibrated and card.get("temperature") is None:
+        card |= choices(run, load_predictions(run, "valid"))  # a run from before it was kept
+    thresholds = card["thresholds"].get(point) or thresholds_at(run, point)
     files = find_radiographs(paths)
     chosen = pick_device(device)
     net, _ = load_model(run, chosen)
@@ -64,11 +65,23 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     values = np.concatenate(logits) if logits else np.empty((0, len(card["classes"])))
     probability = expit(values.astype(np.float64))
     shown = expit(values / card["temperature"]) if calibrated else probability
-    table = pd.DataFrame({"image": [str(path) for path in kept]})
+    table = pd.DataFrame({"image": [str(path) for path in kept]}).assign(run=Path(run).resolve().name, point=point)
     for c, name in enumerate(card["classes"]):
         table[f"p_{name}"] = shown[:, c]
     for c, name in enumerate(card["classes"]):
-        threshold = card["thresholds"][point].get(name)
+        threshold = thresholds.get(name)
         table[f"call_{name}"] = pd.array([pd.NA] * len(kept) if threshold is None else probability[:, c] >= threshold,
                                          dtype="Int8")
     return table
+
+
+def origin(run: str | Path) -> str:
+    """What a run's network was trained on, in one line; shouts where its calls can mean nothing."""
+    card = load_card(run)
+    params, data = card["params"], card.get("data")
+    if data is None:  # a run from before the card kept it
+        data = load_metrics(run)["data"] if (Path(run) / "metrics.json").is_file() else {"name": "?", "drawn": False}
+    shout = "TRAINED ON DRAWN PHANTOMS, its calls say nothing of radiographs: " if data["drawn"] else ""
+    shout += "TRAINED ON SHUFFLED LABELS, its calls say nothing: " if params.get("labels") == "shuffled" else ""
+    return (f"{shout}{Path(run).resolve().name}: {card['arch']}, trained on {data['name']}, split '{params['split']}', at "
+            f"{params['image_size']} pixels. Research use only.")

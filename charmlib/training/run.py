@@ -179,7 +179,7 @@ class Run:
         self.history = runner.run(phases, state)
         logits, labels = self.logits("valid")
         card = {**self.params, "split_hash": self.data.split.hash}
-        save_model(self.net, self.folder, classes=self.data.classes, params=card, stage1_lr=self._lr,
+        save_model(self.net, self.folder, classes=self.data.classes, params=card, stage1_lr=self._lr, data=self._source(),
                    **chosen_on_validation(labels, logits, self.data.classes))
         return self.history
 
@@ -210,6 +210,9 @@ class Run:
                              "resume=False to train anew.")
         load_weights(self.net, self.folder)
         return True
+
+    def _source(self) -> dict:
+        return {"name": self.data.source, "drawn": self.data.index.drawn}
 
     def _identity(self) -> dict:
         return {**{k: v for k, v in self.params.items() if k not in UNHASHED}, "split_hash": self.data.split.hash}
@@ -299,7 +302,7 @@ class Run:
                                    **choices(self.folder, load_predictions(self.folder, "valid")))
         save_resamples(self.folder, samples)
         metrics = {
-            "params": self.params, "data": {"name": self.data.source, "drawn": self.data.index.drawn},
+            "params": self.params, "data": self._source(),
             "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
             "classes": list(self.data.classes),
             "train_prevalence": train, "valid": valid, "test": test,

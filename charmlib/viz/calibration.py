@@ -32,7 +32,7 @@ def plot_calibration(predictions, temperature: float = 1.0, *, bins: int = 10, t
         for which in ("x", "y"):
             getattr(axis, f"set_{which}scale")("function", functions=(np.sqrt, np.square))
             getattr(axis, f"set_{which}lim")(0, top)
-            ticks = [0, *(f for f in (0.01, 0.05, 0.1, 0.25, 0.5, 1) if f <= top)][-4:]
+            ticks = _ticks(top)
             getattr(axis, f"set_{which}ticks")(ticks, [f"{v:g}" for v in ticks])
             getattr(axis, f"{which}axis").minorticks_off()
         axis.set_title(f"{readable(predictions.classes[c])}\n{errors[0]:.3f}, {errors[1]:.3f}" if len(y) else
@@ -45,3 +45,12 @@ def plot_calibration(predictions, temperature: float = 1.0, *, bins: int = 10, t
     figure.supylabel("share of positives in it", fontsize=9)
     heading(figure, title, note)
     return figure
+
+
+def _ticks(top: float) -> list[float]:
+    """0 and round shares up to ``top``, far enough apart on a square-rooted axis."""
+    out = [0.0]
+    for share in (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0):
+        if share <= top and np.sqrt(share / top) - np.sqrt(out[-1] / top) > 0.3:
+            out.append(share)
+    return out

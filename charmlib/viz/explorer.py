@@ -15,10 +15,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.special import expit
 
 from charmlib.evaluation.compare import aligned, compare, verdict
-from charmlib.evaluation.evaluate import evaluate_run, run_folders
-from charmlib.evaluation.intervals import enough_patients, interval, operating_resamples
+from charmlib.evaluation.evaluate import evaluate_run, run_folders, run_names
+from charmlib.evaluation.intervals import Interval, enough_patients, interval, operating_resamples
 from charmlib.evaluation.results import load_metrics
 from charmlib.evaluation.tables import point_note, split_note, with_intervals
 from charmlib.evaluation.walk import Walk
@@ -32,6 +33,8 @@ SHOWN = 8
 """Images in a row."""
 
 _ORDERS = {"largest error": "all", "missed findings": "missed", "false alarms": "false alarms"}
+_DIFFER = "the two runs differ most"
+_BY_HAND = "(by hand)"
 
 
 class Explorer:
@@ -53,18 +56,17 @@ class Explorer:
     """
 
     def __init__(self, runs: Sequence[str | Path], image_of: Callable | None = None):
-        found = {self._name(folder): (folder, load_metrics(folder)) for folder in run_folders(runs)}
+        folders = run_folders(runs)
+        found = {name: (folder, load_metrics(folder)) for name, folder in zip(run_names(folders), folders)}
         best_first = sorted(found, key=lambda name: -(found[name][1]["valid"]["mean_auc"] or 0))
         self.folders = {name: found[name][0] for name in best_first}
-        self.splits = {name: found[name][1]["split"]["hash"] for name in best_first}
+        self.comparable = {name: (m["split"]["hash"], m["params"].get("labels", "real"), tuple(m["classes"]))
+                           for name, (_, m) in found.items()}
+        """Runs that agree in these were scored on the same images, labels and classes."""
         self._image_of = image_of
         self._scored: dict[str, tuple] = {}
         self._images: dict[tuple[str, str], np.ndarray | None] = {}
         self._compared: dict[tuple[str, str], str] = {}
-
-    @staticmethod
-    def _name(folder: Path) -> str:
-        return "/".join(folder.resolve().parts[-2:])
 
     def scored(self, name: str) -> tuple[dict, object]:
         """Metrics and test predictions of a run, scored anew once."""
@@ -90,10 +92,13 @@ class Explorer:
         note = split_note(metrics)
         best = max(test.positives, key=test.positives.get)
         walk = Walk(test.labels, test.logits, test.classes.index(best))
+        row = metrics["test"]["operating"]["youden"].get(best)
+        at = walk.at_threshold(row["threshold"]) if row else int(walk.stations()[len(walk.stations()) // 2])
         return [plot_roc_bands(test, metrics["test"], title=name, note=note),
                 plot_counts(metrics["test"]["operating"]["youden"], title=name,
                             note=f"{note}; {point_note(metrics['test'], 'youden')}"),
-                *(self._row(name, walk, walk.by_error(which)[:SHOWN], f"{readable(best)}, {label}. {note}")
+                *(self._row(name, walk, walk.by_error(which, at)[:SHOWN],
+                            f"{readable(best)}, {label} at p ≥ {_digits(walk.stand(at).threshold)}, the worst. {note}")
                   for label, which in _ORDERS.items() if which != "all")]
 
     def widget(self):
@@ -112,15 +117,16 @@ class Explorer:
             self._images[key] = np.full((8, 8), 235, np.uint8) if image is None else image
         return self._images[key]
 
-    def _row(self, name: str, walk: Walk, places: np.ndarray, note: str = "") -> Figure:
-        """Some images in a row, each with its id, label and probability."""
+    def _row(self, name: str, walk: Walk, places: np.ndarray, note: str = "", other: np.ndarray | None = None) -> Figure:
+        """Some images in a row, each with its id, label and probability (and that of another run, by row of the test part)."""
         _, test = self.scored(name)
         with plt.rc_context(RC):
             figure = Figure(figsize=(1.32 * SHOWN, 1.75 + 0.25 * bool(note)), layout="constrained")
             axes = figure.subplots(1, SHOWN)
             chosen = [int(p) for p in places[:SHOWN]]
             titles = [f"{Path(test.ids[walk.rows[p]]).stem}\n{'has it' if walk.y[p] else 'has it not'}, "
-                      f"p {_digits(walk.probability[p])}" for p in chosen]
+                      f"p {_digits(walk.probability[p])}" + (f", {_digits(other[walk.rows[p]])}" if other is not None else "")
+                      for p in chosen]
             images = [self._image(name, test.ids[walk.rows[p]]) for p in chosen]
             show_images(images, titles, axes=axes)
             if note:
@@ -147,11 +153,12 @@ class _Board:
         self.curve = w.Image(format="png", layout=w.Layout(width="430px", height="400px"))
         self.changed, self.errors = (w.Image(format="png", layout=w.Layout(width="100%", max_width="1060px")) for _ in "ab")
         self.order = w.Dropdown(options=list(_ORDERS), description="test images by", **wide)
-        self.page = w.IntSlider(0, 0, 1, description="page", continuous_update=False, layout=w.Layout(width="420px"))
+        self.page = w.IntSlider(1, 1, 2, description="page", continuous_update=False, layout=w.Layout(width="420px"))
+        self.pages = w.HTML()
         self.note = w.HTML()
         self.box = w.VBox([self.note, w.HBox([self.run, self.finding, self.point, self.other], layout=_wrap(w)), self.slider,
                            w.HBox([self.curve, self.numbers], layout=_wrap(w)), self.moved, self.changed,
-                           w.HBox([self.order, self.page], layout=_wrap(w)), self.errors, self.said])
+                           w.HBox([self.order, self.pages, self.page], layout=_wrap(w)), self.errors, self.said])
         for widget, react in ((self.run, self._new_run), (self.finding, self._new_finding), (self.point, self._go_to_point),
                               (self.slider, self._slide), (self.other, self._new_other), (self.order, self._new_order),
                               (self.page, self._draw_errors)):
@@ -179,10 +186,10 @@ class _Board:
         self.finding.value = kept if kept in usable else max(usable, key=count.get)
         points = list(self.metrics["test"]["operating"])
         kept = self.point.value
-        self.point.options = points
+        self.point.options = [*points, _BY_HAND]
         self.point.value = kept if kept in points else points[0]
-        same = [n for n, split in self.explorer.splits.items()
-                if n != self.run.value and split == self.explorer.splits[self.run.value]]
+        alike = self.explorer.comparable
+        same = [n for n in self.explorer.folders if n != self.run.value and alike[n] == alike[self.run.value]]
         kept = self.other.value
         self.other.options = ["(none)", *same]
         self.other.value = kept if kept in same else "(none)"
@@ -195,22 +202,28 @@ class _Board:
         self.slider.max = len(self.stations) - 1
         self.at = None
         self._go_to_point()
-        self._new_order()
         self._new_other(redraw=False)
 
     def _go_to_point(self) -> None:
-        row = self.metrics["test"]["operating"][self.point.value].get(self.finding.value)
+        if self.point.value == _BY_HAND and self.at is not None:
+            return
+        row = self.metrics["test"]["operating"].get(self.point.value, {}).get(self.finding.value)
+        if row is None:  # validation had no positives of the finding
+            self.point.value = _BY_HAND
         target = self.walk.at_threshold(row["threshold"]) if row else int(self.stations[len(self.stations) // 2])
         self.slider.value = int(np.abs(self.stations - target).argmin())
-        self._move(target)
+        self._move(target, row)
 
     def _slide(self) -> None:
+        self.point.value = _BY_HAND
         self._move(int(self.stations[self.slider.value]))
 
-    def _move(self, target: int) -> None:
+    def _move(self, target: int, stored: dict | None = None) -> None:
         before, self.at = self.at, target
         here = self.walk.stand(target)
-        self.numbers.value = self._table(here)
+        self.numbers.value = self._table(here, stored)
+        if self.order.value in ("missed findings", "false alarms"):
+            self._new_order()
         self.curve.value = _png(self._roc(here))
         if before is None or before == target:
             self.moved.value = "<b>Images that change sides</b> as the slider moves stand here."
@@ -225,9 +238,11 @@ class _Board:
         self.changed.value = _png(self.explorer._row(self.run.value, self.walk, places))
         self.changed.layout.display = ""
 
-    def _table(self, here) -> str:
-        limits = {}
-        if enough_patients(self.test.patients) and np.isfinite(here.threshold):
+    def _table(self, here, stored: dict | None) -> str:
+        """The numbers at a point; at one that training chose, its own threshold and the intervals of the report."""
+        limits = {k: Interval(*stored[f"{k}_interval"]) for k in ("sensitivity", "specificity", "precision", "f1")} \
+            if stored else {}
+        if not stored and enough_patients(self.test.patients) and np.isfinite(here.threshold):
             column = slice(self.c, self.c + 1)
             found = operating_resamples(self.test.labels[:, column], self.test.logits[:, column], self.test.patients,
                                         [here.threshold], resamples=300)
@@ -235,13 +250,15 @@ class _Board:
         rows = "".join(f"<tr><td>{label}</td><td class='v'>{_share(getattr(here, k))}</td><td class='i'>{_span(limits.get(k))}"
                        "</td></tr>" for k, label in (("sensitivity", "sensitivity"), ("specificity", "specificity"),
                                                      ("precision", "precision"), ("f1", "F1")))
-        threshold = "above all" if here.threshold == float("inf") else f"p ≥ {_digits(here.threshold)}"
+        value = stored["threshold"] if stored else here.threshold
+        threshold = "above all" if value == float("inf") else f"p ≥ {_digits(value)}"
         return (f"<style>.walk td{{padding:2px 12px 2px 0}}.walk .v{{font-weight:600;text-align:right}}.walk .i{{color:#666}}"
                 f".cm td,.cm th{{border:1px solid #bbb;padding:3px 12px;text-align:right}}</style>"
                 f"<table class='walk'><tr><td>threshold</td><td class='v'>{threshold}</td><td></td></tr>{rows}</table><br>"
                 f"<table class='cm'><tr><th></th><th>called</th><th>not called</th></tr><tr><th>has it</th><td>{here.tp:,}</td>"
                 f"<td>{here.fn:,}</td></tr><tr><th>has it not</th><td>{here.fp:,}</td><td>{here.tn:,}</td></tr></table>"
-                "<p style='color:#666'>in brackets: 95 % intervals over patients (300 resamples),<br>the threshold held</p>")
+                "<p style='color:#666'>in brackets: 95 % intervals over patients, the threshold held<br>"
+                f"({1000 if stored else 300} resamples)</p>")
 
     def _roc(self, here) -> Figure:
         with plt.rc_context(RC):
@@ -264,7 +281,7 @@ class _Board:
 
     def _new_other(self, redraw: bool = True) -> None:
         compared = self.other.value != "(none)"
-        orders = [*_ORDERS, *(["the two runs differ most"] if compared else [])]
+        orders = [*_ORDERS, *([_DIFFER] if compared else [])]
         if list(self.order.options) != orders:
             kept = self.order.value
             self.order.options = orders
@@ -277,30 +294,31 @@ class _Board:
     def _comparison(self) -> str:
         key = self.run.value, self.other.value
         if key not in self.explorer._compared:
-            try:
-                table = compare(self.test, self.explorer.scored(self.other.value)[1])
-            except ValueError as error:
-                self.explorer._compared[key] = f"<p>{html.escape(str(error))}</p>"
-            else:
-                shown = with_intervals(table.rename(columns={"low": "difference low", "high": "difference high"}))
-                self.explorer._compared[key] = (f"<p><b>{html.escape(verdict(table, *key))}</b></p><details><summary>by class"
-                                                f"</summary>{shown.to_html(index=False, border=0)}</details>")
+            table = compare(self.test, self.explorer.scored(self.other.value)[1])
+            shown = with_intervals(table.rename(columns={"low": "difference low", "high": "difference high"}))
+            self.explorer._compared[key] = (f"<p><b>{html.escape(verdict(table, *key))}</b></p><details><summary>by class"
+                                            f"</summary>{shown.to_html(index=False, border=0)}</details>")
         return self.explorer._compared[key]
 
     def _new_order(self) -> None:
         if self.order.value in _ORDERS:
-            self.places = self.walk.by_error(_ORDERS[self.order.value])
+            self.places, self.theirs = self.walk.by_error(_ORDERS[self.order.value], self.at), None
         else:
             mine, theirs = aligned(self.test, self.explorer.scored(self.other.value)[1])
+            self.theirs = expit(theirs.logits[:, self.c].astype(np.float64))
             rank = [np.argsort(np.argsort(p.logits[self.walk.rows, self.c])) for p in (mine, theirs)]
             self.places = np.argsort(-np.abs(rank[0] - rank[1]), kind="stable")
-        self.page.max = max((len(self.places) - 1) // SHOWN, 1)
-        self.page.value = 0
+        count = -(-len(self.places) // SHOWN)
+        self.page.value, self.page.max = 1, max(count, 2)  # a slider of one place breaks in the browser, so it is hidden
+        self.page.layout.display = "" if count > 1 else "none"
+        both = "; p of both runs" if self.theirs is not None else ""
+        self.pages.value = f"{len(self.places):,} images on {count:,} pages{both}"
         self._draw_errors()
 
     def _draw_errors(self) -> None:
-        start = self.page.value * SHOWN
-        self.errors.value = _png(self.explorer._row(self.run.value, self.walk, self.places[start:start + SHOWN]))
+        start = (self.page.value - 1) * SHOWN
+        self.errors.value = _png(self.explorer._row(self.run.value, self.walk, self.places[start:start + SHOWN],
+                                                    other=self.theirs))
 
 
 def _wrap(w):

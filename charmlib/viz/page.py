@@ -19,7 +19,8 @@ white-space:nowrap}th{border-bottom:2px solid #888}.first tr:first-child td{font
 td:first-child,th:first-child,
 .board td:nth-child(2),.board th:nth-child(2){text-align:left}
 .note{color:#555}.drawn{background:#fff3cd;padding:.5em .8em;border-radius:4px}
-@media print{body{max-width:none;margin:0}h2{break-after:avoid}img,table{break-inside:avoid}}"""
+@media print{body{max-width:none;margin:0}h2{break-after:avoid}img,tr{break-inside:avoid}
+.scroll{overflow:visible}table{font-size:8.5px}th,td{padding:1px 4px}}"""
 
 
 def heading(text: str) -> str:

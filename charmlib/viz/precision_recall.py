@@ -34,6 +34,7 @@ def plot_precision_recall(predictions, part: Mapping, *, title: str = "", note: 
         precision, recall, _ = precision_recall_curve(y, score)
         low, high, _ = part["intervals"]["ap"][name]
         axis.fill_between(*bands[c], color=FIRST, alpha=0.22, lw=0)
+        precision, recall = precision[recall > 0], recall[recall > 0]
         axis.plot(recall, precision, color=FIRST, lw=1.2, drawstyle="steps-post")
         axis.axhline(y.mean(), color=GUIDE, lw=1, ls=":")
         limits = f" ({low:.2f} to {high:.2f})" if low is not None and low == low else ""

@@ -12,11 +12,13 @@ from charmlib.evaluation.results import Predictions
 from charmlib.evaluation.tables import (
     calibration_table,
     class_table,
+    groups_note,
     operating_table,
     origin_note,
     point_note,
     split_note,
     with_intervals,
+    with_origin,
 )
 from charmlib.files import write_whole
 from charmlib.viz import page
@@ -56,10 +58,13 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
              page.heading("Scores on the whole test part"),
              page.paragraph("95 % intervals by bootstrap over patients; 'undefined' is the share of resamples that lack "
                             "positives or negatives of a class, which are left out of its interval."),
-             page.table(shown, "first")]
+             page.table(shown, "first"), page.paragraph(f"{groups_note(part)}.")]
+    if "members" in metrics:
+        parts.insert(1, page.paragraph(f"Mean of the probabilities of {', '.join(metrics['members'])}."))
     for point in part["operating"]:
         parts += [page.heading(f"Operating point '{point}'"),
-                  page.paragraph(f"{point_note(part, point)}; thresholds stay fixed in the resamples."),
+                  page.paragraph(f"{point_note(part, point)}; thresholds stay fixed in the resamples. Limits "
+                                 "without width at 0 or 1 only say that no resample can show what the sample lacks."),
                   page.table(with_intervals(operating_table(part, point)))]
     parts += [page.heading("Calibration"), page.table(with_intervals(calibration_table(part), 4), "words"),
               page.heading("Beside published figures"), page.paragraph(remark)]
@@ -71,18 +76,30 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
 
 
 
-def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predictions, point: str) -> str:
-    """Write ``report.html`` and ``per_class.csv`` of a run into a folder; returns the tables as text."""
+def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predictions, point: str) -> Path:
+    """Write ``report.html`` and ``per_class.csv`` of a run into a folder; returns the page's path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     scores = class_table(metrics["test"], predictions.positives)
     calls = operating_table(metrics["test"], point)
     write_whole(folder / "per_class.csv",
-                lambda temporary: scores.merge(calls, on="class", how="left").to_csv(temporary, index=False))
+                lambda temporary: with_origin(scores.merge(calls, on="class", how="left", suffixes=("", " at the point")),
+                                              metrics).assign(run=metrics["cell"], point=point).to_csv(temporary, index=False))
     pictures = run_pictures(metrics, predictions, point=point)
     page_path = write_run_report(folder / "report.html", metrics, predictions, pictures)
     for figure in pictures.values():
         plt.close(figure)
-    return "\n".join([f"{metrics['cell']}: {split_note(metrics)}; {origin_note(metrics)}",
-                      with_intervals(scores).to_string(index=False), f"\n{point_note(metrics['test'], point)}:",
-                      with_intervals(calls).to_string(index=False), str(page_path)])
+    return page_path
+
+
+def evaluation_text(metrics: Mapping, predictions: Predictions, point: str) -> str:
+    """The tables of a run for a terminal: scores, counts at an operating point, calibration."""
+    part = metrics["test"]
+    members = [f"mean of the probabilities of {', '.join(metrics['members'])}"] if "members" in metrics else []
+    left_out = [f"left out of the means, having no positives or no negatives: {', '.join(part['undefined'])}"] \
+        if part["undefined"] else []
+    return "\n".join([f"{metrics['cell']}: {split_note(metrics)}; {origin_note(metrics)}", *members,
+                      with_intervals(class_table(part, predictions.positives)).to_string(index=False), *left_out,
+                      groups_note(part), f"\n{point_note(part, point)}:",
+                      with_intervals(operating_table(part, point)).to_string(index=False), "\ncalibration:",
+                      with_intervals(calibration_table(part), 4).to_string(index=False)])

@@ -32,7 +32,9 @@ def test_what_is_no_radiograph_is_refused_by_name(tmp_path, grey):
     page.save(tmp_path / "page.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     Image.fromarray(grey).save(tmp_path / "film.gif", save_all=True, append_images=[Image.fromarray(255 - grey)])
-    cases = {save(tmp_path / "colour.png", colour): "colour picture", save(tmp_path / "blank.png", grey * 0 + 9): "blank",
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    cases = {save(tmp_path / "noise.png", noise): "as in noise",
+             save(tmp_path / "colour.png", colour): "colour picture", save(tmp_path / "blank.png", grey * 0 + 9): "blank",
              tmp_path / "page.png": "bright grey value|grey values", tmp_path / "broken.png": "cannot be read",
              save(tmp_path / "tiny.png", grey[:20, :20]): "too small", tmp_path / "film.gif": "2 frames",
              save(tmp_path / "long.png", np.tile(grey, (1, 4))): "shape",
@@ -77,6 +79,27 @@ def test_dicom_is_read_as_the_picture_it_shows(tmp_path, grey, dicom):
     assert np.corrcoef(read_radiograph(inverted, 32).ravel(), plain.ravel())[0, 1] > 0.999
     windowed = read_radiograph(dicom("c.dcm", WindowCenter=2048, WindowWidth=400), 32)
     assert (windowed == 0).mean() + (windowed == 255).mean() > 0.4  # the window clips what lies outside it
+
+
+def test_dicom_without_window_or_suffix(tmp_path, grey, dicom):
+    """A marker once set the scale of the whole picture, and a file without suffix was skipped."""
+    values = grey.astype(np.uint16) * 8
+    plain = read_radiograph(dicom("a.dcm", values), 32)
+    values[0, 0] = 4095
+    assert np.abs(read_radiograph(dicom("b.dcm", values), 32).astype(int) - plain)[1:, 1:].max() <= 2
+    (tmp_path / "in").mkdir()
+    dicom("in/IM0001"), dicom("in/1.2.840.1")
+    (tmp_path / "in/README").write_text("x")
+    assert [p.name for p in find_radiographs([tmp_path / "in"])] == ["1.2.840.1", "IM0001"]
+    assert read_radiograph(tmp_path / "in/IM0001", 32).shape == (32, 32)
+
+
+def test_a_jpeg_stored_lying_is_set_upright(tmp_path, grey):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright = read_radiograph(save(tmp_path / "plain.png", grey), 32)
+    assert np.abs(read_radiograph(tmp_path / "turned.jpg", 32).astype(int) - upright).mean() < 3
 
 
 def test_dicom_of_another_kind_is_refused(tmp_path, dicom):

@@ -183,9 +183,12 @@ def test_walking_along_the_curve_equals_counting(cohort):
     change = (p >= walk.stand(6).threshold) & (p < walk.stand(3).threshold)
     assert set(walk.rows[moved]) == set(np.flatnonzero(there)[change])
     assert list(walk.between(6, 3)) == list(moved[::-1])
-    worst = walk.by_error("missed")
-    assert walk.y[worst].all() and walk.probability[worst[0]] == walk.probability[walk.y].min()
-    assert not walk.y[walk.by_error("false alarms")].any() and len(walk.by_error()) == there.sum()
+    point = walk.last // 3
+    here, missed, alarms = walk.stand(point), walk.by_error("missed", point), walk.by_error("false alarms", point)
+    assert (len(missed), len(alarms)) == (here.fn, here.fp) and len(walk.by_error()) == there.sum()
+    assert walk.y[missed].all() and (walk.probability[missed] < here.threshold).all()
+    assert not walk.y[alarms].any() and (np.diff(walk.probability[alarms]) <= 0).all()
+    assert walk.probability[missed[0]] == walk.probability[walk.y].min()
 
 
 def test_one_column_learns_its_direction_on_training_data():

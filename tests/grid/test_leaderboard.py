@@ -89,7 +89,8 @@ def test_a_grid_over_leaking_splits_is_refused_before_training(phantoms, tmp_pat
 def test_controls_in_one_call(phantoms, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({
         **TINY, "data_root": str(phantoms), "stage1_frozen_epochs": 0, "stage1_epochs": 1, "stage2_epochs": 1}))
-    table, held = run_controls(tmp_path / "mine.yaml", out=tmp_path / "out", say=lambda line: None)
+    table, held, remarks = run_controls(tmp_path / "mine.yaml", out=tmp_path / "out", say=lambda line: None)
+    assert "holds 0.5" in remarks[0] and "network less plain" in remarks[1]
     table = table.set_index("control")
     assert list(table.index) == ["network", "plain network", "shuffled labels (must be 0.5)", "view position alone"]
     row = table.loc["shuffled labels (must be 0.5)"]
@@ -98,7 +99,7 @@ def test_controls_in_one_call(phantoms, tmp_path):
     said = []
     run_controls(tmp_path / "mine.yaml", out=tmp_path / "out", say=said.append)
     assert any("3 done, 0 to run" in line for line in said)
-    of_run, held = run_controls(tmp_path / "out/plain", out=tmp_path / "of_run", say=said.append)  # trains one cell only
+    of_run, held, _ = run_controls(tmp_path / "out/plain", out=tmp_path / "of_run", say=said.append)  # trains one cell only
     assert held and len(of_run) == 3 and of_run["test AUC"][0] == table.loc["plain network", "test AUC"]
     assert {p.parent.name for p in (tmp_path / "of_run").glob("*/metrics.json")} == {"shuffled"}
     with pytest.raises(ParameterError, match="-p changes k"):

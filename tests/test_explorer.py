@@ -67,6 +67,11 @@ def test_choosing_run_finding_and_order(board, runs):
     findings = [value for _, value in board.finding.options]
     board.finding.value = findings[1]
     assert board.c == board.test.classes.index(findings[1])
+    assert board.point.value == "youden"
+    board.slider.value += 2
+    board.finding.value = findings[2]
+    assert board.point.value == "youden"  # a new finding starts at a point of validation
+    board.finding.value = findings[1]
     board.run.value = "one"
     assert board.finding.value == findings[1] and np.array_equal(board.test.logits, load_predictions(runs[0]).logits)
     board.order.value = "missed findings"

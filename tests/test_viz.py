@@ -40,6 +40,8 @@ def test_other_splits_and_quick_checks_are_not_drawn():
 
 def test_drawn_maps_say_so():
     assert "drawn" in heat_maps(board(split="official abc (drawn phantoms)")).get_suptitle()
+    whole = board(n_images=608, n_patients=266, positive_share=0.66)
+    assert "608 test images of 266 patients, 66.0% with a" in " ".join(heat_maps(whole).get_suptitle().split())
 
 
 def test_all_curves_with_their_auc_in_the_legend():

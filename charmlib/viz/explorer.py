@@ -201,11 +201,13 @@ class _Board:
         self.stations = self.walk.stations()
         self.slider.max = len(self.stations) - 1
         self.at = None
+        if self.point.value == _BY_HAND:
+            self.point.value = self.point.options[0]
         self._go_to_point()
         self._new_other(redraw=False)
 
     def _go_to_point(self) -> None:
-        if self.point.value == _BY_HAND and self.at is not None:
+        if self.point.value == _BY_HAND:
             return
         row = self.metrics["test"]["operating"].get(self.point.value, {}).get(self.finding.value)
         if row is None:  # validation had no positives of the finding

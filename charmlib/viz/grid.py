@@ -16,7 +16,7 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
 
     Each field shows the value, and its interval where the board has one. Drawn are ranked cells of the first one's split
     that have all three axes. Where several share a field (a further axis), the best **by validation** is shown, and the
-    picture says so. ``note`` says what data it is of.
+    picture says so. ``note`` says what data it is of; without one the board's own columns do.
     """
     if not {rows, columns, panels, value} <= set(board.columns):
         return None
@@ -25,7 +25,7 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
     if len(frame) < 2:
         return None
     fields = frame.sort_values("valid_mean_auc", ascending=False).drop_duplicates([panels, rows, columns])
-    notes = [note] if note else ["drawn phantoms"] if fields["split"].str.contains("drawn").any() else []
+    notes = [note or _note(frame.iloc[0])]
     if len(fields) < len(frame):
         notes.append("best by validation of the cells that share a field")
     frame = fields
@@ -57,3 +57,10 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
     figure.colorbar(image, ax=axes[0].tolist(), label=value.replace("_", " "), shrink=0.9)
     heading(figure, "", "; ".join(notes))
     return figure
+
+
+def _note(row: pd.Series) -> str:
+    if not {"n_images", "n_patients", "positive_share"} <= set(row.index):
+        return f"split {row['split']}"
+    return (f"split {row['split']}: {int(row['n_images']):,} test images of {int(row['n_patients']):,} patients, "
+            f"{row['positive_share']:.1%} with a finding")

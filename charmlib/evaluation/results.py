@@ -109,9 +109,9 @@ def load_card(folder: str | Path) -> dict:
 
 
 def choices(run: str | Path, valid: Predictions) -> dict:
-    """``thresholds`` and ``temperature`` of a trained run; chosen anew where its ``model.json`` is from before both were
-    kept, on the same validation predictions."""
-    card = load_card(run)
+    """``thresholds`` and ``temperature`` of a trained run; chosen anew, on the same validation predictions, where its
+    ``model.json`` is from before both were kept or was not brought along."""
+    card = load_card(run) if (Path(run) / "model.json").is_file() else {"thresholds": {}}
     if card.get("temperature") is not None and set(POINTS) <= set(card["thresholds"]):
         return {"thresholds": card["thresholds"], "temperature": card["temperature"]}
     return chosen_on_validation(valid.labels, valid.logits, valid.classes)

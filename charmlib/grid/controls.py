@@ -11,7 +11,7 @@ import pandas as pd
 from charmlib.data.dataset import open_dataset
 from charmlib.evaluation.compare import compare, verdict
 from charmlib.evaluation.controls import column_scores
-from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
+from charmlib.evaluation.intervals import Interval, bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.results import load_metrics, load_predictions, load_resamples
 from charmlib.files import write_whole
@@ -81,7 +81,7 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
         say("the label table has no view position: that control is left out")
     table = pd.DataFrame([*rows, *([view] if view else [])]).astype({"seed": "Int64"})
     write_whole(folder / "controls.csv", lambda temporary: table.to_csv(temporary, index=False))
-    low, high, _ = interval(mean_of_defined(load_resamples(folder / "shuffled").auc), LEVEL)
+    low, high, _ = _limits(folder / "shuffled", LEVEL)
     held = bool(low <= 0.5 <= high)
     remarks = [f"shuffled labels: the {LEVEL:.0%} interval {low:.4f} to {high:.4f} {'holds' if held else 'does NOT hold'} 0.5"]
     network = run or (folder / "network" if "network" in settings else None)
@@ -96,9 +96,14 @@ def _changed(theirs: Mapping, ours: Mapping) -> list[str]:
     return [name for name in ours if name not in UNHASHED and ours[name] != theirs.get(name, ours[name])]
 
 
+def _limits(folder: Path, level: float = 0.95) -> Interval:
+    samples = load_resamples(folder)
+    return interval(mean_of_defined(samples.auc), level) if samples else Interval(float("nan"), float("nan"), 1.0)
+
+
 def _trained(folder: Path, name: str) -> dict:
     metrics = load_metrics(folder)
-    low, high, _ = metrics["test"]["intervals"]["mean_auc"]
+    low, high, _ = _limits(folder)
     part = metrics["split"]["test"]
     return {"control": {"shuffled": "shuffled labels (must be 0.5)", "plain": "plain network"}.get(name, name),
             "test AUC": metrics["test"]["mean_auc"], "test AUC low": low, "test AUC high": high,

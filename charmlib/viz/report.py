@@ -75,7 +75,6 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     return page.write_page(path, f"Run {name}", parts, drawn=metrics["data"]["drawn"])
 
 
-
 def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predictions, point: str) -> Path:
     """Write ``report.html`` and ``per_class.csv`` of a run into a folder; returns the page's path."""
     folder = Path(folder)

@@ -128,11 +128,17 @@ def test_evaluate_gives_what_training_stored_and_mends_older_runs(make_run):
     old = json.loads((run / "model.json").read_text())
     (run / "model.json").write_text(json.dumps({**old, "temperature": None, "thresholds": {"youden":
                                                                                            old["thresholds"]["youden"]}}))
+    old_run = json.loads((run / "metrics.json").read_text())
+    for key in ("intervals", "operating", "calibration", "groups"):
+        del old_run["test"][key]
+    (run / "metrics.json").write_text(json.dumps(old_run))
     (run / "resamples.npz").unlink()
     again, _ = evaluate_run(run)
     write_json(run / "again.json", again["test"]["operating"])
     assert json.loads((run / "again.json").read_text())["f1"] == stored["operating"]["f1"]
     assert np.array_equal(load_resamples(run).auc, bootstrap(test.labels, test.logits, test.patients).auc, equal_nan=True)
+    (run / "model.json").unlink()
+    assert evaluate_run(run)[0]["test"]["auc"] == again["test"]["auc"]
     mean, both = evaluate_ensemble([run, make_run("g/b", seed=4)])
     assert mean["cell"] == "mean of 2 runs" and mean["test"]["mean_auc"] > max(stored["mean_auc"] - 0.02, 0.5)
     assert len(both.ids) == len(test.ids)

@@ -86,8 +86,9 @@ def _picture(path: Path, size: int) -> np.ndarray:
             coloured = float((np.ptp(rgb, axis=2) > 24).mean())
             if coloured > _COLOURED:
                 raise NotARadiograph(f"{path}: a colour picture ({coloured:.0%} of its pixels), not a grey radiograph")
-    _check_grey(path, read_grey(path))
-    return read_grey(path, size)
+    grey = read_grey(path)
+    _check_grey(path, grey)
+    return _resized(grey, size)
 
 
 def _dicom(path: Path, size: int) -> np.ndarray:
@@ -111,9 +112,14 @@ def _dicom(path: Path, size: int) -> np.ndarray:
     values = (values - low) * (255 / max(high - low, 1e-6))
     if kind == "MONOCHROME1":
         values = 255 - values
-    grey = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
-    _check_grey(path, np.asarray(grey), paper=False)  # a narrow window may well burn out half of a radiograph
-    return np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
+    grey = np.clip(values + 0.5, 0, 255).astype(np.uint8)
+    _check_grey(path, grey, paper=False)  # a narrow window may well burn out half of a radiograph
+    return _resized(grey, size)
+
+
+def _resized(grey: np.ndarray, size: int) -> np.ndarray:
+    """As :func:`charmlib.data.images.read_grey` resizes."""
+    return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _check_size(path: Path, width: int, height: int) -> None:

@@ -82,12 +82,16 @@ def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ())
 def thresholds_at(run: str | Path, point: str) -> dict[str, float | None]:
     """A run's thresholds at any operating point: stored by training, or chosen now on its validation predictions."""
     valid = load_predictions(run, "valid")
-    stored = choices(run, valid)["thresholds"]
-    return stored[point] if point in stored else choose_thresholds(valid.labels, valid.logits, valid.classes, [point])[point]
+    return _with_points(choices(run, valid)["thresholds"], valid, [point])[point]
+
+
+def _with_points(thresholds: dict, valid: Predictions, points: Sequence[str]) -> dict:
+    """The stored thresholds, and those of further points."""
+    missing = [point for point in points if point not in thresholds]
+    return thresholds | choose_thresholds(valid.labels, valid.logits, valid.classes, missing)
 
 
 def _score(test: Predictions, valid: Predictions, chosen: dict, points: Sequence[str], prevalence) -> dict:
-    thresholds = chosen["thresholds"] | choose_thresholds(valid.labels, valid.logits, valid.classes, points)
-    part, _ = score_part(vars(test), test.classes, thresholds=thresholds, temperature=chosen["temperature"],
-                         prevalence=prevalence)
+    part, _ = score_part(vars(test), test.classes, thresholds=_with_points(chosen["thresholds"], valid, points),
+                         temperature=chosen["temperature"], prevalence=prevalence)
     return part

@@ -15,7 +15,7 @@ from charmlib.evaluation.intervals import Interval, bootstrap, interval, mean_of
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.results import load_metrics, load_predictions, load_resamples
 from charmlib.files import write_whole
-from charmlib.grid.cells import cell_status
+from charmlib.grid.cells import GridError, cell_status
 from charmlib.grid.runner import run_loaded
 from charmlib.grid.spec import Cell, Grid
 from charmlib.params import (
@@ -63,9 +63,10 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
         raise ParameterError(f"controls of the finished run {run} keep its settings; -p changes {', '.join(changed)}. Name its "
                              "parameter file instead.")
     settings = {"network": params, "plain": {**params, **PARTS_OFF}, "shuffled": {**params, "labels": "shuffled"}}
-    if run or settings["plain"] == params:
+    is_plain = settings["plain"] == params
+    if run or is_plain:
         del settings["network"]
-    if run and {**params, **PARTS_OFF} == params:
+    if run and is_plain:
         del settings["plain"]
     name = run.name if run else path.stem
     folder = Path(out or Path("runs") / f"{name}_controls")
@@ -73,7 +74,7 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     run_loaded(grid, out=folder, workers=workers, say=say)
     failed = [name for name in settings if cell_status(folder / name) != "done"]
     if failed:
-        raise ParameterError(f"no table yet: {', '.join(failed)} failed; see {folder / failed[0] / 'error.txt'}")
+        raise GridError(f"no table yet: {', '.join(failed)} failed; see {folder / failed[0] / 'error.txt'}")
     rows = [_trained(run, run.name)] if run else []
     rows += [_trained(folder / name, name) for name in settings]
     view = _view_alone(params)
@@ -103,12 +104,16 @@ def _limits(folder: Path, level: float = 0.95) -> Interval:
 
 def _trained(folder: Path, name: str) -> dict:
     metrics = load_metrics(folder)
-    low, high, _ = _limits(folder)
-    part = metrics["split"]["test"]
-    return {"control": {"shuffled": "shuffled labels (must be 0.5)", "plain": "plain network"}.get(name, name),
-            "test AUC": metrics["test"]["mean_auc"], "test AUC low": low, "test AUC high": high,
-            "split": f"{metrics['split']['name']} {metrics['split']['hash'][:8]}", "images": part["images"],
-            "patients": part["patients"], "positive share": part["positive_share"], "seed": metrics["params"]["seed"]}
+    split = metrics["split"]
+    return {**_row({"shuffled": "shuffled labels (must be 0.5)", "plain": "plain network"}.get(name, name),
+                   metrics["test"]["mean_auc"], _limits(folder), split["name"], split["hash"], split["test"]),
+            "seed": metrics["params"]["seed"]}
+
+
+def _row(control: str, auc: float, limits: Interval, split: str, split_hash: str, part: Mapping) -> dict:
+    return {"control": control, "test AUC": auc, "test AUC low": limits.low, "test AUC high": limits.high,
+            "split": f"{split} {split_hash[:8]}", "images": part["images"], "patients": part["patients"],
+            "positive share": part["positive_share"]}
 
 
 def _view_alone(params: dict) -> dict | None:
@@ -119,8 +124,6 @@ def _view_alone(params: dict) -> dict | None:
         return None
     scores = column_scores(views[train], data.labels[train], views[test])
     labels, patients = data.labels[test], data.index.frame["patient"].to_numpy(str)[test]
-    low, high, _ = interval(mean_of_defined(bootstrap(labels, scores, patients).auc))
-    part = data.split.counts["test"]
-    return {"control": "view position alone", "test AUC": mean_auc(labels, scores, data.classes), "test AUC low": low,
-            "test AUC high": high, "split": f"{data.split.name} {data.split.hash[:8]}", "images": part["images"],
-            "patients": part["patients"], "positive share": part["positive_share"]}
+    return _row("view position alone", mean_auc(labels, scores, data.classes),
+                interval(mean_of_defined(bootstrap(labels, scores, patients).auc)), data.split.name, data.split.hash,
+                data.split.counts["test"])

@@ -23,10 +23,10 @@ from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.results import (
     PART_FILE,
+    Predictions,
     choices,
     chosen_on_validation,
     load_card,
-    load_predictions,
     save_predictions,
     save_resamples,
 )
@@ -299,7 +299,7 @@ class Run:
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
         valid, _ = score_part(parts["valid"], self.data.classes)
         test, samples = score_part(parts["test"], self.data.classes, prevalence=train,
-                                   **choices(self.folder, load_predictions(self.folder, "valid")))
+                                   **choices(self.folder, Predictions(**parts["valid"], classes=self.data.classes)))
         save_resamples(self.folder, samples)
         metrics = {
             "params": self.params, "data": self._source(),

@@ -81,10 +81,13 @@ class CharmNet(nn.Module):
         return self.head(z)
 
     @torch.no_grad()
-    def update_momentum(self) -> None:
-        """Follow the optimizer with the momentum branch; to be called after each step that was really made."""
+    def update_momentum(self, skipped: Tensor | None = None) -> None:
+        """Follow the optimizer with the momentum branch; to be called after each step.
+
+        ``skipped``: see :meth:`charmlib.nn.MomentumEncoder.update`.
+        """
         if self.momentum is not None:
-            self.momentum.update(self.final)
+            self.momentum.update(self.final, skipped)
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """Trunk, final block, new layers: for discriminative learning rates. The momentum branch is in none."""

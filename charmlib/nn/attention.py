@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+SCALES = (1, 3, 5)
 
 
 class MultiScaleAttention(nn.Module):
@@ -11,6 +14,11 @@ class MultiScaleAttention(nn.Module):
 
     Each convolution goes to ``max(channels // 8, 8)`` channels; their concatenation goes through a 1x1 convolution
     to one channel and a sigmoid. There is no nonlinearity between, as in the published code.
+
+    So all four convolutions together are one linear filter, and that is how they are computed: the weights are
+    multiplied out to a single 5x5 filter with one output, and the feature map is filtered once. Parameters, gradients
+    and results are those of the four layers (to rounding); the published code, which runs them one after another,
+    spends up to as many multiplications on them as a whole MobileNetV2.
 
     Parameters
     ----------
@@ -23,10 +31,23 @@ class MultiScaleAttention(nn.Module):
     def __init__(self, channels: int, *, reduction: int = 8):
         super().__init__()
         inner = max(channels // reduction, 8)
-        self.scales = nn.ModuleList(nn.Conv2d(channels, inner, size, padding=size // 2) for size in (1, 3, 5))
-        self.fuse = nn.Conv2d(3 * inner, 1, 1)
+        self.scales = nn.ModuleList(nn.Conv2d(channels, inner, size, padding=size // 2) for size in SCALES)
+        self.fuse = nn.Conv2d(len(SCALES) * inner, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D, H, W) -> (B, 1, H, W) in (0, 1)."""
-        views = torch.cat([conv(features) for conv in self.scales], dim=1)  # (B, 3 * inner, H, W)
-        return torch.sigmoid(self.fuse(views))
+        with torch.autocast(features.device.type, enabled=False):  # the product of the weights stays in float32
+            weight, bias = self.filter()
+        return torch.sigmoid(F.conv2d(features, weight, bias, padding=max(SCALES) // 2))
+
+    def filter(self) -> tuple[Tensor, Tensor]:
+        """The one filter that the four convolutions are: weight (1, D, 5, 5) and bias (1,)."""
+        shares = self.fuse.weight.flatten().split([conv.out_channels for conv in self.scales])
+        total, bias = 0, self.fuse.bias
+        for conv, share in zip(self.scales, shares):
+            size = conv.kernel_size[0]
+            taps = conv.weight.permute(0, 2, 3, 1)  # (inner, k, k, D): rows are views of channels-last weights
+            taps = (share @ taps.flatten(1)).view(1, size, size, -1).permute(0, 3, 1, 2)  # (1, D, k, k)
+            total = total + F.pad(taps, [(max(SCALES) - size) // 2] * 4)
+            bias = bias + share @ conv.bias
+        return total, bias

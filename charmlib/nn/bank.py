@@ -119,17 +119,23 @@ class RareMemoryBank(nn.Module):
         Returns slot numbers (B, k), best first and -1 where fewer than k slots may answer, their weights (B, k;
         0 there) and their features (B, k, D). Gradients flow into the query through the weights.
         """
-        query, memory = z, self.slots
-        if self.bank_norm in ("both", "query"):
-            query = F.normalize(query, dim=1)
+        query = F.normalize(z, dim=1) if self.bank_norm in ("both", "query") else z
+        lengths = None
         if self.bank_norm in ("both", "memory"):
-            memory = F.normalize(memory, dim=1)
-        similarity = query @ memory.T  # (B, N)
-        banned = (torch.arange(self.size, device=z.device) >= self.filled).expand(len(z), -1)
-        if ids is not None:
-            banned = banned | ((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
-        top, index = similarity.masked_fill(banned, -torch.inf).topk(self.k, dim=1)  # (B, k)
-        valid = top > -torch.inf
+            lengths = torch.linalg.vector_norm(self.slots, dim=1).clamp_(min=1e-12)  # (N,)
+        with torch.no_grad():  # which slots answer has no gradient
+            similarity = query @ self.slots.T  # (B, N)
+            if lengths is not None:
+                similarity /= lengths
+            banned = torch.arange(self.size, device=z.device) >= self.filled
+            if ids is not None:
+                banned = banned | ((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
+            best, index = similarity.masked_fill_(banned, -torch.inf).topk(self.k, dim=1)  # (B, k)
+            valid = best > -torch.inf
+        values = self.slots[index]  # (B, k, D)
+        top = torch.einsum("bd,bkd->bk", query, values)  # the k similarities again, through which gradients flow
+        if lengths is not None:
+            top = top / lengths[index]
         top = top.masked_fill(~valid, 0.0)
         if self.retrieval == "cosine":
             weights = top
@@ -137,7 +143,7 @@ class RareMemoryBank(nn.Module):
             weights = torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
             if self.gate is not None:
                 weights = self.gate * weights
-        return index.masked_fill(~valid, -1), weights, self.slots[index]
+        return index.masked_fill(~valid, -1), weights, values
 
     @torch.no_grad()
     def scores(self, z: Tensor) -> Tensor:

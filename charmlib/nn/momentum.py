@@ -61,22 +61,29 @@ class MomentumEncoder(nn.Module):
         return torch.clamp((1 + t) / (10 + t), max=self.momentum)
 
     @torch.no_grad()
-    def update(self, source: nn.Module) -> None:
-        """Move one step towards ``source``; call it after an optimizer step that was not skipped.
+    def update(self, source: nn.Module, skipped: Tensor | None = None) -> None:
+        """Move one step towards ``source``; call it after an optimizer step.
 
-        The weight stays a tensor on the device, so no update waits for the GPU.
+        ``skipped`` is a 0-dim tensor that is not 0 where the step was not made (a gradient scaler's ``found_inf``);
+        nothing moves then, and the warm-up does not count it. It and the weight stay on the device, so no update
+        waits for the GPU; all tensors move together in three kernels.
         """
         weight = 1 - self.current_momentum()
-        slow, fast = [], []
+        made = torch.ones_like(self.updates) if skipped is None else (skipped == 0).to(self.updates.dtype)
+        weight = weight * made  # 0-dim
+        slow, fast, whole = [], [], []
         theirs = dict(source.named_parameters()) | dict(source.named_buffers())
         for name, mine in (*self.encoder.named_parameters(), *self.encoder.named_buffers()):
             if mine.is_floating_point():
                 slow.append(mine)
                 fast.append(theirs[name].detach())
             else:
-                mine.copy_(theirs[name])
-        torch._foreach_lerp_(slow, fast, [weight] * len(slow))
-        self.updates += 1
+                whole.append((mine, theirs[name]))
+        torch._foreach_mul_(slow, 1 - weight)
+        torch._foreach_add_(slow, torch._foreach_mul(fast, weight))
+        for mine, its in whole:  # counters of norm layers, which nothing reads
+            mine.copy_(its)
+        self.updates += made
 
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}, warmup={self.warmup}"

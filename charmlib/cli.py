@@ -39,19 +39,29 @@ def phantom(out, images, size, seed):
 @cli.command()
 @click.argument("data_root")
 @click.option("--size", default=224, show_default=True)
-@click.option("--cache-dir", default="")
-@click.option("--workers", default=2, show_default=True)
-def cache(data_root, size, cache_dir, workers):
-    """Decode all images of DATA_ROOT once, and say what is odd about them."""
-    from charmlib.data.cache import cached_images
+@click.option("--aspect", default="stretch", show_default=True, type=click.Choice(["stretch", "pad", "crop"]),
+              help="What becomes of pictures that are not square.")
+@click.option("--csv", default="", help="A label table of your own.")
+@click.option("--cache-dir", default="", help="Where the cache goes [default: a scratch folder of this machine].")
+@click.option("--workers", default=os.cpu_count() or 2, show_default="all cores", help="Threads that decode.")
+@click.option("--verify", is_flag=True, help="Check every source file against the cache, and decode again what changed.")
+def cache(data_root, size, aspect, csv, cache_dir, workers, verify):
+    """Decode all images of DATA_ROOT once, and say what is odd about them; goes on where a killed build was."""
+    from charmlib.data.cache import content_of, open_images, verify_images
     from charmlib.data.index import read_index
     from charmlib.data.paths import resolve_data_root
 
-    index = read_index(resolve_data_root(data_root))
+    index = read_index(resolve_data_root(data_root), classes="own" if csv else "nih14", csv=csv)
     start = time.monotonic()
-    images, bad = cached_images(list(index.frame["path"]), size, cache_dir=cache_dir, workers=workers)
-    index.report.add("unreadable", (f"{Path(p).name}: {why}" for p, why in bad.items()))
-    click.echo(f"{len(images)} images at {size} pixels in {Path(images.filename)} ({time.monotonic() - start:.1f} s)")
+    images = (verify_images if verify else open_images)(
+        index.frame["id"].tolist(), index.frame["path"].tolist(), size, aspect=aspect, cache_dir=cache_dir, workers=workers)
+    index.report.add("unreadable", (f"{name}: {why}" for name, why in images.bad.items()))
+    seconds = time.monotonic() - start
+    click.echo(f"{len(images):,} images at {size} pixels, {images.pixels.nbytes / 1e9:.2f} GB, in {images.folder} "
+               f"({seconds:.1f} s, {len(images) / seconds:,.0f} a second)")
+    sizes = content_of(images.folder)["sizes"]
+    click.echo("source pictures: " + ", ".join(f"{n:,} of {w} x {h}" for (w, h), n in list(sizes.items())[:5])
+               + (f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""))
     click.echo(f"report: {index.report}")
 
 

@@ -10,6 +10,15 @@ from pathlib import Path
 from typing import Any
 
 
+def sync(path: str | Path) -> None:
+    """Make what was written to a file, or renamed in a folder, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Call ``write`` with a temporary path beside ``path``, then put its file in place for good."""
     path = Path(path)
@@ -22,11 +31,7 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 def _umask() -> int:

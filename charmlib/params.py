@@ -48,6 +48,8 @@ _DECLARED = [
           ("official", "patient"), also="a folder"),
     Param("data", "valid_fraction", float, 0.1, "share of the train_val patients kept for validation", low=0.01, high=0.5),
     Param("data", "image_size", int, 224, "pixels a side; the published runs use 224", low=16, high=1024),
+    Param("data", "aspect", str, "stretch", "pictures that are not square: stretch, pad with black, or crop about the middle",
+          ("stretch", "pad", "crop")),
     Param("data", "cache_dir", str, "", "where decoded images are kept; '' is a scratch folder of this machine"),
     Param("data", "limit", int, 0, "0 = all; N images a part makes a quick check, never ranked", low=0),
     # network
@@ -91,6 +93,8 @@ _DECLARED = [
     Param("run", "seed", int, 85, "all randomness of the run derives from it (85 as published)", low=0),
     Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
     Param("run", "workers", int, 2, "threads that decode images", low=0),
+    Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU: 50 KB an image at 224"),
+    Param("run", "compile", bool, False, "torch.compile of the backbone; needs a card of sm_70 or newer (a T4), not a P100"),
     Param("run", "device", str, "auto", "auto takes the GPU if this torch has kernels for it", ("auto", "cpu", "cuda")),
     Param("run", "resume", bool, True, "continue from the last finished epoch of run_dir"),
 ]
@@ -98,7 +102,7 @@ _DECLARED = [
 PARAMS: dict[str, Param] = {p.name: p for p in _DECLARED}
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in _DECLARED}
 
-UNHASHED = ("run_dir", "cache_dir", "data_root", "workers", "device", "resume")
+UNHASHED = ("run_dir", "cache_dir", "data_root", "workers", "device", "resume", "preload")
 """Parameters that say where and how a run happens, not what it is; they stay out of a cell's hash."""
 
 ARCHS = ("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "efficientnet_b0", "efficientnet_b1", "mobilenet_v2",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "charmlib"
-ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz"},
+ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz", "files"},
            "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation", "files"},
            "grid": {"grid", "data", "evaluation", "viz", "files", "params"},
            "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz"}}

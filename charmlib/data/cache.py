@@ -1,108 +1,418 @@
-"""Images decoded and resized once, kept as one uint8 array that all runs of a machine share.
+"""The image cache: every image decoded and resized once, into one uint8 array that all runs of a machine share.
 
-A cache is two files, ``<key>.npy`` (n, size, size) and ``<key>.json``. The key covers the paths, sizes and times of
-the source files, so a changed data set gets another cache. The array is written under a temporary name and renamed
-before its manifest is, so a manifest that is there belongs to an array that is whole.
+A cache is a folder of four files:
+
+- ``pixels.npy``: uint8 (n, size, size);
+- ``ids.txt``: the n image ids, a line each, in the order of the rows;
+- ``rows.npy``: for each row the size of its source file, width and height of the picture in it, and CRC-32 checksums of
+  the source file and of the pixels (:data:`ROW`);
+- ``charm_cache.json``: the manifest: count, size, aspect rule, filter, hash of the ids, hash of all rows, unreadable files.
+
+It is built in a folder whose name ends in ``.partial``, synced, given its manifest and only then renamed, so a folder
+that has a manifest is whole. A build that was killed goes on where it was: rows count as done only if their pixels have
+their checksum. A cache holds no absolute path and no file time, so it may be copied, mounted elsewhere, or attached
+read-only (a Kaggle dataset).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from charmlib.data.images import read_grey
-from charmlib.data.paths import default_cache_dir
+from charmlib.data.images import FILTER, fit, open_grey
+from charmlib.data.parallel import for_each, to_stderr
+from charmlib.data.paths import default_cache_dir, kaggle_caches
+from charmlib.files import sync, write_json
 
-FORMAT = 1
-
-
-def cache_key(paths: Sequence[str], size: int) -> str:
-    """A name for these files at this size: changes with any path, file size or modification time."""
-    digest = hashlib.sha256(f"charm-cache {FORMAT} {size} bilinear\n".encode())
-    for path in paths:
-        stat = os.stat(path)
-        digest.update(f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode())
-    return f"grey{size}-{digest.hexdigest()[:16]}"
+FORMAT = 2
+MANIFEST, PIXELS, IDS, ROWS = "charm_cache.json", "pixels.npy", "ids.txt", "rows.npy"
+ROW = np.dtype([("state", "u1"), ("bytes", "<i8"), ("width", "<i4"), ("height", "<i4"), ("source_crc", "<u4"),
+                ("pixel_crc", "<u4")])
+_DONE, _BAD = 1, 2  # states of a row; 0 is still to be decoded
+_SAMPLE = 16  # rows that are held against their source files whenever a cache is opened
 
 
-def cached_images(paths: Sequence[str], size: int, *, cache_dir: str | Path = "", workers: int = 2,
-                  progress: bool = True) -> tuple[np.ndarray, dict[str, str]]:
-    """All images as a read-only memory map (n, size, size) uint8, decoding them only if no cache holds them.
+class DamagedCache(Exception):
+    """Files of a cache that do not fit together."""
+
+
+@dataclass
+class ImageCache:
+    """An open cache, seen through the ids that were asked for.
+
+    ``array[i]``, ``array[rows]`` and :meth:`take` count in the order of those ids, whatever the order in the file.
+    """
+
+    folder: Path
+    manifest: dict
+    pixels: np.ndarray  # (n in the file, size, size), a read-only memory map
+    rows: np.ndarray | None = None  # row in the file of each image asked for; None where both are the same
+    bad: dict[str, str] = field(default_factory=dict)  # of the ids asked for: unreadable source -> reason; pixels black
+
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (len(self), *self.pixels.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.pixels) if self.rows is None else len(self.rows)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return np.asarray(self.pixels[index if self.rows is None else self.rows[index]])
+
+    def take(self, index: np.ndarray, axis: int = 0, out: np.ndarray | None = None) -> np.ndarray:
+        """As ``numpy.ndarray.take`` along the images: one indexed read into ``out`` (B, size, size), no copy between."""
+        index = np.asarray(index) if self.rows is None else self.rows[index]
+        if len(index) and not 0 <= index.min() <= index.max() < len(self.pixels):
+            raise IndexError(f"rows {index.min()} to {index.max()} of a cache of {len(self.pixels)} images")
+        return self.pixels.take(index, axis=axis, out=out, mode="clip")  # 'raise' would buffer the output
+
+    def only(self, kept: np.ndarray) -> ImageCache:
+        """The same cache seen through some of its images: ``kept`` is a mask or row numbers."""
+        rows = (np.arange(len(self.pixels)) if self.rows is None else self.rows)[kept]
+        return ImageCache(self.folder, self.manifest, self.pixels, rows)
+
+
+def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: str = "stretch", cache_dir: str | Path = "",
+                workers: int = 2, say: Callable[[str], None] | None = None) -> ImageCache:
+    """The cache that holds these images at this size, wherever it lies; built first if there is none.
+
+    Looked for in ``cache_dir``, in this machine's scratch folder and among what is attached on Kaggle. A cache fits if it has
+    all ids (more is no harm), and its checksums and, where they are there, its source files agree in a sample of rows. If some
+    of these source files have changed, every file is checked, and those that changed are decoded again. Of two processes
+    that ask for a missing cache at once, one builds it and the other waits.
 
     Parameters
     ----------
-    paths : sequence of str
-        Image files; row i of the result is ``paths[i]``.
+    ids, paths : sequences of str
+        Name and file of each image.
     size : int
         Pixels a side.
+    aspect : {'stretch', 'pad', 'crop'}
+        See :func:`charmlib.data.images.fit`.
     cache_dir : path
-        '' is :func:`charmlib.data.paths.default_cache_dir`.
+        Folder of caches, or one cache; '' is :func:`charmlib.data.paths.default_cache_dir`. Where it cannot be written, new
+        caches go to that default.
     workers : int
         Threads that decode (Pillow releases the interpreter while it decodes).
-
-    Returns
-    -------
-    images, bad
-        Unreadable files have a black row and stand in ``bad`` (path -> reason): leave them out.
+    say : callable
+        Gets a line where something takes time; standard error by default.
 
     Raises
     ------
     OSError
         Not enough room; says how much is needed and how much there is.
     """
-    folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    key = cache_key(paths, size)
-    array, manifest = folder / f"{key}.npy", folder / f"{key}.json"
-    if manifest.is_file() and array.is_file():
-        kept = json.loads(manifest.read_text())
-        images = np.load(array, mmap_mode="r", allow_pickle=False)
-        if images.shape == (len(paths), size, size) and images.dtype == np.uint8:
-            return images, kept["bad"]
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = len(paths) * size * size, shutil.disk_usage(folder).free
-    if needed > 0.95 * free:
-        raise OSError(f"the cache of {len(paths)} images at {size} pixels needs {needed / 1e9:.1f} GB, {folder} has "
-                      f"{free / 1e9:.1f} GB free: name another cache_dir or a smaller image_size")
-    temporary = folder / f"{key}.{os.getpid()}.npy.tmp"
-    try:
-        bad = _decode_all(paths, size, temporary, workers, progress)
-        os.replace(temporary, array)
-    finally:
-        temporary.unlink(missing_ok=True)
-    note = folder / f"{key}.{os.getpid()}.json.tmp"
-    note.write_text(json.dumps({"format": FORMAT, "images": len(paths), "size": size, "bad": bad}))
-    os.replace(note, manifest)
-    return np.load(array, mmap_mode="r", allow_pickle=False), bad
+    say = say or to_stderr
+    wanted = _Wanted(list(ids), list(paths), size, aspect)
+    found = _find(wanted, cache_dir, say)
+    if found is None:
+        found = _build(wanted, _home(cache_dir), workers, say)
+    return found
 
 
-def _decode_all(paths, size, target: Path, workers: int, progress: bool) -> dict[str, str]:
-    images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=(len(paths), size, size))
+def verify_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: str = "stretch",
+                  cache_dir: str | Path = "", workers: int = 2, say: Callable[[str], None] | None = None) -> ImageCache:
+    """As :func:`open_images`, after a check of every row: its pixels and its whole source file against their checksums.
+
+    Rows that changed are decoded again, which for a read-only cache means a new one elsewhere. Source files that are gone
+    are named, and their rows kept.
+    """
+    say = say or to_stderr
+    wanted = _Wanted(list(ids), list(paths), size, aspect)
+    found = _find(wanted, cache_dir, say, sampled=False)
+    if found is None:
+        say("no cache of these images yet: building it")
+        return open_images(ids, paths, size, aspect=aspect, cache_dir=cache_dir, workers=workers, say=say)
+    return _verified(wanted, found, _home(cache_dir), workers, say)
+
+
+def content_of(folder: str | Path) -> dict:
+    """Manifest of a cache, with what its source pictures were: ``sizes``, (width, height) -> images."""
+    folder = Path(folder)
+    rows = np.load(folder / ROWS, allow_pickle=False)
+    pairs, counts = np.unique(rows[["width", "height"]][rows["state"] == _DONE], return_counts=True)
+    sizes = {(int(w), int(h)): int(n) for (w, h), n in sorted(zip(pairs.tolist(), counts), key=lambda x: -x[1])}
+    return {**_manifest(folder), "sizes": sizes}
+
+
+class _Wanted:
+    """What is asked for, and the name that a cache of exactly this gets."""
+
+    def __init__(self, ids: list[str], paths: list[str], size: int, aspect: str):
+        if len(ids) != len(paths) or not ids:
+            raise ValueError(f"{len(ids)} ids and {len(paths)} files: wanted one file for each of at least one id")
+        self.ids, self.paths, self.size, self.aspect = ids, paths, size, aspect
+        self.ids_hash = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+        self.sample = np.unique(np.linspace(0, len(ids) - 1, _SAMPLE).astype(int))
+
+    @property
+    def name(self) -> str:
+        # The sampled files' sizes tell data sets apart that share their ids, such as the NIH set and a resized copy of it.
+        sizes = [_size(self.paths[i]) for i in self.sample]
+        digest = hashlib.sha256(f"{FORMAT} {self.ids_hash} {sizes}".encode()).hexdigest()[:10]
+        return f"grey{self.size}-{self.aspect}-{len(self.ids)}-{digest}"
+
+
+def _home(cache_dir: str | Path) -> Path:
+    """Where new caches go."""
+    home = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    if (home / MANIFEST).is_file():
+        home = home.parent
+    there = next(p for p in (home, *home.absolute().parents) if p.exists())
+    return home if os.access(there, os.W_OK) else default_cache_dir()
+
+
+def _find(wanted: _Wanted, cache_dir: str | Path, say, *, sampled: bool = True) -> ImageCache | None:
+    """The first cache that fits; with ``sampled`` its sample of rows is held against the source files."""
+    places = [Path(cache_dir).expanduser()] if cache_dir else []
+    places += [default_cache_dir(), *kaggle_caches(MANIFEST)]
+    for folder in _folders(places):
+        try:
+            cache = _open(folder, wanted)
+            changed = [] if cache is None else _sample(cache, wanted)
+        except (DamagedCache, OSError, ValueError, KeyError) as error:
+            say(f"{folder} is not used: {error}")
+            continue
+        if cache is None:
+            continue
+        if len(changed) * 2 > len(wanted.sample):
+            continue  # another data set with the same names
+        if changed and sampled:
+            say(f"{len(changed)} of {len(wanted.sample)} sampled images differ from {folder}, such as {changed[0]}: "
+                "checking all")
+            return _verified(wanted, cache, _home(cache_dir), 2, say)
+        return cache
+    return None
+
+
+def _folders(places: Sequence[Path]) -> Iterator[Path]:
+    seen = set()
+    for place in places:
+        inside = [place] if (place / MANIFEST).is_file() else sorted(p.parent for p in place.glob(f"*/{MANIFEST}"))
+        for folder in inside:
+            if folder.suffix != ".partial" and folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                yield folder
+
+
+def _manifest(folder: Path) -> dict:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest.get("format") != FORMAT:
+        raise DamagedCache(f"its format is {manifest.get('format')}, wanted {FORMAT}")
+    return manifest
+
+
+def _open(folder: Path, wanted: _Wanted) -> ImageCache | None:
+    """The cache in a folder, or None if it holds other images, another size or another rule."""
+    manifest = _manifest(folder)
+    if (manifest["size"], manifest["aspect"], manifest["filter"]) != (wanted.size, wanted.aspect, FILTER):
+        return None
+    rows = None
+    if manifest["ids_hash"] != wanted.ids_hash:
+        if manifest["images"] < len(wanted.ids):
+            return None
+        where = {name: i for i, name in enumerate(_ids(folder, manifest))}
+        found = [where.get(name, -1) for name in wanted.ids]
+        if min(found) < 0:
+            return None
+        rows = np.array(found, dtype=np.int64)
+    pixels = np.load(folder / PIXELS, mmap_mode="r", allow_pickle=False)
+    if pixels.shape != (manifest["images"], wanted.size, wanted.size) or pixels.dtype != np.uint8:
+        raise DamagedCache(f"{PIXELS} is {pixels.dtype} {pixels.shape}, its manifest says {manifest['images']} images of "
+                           f"{wanted.size} pixels")
+    bad = manifest["bad"] if rows is None else {n: manifest["bad"][n] for n in wanted.ids if n in manifest["bad"]}
+    return ImageCache(folder, manifest, pixels, rows, bad)
+
+
+def _ids(folder: Path, manifest: dict) -> list[str]:
+    text = (folder / IDS).read_text(encoding="utf-8")
+    if hashlib.sha256(text.encode()).hexdigest() != manifest["ids_hash"]:
+        raise DamagedCache(f"{IDS} is not what its manifest says")
+    return text.split("\n")
+
+
+def _sample(cache: ImageCache, wanted: _Wanted) -> list[str]:
+    """Ids of the sampled images whose pixels or source files are not those of the cache."""
+    kept = np.load(cache.folder / ROWS, allow_pickle=False)
+    if hashlib.sha256(kept.tobytes()).hexdigest() != cache.manifest["hash"]:
+        raise DamagedCache(f"{ROWS} is not what its manifest says")
+    return [wanted.ids[i] for i in wanted.sample if not _same(cache, kept, wanted, i)]
+
+
+def _same(cache: ImageCache, kept: np.ndarray, wanted: _Wanted, i: int) -> bool:
+    at = i if cache.rows is None else int(cache.rows[i])
+    row = kept[at]
+    if zlib.crc32(np.ascontiguousarray(cache.pixels[at])) != row["pixel_crc"]:
+        return False
+    try:  # a source that is gone says nothing against the cache
+        if _size(wanted.paths[i]) != row["bytes"]:
+            return not os.path.exists(wanted.paths[i])
+        with open(wanted.paths[i], "rb") as file:
+            return zlib.crc32(file.read()) == row["source_crc"]
+    except OSError:
+        return True
+
+
+def _verified(wanted: _Wanted, cache: ImageCache, home: Path, workers: int, say) -> ImageCache:
+    kept = np.load(cache.folder / ROWS, mmap_mode="r", allow_pickle=False)
+    gone = [name for name, path in zip(wanted.ids, wanted.paths) if not os.path.exists(path)]
+    same = np.zeros(len(wanted.ids), bool)
+
+    def check(i: int) -> None:
+        same[i] = _same(cache, kept, wanted, i)
+
+    for_each(check, range(len(same)), workers, "checked", say)
+    changed = np.flatnonzero(~same)
+    if gone:
+        say(f"{len(gone)} source files are gone, their rows are kept: {_some(gone)}")
+    say(f"checked {len(wanted.ids):,} images in {cache.folder}: {len(changed)} changed"
+        + (f" ({_some([wanted.ids[i] for i in changed])})" if len(changed) else ""))
+    if not len(changed):
+        return cache
+    if not os.access(cache.folder, os.W_OK) or not os.access(cache.folder.parent, os.W_OK):
+        say(f"{cache.folder} is read-only: building anew in {home}")
+        return _build(wanted, home, workers, say)
+    if cache.rows is not None:
+        say(f"{cache.folder} holds more than these images: building one of these alone in {home}")
+        return _build(wanted, home, workers, say)
+    with _lock(cache.folder.parent, cache.folder.name, say):
+        _take_back(cache.folder)
+        partial = _partial(cache.folder)
+        states = np.load(partial / ROWS, mmap_mode="r+", allow_pickle=False)
+        states["state"][changed] = 0
+        states.flush()
+        del states
+        _fill(wanted, partial, cache.folder, workers, say)
+    return _open(cache.folder, wanted)
+
+
+def _build(wanted: _Wanted, home: Path, workers: int, say) -> ImageCache:
+    home.mkdir(parents=True, exist_ok=True)
+    target = home / wanted.name
+    with _lock(home, wanted.name, say):
+        with contextlib.suppress(DamagedCache, OSError, ValueError, KeyError):
+            cache = _open(target, wanted)
+            if cache is not None and not _sample(cache, wanted):
+                return cache  # another process built it while this one waited
+        if target.exists():
+            _take_back(target)
+        _fill(wanted, _partial(target), target, workers, say)
+    cache = _open(target, wanted)
+    if cache is None:
+        raise DamagedCache(f"{target} does not hold what was just written to it")
+    return cache
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
+def _take_back(target: Path) -> None:
+    """Make a cache an unfinished build again, in which what is good is kept."""
+    shutil.rmtree(_partial(target), ignore_errors=True)
+    (target / MANIFEST).unlink(missing_ok=True)  # first, so that it is not opened from now on
+    os.rename(target, _partial(target))
+
+
+def _fill(wanted: _Wanted, partial: Path, target: Path, workers: int, say) -> None:
+    """Decode what is still missing in a partial cache, then make it a whole one."""
+    pixels, rows = _begin(wanted, partial)
     bad: dict[str, str] = {}
 
-    def decode(i):
+    def decode(i: int) -> None:
         try:
-            images[i] = read_grey(paths[i], size)
+            with open(wanted.paths[i], "rb") as file:
+                source = file.read()
+            rows["bytes"][i], rows["source_crc"][i] = len(source), zlib.crc32(source)
+            grey = open_grey(source)
+            pixels[i], state = fit(grey, wanted.size, wanted.aspect), _DONE
+            rows["width"][i], rows["height"][i] = grey.size
         except Exception as error:
             # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for damaged files
-            bad[paths[i]] = f"{type(error).__name__}: {error}"
+            bad[wanted.ids[i]] = f"{type(error).__name__}: {error}"
+            pixels[i], state = 0, _BAD
+            rows["width"][i] = rows["height"][i] = 0
+        rows["pixel_crc"][i] = zlib.crc32(pixels[i])
+        rows["state"][i] = state  # last: a row that says it is done has all the rest
 
-    start = last = time.monotonic()
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for done, _ in enumerate(pool.map(decode, range(len(paths))), 1):
-            if progress and (time.monotonic() - last > 10 or (done == len(paths) and done > 2000)):
-                last = time.monotonic()
-                print(f"decoded {done} of {len(paths)} images, {done / (last - start):.0f} a second",
-                      file=sys.stderr, flush=True)
-    images.flush()
-    with open(target, "rb+") as file:
-        os.fsync(file.fileno())
-    return dict(sorted(bad.items()))
+    todo = [i for i in range(len(wanted.ids)) if not _kept(pixels, rows, wanted, i)]
+    if len(todo) < len(wanted.ids):
+        say(f"going on with {partial}: {len(wanted.ids) - len(todo):,} of {len(wanted.ids):,} images are there")
+    for_each(decode, todo, workers, "decoded", say)
+    pixels.flush()
+    rows.flush()
+    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    for name in (PIXELS, ROWS, IDS):
+        sync(partial / name)
+    write_json(partial / MANIFEST, {
+        "format": FORMAT, "images": len(wanted.ids), "size": wanted.size, "aspect": wanted.aspect, "filter": FILTER,
+        "ids_hash": wanted.ids_hash, "hash": digest, "bad": dict(sorted(bad.items()))})
+    os.rename(partial, target)
+    sync(target.parent)
+
+
+def _begin(wanted: _Wanted, partial: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Writable maps of pixels and rows: of the unfinished build that is there, or new ones with their room reserved."""
+    shape = (len(wanted.ids), wanted.size, wanted.size)
+    with contextlib.suppress(OSError, ValueError):
+        if hashlib.sha256((partial / IDS).read_bytes()).hexdigest() == wanted.ids_hash:
+            pixels = np.load(partial / PIXELS, mmap_mode="r+", allow_pickle=False)
+            rows = np.load(partial / ROWS, mmap_mode="r+", allow_pickle=False)
+            if pixels.shape == shape and pixels.dtype == np.uint8 and rows.shape == shape[:1] and rows.dtype == ROW:
+                return pixels, rows
+    shutil.rmtree(partial, ignore_errors=True)
+    needed, free = int(np.prod(shape)) + len(wanted.ids) * 64, shutil.disk_usage(partial.parent).free
+    if needed > 0.98 * free:
+        raise OSError(f"the cache of {shape[0]:,} images at {wanted.size} pixels needs {needed / 1e9:.1f} GB, {partial.parent} "
+                      f"has {free / 1e9:.1f} GB free: name another cache_dir or a smaller image_size")
+    partial.mkdir()
+    pixels = np.lib.format.open_memmap(partial / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
+    with open(partial / PIXELS, "rb+") as file:  # or a disk that fills up later would kill the process (SIGBUS)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    rows = np.lib.format.open_memmap(partial / ROWS, mode="w+", dtype=ROW, shape=shape[:1])
+    (partial / IDS).write_text("\n".join(wanted.ids), encoding="utf-8")
+    return pixels, rows
+
+
+def _kept(pixels: np.ndarray, rows: np.ndarray, wanted: _Wanted, i: int) -> bool:
+    """Whether an unfinished build has this row: done, with its pixels' checksum, and of a source of the same size."""
+    row = rows[i]
+    return (row["state"] == _DONE and zlib.crc32(np.ascontiguousarray(pixels[i])) == row["pixel_crc"]
+            and _size(wanted.paths[i]) in (row["bytes"], -1))
+
+
+def _size(path: str) -> int:
+    """Bytes of a file, -1 where it is not there."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+@contextlib.contextmanager
+def _lock(home: Path, name: str, say) -> Iterator[None]:
+    """One process at a time for a cache; the system frees the lock of one that was killed."""
+    with open(home / f".{name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is building {home / name}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from charmlib.data.cache import cached_images
+from charmlib.data.cache import ImageCache, open_images
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import resolve_data_root
 from charmlib.data.splits import PARTS, SPLIT_SEED, Split, make_split
@@ -18,12 +17,13 @@ from charmlib.data.splits import PARTS, SPLIT_SEED, Split, make_split
 class ChestData:
     """Index, split and images, row for row.
 
-    ``images`` is (n, size, size) uint8, read-only; ``labels`` (n, classes) float32.
+    ``images[i]`` and ``images[rows]`` are uint8 arrays (size, size) and (rows, size, size) from the image cache;
+    ``labels`` is (n, classes) float32.
     """
 
     index: Index
     split: Split
-    images: np.ndarray
+    images: ImageCache
     labels: np.ndarray
 
     @property
@@ -64,14 +64,13 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     p = resolve(dict(params or {}), changes)
     root = resolve_data_root(p["data_root"])
     index = read_index(root, classes=p["classes"], csv=p["csv"])
-    images, bad = cached_images(list(index.frame["path"]), p["image_size"], cache_dir=p["cache_dir"],
-                                workers=p["workers"])
-    kept = ~index.frame["path"].isin(bad.keys()).to_numpy()
-    index.report.add("unreadable, left out", (f"{Path(path).name}: {why}" for path, why in bad.items()))
-    if not kept.all():
-        # Rows of the memory map are gathered only when some are bad, which is rare and small.
+    images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), p["image_size"], aspect=p["aspect"],
+                         cache_dir=p["cache_dir"], workers=p["workers"])
+    if images.bad:
+        index.report.add("unreadable, left out", (f"{name}: {why}" for name, why in images.bad.items()))
+        kept = ~index.frame["id"].isin(images.bad.keys()).to_numpy()
         index = replace(index, frame=index.frame[kept].reset_index(drop=True))
-        images = images[kept]
+        images = images.only(kept)
     split = make_split(index, p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"])
     if p["labels"] == "shuffled":
         index = shuffle_labels(index, split)

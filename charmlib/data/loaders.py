@@ -1,9 +1,16 @@
-"""fastai DataLoaders over the image cache: one indexed read a batch, everything else on the device."""
+"""fastai DataLoaders over the image cache: one indexed read a batch, everything else on the device.
+
+A batch is read ahead of its use, by a thread, straight into one uint8 tensor (page-locked for a GPU, so that its copy there
+is not waited for). What goes to the device is one byte a pixel; turning, mirroring, scaling and the expansion to three
+channels happen there, for the whole batch at once.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +25,8 @@ from charmlib.data.dataset import ChestData
 from charmlib.data.images import read_grey
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+READ_AHEAD = 2
+"""Batches that are read while the network computes."""
 
 
 class ChestImages:
@@ -25,7 +34,7 @@ class ChestImages:
 
     Parameters
     ----------
-    images : array (n, S, S) uint8
+    images : ImageCache, or array (n, S, S) uint8
     labels : array (n, C) float32
     rows : array (m,)
         Which rows of the two belong to this part; also the image ids that the bank's slots remember.
@@ -46,41 +55,93 @@ class ChestImages:
         self.known, self.note = known, note
         self.classes, self.ids = tuple(classes), ids
         self.split_idx = 0 if train else 1  # fastai's name for training (0) and validation (1) transforms
+        self.held: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, index: Sequence[int]) -> tuple[TensorImage, TensorMultiCategory]:
-        """Images (B, 1, S, S) uint8 and labels (B, C) float32."""
-        rows = self.rows[np.asarray(index, dtype=np.int64)]
-        return (TensorImage(torch.from_numpy(self.images[rows][:, None])),
-                TensorMultiCategory(torch.from_numpy(self.labels[rows])))
+    def read(self, index: Sequence[int], *, pin: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 1, S, S) uint8, labels (B, C) float32 and rows (B,) int64, page-locked if ``pin``.
+
+        Of a preloaded part the first two are None and the third counts within the part.
+        """
+        index = np.asarray(index, dtype=np.int64)
+        if self.held is not None:
+            return None, None, _pinned(torch.from_numpy(index), pin)
+        rows = self.rows[index]
+        images = torch.empty((len(rows), 1, *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pin)
+        self.images.take(rows, axis=0, out=images.numpy()[:, 0])
+        return images, _pinned(torch.from_numpy(self.labels[rows]), pin), _pinned(torch.from_numpy(rows), pin)
+
+    def send(self, images, labels, rows, device) -> tuple[tuple[TensorImage, TensorMultiCategory], Tensor]:
+        """What :meth:`read` gave, on the device, and the rows there; never waits for a GPU."""
+        rows = rows.to(device, non_blocking=True)
+        if self.held is not None:
+            images, labels, rows = self.held[0][rows], self.held[1][rows], self._held_rows[rows]
+        x, y = (TensorImage(images.to(device, non_blocking=True)),
+                TensorMultiCategory(labels.to(device, non_blocking=True)))
+        return (x, y), rows if self.known else torch.full_like(rows, -1)
+
+    def preload(self, device) -> None:
+        """Hold the whole part as uint8 on a device; batches are then gathered there.
+
+        Raises
+        ------
+        MemoryError
+            The GPU has too little free memory; says how much is needed and how much there is.
+        """
+        device, size = torch.device(device), self.images.shape[1:]
+        if device.type == "cuda":
+            needed, free = len(self) * math.prod(size), torch.cuda.mem_get_info(device)[0]
+            if needed > 0.6 * free:
+                raise MemoryError(f"preload: {len(self):,} images of {size[0]} pixels are {needed / 1e9:.1f} GB, the GPU has "
+                                  f"{free / 1e9:.1f} GB free, and training needs its part of it: say preload=False")
+        images = torch.empty((len(self), 1, *size), dtype=torch.uint8, device=device)
+        for start in range(0, len(self), 1024):
+            part = np.arange(start, min(start + 1024, len(self)))
+            images[start:start + len(part)] = self.read(part)[0].to(device)
+        self._held_rows = torch.from_numpy(self.rows.astype(np.int64)).to(device)
+        self.held = images, torch.from_numpy(self.labels[self.rows]).to(device)
 
     def __getitem__(self, i: int):
-        x, y = self.batch([i])
+        (x, y), _ = self.send(*self.read([i]), "cpu" if self.held is None else self.held[0].device)
         return x[0], y[0]
+
+
+def _pinned(tensor: Tensor, pin: bool) -> Tensor:
+    return tensor.pin_memory() if pin else tensor
 
 
 class ChestDL(TfmdDL):
     """A fastai loader that reads whole batches.
 
-    ``ids`` are the rows of the batch that it gave last, (B,) int64, -1 for images that are not of the data set.
+    ``ids`` are the rows of the batch that it gave last, (B,) int64 on the device, -1 for images that are not of the data set.
 
     Shuffling draws from torch's generator, so that one seed fixes order and augmentation together.
     """
 
     def __init__(self, dataset: ChestImages, bs: int = 64, shuffle: bool = False, num_workers: int = 0, **kwargs):
-        super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **kwargs)  # reading is one copy from memory
+        # no worker processes: reading is one copy from memory, which a thread does ahead
+        super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **{**kwargs, "pin_memory": False})
         self._n_inp, self._types, self.ids = 1, {tuple: [TensorImage, TensorMultiCategory]}, None
 
     def shuffle_fn(self, idxs):
         return [idxs[i] for i in torch.randperm(len(idxs)).tolist()]
 
     def create_batches(self, samps):
-        for chunk in self.chunkify(iter(samps)):
-            rows = torch.from_numpy(self.dataset.rows[np.asarray(chunk)])
-            self.ids = rows if self.dataset.known else torch.full_like(rows, -1)
-            yield self.dataset.batch(chunk)
+        device = torch.device("cpu" if self.device is None else self.device)
+        chunks, ahead = self.chunkify(iter(samps)), deque()
+        with ThreadPoolExecutor(1) as reader:
+            for chunk in chunks:
+                ahead.append(reader.submit(self.dataset.read, chunk, pin=device.type == "cuda"))
+                if len(ahead) > READ_AHEAD:
+                    yield self._next(ahead, device)
+            while ahead:
+                yield self._next(ahead, device)
+
+    def _next(self, ahead, device):
+        batch, self.ids = self.dataset.send(*ahead.popleft().result(), device)
+        return batch
 
     def show_batch(self, b=None, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings; returns the figure, or the decoded batch with ``show=False``."""
@@ -105,9 +166,12 @@ class ChestDL(TfmdDL):
 
 
 class GreyToNetwork(Transform):
-    """uint8 (B, 1, S, S) on the device -> float32 (B, 3, S, S), normalised as the weights expect."""
+    """Grey (B, 1, S, S), uint8 or float, of 0 to 255 on the device -> float32 (B, 3, S, S), normalised as the weights expect.
 
-    order = 0
+    The result is laid out channels last in memory, which is how convolutions are fastest (:mod:`charmlib.training.device`).
+    """
+
+    order = 10
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], **kwargs):
         super().__init__(**kwargs)
@@ -118,22 +182,30 @@ class GreyToNetwork(Transform):
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
     def encodes(self, x: TensorImage):
-        mean, std = self.mean.to(x.device), self.std.to(x.device)
-        grey = x.as_subclass(Tensor)
-        return TensorImage((grey.float() / 255 - mean) / std) if grey.dtype == torch.uint8 else x
+        return TensorImage(grey_to_network(x.as_subclass(Tensor), self.mean.to(x.device), self.std.to(x.device)))
 
     def decodes(self, x: TensorImage):
         """Back to one grey channel in [0, 1]."""
         return TensorImage((x.as_subclass(Tensor) * self.std.to(x.device) + self.mean.to(x.device)).mean(1, keepdim=True))
 
 
+def grey_to_network(grey: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(B, 1, H, W) of 0 to 255 -> float32 (B, 3, H, W) = (grey / 255 - mean) / std, channels last; mean, std (1, 3, 1, 1)."""
+    scale, shift = 1 / (255 * std), -mean / std
+    pixels = grey.permute(0, 2, 3, 1)  # (B, H, W, 1), to be multiplied out to (B, H, W, 3) in one pass
+    if not pixels.is_floating_point():
+        pixels = pixels.float()
+    return torch.addcmul(shift.flatten(), pixels, scale.flatten()).permute(0, 3, 1, 2)
+
+
 class FlipRotate(Transform):
     """Training only, a whole batch at once: horizontal flip for half of the images, rotation by up to ``degrees``.
 
-    Turned-in corners repeat the border. Angles are drawn on the CPU, so that a run is the same on every device.
+    Turned-in corners repeat the border. It comes before the expansion to three channels, so that one is turned instead of
+    three. Angles are drawn on the CPU, so that a run is the same on every device.
     """
 
-    order, split_idx = 10, 0
+    order, split_idx = 0, 0
 
     def __init__(self, degrees: float = 10.0, flip: float = 0.5, **kwargs):
         super().__init__(**kwargs)
@@ -142,14 +214,15 @@ class FlipRotate(Transform):
     def encodes(self, x: TensorImage):
         flip = (torch.rand(len(x)) < self.flip).float() * -2 + 1
         angle = (torch.rand(len(x)) * 2 - 1) * math.radians(self.degrees)
-        return TensorImage(flip_rotate(x.as_subclass(Tensor), flip, angle))
+        return TensorImage(flip_rotate(x.as_subclass(Tensor).float(), flip, angle))
 
 
 def flip_rotate(x: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
     """Images (B, C, H, W), mirrored where ``flip`` (B,) is -1 and turned by ``angle`` (B,) radians, bilinear."""
     c, s, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
     theta = torch.stack([torch.stack([c * flip, -s, zero], 1), torch.stack([s * flip, c, zero], 1)], 1)  # (B, 2, 3)
-    grid = F.affine_grid(theta.to(x.device, x.dtype), list(x.shape), align_corners=False)
+    theta = _pinned(theta, x.is_cuda).to(x.device, x.dtype, non_blocking=True)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
@@ -163,10 +236,12 @@ class ChestDataLoaders(DataLoaders):
     c = property(lambda self: len(self.vocab))
     test = property(lambda self: self.loaders[2])
 
+    aspect = "stretch"  # what becomes of new images that are not square
+
     def test_dl(self, items: Sequence, bs: int | None = None, **kwargs) -> ChestDL:
         """A loader over image files (any grey or colour mode), in their order, with unknown (NaN) labels."""
         size = self.train.dataset.images.shape[1]
-        images = np.stack([read_grey(path, size) for path in items])
+        images = np.stack([read_grey(path, size, self.aspect) for path in items])
         labels = np.full((len(items), self.c), np.nan, np.float32)
         part = ChestImages(images, labels, np.arange(len(items)), self.vocab, [Path(p).name for p in items], known=False)
         dl = self.valid.new(part, bs=bs or self.valid.bs)
@@ -175,7 +250,8 @@ class ChestDataLoaders(DataLoaders):
 
 def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = False,
                       mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
-                      degrees: float = 10.0, flip: float = 0.5, device=None, path: str | Path = ".") -> ChestDataLoaders:
+                      degrees: float = 10.0, flip: float = 0.5, preload: bool = False, device=None,
+                      path: str | Path = ".") -> ChestDataLoaders:
     """fastai DataLoaders ``[train, valid, test]`` over a :class:`ChestData`.
 
     Parameters
@@ -188,11 +264,15 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
         What the network expects of RGB in [0, 1] (``net.mean``, ``net.std``); ImageNet's by default.
     degrees, flip : float
         Augmentation of the training part.
+    preload : bool
+        Hold the training images as uint8 on the device (50 KB an image at 224 pixels); the batches are the same.
 
     Raises
     ------
     ValueError
         Fewer training images than 2.
+    MemoryError
+        ``preload`` on a GPU with too little free memory.
     """
     device = torch.device("cpu") if device is None else torch.device(device)
     ids = data.index.frame["id"].tolist()
@@ -206,6 +286,9 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
                               note=data.source if data.index.drawn else "")
         transforms = [GreyToNetwork(mean, std)] + ([FlipRotate(degrees, flip)] if train and (degrees or flip) else [])
         size = min(bs, len(rows))
-        loaders.append(ChestDL(dataset, bs=size, shuffle=train, drop_last=train, after_batch=transforms, device=device,
-                               pin_memory=device.type == "cuda"))
-    return ChestDataLoaders(*loaders, path=path, device=device)
+        if train and preload:
+            dataset.preload(device)
+        loaders.append(ChestDL(dataset, bs=size, shuffle=train, drop_last=train, after_batch=transforms, device=device))
+    dls = ChestDataLoaders(*loaders, path=path, device=device)
+    dls.aspect = data.images.manifest["aspect"]
+    return dls

@@ -53,6 +53,18 @@ def resolve_data_root(data_root: str | Path = "", *, kaggle_input: str | Path = 
     return make_phantoms(folder, size=128)
 
 
+def kaggle_caches(manifest: str, kaggle_input: str | Path = "/kaggle/input") -> list[Path]:
+    """Folders with a file ``manifest`` among what is attached on Kaggle, in its mounts of today and of before.
+
+    Never looks into folders as deep as the images lie: listing those takes longer than decoding some.
+    """
+    base, found = Path(kaggle_input), []
+    for kind in ("datasets/*/*", "notebooks/*/*", "*"):
+        for inside in ("", "*/", "*/*/") if kind != "*" else ("", "*/"):
+            found += sorted(base.glob(f"{kind}/{inside}{manifest}"))
+    return [path.parent for path in found]
+
+
 def default_cache_dir() -> Path:
     """Scratch space for decoded images: ``$CHARM_CACHE``, Kaggle's ``/kaggle/temp``, or the user's cache folder."""
     if os.environ.get("CHARM_CACHE"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from charmlib.data.images import read_grey
+from charmlib.data.images import fit, read_grey
 from charmlib.data.index import SUFFIXES
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
@@ -46,8 +46,8 @@ def find_radiographs(paths) -> list[Path]:
     return list(dict.fromkeys(out))
 
 
-def read_radiograph(path: str | Path, size: int) -> np.ndarray:
-    """A radiograph as uint8 (size, size), dark background and bright bone.
+def read_radiograph(path: str | Path, size: int, aspect: str = "stretch") -> np.ndarray:
+    """A radiograph as uint8 (size, size), dark background and bright bone; ``aspect`` as in training.
 
     PNG, JPEG and what else Pillow reads as :func:`charmlib.data.images.read_grey` does; DICOM through pydicom with its VOI
     window, or without one from the 0.5th to the 99.5th percentile, MONOCHROME1 inverted. (The NIH's PNGs were made by their
@@ -61,7 +61,7 @@ def read_radiograph(path: str | Path, size: int) -> np.ndarray:
     """
     path = Path(path)
     try:
-        return _dicom(path, size) if _is_dicom(path) else _picture(path, size)
+        return (_dicom if _is_dicom(path) else _picture)(path, size, aspect)
     except NotARadiograph:
         raise
     except Exception as error:
@@ -76,7 +76,7 @@ def _is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _picture(path: Path, size: int) -> np.ndarray:
+def _picture(path: Path, size: int, aspect: str) -> np.ndarray:
     with Image.open(path) as image:
         _check_size(path, image.width, image.height)
         if getattr(image, "n_frames", 1) > 1:
@@ -88,10 +88,10 @@ def _picture(path: Path, size: int) -> np.ndarray:
                 raise NotARadiograph(f"{path}: a colour picture ({coloured:.0%} of its pixels), not a grey radiograph")
     grey = read_grey(path)
     _check_grey(path, grey)
-    return _resized(grey, size)
+    return fit(Image.fromarray(grey), size, aspect)
 
 
-def _dicom(path: Path, size: int) -> np.ndarray:
+def _dicom(path: Path, size: int, aspect: str) -> np.ndarray:
     try:
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -114,12 +114,7 @@ def _dicom(path: Path, size: int) -> np.ndarray:
         values = 255 - values
     grey = np.clip(values + 0.5, 0, 255).astype(np.uint8)
     _check_grey(path, grey, paper=False)  # a narrow window may well burn out half of a radiograph
-    return _resized(grey, size)
-
-
-def _resized(grey: np.ndarray, size: int) -> np.ndarray:
-    """As :func:`charmlib.data.images.read_grey` resizes."""
-    return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BILINEAR))
+    return fit(Image.fromarray(grey), size, aspect)
 
 
 def _check_size(path: Path, width: int, height: int) -> None:

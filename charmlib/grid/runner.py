@@ -27,7 +27,8 @@ from charmlib.grid.report import write_report
 from charmlib.grid.spec import Cell, Grid, load_grid
 from charmlib.params import with_absolute_paths
 
-_DATA = ("data_root", "classes", "csv", "labels", "split", "valid_fraction", "limit", "image_size", "cache_dir", "workers")
+_DATA = ("data_root", "classes", "csv", "labels", "split", "valid_fraction", "limit", "image_size", "aspect",
+         "cache_dir", "workers")
 
 
 def run_grid(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,

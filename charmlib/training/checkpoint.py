@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from charmlib.evaluation.results import FORMAT, load_card
 from charmlib.files import write_json, write_whole
 from charmlib.models.charm import CharmNet
+from charmlib.training.device import place
 
 _NETWORK = ("arch", "use_momentum", "use_attention", "use_bank", "momentum", "k", "threshold", "bank_size", "strategy",
             "rule", "retrieval", "bank_norm", "dropout", "hidden")
@@ -71,7 +72,7 @@ def load_model(folder: str | Path, device="cpu") -> tuple[CharmNet, dict]:
     net = CharmNet(classes=len(card["classes"]), weights="none", norm="half", **network_params(card["params"]))
     net.mean, net.std = tuple(card["norm"]["mean"]), tuple(card["norm"]["std"])
     load_weights(net, folder)
-    return net.eval().to(device), card
+    return place(net.eval(), device), card
 
 
 def fill(net: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:

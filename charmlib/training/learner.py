@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from fastai.callback import schedule as _schedule  # noqa: F401  (patches lr_find, fine_tune and fit_one_cycle into Learner)
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import ProgressCallback  # noqa: F401  (registers fastai's progress bars)
 from fastai.learner import Learner
-from fastai.metrics import AccumMetric
-from fastai.optimizer import OptimWrapper
 
-from charmlib.data.loaders import ChestDataLoaders
-from charmlib.evaluation.metrics import mean_auc
+from charmlib.data.loaders import ChestDataLoaders, GreyToNetwork
 from charmlib.models.charm import CharmNet
 from charmlib.nn.losses import MultiLabelLoss, make_loss
-from charmlib.training.callbacks import BankFeed, FollowStep, SeedEpoch
-from charmlib.training.device import pick_precision
-
-
-def adamw(params, lr=1e-3, **kwargs) -> OptimWrapper:
-    """torch's AdamW behind fastai's interface (learning rates and momentum by group, freezing).
-
-    Differs from fastai's own Adam in decaying norm layers and biases too.
-    """
-    return OptimWrapper(params, torch.optim.AdamW, lr=lr, foreach=True, **kwargs)
+from charmlib.training.callbacks import BankFeed, FollowStep, HalfPrecision, SeedEpoch
+from charmlib.training.device import pick_precision, place
+from charmlib.training.optimizer import AdamW
+from charmlib.training.recording import MeanAUC, record_on_device
 
 
 def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net: CharmNet | None = None,
@@ -69,7 +57,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
                        dropout=dropout, hidden=hidden)
     if net.classes != len(dls.vocab):
         raise ValueError(f"the network has {net.classes} classes, the data {len(dls.vocab)}")
-    scale = dls.valid.after_batch.fs[0]
+    scale = next(t for t in dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))
     if not torch.allclose(scale.mean.flatten().cpu(), torch.tensor(net.mean)):
         raise ValueError(f"the loaders normalise with mean {scale.mean.flatten().tolist()}, the network expects "
                          f"{list(net.mean)}: build them with mean=net.mean, std=net.std")
@@ -77,9 +65,9 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     if seed is not None:
         callbacks.append(SeedEpoch(seed))
     if pick_precision(precision, torch.device(dls.device)) == "fp16":
-        callbacks.append(MixedPrecision())
-    metric = AccumMetric(partial(mean_auc, classes=dls.vocab), flatten=False, to_np=True, invert_arg=True,
-                         name="mean_auc")
-    return Learner(dls, net, loss_func=make_loss(loss) if isinstance(loss, str) else loss, opt_func=adamw,
-                   splitter=CharmNet.parameter_groups, metrics=[metric], cbs=callbacks, wd=weight_decay,
-                   path=path, model_dir=".", **learner)
+        callbacks.append(HalfPrecision())
+    place(net, torch.device(dls.device))
+    learn = Learner(dls, net, loss_func=make_loss(loss) if isinstance(loss, str) else loss, opt_func=AdamW,
+                    splitter=CharmNet.parameter_groups, metrics=[MeanAUC(dls.vocab)], cbs=callbacks, wd=weight_decay,
+                    path=path, model_dir=".", **learner)
+    return record_on_device(learn)

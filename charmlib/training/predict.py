@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from scipy.special import expit
 
+from charmlib.data.loaders import grey_to_network
 from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
 from charmlib.evaluation.evaluate import thresholds_at
 from charmlib.evaluation.results import choices, load_card, load_metrics, load_predictions
@@ -49,19 +50,20 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     chosen = pick_device(device)
     net, _ = load_model(run, chosen)
     mean, std = (torch.tensor(v, device=chosen).view(1, -1, 1, 1) for v in (net.mean, net.std))
+    aspect = card["params"].get("aspect", "stretch")
     kept, logits = [], []
     for start in range(0, len(files), batch):
         images = []
         for path in files[start:start + batch]:
             try:
-                images.append(read_radiograph(path, card["params"]["image_size"]))
+                images.append(read_radiograph(path, card["params"]["image_size"], aspect))
                 kept.append(path)
             except NotARadiograph as error:
                 refused(str(error))
         if images:
-            grey = torch.from_numpy(np.stack(images)).to(chosen).unsqueeze(1).float() / 255
+            grey = torch.from_numpy(np.stack(images)).to(chosen).unsqueeze(1)
             with torch.inference_mode():
-                logits.append(net((grey - mean) / std).float().cpu().numpy())
+                logits.append(net(grey_to_network(grey, mean, std)).float().cpu().numpy())
     values = np.concatenate(logits) if logits else np.empty((0, len(card["classes"])))
     probability = expit(values.astype(np.float64))
     shown = expit(values / card["temperature"]) if calibrated else probability

@@ -36,7 +36,7 @@ from charmlib.models.charm import CharmNet
 from charmlib.params import UNHASHED, read_yaml, resolve, with_absolute_paths
 from charmlib.training.callbacks import seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, network_params, save_model
-from charmlib.training.device import pick_device, pick_precision
+from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
 from charmlib.training.learner import charm_learner
 from charmlib.training.stages import StageRunner, plan
 from charmlib.viz.person import person_watches
@@ -75,7 +75,10 @@ class Run:
         precision = pick_precision(p["precision"], device)
         data = open_dataset(p)
         seed_everything(p["seed"], "weights")
-        net = CharmNet(classes=len(data.classes), weights=p["weights"], norm=p["norm"], **network_params(p)).to(device)
+        net = CharmNet(classes=len(data.classes), weights=p["weights"], norm=p["norm"], **network_params(p))
+        place(net, device)
+        if p["compile"]:
+            compile_backbone(net, device)
         return cls(p, data, net, device, precision)
 
     @classmethod
@@ -115,7 +118,7 @@ class Run:
         """fastai DataLoaders of a stage: 1 takes images with a finding only, 2 all."""
         batch = self.params["stage1_batch" if stage == 1 else "stage2_batch"]
         return chest_dataloaders(self.data, bs=batch, findings_only=stage == 1, mean=self.net.mean, std=self.net.std,
-                                 device=self.device, path=self.folder)
+                                 preload=self.params["preload"], device=self.device, path=self.folder)
 
     def learner(self, stage: int = 2):
         """A fastai Learner of a stage around the run's network."""
@@ -261,9 +264,9 @@ class Run:
         out, labels = [], []
         for x, y in dl:
             with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
-                out.append(self.net(x.as_subclass(torch.Tensor)).float().cpu())
-            labels.append(y.as_subclass(torch.Tensor).cpu())
-        return torch.cat(out).numpy(), torch.cat(labels).numpy()
+                out.append(self.net(x.as_subclass(torch.Tensor)).float())
+            labels.append(y.as_subclass(torch.Tensor))
+        return torch.cat(out).cpu().numpy(), torch.cat(labels).cpu().numpy()  # one wait for the device, at the end
 
     def quick_check(self, images: int = 100) -> float:
         """Mean ROC-AUC on so many random test images: a glance at a checkpoint, never a result."""

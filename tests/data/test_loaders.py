@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from charmlib.data.dataset import open_dataset
-from charmlib.data.loaders import FlipRotate, chest_dataloaders, flip_rotate
+from charmlib.data.loaders import FlipRotate, GreyToNetwork, chest_dataloaders, flip_rotate
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -41,6 +41,94 @@ def test_order_and_augmentation_follow_the_seed(data):
     assert all(i == j and torch.equal(x, y) for (i, x), (j, y) in zip(a, b))
     assert [i for i, _ in a] != [i for i, _ in c]
     assert sorted(sum((i for i, _ in a), [])) != sum((i for i, _ in a), [])
+
+
+def test_training_batches_equal_turning_three_channels_after_scaling(data):
+    """The slow twin expands and scales first, then turns each channel."""
+    from fastai.torch_core import TensorImage
+
+    scale, turn = GreyToNetwork(MEAN, STD), FlipRotate()
+    grey = TensorImage(torch.from_numpy(data.images[np.arange(8)][:, None]))
+    torch.manual_seed(3)
+    fast = scale.encodes(turn.encodes(grey))
+    torch.manual_seed(3)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    slow = turn.encodes(TensorImage(((grey.float() / 255).expand(-1, 3, -1, -1) - mean) / std))
+    assert fast.shape == slow.shape == (8, 3, 32, 32) and fast.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+    order = [type(t) for t in loaders(data).train.after_batch.fs]
+    assert order == [FlipRotate, GreyToNetwork]  # one channel is turned, not three
+
+
+def test_preloaded_batches_are_the_same(data):
+    read, held = loaders(data), loaders(data, preload=True)
+
+    def epoch(dls):
+        torch.manual_seed(5)
+        return [(dls.train.ids.tolist(), x, y) for x, y in dls.train]
+
+    for (ids, x, y), (ids_, x_, y_) in zip(epoch(read), epoch(held), strict=True):
+        assert ids == ids_ and torch.equal(x, x_) and torch.equal(y, y_)
+    assert torch.equal(read.train.dataset[3][0], held.train.dataset[3][0])
+
+
+def test_preload_is_refused_where_the_card_is_too_small(data, monkeypatch):
+    dataset = loaders(data).train.dataset
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    with pytest.raises(MemoryError, match="say preload=False"):
+        dataset.preload("cuda")
+
+
+def test_reading_ahead_changes_neither_order_nor_content(data, monkeypatch):
+    import charmlib.data.loaders as module
+
+    def epoch():
+        torch.manual_seed(1)
+        dls = loaders(data)
+        return [(dls.train.ids.clone(), x) for x, _ in dls.train]
+
+    ahead = epoch()
+    monkeypatch.setattr(module, "READ_AHEAD", 0)
+    for (ids, x), (ids_, x_) in zip(ahead, epoch(), strict=True):
+        assert torch.equal(ids, ids_) and torch.equal(x, x_)
+
+
+def test_leaving_a_loader_early_ends_its_reader(data):
+    import threading
+
+    before = threading.active_count()
+    for _ in range(20):
+        next(iter(loaders(data).train))
+    assert threading.active_count() <= before + 1
+
+
+def test_an_error_while_reading_ahead_reaches_the_training_loop(data, monkeypatch):
+    dls = loaders(data)
+    monkeypatch.setattr(dls.train.dataset, "rows", np.full(len(dls.train.dataset), 10**6))
+    with pytest.raises(IndexError, match="cache of"):
+        dls.train.one_batch()
+
+
+def test_later_epochs_open_no_file(data):
+    """Also not the cache's: it is mapped once."""
+    import sys
+
+    opened, watching = [], [False]
+
+    def hook(event, args):
+        if watching[0] and event == "open":
+            opened.append(args[0])
+
+    sys.addaudithook(hook)
+    dls = loaders(data)
+    for _ in dls.train:
+        pass
+    watching[0] = True
+    for part in (dls.train, dls.valid):
+        for _ in part:
+            pass
+    watching[0] = False
+    assert opened == []
 
 
 def test_stage_1_takes_only_images_with_a_finding_but_tests_on_all(data):

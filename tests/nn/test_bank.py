@@ -81,6 +81,26 @@ def test_equals_the_slow_bank(rule, retrieval, bank_norm, size):
         assert bank.slot_scores[slot].item() == pytest.approx(score, rel=1e-4)
 
 
+@pytest.mark.parametrize("bank_norm", ["both", "query", "memory", "none"])
+@pytest.mark.parametrize("retrieval", ["softmax", "cosine", "gated"])
+def test_gradients_are_those_of_the_dense_similarity(retrieval, bank_norm):
+    """The bank finds its k slots without gradient and computes their similarities again; the twin keeps all of them."""
+    torch.manual_seed(0)
+    bank = filled(k=3, retrieval=retrieval, bank_norm=bank_norm)
+    if bank.gate is not None:
+        torch.nn.init.constant_(bank.gate, 0.7)
+    z, pull = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    query = torch.nn.functional.normalize(z, dim=1) if bank_norm in ("both", "query") else z
+    memory = bank.slots[:5]
+    memory = torch.nn.functional.normalize(memory, dim=1) if bank_norm in ("both", "memory") else memory
+    top, index = (query @ memory.T).topk(3, dim=1)
+    weights = top if retrieval == "cosine" else torch.softmax(top, 1) * (1 if bank.gate is None else bank.gate)
+    out = z + torch.einsum("bk,bkd->bd", weights, bank.slots[index])
+    (want,) = torch.autograd.grad((out * pull).sum(), z)
+    (got,) = torch.autograd.grad((bank(z) * pull).sum(), z)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 def filled(k=1, retrieval="softmax", **options):
     bank = RareMemoryBank(4, 2, size=8, k=k, threshold=0.0, retrieval=retrieval, **options)
     torch.manual_seed(1)

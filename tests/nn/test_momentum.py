@@ -79,6 +79,20 @@ def test_no_gradient_and_always_in_eval_mode():
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
+def test_a_step_that_the_scaler_skipped_moves_nothing_and_is_not_counted():
+    source = block()
+    encoder, told = MomentumEncoder(source, 0.5), MomentumEncoder(source, 0.5)
+    disturb(source)
+    encoder.update(source, torch.tensor(0.0)), told.update(source)
+    for (name, value), other in zip(encoder.state_dict().items(), told.state_dict().values()):
+        assert torch.equal(value, other), name
+    before = copy.deepcopy(encoder.state_dict())
+    disturb(source)
+    encoder.update(source, torch.tensor(1.0))
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]) or "num_batches" in name, name
+
+
 def test_refuses_momentum_outside_0_1():
     with pytest.raises(ValueError, match="momentum"):
         MomentumEncoder(block(), 1.01)

@@ -1,0 +1,361 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from charmlib.data import cache as cache_module
+from charmlib.data.cache import IDS, MANIFEST, PIXELS, ROWS, open_images, verify_images
+from charmlib.data.images import read_grey
+
+
+def write(folder, n=12, side=40, seed=0):
+    """Noise pictures ``0.png ...``; returns ids and paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for i in range(n):
+        Image.fromarray(generator.integers(0, 256, (side, side), dtype=np.uint8)).save(folder / f"{i}.png")
+    ids = [f"{i}.png" for i in range(n)]
+    return ids, [str(folder / name) for name in ids]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write(tmp_path / "images")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "scratch"))
+    return tmp_path / "scratch"
+
+
+@pytest.fixture
+def never_decode(monkeypatch):
+    def forbid():
+        monkeypatch.setattr(cache_module, "open_grey", lambda *a: pytest.fail("decoded again"))
+
+    return forbid
+
+
+def built(home):
+    return sorted(p.parent for p in home.glob(f"*/{MANIFEST}"))
+
+
+def assert_right(images, paths, size=24):
+    for i, path in enumerate(paths):
+        assert np.array_equal(images[i], read_grey(path, size)), path
+
+
+def test_it_holds_what_reading_gives_and_opens_no_picture_to_decode_it_again(pictures, home, never_decode):
+    ids, paths = pictures
+    images = open_images(ids, paths, 24)
+    assert images.shape == (12, 24, 24) and len(images) == 12 and images.bad == {}
+    assert_right(images, paths)
+    never_decode()
+    again = open_images(ids, paths, 24)
+    assert np.array_equal(again[:], images[:]) and again.folder == images.folder
+    with pytest.raises((ValueError, TypeError)):
+        again.pixels[0, 0, 0] = 1
+
+
+def test_batches_are_gathered_into_a_given_array_and_rows_outside_are_refused(pictures, home):
+    ids, paths = pictures
+    images = open_images(ids, paths, 24)
+    out = np.empty((4, 24, 24), np.uint8)
+    assert images.take(np.array([3, 0, 3, 11]), axis=0, out=out) is out
+    assert np.array_equal(out, images[:][[3, 0, 3, 11]])
+    for wrong in (12, -1):
+        with pytest.raises(IndexError, match="cache of 12 images"):
+            images.take(np.array([0, wrong]), axis=0, out=out[:2])
+
+
+def test_other_sizes_rules_and_lists_have_their_own_and_parts_of_a_list_use_the_whole(pictures, home, never_decode):
+    ids, paths = pictures
+    open_images(ids, paths, 24)
+    assert open_images(ids, paths, 16).shape == (12, 16, 16)
+    open_images(ids, paths, 24, aspect="pad")
+    assert len(built(home)) == 3
+    never_decode()
+    some = [7, 2, 9]
+    part = open_images([ids[i] for i in some], [paths[i] for i in some], 24)
+    assert part.shape == (3, 24, 24) and len(built(home)) == 3
+    assert_right(part, [paths[i] for i in some])
+    out = np.empty((2, 24, 24), np.uint8)
+    assert np.array_equal(part.take(np.array([2, 0]), axis=0, out=out), part[np.array([2, 0])])
+    assert np.array_equal(part.only(np.array([False, True, True]))[:], part[np.array([1, 2])])
+
+
+@pytest.mark.parametrize("aspect", ["stretch", "pad", "crop"])
+def test_pictures_that_are_not_square(tmp_path, home, aspect):
+    ramp = np.linspace(0, 255, 60 * 30).reshape(60, 30).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    got = open_images(["a.png"], [str(tmp_path / "a.png")], 20, aspect=aspect)[0]
+    if aspect == "stretch":
+        want = np.asarray(Image.fromarray(ramp).resize((20, 20), Image.Resampling.BILINEAR))
+    elif aspect == "crop":
+        want = np.asarray(Image.fromarray(ramp[15:45]).resize((20, 20), Image.Resampling.BILINEAR))
+    else:
+        want = np.zeros((20, 20), np.uint8)
+        want[:, 5:15] = np.asarray(Image.fromarray(ramp).resize((10, 20), Image.Resampling.BILINEAR))
+    assert np.abs(got.astype(int) - want).max() <= 1
+
+
+def test_another_data_set_with_the_same_names_gets_another_cache(tmp_path, home):
+    ids, paths = write(tmp_path / "full", side=40)
+    _, resized = write(tmp_path / "resized", side=30, seed=1)
+    first, second = open_images(ids, paths, 24), open_images(ids, resized, 24)
+    assert first.folder != second.folder
+    assert_right(first, paths), assert_right(second, resized)
+    assert_right(open_images(ids, paths, 24), paths), assert_right(open_images(ids, resized, 24), resized)
+
+
+def test_changed_pictures_are_noticed_in_the_sample_and_all_are_then_checked(tmp_path, home, capsys):
+    ids, paths = write(tmp_path / "images", n=60)
+    open_images(ids, paths, 24)
+    for i in (0, 33):  # 0 is in the sample, 33 is found by the check that follows
+        Image.fromarray(np.full((41, 41), i, np.uint8)).save(paths[i])
+    images = open_images(ids, paths, 24)
+    assert_right(images, paths)
+    said = capsys.readouterr().err
+    assert "such as 0.png" in said and "2 changed (0.png, 33.png)" in said and len(built(home)) == 1
+
+
+def test_verify_finds_what_the_sample_cannot_and_decodes_only_that(tmp_path, home, monkeypatch, capsys):
+    ids, paths = write(tmp_path / "images", n=60)
+    images = open_images(ids, paths, 24)
+    same_size = Path(paths[7]).stat().st_size
+    Image.fromarray(np.random.default_rng(99).integers(0, 256, (40, 40), dtype=np.uint8)).save(paths[7])
+    assert Path(paths[7]).stat().st_size == same_size and not np.array_equal(images[7], read_grey(paths[7], 24))
+    decoded = []
+    real = cache_module.open_grey
+    monkeypatch.setattr(cache_module, "open_grey", lambda source: decoded.append(1) or real(source))
+    images = verify_images(ids, paths, 24)
+    assert_right(images, paths)
+    assert len(decoded) == 1 and "1 changed (7.png)" in capsys.readouterr().err
+    verify_images(ids, paths, 24)
+    assert len(decoded) == 1 and "0 changed" in capsys.readouterr().err
+
+
+def test_verify_mends_pixels_that_rotted(tmp_path, home):
+    ids, paths = write(tmp_path / "images", n=60)
+    folder = open_images(ids, paths, 24).folder
+    pixels = np.load(folder / PIXELS, mmap_mode="r+")
+    pixels[41] ^= 1
+    pixels.flush()
+    assert not np.array_equal(open_images(ids, paths, 24)[41], read_grey(paths[41], 24))  # not in the sample
+    assert_right(verify_images(ids, paths, 24), paths)
+
+
+def test_sources_that_are_gone_leave_the_cache_as_it_is(pictures, home, capsys):
+    ids, paths = pictures
+    images = open_images(ids, paths, 24)
+    before = images[:].copy()
+    for path in paths:
+        os.unlink(path)
+    assert np.array_equal(open_images(ids, paths, 24)[:], before)
+    assert np.array_equal(verify_images(ids, paths, 24)[:], before)
+    assert "12 source files are gone" in capsys.readouterr().err
+
+
+def test_damaged_pictures_are_named_not_hidden(pictures, home):
+    ids, paths = pictures
+    truncated = Path(paths[2])
+    truncated.write_bytes(truncated.read_bytes()[:600])
+    Path(paths[7]).write_bytes(b"no image")
+    Path(paths[8]).write_bytes(b"")
+    os.unlink(paths[9])
+    images = open_images(ids, paths, 24)
+    assert set(images.bad) == {"2.png", "7.png", "8.png", "9.png"} and images[2].max() == 0
+    assert open_images(ids, paths, 24).bad == images.bad
+    assert set(open_images(ids[:5], paths[:5], 24).bad) == {"2.png"}
+
+
+@pytest.mark.parametrize("damage", ["shorter pixels", "no pixels", "shorter rows", "other rows", "sampled pixels", "manifest"])
+def test_a_damaged_cache_is_said_to_be_and_mended(pictures, home, damage, capsys):
+    ids, paths = pictures
+    folder = open_images(ids, paths, 24).folder
+    if damage == "shorter pixels":
+        os.truncate(folder / PIXELS, 3000)
+    elif damage == "no pixels":
+        (folder / PIXELS).unlink()
+    elif damage == "shorter rows":
+        np.save(folder / ROWS, np.load(folder / ROWS)[:5])
+    elif damage == "other rows":
+        rows = np.load(folder / ROWS)
+        rows["pixel_crc"][3] += 1
+        np.save(folder / ROWS, rows)
+    elif damage == "sampled pixels":
+        pixels = np.load(folder / PIXELS, mmap_mode="r+")
+        pixels[:] = 0
+        pixels.flush()
+    else:
+        (folder / MANIFEST).write_text("{")
+    assert_right(open_images(ids, paths, 24), paths)
+    assert damage == "sampled pixels" or f"{folder} is not used" in capsys.readouterr().err
+    assert built(home) == [folder]
+    assert_right(open_images(ids, paths, 24), paths)
+
+
+def test_a_cache_that_cannot_be_written_is_used_where_it_is(pictures, home, tmp_path, never_decode, monkeypatch):
+    ids, paths = pictures
+    folder = open_images(ids, paths, 24).folder
+    elsewhere = tmp_path / "attached" / "my-cache"
+    elsewhere.parent.mkdir()
+    folder.rename(elsewhere)
+    for path in [*elsewhere.iterdir(), elsewhere, elsewhere.parent]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    real = os.access
+    monkeypatch.setattr(cache_module.os, "access", lambda p, mode: "attached" not in str(p) and real(p, mode))  # root may all
+    try:
+        Image.fromarray(np.zeros((39, 39), np.uint8)).save(paths[5])
+        changed = open_images(ids, paths, 24, cache_dir=elsewhere)  # one changed: a new one where one can write
+        assert changed.folder.parent == home and changed[5].max() == 0
+        write(tmp_path / "images")
+        never_decode()
+        assert open_images(ids, paths, 24, cache_dir=elsewhere).folder == elsewhere
+        assert open_images(ids, paths, 24, cache_dir=elsewhere.parent).folder == elsewhere
+    finally:
+        elsewhere.parent.chmod(0o755), elsewhere.chmod(0o755)
+
+
+def test_caches_attached_on_kaggle_are_found_without_listing_images(tmp_path):
+    from charmlib.data.paths import kaggle_caches
+
+    wanted = [tmp_path / where for where in ("datasets/me/nih224/grey224", "datasets/me/flat", "old/grey64",
+                                             "notebooks/me/prepare/cache/grey64")]
+    for folder in wanted:
+        folder.mkdir(parents=True)
+        (folder / MANIFEST).write_text("{}")
+    deep = tmp_path / "data/images_001/images/x"
+    deep.mkdir(parents=True)
+    (deep / MANIFEST).write_text("{}")
+    assert sorted(kaggle_caches(MANIFEST, tmp_path)) == sorted(wanted)
+
+
+def test_too_little_room_is_refused_with_numbers_and_leaves_nothing(pictures, home, monkeypatch):
+    ids, paths = pictures
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
+    with pytest.raises(OSError, match=r"12 images at 24 pixels needs 0.0 GB, .* has 0.0 GB free: name another cache_dir"):
+        open_images(ids, paths, 24)
+    assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_an_interrupt_keeps_what_is_decoded(pictures, home, monkeypatch, capsys):
+    ids, paths = pictures
+    real, decoded = cache_module.open_grey, []
+
+    def interrupted(source):
+        if len(decoded) == 5:
+            raise KeyboardInterrupt
+        decoded.append(1)
+        return real(source)
+
+    monkeypatch.setattr(cache_module, "open_grey", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_images(ids, paths, 24, workers=1)
+    assert built(home) == []
+    monkeypatch.setattr(cache_module, "open_grey", lambda source: decoded.append(1) or real(source))
+    assert_right(open_images(ids, paths, 24), paths)
+    assert len(decoded) == 12 and "5 of 12 images are there" in capsys.readouterr().err
+
+
+def test_rows_that_say_done_without_their_pixels_are_decoded_again(pictures, home):
+    """As after a power cut, when the disk has one file's pages and not the other's."""
+    ids, paths = pictures
+    folder = open_images(ids, paths, 24).folder
+    (folder / MANIFEST).unlink()
+    partial = folder.rename(folder.with_name(folder.name + ".partial"))
+    pixels = np.load(partial / PIXELS, mmap_mode="r+")
+    pixels[4:9] = 0
+    pixels.flush()
+    assert_right(open_images(ids, paths, 24), paths)
+
+
+def test_a_finished_build_that_lacks_its_last_rename_is_never_opened(pictures, home, never_decode):
+    ids, paths = pictures
+    folder = open_images(ids, paths, 24).folder
+    folder.rename(folder.with_name(folder.name + ".partial"))  # with its manifest, as after a kill between the two
+    never_decode()
+    assert open_images(ids, paths, 24).folder == folder
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from charmlib.data.cache import open_images
+paths = sorted(Path(sys.argv[1]).iterdir())
+images = open_images([p.name for p in paths], [str(p) for p in paths], 48, workers=2)
+print("built", images.folder)
+"""
+
+
+def test_killed_anywhere_it_goes_on_and_never_opens_wrong(tmp_path, home):
+    folder = tmp_path / "images"
+    write(folder, n=1500, side=160)
+    paths = sorted(folder.iterdir())
+    ids = [p.name for p in paths]
+    environment = {**os.environ, "CHARM_CACHE": str(home)}
+    kills = 0
+    for delay in (0.0, 0.05, 0.15, 0.3, 0.6):
+        child = subprocess.Popen([sys.executable, "-c", BUILD, str(folder)], env=environment, stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL)
+        while child.poll() is None and not list(home.glob("*.partial/rows.npy")):
+            time.sleep(0.005)
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
+        kills += child.wait() == -signal.SIGKILL
+        for whole in built(home):  # whatever has a manifest and its name must be right
+            if whole.suffix != ".partial":
+                assert_right(open_images(ids, [str(p) for p in paths], 48), paths, 48)
+    assert kills >= 3
+    assert_right(open_images(ids, [str(p) for p in paths], 48), paths, 48)
+    assert [p.suffix for p in home.iterdir() if p.is_dir()] == [""]
+
+
+def test_two_at_once_one_builds_and_the_other_waits(tmp_path, home):
+    folder = tmp_path / "images"
+    write(folder, n=600, side=160)
+    environment = {**os.environ, "CHARM_CACHE": str(home)}
+    children = [subprocess.Popen([sys.executable, "-c", BUILD, str(folder)], env=environment, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    out = [child.communicate(timeout=120) for child in children]
+    assert all(child.returncode == 0 for child in children), out
+    assert len({o for o, _ in out}) == 1 and len(built(home)) == 1
+    paths = sorted(folder.iterdir())
+    assert_right(open_images([p.name for p in paths], [str(p) for p in paths], 48), paths, 48)
+
+
+def test_who_waits_says_so_and_finds_it_built(pictures, home, never_decode):
+    ids, paths = pictures
+    folder = open_images(ids, paths, 24).folder
+    hidden = folder.rename(folder.parent.parent / "hidden")
+    lines = []
+    with cache_module._lock(home, folder.name, lines.append):
+        waiter = threading.Thread(target=lambda: lines.append(open_images(ids, paths, 24, say=lines.append).folder))
+        waiter.start()
+        while not any("waiting for it" in str(line) for line in lines):
+            time.sleep(0.01)
+        hidden.rename(folder)
+        never_decode()
+    waiter.join(30)
+    assert lines[-1] == folder
+
+
+def test_the_manifest_names_what_the_sources_were(tmp_path, home):
+    from charmlib.data.cache import content_of
+
+    ids, paths = write(tmp_path / "images", n=5)
+    Image.fromarray(np.zeros((30, 50), np.uint8)).save(paths[2])
+    images = open_images(ids, paths, 24)
+    content = content_of(images.folder)
+    assert content["sizes"] == {(40, 40): 4, (50, 30): 1} and content["filter"] == "bilinear" and content["images"] == 5
+    assert (images.folder / IDS).read_text().split("\n") == ids
+    assert json.loads((images.folder / MANIFEST).read_text())["aspect"] == "stretch"

@@ -1,0 +1,240 @@
+"""A training step never waits for the device, and what replaces fastai's waiting parts gives fastai's figures."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.learner import AvgLoss, AvgSmoothLoss
+from fastai.metrics import AccumMetric
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from charmlib import charm_learner
+from charmlib.data.dataset import open_dataset
+from charmlib.data.loaders import chest_dataloaders
+from charmlib.evaluation.metrics import mean_auc
+from charmlib.training.callbacks import HalfPrecision
+from charmlib.training.device import compile_backbone, place
+from charmlib.training.optimizer import AdamW
+
+HALF = (0.5, 0.5, 0.5)
+NET = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 16, "k": 2, "hidden": 16, "threshold": 0.0}
+
+
+@pytest.fixture
+def learn(phantoms, tmp_path):
+    data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0.2)
+    torch.manual_seed(0)
+    return charm_learner(chest_dataloaders(data, bs=16, mean=HALF, std=HALF, path=tmp_path), seed=1, path=tmp_path, **NET)
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation whose result the CPU reads, or whose shape depends on the data: a GPU would be waited for."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero,
+                                       torch.ops.aten.masked_select, torch.ops.aten.unique_dim, torch.ops.aten.equal):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Notes copies to the CPU, which the CPU's own tensors hide from the mode above."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item):
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class Watch(Callback):
+    """The two modes around each batch, from its first callback to its last."""
+
+    order = -1000
+
+    def __init__(self):
+        self.found, self.batches = [], 0
+
+    def before_batch(self):
+        self.modes = [Waits(self.found), Reads(self.found)]
+        for mode in self.modes:
+            mode.__enter__()
+
+    def leave(self):
+        for mode in reversed(self.modes):
+            mode.__exit__(None, None, None)
+        self.batches += 1
+
+
+class Leave(Callback):
+    order = 1000
+
+    def after_batch(self):
+        self.learn.watch.leave()
+
+
+def watched(learn):
+    watch = Watch()
+    with learn.no_logging():  # without a schedule: fastai's reads small tensors of its own, which are always the CPU's
+        learn.fit(2, 1e-3, cbs=[watch, Leave()])
+    assert watch.batches == 2 * (len(learn.dls.train) + len(learn.dls.valid))
+    return watch.found
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_no_batch_waits_for_the_device(learn, half):
+    if half:
+        learn.add_cb(HalfPrecision())
+    with learn.no_bar():
+        assert watched(learn) == []
+
+
+def test_the_watch_sees_what_fastais_own_parts_do(learn):
+    learn.recorder.smooth_loss, learn.recorder.loss = AvgSmoothLoss(), AvgLoss()
+    with learn.no_bar():
+        assert "cpu" in watched(learn)
+
+
+def test_bars_read_the_loss_once_a_second_not_once_a_batch(learn):
+    assert type(learn.progress).__name__ == "Progress"
+    assert watched(learn).count("item") <= 2 * (len(learn.dls.train) + len(learn.dls.valid)) / 4
+
+
+def test_loss_and_auc_are_fastais(learn):
+    class Both(Callback):
+        order = 51
+
+        def before_epoch(self):
+            self.smooth, self.loss = getattr(self, "smooth", AvgSmoothLoss()), AvgLoss()
+            self.auc = AccumMetric(lambda scores, labels: mean_auc(labels, scores), flatten=False, to_np=True)
+            self.loss.reset(), self.auc.reset()
+
+        def after_batch(self):
+            for metric in (self.smooth,) if self.training else (self.loss, self.auc):
+                metric.accumulate(self.learn)
+
+    both = Both()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-3, cbs=both)
+    train, valid, auc = learn.recorder.values[-1]
+    assert train == pytest.approx(float(both.smooth.value), rel=1e-6)
+    assert valid == pytest.approx(float(both.loss.value), rel=1e-6)
+    assert auc == pytest.approx(both.auc.value, abs=1e-9) and 0 < auc < 1
+
+
+def test_fused_adamw_is_adamw():
+    torch.manual_seed(0)
+    start = [torch.nn.Parameter(torch.randn(5, 4)), torch.nn.Parameter(torch.randn(7))]
+    mine, plain = copy.deepcopy(start), copy.deepcopy(start)
+    opt = AdamW([[mine[0]], [mine[1]]], lr=1e-2)
+    opt.set_hypers(wd=0.1, lr=[1e-2, 1e-3])
+    reference = torch.optim.AdamW([{"params": plain[:1], "lr": 1e-2}, {"params": plain[1:], "lr": 1e-3}], weight_decay=0.1,
+                                  foreach=False)
+    for _ in range(10):
+        for group in (mine, plain):
+            (group[0].square().sum() + group[1].sin().sum()).backward()
+        opt.step(), reference.step()
+        opt.zero_grad(), reference.zero_grad()
+    for a, b in zip(mine, plain):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert opt.skipped is None
+
+
+def test_a_step_whose_gradients_overflow_changes_neither_weights_nor_branch_and_halves_the_scale(learn):
+    class Overflow(Callback):
+        order = 11  # after the scaler scaled the loss
+
+        def before_backward(self):
+            if self.train_iter in (1, 4):
+                self.learn.loss_grad = self.loss_grad * float("inf")
+
+        def before_step(self):
+            self.before = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+        def after_cancel_step(self):
+            raise AssertionError("the step is decided on the device, not cancelled by the CPU")
+
+    class Compare(Callback):
+        order = 30
+
+        def after_step(self):
+            moved = [k for k, v in self.model.state_dict().items() if not torch.equal(v, self.learn.overflow.before[k])]
+            seen.append((self.train_iter, moved, self.learn.scaler.get_scale()))
+
+    seen = []
+    learn.add_cb(HalfPrecision())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3, cbs=[Overflow(), Compare()])
+    steps = len(learn.dls.train)
+    assert [i for i, moved, _ in seen if not [k for k in moved if "num_batches" not in k]] == [1, 4]
+    assert seen[-1][2] == seen[0][2] / 4
+    assert learn.model.momentum.updates.item() == steps - 2
+    assert learn.opt.scaler is None  # nothing of the phase is left in the optimizer
+
+
+def test_half_precision_trains_as_float32_does(learn, phantoms, tmp_path):
+    other = copy.deepcopy(learn.model)
+    single = charm_learner(learn.dls, net=other, seed=1, path=tmp_path)
+    learn.add_cb(HalfPrecision())
+    for one in (learn, single):
+        with one.no_bar(), one.no_logging():
+            one.fit(1, 1e-3)
+    assert all(p.dtype == torch.float32 for p in learn.model.parameters())
+    assert learn.recorder.values[-1][1] == pytest.approx(single.recorder.values[-1][1], rel=0.05)
+
+
+def test_weights_lie_channels_last_and_files_do_not_notice(learn, tmp_path):
+    from safetensors.torch import load_file
+
+    from charmlib.training.checkpoint import load_model, save_model
+
+    net = learn.model
+    weights = [p for p in net.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    params = {**NET, "use_momentum": True, "use_attention": True, "use_bank": True, "momentum": 0.99, "strategy": "rarity",
+              "rule": "rare", "retrieval": "softmax", "bank_norm": "both", "dropout": 0.3}
+    path = save_model(net, tmp_path, classes=learn.dls.vocab, params=params)
+    assert all(v.is_contiguous() for v in load_file(path).values())
+    again, _ = load_model(tmp_path)
+    x = torch.rand(4, 3, 32, 32)
+    assert torch.equal(again(x), net.eval()(x))
+    plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(plain(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_old_cards_keep_torchs_layout_and_are_not_compiled_for(monkeypatch):
+    class Net(torch.nn.Conv2d):
+        def to(self, device, memory_format):
+            self.format = memory_format
+            return self
+
+    net = Net(2, 2, 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100")
+    for capability, wanted in (((6, 0), torch.contiguous_format), ((7, 5), torch.channels_last)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert place(net, torch.device("cuda")).format is wanted
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
+    with pytest.raises(RuntimeError, match="Tesla P100 is older than sm_70.*compile=False"):
+        compile_backbone(net, torch.device("cuda"))
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_trains_to_the_same_scores_and_the_same_files(learn, tmp_path):
+    other = copy.deepcopy(learn.model)
+    compile_backbone(other, torch.device("cpu"))
+    compiled = charm_learner(learn.dls, net=other, seed=1, path=tmp_path)
+    for one in (learn, compiled):
+        with one.no_bar(), one.no_logging():
+            one.fit(1, 1e-3)
+    assert list(other.state_dict()) == list(learn.model.state_dict())
+    np.testing.assert_allclose(compiled.recorder.values[-1][1], learn.recorder.values[-1][1], rtol=1e-3)

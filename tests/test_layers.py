@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "charmlib"
-ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz", "files"},
+ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz", "files", "processes"},
            "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation", "files"},
-           "grid": {"grid", "data", "evaluation", "viz", "files", "params"},
+           "grid": {"grid", "data", "evaluation", "viz", "files", "params", "processes"},
            "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

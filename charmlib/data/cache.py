@@ -5,7 +5,7 @@ A cache is a folder of four files:
 - ``pixels.npy``: uint8 (n, size, size);
 - ``ids.txt``: the n image ids, a line each, in the order of the rows;
 - ``rows.npy``: for each row the size of its source file, width and height of the picture in it, and CRC-32 checksums of
-  the source file and of the pixels (:data:`ROW`);
+  the source file and of the pixels (:data:`charmlib.data.decoding.ROW`);
 - ``charm_cache.json``: the manifest: count, size, aspect rule, filter, hash of the ids, hash of all rows, unreadable files.
 
 It is built in a folder whose name ends in ``.partial``, synced, given its manifest and only then renamed, so a folder
@@ -29,16 +29,15 @@ from pathlib import Path
 
 import numpy as np
 
-from charmlib.data.images import FILTER, fit, open_grey
+from charmlib.data.decoding import DONE, PIXELS, ROW, ROWS, Decoders, decode_row, open_rows
+from charmlib.data.images import FILTER
 from charmlib.data.parallel import for_each, to_stderr
 from charmlib.data.paths import default_cache_dir, kaggle_caches
 from charmlib.files import sync, write_json
 
 FORMAT = 2
-MANIFEST, PIXELS, IDS, ROWS = "charm_cache.json", "pixels.npy", "ids.txt", "rows.npy"
-ROW = np.dtype([("state", "u1"), ("bytes", "<i8"), ("width", "<i4"), ("height", "<i4"), ("source_crc", "<u4"),
-                ("pixel_crc", "<u4")])
-_DONE, _BAD = 1, 2  # states of a row; 0 is still to be decoded
+MANIFEST, IDS = "charm_cache.json", "ids.txt"
+_WORTH_PROCESSES = 400  # images; starting processes takes as long as decoding some
 _SAMPLE = 16  # rows that are held against their source files whenever a cache is opened
 
 
@@ -105,7 +104,7 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
         Folder of caches, or one cache; '' is :func:`charmlib.data.paths.default_cache_dir`. Where it cannot be written, new
         caches go to that default.
     workers : int
-        Threads that decode (Pillow releases the interpreter while it decodes).
+        Processes that decode, or threads where there are few images.
     say : callable
         Gets a line where something takes time; standard error by default.
 
@@ -142,7 +141,7 @@ def content_of(folder: str | Path) -> dict:
     """Manifest of a cache, with what its source pictures were: ``sizes``, (width, height) -> images."""
     folder = Path(folder)
     rows = np.load(folder / ROWS, allow_pickle=False)
-    pairs, counts = np.unique(rows[["width", "height"]][rows["state"] == _DONE], return_counts=True)
+    pairs, counts = np.unique(rows[["width", "height"]][rows["state"] == DONE], return_counts=True)
     sizes = {(int(w), int(h)): int(n) for (w, h), n in sorted(zip(pairs.tolist(), counts), key=lambda x: -x[1])}
     return {**_manifest(folder), "sizes": sizes}
 
@@ -270,8 +269,9 @@ def _verified(wanted: _Wanted, cache: ImageCache, home: Path, workers: int, say)
     gone = [name for name, path in zip(wanted.ids, wanted.paths) if not os.path.exists(path)]
     same = np.zeros(len(wanted.ids), bool)
 
-    def check(i: int) -> None:
-        same[i] = _same(cache, kept, wanted, i)
+    def check(chunk: Sequence[int]) -> None:
+        for i in chunk:
+            same[i] = _same(cache, kept, wanted, i)
 
     for_each(check, range(len(same)), workers, "checked", say)
     changed = np.flatnonzero(~same)
@@ -329,28 +329,17 @@ def _take_back(target: Path) -> None:
 def _fill(wanted: _Wanted, partial: Path, target: Path, workers: int, say) -> None:
     """Decode what is still missing in a partial cache, then make it a whole one."""
     pixels, rows = _begin(wanted, partial)
-    bad: dict[str, str] = {}
-
-    def decode(i: int) -> None:
-        try:
-            with open(wanted.paths[i], "rb") as file:
-                source = file.read()
-            rows["bytes"][i], rows["source_crc"][i] = len(source), zlib.crc32(source)
-            grey = open_grey(source)
-            pixels[i], state = fit(grey, wanted.size, wanted.aspect), _DONE
-            rows["width"][i], rows["height"][i] = grey.size
-        except Exception as error:
-            # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for damaged files
-            bad[wanted.ids[i]] = f"{type(error).__name__}: {error}"
-            pixels[i], state = 0, _BAD
-            rows["width"][i] = rows["height"][i] = 0
-        rows["pixel_crc"][i] = zlib.crc32(pixels[i])
-        rows["state"][i] = state  # last: a row that says it is done has all the rest
-
+    bad: dict[int, str] = {}
     todo = [i for i in range(len(wanted.ids)) if not _kept(pixels, rows, wanted, i)]
     if len(todo) < len(wanted.ids):
         say(f"going on with {partial}: {len(wanted.ids) - len(todo):,} of {len(wanted.ids):,} images are there")
-    for_each(decode, todo, workers, "decoded", say)
+    if len(todo) < _WORTH_PROCESSES or workers < 2:
+        for_each(lambda chunk: bad.update({i: why for i in chunk if (why := decode_row(
+            pixels, rows, i, wanted.paths[i], wanted.aspect))}), todo, workers, "decoded", say)
+    else:
+        with Decoders(partial, wanted.aspect) as decoders:
+            for_each(lambda chunk: bad.update(decoders.decode([(i, wanted.paths[i]) for i in chunk])), todo, workers, "decoded",
+                     say)
     pixels.flush()
     rows.flush()
     digest = hashlib.sha256(rows.tobytes()).hexdigest()
@@ -358,7 +347,7 @@ def _fill(wanted: _Wanted, partial: Path, target: Path, workers: int, say) -> No
         sync(partial / name)
     write_json(partial / MANIFEST, {
         "format": FORMAT, "images": len(wanted.ids), "size": wanted.size, "aspect": wanted.aspect, "filter": FILTER,
-        "ids_hash": wanted.ids_hash, "hash": digest, "bad": dict(sorted(bad.items()))})
+        "ids_hash": wanted.ids_hash, "hash": digest, "bad": {wanted.ids[i]: bad[i] for i in sorted(bad)}})
     os.rename(partial, target)
     sync(target.parent)
 
@@ -368,8 +357,7 @@ def _begin(wanted: _Wanted, partial: Path) -> tuple[np.ndarray, np.ndarray]:
     shape = (len(wanted.ids), wanted.size, wanted.size)
     with contextlib.suppress(OSError, ValueError):
         if hashlib.sha256((partial / IDS).read_bytes()).hexdigest() == wanted.ids_hash:
-            pixels = np.load(partial / PIXELS, mmap_mode="r+", allow_pickle=False)
-            rows = np.load(partial / ROWS, mmap_mode="r+", allow_pickle=False)
+            pixels, rows = open_rows(partial)
             if pixels.shape == shape and pixels.dtype == np.uint8 and rows.shape == shape[:1] and rows.dtype == ROW:
                 return pixels, rows
     shutil.rmtree(partial, ignore_errors=True)
@@ -390,7 +378,7 @@ def _begin(wanted: _Wanted, partial: Path) -> tuple[np.ndarray, np.ndarray]:
 def _kept(pixels: np.ndarray, rows: np.ndarray, wanted: _Wanted, i: int) -> bool:
     """Whether an unfinished build has this row: done, with its pixels' checksum, and of a source of the same size."""
     row = rows[i]
-    return (row["state"] == _DONE and zlib.crc32(np.ascontiguousarray(pixels[i])) == row["pixel_crc"]
+    return (row["state"] == DONE and zlib.crc32(np.ascontiguousarray(pixels[i])) == row["pixel_crc"]
             and _size(wanted.paths[i]) in (row["bytes"], -1))
 
 

@@ -218,11 +218,15 @@ class FlipRotate(Transform):
 
 
 def flip_rotate(x: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
-    """Images (B, C, H, W), mirrored where ``flip`` (B,) is -1 and turned by ``angle`` (B,) radians, bilinear."""
-    c, s, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
-    theta = torch.stack([torch.stack([c * flip, -s, zero], 1), torch.stack([s * flip, c, zero], 1)], 1)  # (B, 2, 3)
-    theta = _pinned(theta, x.is_cuda).to(x.device, x.dtype, non_blocking=True)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    """Images (B, C, S, S), mirrored where ``flip`` (B,) is -1 and turned by ``angle`` (B,) radians, bilinear."""
+    size = x.shape[-1]
+    c, s = torch.cos(angle), torch.sin(angle)
+    turns = _pinned(torch.stack([c * flip, -s, s * flip, c]), x.is_cuda).to(x.device, x.dtype, non_blocking=True)
+    at = (torch.arange(size, device=x.device, dtype=x.dtype) * 2 + 1) / size - 1  # pixel centres in [-1, 1]
+    along, down = turns[:, :, None, None] * at, turns[:, :, None, None] * at[:, None]  # (4, B, 1, S) and (4, B, S, 1)
+    grid = torch.empty((len(x), size, size, 2), device=x.device, dtype=x.dtype)
+    torch.add(along[0], down[1], out=grid[..., 0])
+    torch.add(along[2], down[3], out=grid[..., 1])
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

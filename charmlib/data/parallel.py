@@ -1,4 +1,4 @@
-"""Work on many files in threads, with progress."""
+"""Work on many files at once, with progress."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ def to_stderr(text: str) -> None:
 
 
 def for_each(do: Callable, items: Sequence, workers: int, verb: str, say: Callable[[str], None] = to_stderr) -> None:
-    """Call ``do`` for each of the items in threads: a progress bar for a person, now and then a line for a log.
+    """Call ``do`` with a few of the items at a time, in threads: a progress bar for a person, now and then a line for a log.
 
     An exception, also an interrupt, ends it once the items that are being worked on are done.
     """
     chunks = [items[i:i + _AT_ONCE] for i in range(0, len(items), _AT_ONCE)]
 
     def work(chunk: Sequence) -> int:
-        for item in chunk:
-            do(item)
+        do(chunk)
         return len(chunk)
 
     watched = sys.stderr.isatty() or person_watches()

@@ -5,10 +5,8 @@ Papermill executes both notebooks here, so that a crash or a kill stays in this 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -16,6 +14,8 @@ import warnings
 from pathlib import Path
 
 import nbformat
+
+from charmlib.processes import die_with_parent
 
 
 def run_cell(cell: dict) -> None:
@@ -58,18 +58,8 @@ def declared(notebook: Path) -> set[str]:
     raise ValueError(f"{notebook} has no cell tagged 'parameters'")
 
 
-def die_with_parent() -> None:
-    """Let the kernel end this process when the one that started it is gone, so that no cell ever runs on unseen.
-
-    The notebook's own kernel watches this process and ends with it. Linux only; elsewhere nothing happens.
-    """
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-
-
 def main() -> int:
-    die_with_parent()
+    die_with_parent()  # the notebook's own kernel watches this process and ends with it
     warnings.filterwarnings("ignore")
     cell = json.load(sys.stdin)
     error = Path(cell["folder"]) / "error.txt"

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pandas as pd
 
-import charmlib
 from charmlib.data.dataset import open_dataset
 from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.results import load_metrics
@@ -26,6 +25,7 @@ from charmlib.grid.leaderboard import leaderboard
 from charmlib.grid.report import write_report
 from charmlib.grid.spec import Cell, Grid, load_grid
 from charmlib.params import with_absolute_paths
+from charmlib.processes import with_this_package
 
 _DATA = ("data_root", "classes", "csv", "labels", "split", "valid_fraction", "limit", "image_size", "aspect",
          "cache_dir", "workers")
@@ -199,9 +199,7 @@ def child_environment(threads: int = 0, own: Mapping[str, str] | None = None) ->
         if env.get(name) == value:
             del env[name]
     env |= own or {}
-    home = Path(charmlib.__file__).parents[1]
-    if (home / "pyproject.toml").is_file():  # a checkout that is perhaps not installed
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), env.get("PYTHONPATH")]))
+    env = with_this_package(env)
     if threads and "OMP_NUM_THREADS" not in env:
         env["OMP_NUM_THREADS"] = str(threads)
     return env

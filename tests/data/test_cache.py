@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from charmlib.data import cache as cache_module
+from charmlib.data import decoding
 from charmlib.data.cache import IDS, MANIFEST, PIXELS, ROWS, open_images, verify_images
 from charmlib.data.images import read_grey
 
@@ -40,7 +41,7 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def never_decode(monkeypatch):
     def forbid():
-        monkeypatch.setattr(cache_module, "open_grey", lambda *a: pytest.fail("decoded again"))
+        monkeypatch.setattr(decoding, "open_grey", lambda *a: pytest.fail("decoded again"))
 
     return forbid
 
@@ -135,8 +136,8 @@ def test_verify_finds_what_the_sample_cannot_and_decodes_only_that(tmp_path, hom
     Image.fromarray(np.random.default_rng(99).integers(0, 256, (40, 40), dtype=np.uint8)).save(paths[7])
     assert Path(paths[7]).stat().st_size == same_size and not np.array_equal(images[7], read_grey(paths[7], 24))
     decoded = []
-    real = cache_module.open_grey
-    monkeypatch.setattr(cache_module, "open_grey", lambda source: decoded.append(1) or real(source))
+    real = decoding.open_grey
+    monkeypatch.setattr(decoding, "open_grey", lambda source: decoded.append(1) or real(source))
     images = verify_images(ids, paths, 24)
     assert_right(images, paths)
     assert len(decoded) == 1 and "1 changed (7.png)" in capsys.readouterr().err
@@ -250,7 +251,7 @@ def test_too_little_room_is_refused_with_numbers_and_leaves_nothing(pictures, ho
 
 def test_an_interrupt_keeps_what_is_decoded(pictures, home, monkeypatch, capsys):
     ids, paths = pictures
-    real, decoded = cache_module.open_grey, []
+    real, decoded = decoding.open_grey, []
 
     def interrupted(source):
         if len(decoded) == 5:
@@ -258,11 +259,11 @@ def test_an_interrupt_keeps_what_is_decoded(pictures, home, monkeypatch, capsys)
         decoded.append(1)
         return real(source)
 
-    monkeypatch.setattr(cache_module, "open_grey", interrupted)
+    monkeypatch.setattr(decoding, "open_grey", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_images(ids, paths, 24, workers=1)
     assert built(home) == []
-    monkeypatch.setattr(cache_module, "open_grey", lambda source: decoded.append(1) or real(source))
+    monkeypatch.setattr(decoding, "open_grey", lambda source: decoded.append(1) or real(source))
     assert_right(open_images(ids, paths, 24), paths)
     assert len(decoded) == 12 and "5 of 12 images are there" in capsys.readouterr().err
 
@@ -331,6 +332,33 @@ def test_two_at_once_one_builds_and_the_other_waits(tmp_path, home):
     assert len({o for o, _ in out}) == 1 and len(built(home)) == 1
     paths = sorted(folder.iterdir())
     assert_right(open_images([p.name for p in paths], [str(p) for p in paths], 48), paths, 48)
+
+
+def test_processes_and_threads_give_the_same_and_both_name_what_is_damaged(tmp_path, home, monkeypatch):
+    ids, paths = write(tmp_path / "images", n=40)
+    Path(paths[3]).write_bytes(b"no image")
+    threads = open_images(ids, paths, 24)
+    monkeypatch.setattr(cache_module, "_WORTH_PROCESSES", 0)
+    monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "third"))
+    processes = open_images(ids, paths, 24)
+    assert processes.folder != threads.folder and np.array_equal(processes[:], threads[:])
+    assert processes.bad == threads.bad and list(processes.bad) == ["3.png"]
+    assert np.array_equal(np.load(processes.folder / ROWS), np.load(threads.folder / ROWS))
+
+
+def test_a_file_that_crashes_the_decoder_is_named_and_the_rest_is_decoded(tmp_path, home, monkeypatch):
+    ids, paths = write(tmp_path / "images", n=40)
+    crashing = tmp_path / "crash"
+    crashing.mkdir()
+    (crashing / "sitecustomize.py").write_text(
+        "import os, pathlib\nread = pathlib.Path.read_bytes\n"
+        "pathlib.Path.read_bytes = lambda p: os.abort() if p.name == '21.png' else read(p)\n")
+    monkeypatch.setenv("PYTHONPATH", str(crashing))
+    monkeypatch.setattr(cache_module, "_WORTH_PROCESSES", 0)
+    images = open_images(ids, paths, 24)
+    assert images.bad == {"21.png": "the decoder crashed on it"} and images[21].max() == 0
+    for i, path in enumerate(paths):
+        assert i == 21 or np.array_equal(images[i], read_grey(path, 24))
 
 
 def test_who_waits_says_so_and_finds_it_built(pictures, home, never_decode):

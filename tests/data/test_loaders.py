@@ -157,6 +157,15 @@ def test_flip_and_rotation_against_torchvision():
     torch.testing.assert_close(twice, x, atol=1e-4, rtol=0)
 
 
+def test_the_grid_of_a_turn_is_torchs_affine_grid():
+    x, flip, angle = torch.rand(5, 2, 24, 24), torch.tensor([1.0, -1, 1, -1, 1]), torch.tensor([0.0, 0.0, 0.17, -0.1, 0.05])
+    c, s, zero = torch.cos(angle), torch.sin(angle), torch.zeros(5)
+    theta = torch.stack([torch.stack([c * flip, -s, zero], 1), torch.stack([s * flip, c, zero], 1)], 1)
+    grid = torch.nn.functional.affine_grid(theta, list(x.shape), align_corners=False)
+    want = torch.nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    torch.testing.assert_close(flip_rotate(x, flip, angle), want, rtol=1e-4, atol=1e-5)
+
+
 def test_validation_is_not_augmented(data):
     dls = loaders(data)
     assert not any(isinstance(t, FlipRotate) for t in dls.valid.after_batch.fs)

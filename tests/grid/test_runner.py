@@ -169,7 +169,7 @@ def test_one_data_set_has_one_cache_from_wherever_it_is_named(phantoms, tmp_path
 
     monkeypatch.chdir(tmp_path)
     open_dataset(jobs[0]["params"])
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    assert len(list((tmp_path / "cache").glob("*/pixels.npy"))) == 1
 
 
 @pytest.mark.slow

@@ -89,7 +89,8 @@ def test_the_published_grid_is_exactly_the_published_one():
 
 
 def test_published_yaml_pins_all_that_a_changed_default_could_move():
-    free = {"data_root", "csv", "valid_fraction", "cache_dir", "limit", "run_dir", "precision", "workers", "device", "resume"}
+    free = {"data_root", "csv", "valid_fraction", "cache_dir", "limit", "run_dir", "precision", "workers", "device", "resume",
+            "preload"}
     assert set(load_params(PARAMS_DIR / "published.yaml")) == set(PARAMS) - free
 
 

@@ -1,0 +1,221 @@
+"""What a training step of fastai's Learner with CHARM costs beside a plain PyTorch loop, and each component's share.
+
+    python benchmarks/step.py ../shared/nih_full
+
+The plain loop is the same backbone and head with the same batch, memory layout and fused AdamW, on a batch that is ready. The
+Learner's step is all that its own loop does from one batch to the next: reading, sending, turning and scaling the images, its
+callbacks and records, the optimizer and the momentum branch. All cases take turns inside the Learner's loop; times are medians.
+The last table gives the bank's read and write by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback, CancelFitException
+from measure import peak_memory_mb, save
+
+from charmlib.data.cache import open_images
+from charmlib.data.loaders import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ChestDataLoaders,
+    ChestDL,
+    ChestImages,
+    FlipRotate,
+    GreyToNetwork,
+)
+from charmlib.models import CharmNet
+from charmlib.nn import MultiScaleAttention, RareMemoryBank
+from charmlib.training.device import pick_device, pick_precision
+from charmlib.training.learner import charm_learner
+
+SETTINGS = (("efficientnet_v2_s", 224, 16, 8), ("resnet50", 224, 16, 6), ("mobilenet_v2", 64, 64, 30))
+PARTS = ("use_momentum", "use_attention", "use_bank")
+
+
+class LayeredAttention(MultiScaleAttention):
+    """The published form: four convolutions one after another."""
+
+    def forward(self, features):
+        return torch.sigmoid(self.fuse(torch.cat([conv(features) for conv in self.scales], dim=1)))
+
+
+def network(arch: str, *, on: tuple[str, ...] = (), layered: bool = False) -> CharmNet:
+    torch.manual_seed(0)
+    net = CharmNet(arch, 14, weights="none", norm="imagenet", **{part: part in on for part in PARTS})
+    if layered and net.attention is not None:
+        net.attention.__class__ = LayeredAttention
+    return net
+
+
+class BareLoop:
+    """A step as one writes it without a library."""
+
+    def __init__(self, net: CharmNet, size: int, batch: int, device: torch.device, precision: str, layout: torch.memory_format):
+        self.net = net.to(device, memory_format=layout).train()
+        self.optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        self.x = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
+        self.y = (torch.rand(batch, 14, device=device) < 0.1).float()
+        self.kind, self.half = device.type, precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=self.half)
+
+    def __call__(self) -> None:
+        with torch.autocast(self.kind, torch.float16, enabled=self.half):
+            logits = self.net(self.x)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), self.y)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.net.update_momentum()
+
+
+def timed(run, device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class TakeTurns(Callback):
+    """After each of the Learner's batches, a step of every other case; the Learner's own time is what lies between."""
+
+    order = 1000
+
+    def __init__(self, others: dict, rounds: int, device: torch.device):
+        self.others, self.rounds, self.device = others, rounds, device
+        self.seconds = {name: [] for name in ("learner", *others)}
+        self.mark = None
+
+    def after_batch(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.mark is not None:
+            self.seconds["learner"].append(now - self.mark)
+        for name, run in self.others.items():
+            self.seconds[name].append(timed(run, self.device))
+        if len(self.seconds["learner"]) == self.rounds + 1:
+            raise CancelFitException
+        self.mark = time.perf_counter()
+
+
+def loaders(folder: Path, work: Path, size: int, batch: int, steps: int, device: torch.device) -> ChestDataLoaders:
+    """The cached loader over enough links to the folder's files."""
+    files, links = sorted(folder.rglob("*.png")), work / f"images{size}"
+    links.mkdir(exist_ok=True)
+    count = batch * (steps + 2)
+    for i in range(count):
+        if not (links / f"{i:05}.png").is_symlink():
+            (links / f"{i:05}.png").symlink_to(files[i % len(files)].resolve())
+    paths = sorted(links.iterdir())[:count]
+    ids = [p.name for p in paths]
+    cache = open_images(ids, [str(p) for p in paths], size, cache_dir=work / "cache")
+    labels = (np.random.default_rng(0).random((count, 14)) < 0.1).astype(np.float32)
+    part = ChestImages(cache, labels, np.arange(count), [str(c) for c in range(14)], ids, train=True)
+    scale = GreyToNetwork(IMAGENET_MEAN, IMAGENET_STD)
+    train = ChestDL(part, bs=batch, shuffle=True, drop_last=True, after_batch=[FlipRotate(), scale], device=device)
+    few = ChestImages(cache, labels, np.arange(batch), part.classes, ids)
+    valid = ChestDL(few, bs=batch, after_batch=[scale], device=device)
+    return ChestDataLoaders(train, valid, device=device)
+
+
+def step_times(arch: str, size: int, batch: int, rounds: int, folder: Path, device: torch.device, precision: str) -> dict:
+    last, plain = torch.channels_last, torch.contiguous_format
+
+    def bare(layout=last, **parts):
+        return BareLoop(network(arch, **parts), size, batch, device, precision, layout)
+
+    others = {"plain": bare(), "momentum": bare(on=PARTS[:1]), "attention": bare(on=PARTS[1:2]),
+              "attention_layered": bare(on=PARTS[1:2], layered=True), "bank": bare(on=PARTS[2:]), "charm": bare(on=PARTS),
+              "plain_contiguous": bare(plain), "charm_contiguous_layered": bare(plain, on=PARTS, layered=True)}
+    with tempfile.TemporaryDirectory() as scratch:
+        dls = loaders(folder, Path(scratch), size, batch, rounds + 3, device)
+        turns = TakeTurns(others, rounds, device)
+        learn = charm_learner(dls, net=network(arch, on=PARTS), precision=precision, cbs=[turns], path=scratch)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, 1e-4)
+    seconds = {name: values[-rounds:] for name, values in turns.seconds.items()}  # those before are warm-up
+    base = seconds["plain"]
+    ratios = {name: round(statistics.median(a / b for a, b in zip(values, base)), 4) for name, values in seconds.items()}
+    return {"image_size": size, "batch": batch, "rounds": rounds,
+            "milliseconds": {name: round(statistics.median(v) * 1e3, 2) for name, v in seconds.items()},
+            "times_plain": ratios, "bank": bank_times(network(arch).features, batch, device, statistics.median(base))}
+
+
+def bank_times(features: int, batch: int, device: torch.device, step: float) -> dict:
+    """The bank's read, write and backward by themselves, full, at two sizes."""
+    found = {}
+    for size in (512, 16384):
+        torch.manual_seed(0)
+        bank = RareMemoryBank(features, 14, size=size, threshold=0.02).to(device).train()
+        bank.slots.normal_()
+        bank.filled.fill_(size)
+        z, ids, labels = torch.randn(batch, features, device=device, requires_grad=True), torch.arange(batch), None
+        ids, labels = ids.to(device), torch.zeros(batch, 14, device=device)
+
+        def use(bank=bank, z=z, ids=ids, labels=labels):
+            bank.expect(ids, labels)
+            bank(z).sum().backward()
+
+        for _ in range(5):
+            timed(use, device)
+        seconds = statistics.median(timed(use, device) for _ in range(50))
+        found[str(size)] = {"milliseconds": round(seconds * 1e3, 3), "share_of_plain_step": round(seconds / step, 5)}
+    return found
+
+
+def one_memory(arch: str, size: int, batch: int, case: str, layout: str, device: torch.device, precision: str) -> None:
+    """Three bare steps of one case; prints the peak memory in MB."""
+    step = BareLoop(network(arch, on=PARTS if case == "charm" else ()), size, batch, device, precision,
+                    torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    for _ in range(3):
+        step()
+    print(peak_memory_mb())
+
+
+def memory(arch: str, size: int, batch: int, device: torch.device, precision: str) -> dict:
+    """Peak memory of processes of their own."""
+    found = {}
+    for case in ("plain", "charm"):
+        for layout in ("channels_last", "contiguous"):
+            command = [sys.executable, __file__, "--memory", arch, str(size), str(batch), case, layout, device.type, precision]
+            found[f"{case}_{layout}"] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--memory"]:
+        arch, size, batch, case, layout, device, precision = sys.argv[2:]
+        one_memory(arch, int(size), int(batch), case, layout, torch.device(device), precision)
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--only", help="one backbone")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    precision = pick_precision("auto", device)
+    figures = {}
+    for arch, size, batch, rounds in SETTINGS:
+        if args.only in (None, arch):
+            figures[arch] = step_times(arch, size, batch, rounds, args.folder, device, precision)
+            figures[arch]["peak_memory_mb"] = memory(arch, size, batch, device, precision)
+            print(arch, figures[arch], flush=True)
+    if not args.only:
+        print(save("step", device, precision, {"asked": {"learner": 1.05, "bank_512": 0.01, "bank_16384": 0.03}, **figures}))
+
+
+if __name__ == "__main__":
+    main()

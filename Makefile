@@ -38,7 +38,8 @@ explore: $(VENV)/.installed
 	$(BIN)/python -m charmlib explore $(RUNS)
 
 parameters: $(VENV)/.installed
-	$(BIN)/python -m charmlib params --write notebooks/train.ipynb --write notebooks/test.ipynb
+	$(BIN)/python -m charmlib params --write notebooks/prepare.ipynb --write notebooks/train.ipynb \
+		--write notebooks/test.ipynb
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -42,27 +42,42 @@ def phantom(out, images, size, seed):
 @click.option("--aspect", default="stretch", show_default=True, type=click.Choice(["stretch", "pad", "crop"]),
               help="What becomes of pictures that are not square.")
 @click.option("--csv", default="", help="A label table of your own.")
+@click.option("--split", default="official", show_default=True, help="Parts to show the data by: official, patient, a folder.")
 @click.option("--cache-dir", default="", help="Where the cache goes [default: a scratch folder of this machine].")
 @click.option("--workers", default=os.cpu_count() or 2, show_default="all cores", help="Threads that decode.")
 @click.option("--verify", is_flag=True, help="Check every source file against the cache, and decode again what changed.")
-def cache(data_root, size, aspect, csv, cache_dir, workers, verify):
-    """Decode all images of DATA_ROOT once, and say what is odd about them; goes on where a killed build was."""
+def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
+    """Decode all images of DATA_ROOT once, and show what the data holds; goes on where a killed build was.
+
+    Writes data.html into the cache: findings by part, patients, views, co-occurrence, sample images.
+    """
     from charmlib.data.cache import content_of, open_images, verify_images
+    from charmlib.data.dataset import open_dataset
     from charmlib.data.index import read_index
     from charmlib.data.paths import resolve_data_root
+    from charmlib.data.splits import SplitError
+    from charmlib.viz.dataset import finding_table, part_table, write_dataset_page
 
-    index = read_index(resolve_data_root(data_root), classes="own" if csv else "nih14", csv=csv)
+    root, classes = resolve_data_root(data_root), "own" if csv else "nih14"
+    index = read_index(root, classes=classes, csv=csv)
     start = time.monotonic()
     images = (verify_images if verify else open_images)(
         index.frame["id"].tolist(), index.frame["path"].tolist(), size, aspect=aspect, cache_dir=cache_dir, workers=workers)
-    index.report.add("unreadable", (f"{name}: {why}" for name, why in images.bad.items()))
     seconds = time.monotonic() - start
     click.echo(f"{len(images):,} images at {size} pixels, {images.pixels.nbytes / 1e9:.2f} GB, in {images.folder} "
                f"({seconds:.1f} s, {len(images) / seconds:,.0f} a second)")
     sizes = content_of(images.folder)["sizes"]
     click.echo("source pictures: " + ", ".join(f"{n:,} of {w} x {h}" for (w, h), n in list(sizes.items())[:5])
                + (f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""))
-    click.echo(f"report: {index.report}")
+    try:
+        data = open_dataset(data_root=str(root), classes=classes, csv=csv, split=split, image_size=size, aspect=aspect,
+                            cache_dir=cache_dir, workers=workers)
+    except SplitError as error:
+        click.echo(f"report: {index.report}\nno parts to show the data by: {error}")
+        return
+    click.echo(f"{data}\n\n{part_table(data).to_string(index=False)}\n\n{finding_table(data).to_string(index=False)}")
+    if os.access(images.folder, os.W_OK):
+        click.echo(f"\n{write_dataset_page(images.folder / 'data.html', data)}")
 
 
 @cli.command()

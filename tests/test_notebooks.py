@@ -15,7 +15,8 @@ from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = {"train": list(PARAMS), "test": ["data_root", "cache_dir", "limit", "run_dir", "workers", "device"]}
+NAMES = {"prepare": ["data_root", "classes", "csv", "split", "valid_fraction", "image_size", "aspect", "cache_dir", "workers"],
+         "train": list(PARAMS), "test": ["data_root", "cache_dir", "limit", "run_dir", "workers", "device"]}
 
 
 def code_cells(path):
@@ -23,7 +24,7 @@ def code_cells(path):
 
 
 def test_the_notebooks_are_there():
-    assert {p.stem for p in BOOKS} >= {"train", "test", "grid", "explore"}
+    assert {p.stem for p in BOOKS} >= {"prepare", "train", "test", "grid", "explore"}
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
@@ -77,6 +78,18 @@ def pictures(book):
 def text(book):
     return "\n".join(o.get("text", "") or "".join(o.get("data", {}).get(f"text/{kind}", "") for kind in ("plain", "html"))
                      for c in book.cells if c.cell_type == "code" for o in c.outputs)
+
+
+@pytest.mark.slow
+def test_prepare_builds_the_cache_and_shows_the_data(phantoms, tmp_path):
+    given = {"data_root": phantoms, "image_size": 40, "cache_dir": tmp_path / "cache", "valid_fraction": 0.2}
+    book = papermill("prepare", tmp_path / "prepare.ipynb", given, tmp_path)
+    assert pictures(book) == 4 and "unreadable: 0" in text(book) and "Hernia" in text(book)
+    assert len(list((tmp_path / "cache").glob("*/charm_cache.json"))) == 1
+    page = (tmp_path / "data.html").read_text()
+    assert page.count("data:image/png") == 4 and "drawn phantoms" in page
+    papermill("prepare", tmp_path / "again.ipynb", given, tmp_path)
+    assert len(list((tmp_path / "cache").glob("*/pixels.npy"))) == 1
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # brings the notebooks' parameters cells up to date after a change of charmlib/params.py
-.PHONY: demo test explore nih64 parameters lint lab clean
+.PHONY: demo test explore nih64 benchmarks parameters lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; say PYTHON=...')"
@@ -31,6 +31,12 @@ nih64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64.yaml --out runs/nih64 \
 		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
 	$(BIN)/python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
+
+# what the README's table of speed says, as files in benchmarks/results (12 minutes on two cores, which should be idle)
+benchmarks: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.loader $(SHARED)/nih_full
+	$(BIN)/python -m benchmarks.open_cache $(SHARED)
+	$(BIN)/python -m benchmarks.step $(SHARED)/nih_full
 
 RUNS ?= runs
 explore: $(VENV)/.installed

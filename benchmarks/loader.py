@@ -1,6 +1,6 @@
 """Batches from the image cache beside fastai's DataLoader, which decodes every file in every epoch; and the cache's build.
 
-    python benchmarks/loader.py ../shared/nih_full
+    python -m benchmarks.loader ../shared/nih_full
 
 The full-size files of the folder are repeated to 2,000. Three things are measured in turn, in one process: an epoch of
 fastai's ``ImageBlock`` + ``Resize(224)`` with two persistent workers, not its first; the cache's build with two threads; epochs
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import median_ratio, peak_memory_mb, save
 from PIL import Image
 
+from benchmarks.measure import median_ratio, peak_memory_mb, save
 from charmlib.data.cache import open_images
 from charmlib.data.images import open_grey
 from charmlib.data.loaders import IMAGENET_MEAN, IMAGENET_STD, ChestDL, ChestImages, FlipRotate, GreyToNetwork

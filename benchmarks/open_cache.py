@@ -1,6 +1,6 @@
 """How long a cell of a grid takes to open the images of the whole NIH set.
 
-    python benchmarks/open_cache.py ../shared
+    python -m benchmarks.open_cache ../shared
 
 A synthetic cache of all 112,120 rows at 224 pixels (5.6 GB of zeros that take no room on the disk), whose source files are
 links to the full-size files at hand. Opening does all that it does with a real one: manifest, lengths, hashes, and a sample of
@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import save
 
+from benchmarks.measure import save
 from charmlib.data.cache import FORMAT, IDS, MANIFEST
 from charmlib.data.decoding import DONE, PIXELS, ROW, ROWS
 from charmlib.data.images import FILTER

@@ -1,6 +1,6 @@
 """What a training step of fastai's Learner with CHARM costs beside a plain PyTorch loop, and each component's share.
 
-    python benchmarks/step.py ../shared/nih_full
+    python -m benchmarks.step ../shared/nih_full
 
 The plain loop is the same backbone and head with the same batch, memory layout and fused AdamW, on a batch that is ready. The
 Learner's step is all that its own loop does from one batch to the next: reading, sending, turning and scaling the images, its
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
-from measure import peak_memory_mb, save
 
+from benchmarks.measure import peak_memory_mb, save
 from charmlib.data.cache import open_images
 from charmlib.data.loaders import (
     IMAGENET_MEAN,
@@ -190,7 +190,8 @@ def memory(arch: str, size: int, batch: int, device: torch.device, precision: st
     found = {}
     for case in ("plain", "charm"):
         for layout in ("channels_last", "contiguous"):
-            command = [sys.executable, __file__, "--memory", arch, str(size), str(batch), case, layout, device.type, precision]
+            command = [sys.executable, "-m", "benchmarks.step", "--memory", arch, str(size), str(batch), case, layout,
+                       device.type, precision]
             found[f"{case}_{layout}"] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 

@@ -22,6 +22,24 @@ def test_phantom_and_cache(tmp_path):
     assert done.returncode == 0 and "40 drawn phantoms of 32 pixels" in done.stdout
     done = charm("cache", tmp_path / "p", "--size", 32, "--cache-dir", tmp_path / "c")
     assert done.returncode == 0 and "40 images at 32 pixels" in done.stdout and "nothing odd found" in done.stdout
+    (folder,) = (p for p in (tmp_path / "c").iterdir() if p.is_dir())
+    page = (folder / "data.html").read_text()
+    assert "40 of 32 x 32" in done.stdout and page.count("data:image/png") == 4 and "drawn phantoms" in page
+    images = sorted((tmp_path / "p").rglob("*.png"))
+    images[5].write_bytes(images[6].read_bytes())
+    images[7].write_bytes(b"no picture")
+    checked = charm("cache", tmp_path / "p", "--size", 32, "--cache-dir", tmp_path / "c", "--verify")
+    assert checked.returncode == 0, checked.stderr
+    assert f"2 changed ({images[5].name}, {images[7].name})" in checked.stderr
+    assert f"unreadable, left out: 1 ({images[7].name}: UnidentifiedImageError" in checked.stdout
+
+
+def test_a_cache_of_pictures_without_a_split_is_built_and_says_so(tmp_path):
+    charm("phantom", tmp_path / "p", "--images", 12, "--size", 32)
+    for path in (tmp_path / "p").glob("*list*"):
+        path.unlink()
+    done = charm("cache", tmp_path / "p", "--size", 32, "--cache-dir", tmp_path / "c", "--aspect", "pad")
+    assert done.returncode == 0 and "12 images at 32 pixels" in done.stdout and "no parts to show the data by" in done.stdout
 
 
 @pytest.mark.slow

@@ -79,6 +79,50 @@ def test_the_real_backbone_transfers(shared):
     assert roc_auc_score(yt[:, column], model.decision_function(xt)) > 0.6
 
 
+def test_full_size_files_go_through_the_cache_as_pillow_reads_them(shared, tmp_path, monkeypatch):
+    """Real 1024-pixel files of all modes, in processes; and a later epoch costs nothing beside decoding."""
+    import time
+
+    from PIL import Image
+
+    from benchmarks.loader import repeated, worst_difference
+    from charmlib.data import cache
+    from charmlib.data.loaders import ChestDL, ChestImages
+
+    monkeypatch.setattr(cache, "_WORTH_PROCESSES", 0)
+    ids, paths = repeated(shared / "nih_full", tmp_path / "images", 64)
+    images = cache.open_images(ids, paths, 224, cache_dir=tmp_path / "cache")
+    assert worst_difference(ids, paths, images, 224) <= 1 and images.bad == {}
+    loader = ChestDL(ChestImages(images, np.zeros((64, 1), np.float32), np.arange(64), ["a"], ids), bs=64)
+    next(iter(loader))
+    start = time.perf_counter()
+    (grey, _), = loader
+    cached = time.perf_counter() - start
+    start = time.perf_counter()
+    for path in paths[:17]:
+        with Image.open(path) as picture:
+            np.asarray(picture.convert("RGB").resize((224, 224), Image.Resampling.BILINEAR))
+    decoded = (time.perf_counter() - start) / 17 * 64
+    assert grey.shape == (64, 1, 224, 224) and decoded > 40 * cached
+
+
+def test_a_second_epoch_of_nih64_opens_no_file(shared, tmp_path):
+    import sys
+
+    from charmlib.data.loaders import chest_dataloaders
+
+    data = open_dataset(data_root=str(shared / "nih64"), image_size=64, cache_dir=str(tmp_path))
+    dls, opened, watching = chest_dataloaders(data, bs=64), [], [True]
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if watching[0] and event == "open" else None)
+    for _ in dls.train:
+        pass
+    first, opened[:] = list(opened), []
+    for _ in dls.train:
+        pass
+    watching[0] = False
+    assert opened == [] and not [name for name in first if name.endswith(".png")]
+
+
 def test_published_test_auc_of_real_logits(shared):
     """Means over classes of public predictions on the whole official test part, exact to 1e-4."""
     from charmlib.evaluation.metrics import mean_auc

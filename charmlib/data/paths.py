@@ -60,7 +60,7 @@ def kaggle_caches(manifest: str, kaggle_input: str | Path = "/kaggle/input") -> 
     """
     base, found = Path(kaggle_input), []
     for kind in ("datasets/*/*", "notebooks/*/*", "*"):
-        for inside in ("", "*/", "*/*/") if kind != "*" else ("", "*/"):
+        for inside in ("", "*/", "*/*/"):
             found += sorted(base.glob(f"{kind}/{inside}{manifest}"))
     return [path.parent for path in found]
 

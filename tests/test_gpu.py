@@ -1,0 +1,74 @@
+"""What only a GPU can show. Skipped, by name, where there is none; nothing here is needed for the rest to be right."""
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+
+from charmlib import charm_learner
+from charmlib.data.dataset import open_dataset
+from charmlib.data.loaders import chest_dataloaders
+from charmlib.training.device import compile_backbone, place
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: fp16, pinned loading and waits on a real device")
+HALF = (0.5, 0.5, 0.5)
+NET = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 16, "k": 2, "hidden": 16, "threshold": 0.0}
+
+
+def learner(phantoms, tmp_path, precision="fp16", **options):
+    data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0.2)
+    dls = chest_dataloaders(data, bs=16, mean=HALF, std=HALF, device="cuda", path=tmp_path, **options)
+    torch.manual_seed(0)
+    return charm_learner(dls, seed=1, path=tmp_path, precision=precision, **NET)
+
+
+class NoWaits(Callback):
+    """CUDA raises at whatever would make the CPU wait, from the first training batch of an epoch to its last."""
+
+    order = 999
+
+    def after_batch(self):
+        torch.cuda.set_sync_debug_mode("error" if self.training and self.iter < self.n_iter - 1 else "default")
+
+
+@pytest.mark.parametrize("preload", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_training_never_waits(phantoms, tmp_path, precision, preload):
+    learn = learner(phantoms, tmp_path, precision, preload=preload)
+    try:
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-3, cbs=NoWaits())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert learn.model.momentum.updates.item() > 0 and learn.model.bank.filled.item() == 16
+
+
+def test_batches_and_scores_are_the_cpus(phantoms, tmp_path):
+    data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0.2)
+    seen = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(3)
+        dls = chest_dataloaders(data, bs=16, mean=HALF, std=HALF, device=device)
+        seen.append([(x.cpu(), y.cpu(), dls.train.ids.cpu()) for x, y in dls.train])
+    for (x, y, ids), (x_, y_, ids_) in zip(*seen, strict=True):
+        assert torch.equal(ids, ids_) and torch.equal(y, y_)
+        torch.testing.assert_close(x.as_subclass(torch.Tensor), x_.as_subclass(torch.Tensor), rtol=1e-4, atol=1e-4)
+
+
+def test_fp16_trains_as_fp32_does(phantoms, tmp_path):
+    losses = []
+    for precision in ("fp16", "fp32"):
+        learn = learner(phantoms, tmp_path, precision)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-3)
+        losses.append(learn.recorder.values[-1][1])
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_a_compiled_backbone_trains(phantoms, tmp_path):
+    if torch.cuda.get_device_capability() < (7, 0):
+        pytest.skip("this card is older than sm_70")
+    learn = learner(phantoms, tmp_path)
+    compile_backbone(place(learn.model, torch.device("cuda")), torch.device("cuda"))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+    assert learn.recorder.values[-1][1] == learn.recorder.values[-1][1]

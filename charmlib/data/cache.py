@@ -180,17 +180,18 @@ def _find(wanted: _Wanted, cache_dir: str | Path, say, *, sampled: bool = True) 
     for folder in _folders(places):
         try:
             cache = _open(folder, wanted)
-            changed = [] if cache is None else _sample(cache, wanted)
+            strange, mended = ([], []) if cache is None else _sample(cache, wanted)
         except (DamagedCache, OSError, ValueError, KeyError) as error:
             say(f"{folder} is not used: {error}")
             continue
         if cache is None:
             continue
-        if len(changed) * 2 > len(wanted.sample):
+        if len(strange) * 2 > len(wanted.sample):
             continue  # another data set with the same names
-        if changed and sampled:
-            say(f"{len(changed)} of {len(wanted.sample)} sampled images differ from {folder}, such as {changed[0]}: "
-                "checking all")
+        if (strange or mended) and sampled:
+            what = f"{len(strange)} of {len(wanted.sample)} sampled images differ from" if strange else \
+                f"{len(mended)} of the unreadable images are no longer what they were in"
+            say(f"{what} {folder}, such as {(strange + mended)[0]}: checking all")
             return _verified(wanted, cache, _home(cache_dir), 2, say)
         return cache
     return None
@@ -242,12 +243,13 @@ def _ids(folder: Path, manifest: dict) -> list[str]:
     return text.split("\n")
 
 
-def _sample(cache: ImageCache, wanted: _Wanted) -> list[str]:
-    """Ids of the sampled images whose pixels or source files are not those of the cache."""
+def _sample(cache: ImageCache, wanted: _Wanted) -> tuple[list[str], list[str]]:
+    """Ids of images whose pixels or source files are not those of the cache: in the sample, and among the unreadable."""
     kept = np.load(cache.folder / ROWS, allow_pickle=False)
     if hashlib.sha256(kept.tobytes()).hexdigest() != cache.manifest["hash"]:
         raise DamagedCache(f"{ROWS} is not what its manifest says")
-    return [wanted.ids[i] for i in wanted.sample if not _same(cache, kept, wanted, i)]
+    unreadable = [i for i, name in enumerate(wanted.ids) if name in cache.bad] if cache.bad else []
+    return tuple([wanted.ids[i] for i in where if not _same(cache, kept, wanted, i)] for where in (wanted.sample, unreadable))
 
 
 def _same(cache: ImageCache, kept: np.ndarray, wanted: _Wanted, i: int) -> bool:
@@ -304,7 +306,7 @@ def _build(wanted: _Wanted, home: Path, workers: int, say) -> ImageCache:
     with _lock(home, wanted.name, say):
         with contextlib.suppress(DamagedCache, OSError, ValueError, KeyError):
             cache = _open(target, wanted)
-            if cache is not None and not _sample(cache, wanted):
+            if cache is not None and not any(_sample(cache, wanted)):
                 return cache  # another process built it while this one waited
         if target.exists():
             _take_back(target)

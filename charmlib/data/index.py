@@ -76,24 +76,25 @@ class Index:
         return (self.frame[findings].to_numpy(np.float32) == 1).any(1)
 
 
-def find_images(root: Path, *, depth: int = 5) -> list[Path]:
-    """Image files under ``root``, sorted folder by folder."""
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        level = len(Path(folder).relative_to(root).parts)
+def find_images(root: str | Path, *, depth: int = 5) -> list[str]:
+    """Image files under ``root``, sorted folder by folder; paths as text, for a hundred thousand of them take a while."""
+    files, above = [], os.fspath(root).rstrip(os.sep).count(os.sep)
+    for folder, subfolders, names in os.walk(os.fspath(root).rstrip(os.sep)):
+        level = folder.count(os.sep) - above
         subfolders[:] = sorted(s for s in subfolders if not s.startswith(".")) if level < depth else []
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                files.append(Path(folder, name))
+                files.append(os.path.join(folder, name))
     return files
 
 
-def _by_name(ids: pd.Series, root: Path, report: Report) -> dict[str, Path]:
+def _by_name(ids: pd.Series, root: Path, report: Report) -> dict[str, str]:
     """Image id -> file: by file name, or by the end of the path where a table of one's own names folders too."""
-    files: dict[str, Path] = {}
+    files: dict[str, str] = {}
     folders = int(ids.str.count("/").max()) if len(ids) else 0
+    top = len(os.path.join(os.fspath(root), ""))
     for path in find_images(root):
-        inside = path.relative_to(root).parts
+        inside = path[top:].split(os.sep)
         for length in range(1, min(folders + 1, len(inside)) + 1):
             name = "/".join(inside[-length:])
             if files.setdefault(name, path) is not path and folders == 0:
@@ -109,7 +110,7 @@ def _by_name(ids: pd.Series, root: Path, report: Report) -> dict[str, Path]:
         if found is not None:
             wanted[name] = found
     used = set(wanted.values())
-    wanted.update({"/".join(p.relative_to(root).parts): p for p in files.values() if p not in used})
+    wanted.update({p[top:].replace(os.sep, "/"): p for p in files.values() if p not in used})
     return wanted
 
 
@@ -178,7 +179,7 @@ def read_index(root: str | Path, *, classes: str = "nih14", csv: str | Path = ""
                          f"found {', '.join(map(str, raw.columns))}")
     ids = raw[id_column].str.strip()
     # NIH file names are unique; in a table of one's own the folders may be what tells images apart
-    frame = pd.DataFrame({"id": ids.str.removeprefix("./") if csv else ids.map(lambda v: Path(v).name)})
+    frame = pd.DataFrame({"id": ids.str.removeprefix("./") if csv else ids.map(os.path.basename)})
     if not frame["id"].str.lower().str.endswith(SUFFIXES).all():
         bare = ~frame["id"].str.lower().str.endswith(SUFFIXES)
         frame.loc[bare, "id"] += ".png"
@@ -197,7 +198,7 @@ def read_index(root: str | Path, *, classes: str = "nih14", csv: str | Path = ""
     if frame.empty:
         raise FileNotFoundError(f"none of the {len(missing)} images that {table} lists is under {root}: "
                                 f"looked {len(files)} image files through, for example for {next(iter(known), '?')}")
-    frame["path"] = [str(files[i]) for i in frame["id"]]
+    frame["path"] = [files[i] for i in frame["id"]]
     frame = frame[["id", "path", "patient", "age", "sex", "view", *names]].reset_index(drop=True)
     return Index(root, frame, tuple(names), report, is_drawn(root), table)
 
@@ -306,5 +307,5 @@ def read_list(root: Path, names: Sequence[str]) -> set[str] | None:
     for name in names:
         path = Path(root) / name
         if path.is_file():
-            return {Path(line.strip()).name for line in path.read_text().splitlines() if line.strip()}
+            return {os.path.basename(line.strip()) for line in path.read_text().splitlines() if line.strip()}
     return None

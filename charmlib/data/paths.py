@@ -62,7 +62,7 @@ def kaggle_caches(manifest: str, kaggle_input: str | Path = "/kaggle/input") -> 
     for kind in ("datasets/*/*", "notebooks/*/*", "*"):
         for inside in ("", "*/", "*/*/"):
             found += sorted(base.glob(f"{kind}/{inside}{manifest}"))
-    return [path.parent for path in found]
+    return list(dict.fromkeys(path.parent for path in found))
 
 
 def default_cache_dir() -> Path:

@@ -145,8 +145,9 @@ def assert_disjoint(patients: pd.Series, part: np.ndarray) -> None:
         Names some of the patients and their parts.
     """
     used = part != ""
-    parts = pd.Series(part[used]).groupby(patients[used].to_numpy()).agg(lambda p: tuple(sorted(set(p))))
-    bad = parts[parts.str.len() > 1]
+    pairs = pd.DataFrame({"patient": patients[used].to_numpy(), "part": part[used]}).drop_duplicates()
+    twice = pairs[pairs["patient"].duplicated(keep=False)].sort_values(["patient", "part"])
+    bad = twice.groupby("patient")["part"].agg(tuple)
     if len(bad):
         shown = ", ".join(f"{patient} in {' and '.join(p)}" for patient, p in bad.iloc[:3].items())
         raise SplitError(f"{len(bad)} patients are in more than one part ({shown}): scores would be inflated. "

@@ -179,6 +179,18 @@ def test_damaged_pictures_are_named_not_hidden(pictures, home):
     assert set(open_images(ids[:5], paths[:5], 24).bad) == {"2.png"}
 
 
+def test_a_picture_that_is_mended_is_noticed_at_the_next_opening(tmp_path, home, capsys):
+    ids, paths = write(tmp_path / "images", n=60)
+    good = Path(paths[33]).read_bytes()  # not in the sample
+    Path(paths[33]).write_bytes(b"no image")
+    assert set(open_images(ids, paths, 24).bad) == {"33.png"}
+    assert set(open_images(ids, paths, 24).bad) == {"33.png"} and "checking" not in capsys.readouterr().err
+    Path(paths[33]).write_bytes(good)
+    images = open_images(ids, paths, 24)
+    assert images.bad == {} and "1 of the unreadable images are no longer what they were" in capsys.readouterr().err
+    assert_right(images, paths)
+
+
 @pytest.mark.parametrize("damage", ["shorter pixels", "no pixels", "shorter rows", "other rows", "sampled pixels", "manifest"])
 def test_a_damaged_cache_is_said_to_be_and_mended(pictures, home, damage, capsys):
     ids, paths = pictures

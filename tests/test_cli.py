@@ -35,11 +35,11 @@ def test_phantom_and_cache(tmp_path):
 
 
 def test_a_cache_of_pictures_without_a_split_is_built_and_says_so(tmp_path):
-    charm("phantom", tmp_path / "p", "--images", 12, "--size", 32)
+    charm("phantom", tmp_path / "p", "--images", 40, "--size", 32)
     for path in (tmp_path / "p").glob("*list*"):
         path.unlink()
     done = charm("cache", tmp_path / "p", "--size", 32, "--cache-dir", tmp_path / "c", "--aspect", "pad")
-    assert done.returncode == 0 and "12 images at 32 pixels" in done.stdout and "no parts to show the data by" in done.stdout
+    assert done.returncode == 0 and "40 images at 32 pixels" in done.stdout and "no parts to show the data by" in done.stdout
 
 
 @pytest.mark.slow

@@ -115,7 +115,9 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
     """
     say = say or to_stderr
     wanted = _Wanted(list(ids), list(paths), size, aspect)
-    found = _find(wanted, cache_dir, say)
+    found, stale = _find(wanted, cache_dir, say)
+    if found is None and stale is not None:
+        found = _verified(wanted, stale, _home(cache_dir), workers, say)
     if found is None:
         found = _build(wanted, _home(cache_dir), workers, say)
     return found
@@ -130,7 +132,8 @@ def verify_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect
     """
     say = say or to_stderr
     wanted = _Wanted(list(ids), list(paths), size, aspect)
-    found = _find(wanted, cache_dir, say, sampled=False)
+    found, stale = _find(wanted, cache_dir, say)
+    found = found or stale
     if found is None:
         say("no cache of these images yet: building it")
         return open_images(ids, paths, size, aspect=aspect, cache_dir=cache_dir, workers=workers, say=say)
@@ -173,8 +176,9 @@ def _home(cache_dir: str | Path) -> Path:
     return home if os.access(there, os.W_OK) else default_cache_dir()
 
 
-def _find(wanted: _Wanted, cache_dir: str | Path, say, *, sampled: bool = True) -> ImageCache | None:
-    """The first cache that fits; with ``sampled`` its sample of rows is held against the source files."""
+def _find(wanted: _Wanted, cache_dir: str | Path, say) -> tuple[ImageCache | None, ImageCache | None]:
+    """The first cache that fits; without one, the first some of whose source files have changed."""
+    stale = None
     places = [Path(cache_dir).expanduser()] if cache_dir else []
     places += [default_cache_dir(), *kaggle_caches(MANIFEST)]
     for folder in _folders(places):
@@ -188,13 +192,14 @@ def _find(wanted: _Wanted, cache_dir: str | Path, say, *, sampled: bool = True) 
             continue
         if len(strange) * 2 > len(wanted.sample):
             continue  # another data set with the same names
-        if (strange or mended) and sampled:
+        if not (strange or mended):
+            return cache, None
+        if stale is None:
+            stale = cache
             what = f"{len(strange)} of {len(wanted.sample)} sampled images differ from" if strange else \
                 f"{len(mended)} of the unreadable images are no longer what they were in"
-            say(f"{what} {folder}, such as {(strange + mended)[0]}: checking all")
-            return _verified(wanted, cache, _home(cache_dir), 2, say)
-        return cache
-    return None
+            say(f"{what} {folder}, such as {(strange + mended)[0]}")
+    return None, stale
 
 
 def _folders(places: Sequence[Path]) -> Iterator[Path]:
@@ -289,15 +294,19 @@ def _verified(wanted: _Wanted, cache: ImageCache, home: Path, workers: int, say)
     if cache.rows is not None:
         say(f"{cache.folder} holds more than these images: building one of these alone in {home}")
         return _build(wanted, home, workers, say)
-    with _lock(cache.folder.parent, cache.folder.name, say):
-        _take_back(cache.folder)
-        partial = _partial(cache.folder)
-        states = np.load(partial / ROWS, mmap_mode="r+", allow_pickle=False)
-        states["state"][changed] = 0
-        states.flush()
-        del states
-        _fill(wanted, partial, cache.folder, workers, say)
-    return _open(cache.folder, wanted)
+    target = cache.folder.with_name(wanted.name)  # another one where sampled files have another size now
+    with _lock(target.parent, target.name, say):
+        if not (cache.folder / MANIFEST).is_file() or _manifest(cache.folder) != cache.manifest:
+            say(f"another process mended {cache.folder} meanwhile")
+        else:
+            _take_back(cache.folder, _partial(target))
+            _, rows = open_rows(_partial(target))
+            rows["state"][changed] = 0
+            rows.flush()
+            _fill(wanted, _partial(target), target, workers, say)
+    with contextlib.suppress(DamagedCache, OSError, ValueError, KeyError):
+        return _open(target, wanted)
+    return _build(wanted, home, workers, say)
 
 
 def _build(wanted: _Wanted, home: Path, workers: int, say) -> ImageCache:
@@ -309,7 +318,7 @@ def _build(wanted: _Wanted, home: Path, workers: int, say) -> ImageCache:
             if cache is not None and not any(_sample(cache, wanted)):
                 return cache  # another process built it while this one waited
         if target.exists():
-            _take_back(target)
+            _take_back(target, _partial(target))
         _fill(wanted, _partial(target), target, workers, say)
     cache = _open(target, wanted)
     if cache is None:
@@ -321,11 +330,11 @@ def _partial(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-def _take_back(target: Path) -> None:
+def _take_back(folder: Path, partial: Path) -> None:
     """Make a cache an unfinished build again, in which what is good is kept."""
-    shutil.rmtree(_partial(target), ignore_errors=True)
-    (target / MANIFEST).unlink(missing_ok=True)  # first, so that it is not opened from now on
-    os.rename(target, _partial(target))
+    shutil.rmtree(partial, ignore_errors=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that it is not opened from now on
+    os.rename(folder, partial)
 
 
 def _fill(wanted: _Wanted, partial: Path, target: Path, workers: int, say) -> None:
@@ -369,9 +378,14 @@ def _begin(wanted: _Wanted, partial: Path) -> tuple[np.ndarray, np.ndarray]:
                       f"has {free / 1e9:.1f} GB free: name another cache_dir or a smaller image_size")
     partial.mkdir()
     pixels = np.lib.format.open_memmap(partial / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
-    with open(partial / PIXELS, "rb+") as file:  # or a disk that fills up later would kill the process (SIGBUS)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    if hasattr(os, "posix_fallocate"):
+        with open(partial / PIXELS, "rb+") as file:  # or a disk that fills up later would kill the process (SIGBUS)
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            except OSError as error:  # a quota, which the free space above does not show
+                shutil.rmtree(partial)
+                raise OSError(f"{partial.parent} does not take the {needed / 1e9:.1f} GB that the cache of {shape[0]:,} images "
+                              f"at {wanted.size} pixels needs ({error.strerror}): name another cache_dir") from error
     rows = np.lib.format.open_memmap(partial / ROWS, mode="w+", dtype=ROW, shape=shape[:1])
     (partial / IDS).write_text("\n".join(wanted.ids), encoding="utf-8")
     return pixels, rows

@@ -231,6 +231,7 @@ def test_a_cache_that_cannot_be_written_is_used_where_it_is(pictures, home, tmp_
         Image.fromarray(np.zeros((39, 39), np.uint8)).save(paths[5])
         changed = open_images(ids, paths, 24, cache_dir=elsewhere)  # one changed: a new one where one can write
         assert changed.folder.parent == home and changed[5].max() == 0
+        assert open_images(ids, paths, 24, cache_dir=elsewhere).folder == changed.folder  # and from then on that one
         write(tmp_path / "images")
         never_decode()
         assert open_images(ids, paths, 24, cache_dir=elsewhere).folder == elsewhere
@@ -260,6 +261,32 @@ def test_too_little_room_is_refused_with_numbers_and_leaves_nothing(pictures, ho
     with pytest.raises(OSError, match=r"12 images at 24 pixels needs 0.0 GB, .* has 0.0 GB free: name another cache_dir"):
         open_images(ids, paths, 24)
     assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_a_quota_that_the_free_space_does_not_show_is_refused_with_numbers_too(pictures, home, monkeypatch):
+    def full(*_):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"does not take the 0.0 GB .* 12 images at 24 pixels needs \(Disk quota exceeded\)"):
+        open_images(*pictures, 24)
+    assert not list(home.glob("*.partial"))
+
+
+def test_a_repair_that_was_killed_goes_on_under_the_name_that_is_looked_for(tmp_path, home, monkeypatch):
+    ids, paths = write(tmp_path / "images", n=60)
+    open_images(ids, paths, 24)
+    Image.fromarray(np.zeros((41, 41), np.uint8)).save(paths[0])  # in the sample, and of another size
+    real = cache_module._fill
+    monkeypatch.setattr(cache_module, "_fill", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        open_images(ids, paths, 24)
+    decoded = []
+    monkeypatch.setattr(cache_module, "_fill", real)
+    decode = decoding.open_grey
+    monkeypatch.setattr(decoding, "open_grey", lambda source: decoded.append(1) or decode(source))
+    assert_right(open_images(ids, paths, 24), paths)
+    assert len(decoded) == 1 and len(built(home)) == 1 and not list(home.glob("*.partial"))
 
 
 def test_an_interrupt_keeps_what_is_decoded(pictures, home, monkeypatch, capsys):

@@ -7,6 +7,7 @@ channels happen there, for the whole batch at once.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -92,7 +93,9 @@ class ChestImages:
         """
         device, size = torch.device(device), self.images.shape[1:]
         if device.type == "cuda":
+            gc.collect()  # a Learner is a cycle, and an earlier one may hold another stage's images
             needed, free = len(self) * math.prod(size), torch.cuda.mem_get_info(device)[0]
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own to give again
             if needed > 0.6 * free:
                 raise MemoryError(f"preload: {len(self):,} images of {size[0]} pixels are {needed / 1e9:.1f} GB, the GPU has "
                                   f"{free / 1e9:.1f} GB free, and training needs its part of it: say preload=False")

@@ -18,7 +18,7 @@ import yaml
 import charmlib
 from charmlib.data.dataset import ChestData, open_dataset
 from charmlib.data.labels import same_order
-from charmlib.data.loaders import ChestDataLoaders, ChestDL, chest_dataloaders
+from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.results import (
@@ -254,12 +254,11 @@ class Run:
     @torch.no_grad()
     def logits(self, part: str, rows=None) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels (n, C) float32 of a whole part, in the order of its rows (or of the given rows)."""
-        dls = self.dataloaders(2)
-        dl: ChestDL = {"train": dls.train, "valid": dls.valid, "test": dls.test}[part]
-        if rows is not None:
-            dl.dataset.rows, dl.n = np.asarray(rows), len(rows)
-        dl = dl.new(shuffle=False, drop_last=False, after_batch=dls.valid.after_batch)
-        dl.dataset.split_idx = 1
+        data = self.data
+        images = ChestImages(data.images, data.labels, data.rows(part) if rows is None else rows, data.classes,
+                             data.index.frame["id"].tolist())
+        dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device,
+                     after_batch=[GreyToNetwork(self.net.mean, self.net.std)])
         self.net.eval()
         out, labels = [], []
         for x, y in dl:

@@ -110,6 +110,7 @@ class StageRunner:
                         learner.opt.load_state_dict(state["opt"])
                 continue
             if phase.stage != stage:
+                learner = None  # what it holds on the device may be needed
                 learner, stage, best = self.make_learner(phase.stage), phase.stage, None
             if i == done:
                 start = state["epochs"]

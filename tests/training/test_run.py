@@ -78,6 +78,22 @@ def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(quiet, t
     assert not torch.equal(other.net.head[1].weight, Run.open(tiny).net.head[1].weight)
 
 
+def test_preloaded_images_train_to_the_same_bits_and_scoring_does_not_load_them_again(quiet, tiny, monkeypatch):
+    from charmlib.data.loaders import ChestImages
+
+    preloaded, real = [], ChestImages.preload
+    monkeypatch.setattr(ChestImages, "preload", lambda self, device: preloaded.append(len(self)) or real(self, device))
+    held = Run.open(tiny, preload=True)
+    held.train()
+    for name, value in bits(quiet)[0].items():
+        assert torch.equal(held.net.state_dict()[name], value), name
+    stages = [len(held.data.rows("train", findings_only=stage == 1)) for stage in (1, 2)]
+    assert preloaded == stages
+    some = held.data.rows("train")[5:25]
+    np.testing.assert_allclose(held.logits("train", some)[0], held.logits("train")[0][5:25], rtol=1e-4, atol=1e-5)
+    assert preloaded == stages
+
+
 def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):
     """Validation losses are prescribed: 5 3 4 4 ends stage 2 with patience 2, and epoch 2's weights stay."""
     from charmlib.training.callbacks import EpochRecord, KeepBest

@@ -38,13 +38,15 @@ def phantom(out, images, size, seed):
 
 @cli.command()
 @click.argument("data_root")
-@click.option("--size", default=224, show_default=True)
+@click.option("--size", default=224, show_default=True, type=click.IntRange(16, 1024), help="Pixels a side.")
 @click.option("--aspect", default="stretch", show_default=True, type=click.Choice(["stretch", "pad", "crop"]),
               help="What becomes of pictures that are not square.")
 @click.option("--csv", default="", help="A label table of your own.")
-@click.option("--split", default="official", show_default=True, help="Parts to show the data by: official, patient, a folder.")
+@click.option("--split", default="", help="Parts to show the data by: official, patient, a folder [default: official; "
+              "patient with --csv].")
 @click.option("--cache-dir", default="", help="Where the cache goes [default: a scratch folder of this machine].")
-@click.option("--workers", default=os.cpu_count() or 2, show_default="all cores", help="Threads that decode.")
+@click.option("--workers", default=os.cpu_count() or 2, show_default="all cores", type=click.IntRange(1),
+              help="Processes that decode.")
 @click.option("--verify", is_flag=True, help="Check every source file against the cache, and decode again what changed.")
 def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
     """Decode all images of DATA_ROOT once, and show what the data holds; goes on where a killed build was.
@@ -59,13 +61,14 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
     from charmlib.viz.dataset import finding_table, part_table, write_dataset_page
 
     root, classes = resolve_data_root(data_root), "own" if csv else "nih14"
+    split = split or ("patient" if csv else "official")
     index = read_index(root, classes=classes, csv=csv)
     start = time.monotonic()
     images = (verify_images if verify else open_images)(
         index.frame["id"].tolist(), index.frame["path"].tolist(), size, aspect=aspect, cache_dir=cache_dir, workers=workers)
     seconds = time.monotonic() - start
     click.echo(f"{len(images):,} images at {size} pixels, {images.pixels.nbytes / 1e9:.2f} GB, in {images.folder} "
-               f"({seconds:.1f} s, {len(images) / seconds:,.0f} a second)")
+               f"({seconds:.1f} s)")
     sizes = content_of(images.folder)["sizes"]
     click.echo("source pictures: " + ", ".join(f"{n:,} of {w} x {h}" for (w, h), n in list(sizes.items())[:5])
                + (f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""))
@@ -73,7 +76,7 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
         data = open_dataset(data_root=str(root), classes=classes, csv=csv, split=split, image_size=size, aspect=aspect,
                             cache_dir=cache_dir, workers=workers)
     except SplitError as error:
-        click.echo(f"report: {index.report}\nno parts to show the data by: {error}")
+        click.echo(f"report: {index.report}\nno parts to show the data by (--split patient needs no lists): {error}")
         return
     click.echo(f"{data}\n\n{part_table(data).to_string(index=False)}\n\n{finding_table(data).to_string(index=False)}")
     if os.access(images.folder, os.W_OK):
@@ -348,7 +351,7 @@ def main():
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; the same command goes on from the last finished epoch", err=True)
+        click.echo("stopped; the same command goes on where it was", err=True)
         sys.exit(130)
     except (ParameterError, GridError, SplitError, ValueError, OSError) as error:
         click.echo(f"error: {error}", err=True)

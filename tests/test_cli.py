@@ -34,6 +34,16 @@ def test_phantom_and_cache(tmp_path):
     assert f"unreadable, left out: 1 ({images[7].name}: UnidentifiedImageError" in checked.stdout
 
 
+def test_a_cache_of_a_table_of_ones_own_is_shown_by_patient(tmp_path):
+    charm("phantom", tmp_path / "p", "--images", 60, "--size", 32)
+    rows = ["image,patient,Mass"] + [f"{path.name},{i // 2},{i % 3 == 0:d}"
+                                     for i, path in enumerate(sorted((tmp_path / "p").rglob("*.png")))]
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    done = charm("cache", tmp_path / "p", "--size", 32, "--cache-dir", tmp_path / "c", "--csv", tmp_path / "mine.csv")
+    assert done.returncode == 0 and "split 'patient'" in done.stdout and "Mass" in done.stdout, done.stderr
+    assert list((tmp_path / "c").glob("*/data.html"))
+
+
 def test_a_cache_of_pictures_without_a_split_is_built_and_says_so(tmp_path):
     charm("phantom", tmp_path / "p", "--images", 40, "--size", 32)
     for path in (tmp_path / "p").glob("*list*"):

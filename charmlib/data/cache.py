@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from charmlib.data.decoding import DONE, PIXELS, ROW, ROWS, Decoders, decode_row, open_rows
+from charmlib.data.decoding import DONE, PIXELS, ROW, ROWS, Decoders, decode_row, file_size, open_rows
 from charmlib.data.images import FILTER
 from charmlib.data.parallel import for_each, to_stderr
 from charmlib.data.paths import default_cache_dir, kaggle_caches
@@ -43,6 +43,9 @@ _SAMPLE = 16  # rows that are held against their source files whenever a cache i
 
 class DamagedCache(Exception):
     """Files of a cache that do not fit together."""
+
+
+_DAMAGE = (DamagedCache, OSError, ValueError, KeyError, EOFError, TypeError, AttributeError)  # what damaged files end in
 
 
 @dataclass
@@ -115,9 +118,9 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
     """
     say = say or to_stderr
     wanted = _Wanted(list(ids), list(paths), size, aspect)
-    found, stale = _find(wanted, cache_dir, say)
+    found, stale, suspects = _find(wanted, cache_dir, say)
     if found is None and stale is not None:
-        found = _verified(wanted, stale, _home(cache_dir), workers, say)
+        found = _verified(wanted, stale, suspects, _home(cache_dir), workers, say)
     if found is None:
         found = _build(wanted, _home(cache_dir), workers, say)
     return found
@@ -132,12 +135,12 @@ def verify_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect
     """
     say = say or to_stderr
     wanted = _Wanted(list(ids), list(paths), size, aspect)
-    found, stale = _find(wanted, cache_dir, say)
+    found, stale, _ = _find(wanted, cache_dir, say)
     found = found or stale
     if found is None:
         say("no cache of these images yet: building it")
         return open_images(ids, paths, size, aspect=aspect, cache_dir=cache_dir, workers=workers, say=say)
-    return _verified(wanted, found, _home(cache_dir), workers, say)
+    return _verified(wanted, found, range(len(wanted.ids)), _home(cache_dir), workers, say)
 
 
 def content_of(folder: str | Path) -> dict:
@@ -156,13 +159,14 @@ class _Wanted:
         if len(ids) != len(paths) or not ids:
             raise ValueError(f"{len(ids)} ids and {len(paths)} files: wanted one file for each of at least one id")
         self.ids, self.paths, self.size, self.aspect = ids, paths, size, aspect
-        self.ids_hash = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+        self.listing = "\n".join(ids).encode("utf-8", "surrogateescape")  # file names need not be text
+        self.ids_hash = hashlib.sha256(self.listing).hexdigest()
         self.sample = np.unique(np.linspace(0, len(ids) - 1, _SAMPLE).astype(int))
 
     @property
     def name(self) -> str:
         # The sampled files' sizes tell data sets apart that share their ids, such as the NIH set and a resized copy of it.
-        sizes = [_size(self.paths[i]) for i in self.sample]
+        sizes = [file_size(self.paths[i]) for i in self.sample]
         digest = hashlib.sha256(f"{FORMAT} {self.ids_hash} {sizes}".encode()).hexdigest()[:10]
         return f"grey{self.size}-{self.aspect}-{len(self.ids)}-{digest}"
 
@@ -176,16 +180,16 @@ def _home(cache_dir: str | Path) -> Path:
     return home if os.access(there, os.W_OK) else default_cache_dir()
 
 
-def _find(wanted: _Wanted, cache_dir: str | Path, say) -> tuple[ImageCache | None, ImageCache | None]:
-    """The first cache that fits; without one, the first some of whose source files have changed."""
-    stale = None
+def _find(wanted: _Wanted, cache_dir: str | Path, say) -> tuple[ImageCache | None, ImageCache | None, Sequence[int]]:
+    """The first cache that fits; without one, the first some of whose source files have changed, and which to look at."""
+    stale, suspects = None, ()
     places = [Path(cache_dir).expanduser()] if cache_dir else []
     places += [default_cache_dir(), *kaggle_caches(MANIFEST)]
-    for folder in _folders(places):
+    for folder in sorted(_folders(places), key=lambda folder: folder.name != wanted.name):
         try:
             cache = _open(folder, wanted)
             strange, mended = ([], []) if cache is None else _sample(cache, wanted)
-        except (DamagedCache, OSError, ValueError, KeyError) as error:
+        except _DAMAGE as error:
             say(f"{folder} is not used: {error}")
             continue
         if cache is None:
@@ -193,13 +197,13 @@ def _find(wanted: _Wanted, cache_dir: str | Path, say) -> tuple[ImageCache | Non
         if len(strange) * 2 > len(wanted.sample):
             continue  # another data set with the same names
         if not (strange or mended):
-            return cache, None
+            return cache, None, ()
         if stale is None:
-            stale = cache
+            stale, suspects = cache, range(len(wanted.ids)) if strange else mended
             what = f"{len(strange)} of {len(wanted.sample)} sampled images differ from" if strange else \
                 f"{len(mended)} of the unreadable images are no longer what they were in"
-            say(f"{what} {folder}, such as {(strange + mended)[0]}")
-    return None, stale
+            say(f"{what} {folder}, such as {wanted.ids[(strange + mended)[0]]}")
+    return None, stale, suspects
 
 
 def _folders(places: Sequence[Path]) -> Iterator[Path]:
@@ -242,19 +246,19 @@ def _open(folder: Path, wanted: _Wanted) -> ImageCache | None:
 
 
 def _ids(folder: Path, manifest: dict) -> list[str]:
-    text = (folder / IDS).read_text(encoding="utf-8")
-    if hashlib.sha256(text.encode()).hexdigest() != manifest["ids_hash"]:
+    listing = (folder / IDS).read_bytes()
+    if hashlib.sha256(listing).hexdigest() != manifest["ids_hash"]:
         raise DamagedCache(f"{IDS} is not what its manifest says")
-    return text.split("\n")
+    return listing.decode("utf-8", "surrogateescape").split("\n")
 
 
-def _sample(cache: ImageCache, wanted: _Wanted) -> tuple[list[str], list[str]]:
-    """Ids of images whose pixels or source files are not those of the cache: in the sample, and among the unreadable."""
+def _sample(cache: ImageCache, wanted: _Wanted) -> tuple[list[int], list[int]]:
+    """Which images' pixels or source files are not those of the cache: in the sample, and among the unreadable."""
     kept = np.load(cache.folder / ROWS, allow_pickle=False)
     if hashlib.sha256(kept.tobytes()).hexdigest() != cache.manifest["hash"]:
         raise DamagedCache(f"{ROWS} is not what its manifest says")
     unreadable = [i for i, name in enumerate(wanted.ids) if name in cache.bad] if cache.bad else []
-    return tuple([wanted.ids[i] for i in where if not _same(cache, kept, wanted, i)] for where in (wanted.sample, unreadable))
+    return tuple([int(i) for i in where if not _same(cache, kept, wanted, i)] for where in (wanted.sample, unreadable))
 
 
 def _same(cache: ImageCache, kept: np.ndarray, wanted: _Wanted, i: int) -> bool:
@@ -263,7 +267,7 @@ def _same(cache: ImageCache, kept: np.ndarray, wanted: _Wanted, i: int) -> bool:
     if zlib.crc32(np.ascontiguousarray(cache.pixels[at])) != row["pixel_crc"]:
         return False
     try:  # a source that is gone says nothing against the cache
-        if _size(wanted.paths[i]) != row["bytes"]:
+        if file_size(wanted.paths[i]) != row["bytes"]:
             return not os.path.exists(wanted.paths[i])
         with open(wanted.paths[i], "rb") as file:
             return zlib.crc32(file.read()) == row["source_crc"]
@@ -271,40 +275,46 @@ def _same(cache: ImageCache, kept: np.ndarray, wanted: _Wanted, i: int) -> bool:
         return True
 
 
-def _verified(wanted: _Wanted, cache: ImageCache, home: Path, workers: int, say) -> ImageCache:
-    kept = np.load(cache.folder / ROWS, mmap_mode="r", allow_pickle=False)
-    gone = [name for name, path in zip(wanted.ids, wanted.paths) if not os.path.exists(path)]
-    same = np.zeros(len(wanted.ids), bool)
+def _verified(wanted: _Wanted, cache: ImageCache, suspects: Sequence[int], home: Path, workers: int, say) -> ImageCache:
+    """The cache after a check of the suspects, those that changed decoded again; all runs that have it open keep what they
+    see, for they map the files that are replaced."""
+    kept = np.load(cache.folder / ROWS, allow_pickle=False)
+    gone = [wanted.ids[i] for i in suspects if not os.path.exists(wanted.paths[i])]
+    same = np.ones(len(wanted.ids), bool)
 
     def check(chunk: Sequence[int]) -> None:
         for i in chunk:
             same[i] = _same(cache, kept, wanted, i)
 
-    for_each(check, range(len(same)), workers, "checked", say)
+    for_each(check, suspects, workers, "checked", say)
+    _ids(cache.folder, cache.manifest)
     changed = np.flatnonzero(~same)
     if gone:
         say(f"{len(gone)} source files are gone, their rows are kept: {_some(gone)}")
-    say(f"checked {len(wanted.ids):,} images in {cache.folder}: {len(changed)} changed"
+    say(f"checked {len(suspects):,} images in {cache.folder}: {len(changed)} changed"
         + (f" ({_some([wanted.ids[i] for i in changed])})" if len(changed) else ""))
     if not len(changed):
         return cache
-    if not os.access(cache.folder, os.W_OK) or not os.access(cache.folder.parent, os.W_OK):
-        say(f"{cache.folder} is read-only: building anew in {home}")
-        return _build(wanted, home, workers, say)
-    if cache.rows is not None:
-        say(f"{cache.folder} holds more than these images: building one of these alone in {home}")
+    if cache.rows is not None or not all(os.access(p, os.W_OK) for p in (cache.folder, cache.folder.parent)):
+        say(f"{cache.folder} " + ("is read-only" if cache.rows is None else "holds more than these images")
+            + f": building one of these in {home}")
         return _build(wanted, home, workers, say)
     target = cache.folder.with_name(wanted.name)  # another one where sampled files have another size now
     with _lock(target.parent, target.name, say):
         if not (cache.folder / MANIFEST).is_file() or _manifest(cache.folder) != cache.manifest:
             say(f"another process mended {cache.folder} meanwhile")
         else:
-            _take_back(cache.folder, _partial(target))
-            _, rows = open_rows(_partial(target))
+            partial = _partial(target)
+            shutil.rmtree(partial, ignore_errors=True)
+            _room(cache.pixels.nbytes, wanted, target.parent)
+            shutil.copytree(cache.folder, partial, ignore=shutil.ignore_patterns(MANIFEST))
+            _, rows = open_rows(partial)
             rows["state"][changed] = 0
             rows.flush()
-            _fill(wanted, _partial(target), target, workers, say)
-    with contextlib.suppress(DamagedCache, OSError, ValueError, KeyError):
+            _fill(wanted, partial, target, workers, say)
+            if target != cache.folder:
+                shutil.rmtree(cache.folder)
+    with contextlib.suppress(*_DAMAGE):
         return _open(target, wanted)
     return _build(wanted, home, workers, say)
 
@@ -313,12 +323,14 @@ def _build(wanted: _Wanted, home: Path, workers: int, say) -> ImageCache:
     home.mkdir(parents=True, exist_ok=True)
     target = home / wanted.name
     with _lock(home, wanted.name, say):
-        with contextlib.suppress(DamagedCache, OSError, ValueError, KeyError):
+        with contextlib.suppress(*_DAMAGE):
             cache = _open(target, wanted)
             if cache is not None and not any(_sample(cache, wanted)):
                 return cache  # another process built it while this one waited
-        if target.exists():
-            _take_back(target, _partial(target))
+        if target.exists():  # damaged: an unfinished build again, in which what is good is kept
+            shutil.rmtree(_partial(target), ignore_errors=True)
+            (target / MANIFEST).unlink(missing_ok=True)
+            os.rename(target, _partial(target))
         _fill(wanted, _partial(target), target, workers, say)
     cache = _open(target, wanted)
     if cache is None:
@@ -328,13 +340,6 @@ def _build(wanted: _Wanted, home: Path, workers: int, say) -> ImageCache:
 
 def _partial(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
-
-
-def _take_back(folder: Path, partial: Path) -> None:
-    """Make a cache an unfinished build again, in which what is good is kept."""
-    shutil.rmtree(partial, ignore_errors=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that it is not opened from now on
-    os.rename(folder, partial)
 
 
 def _fill(wanted: _Wanted, partial: Path, target: Path, workers: int, say) -> None:
@@ -359,51 +364,59 @@ def _fill(wanted: _Wanted, partial: Path, target: Path, workers: int, say) -> No
     write_json(partial / MANIFEST, {
         "format": FORMAT, "images": len(wanted.ids), "size": wanted.size, "aspect": wanted.aspect, "filter": FILTER,
         "ids_hash": wanted.ids_hash, "hash": digest, "bad": {wanted.ids[i]: bad[i] for i in sorted(bad)}})
-    os.rename(partial, target)
+    if target.exists():  # the cache that this one mends; runs that have it open keep its files
+        old = target.with_name(target.name + ".old.partial")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        os.rename(partial, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(partial, target)
     sync(target.parent)
 
 
 def _begin(wanted: _Wanted, partial: Path) -> tuple[np.ndarray, np.ndarray]:
     """Writable maps of pixels and rows: of the unfinished build that is there, or new ones with their room reserved."""
     shape = (len(wanted.ids), wanted.size, wanted.size)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*_DAMAGE):
         if hashlib.sha256((partial / IDS).read_bytes()).hexdigest() == wanted.ids_hash:
             pixels, rows = open_rows(partial)
             if pixels.shape == shape and pixels.dtype == np.uint8 and rows.shape == shape[:1] and rows.dtype == ROW:
                 return pixels, rows
     shutil.rmtree(partial, ignore_errors=True)
-    needed, free = int(np.prod(shape)) + len(wanted.ids) * 64, shutil.disk_usage(partial.parent).free
-    if needed > 0.98 * free:
-        raise OSError(f"the cache of {shape[0]:,} images at {wanted.size} pixels needs {needed / 1e9:.1f} GB, {partial.parent} "
-                      f"has {free / 1e9:.1f} GB free: name another cache_dir or a smaller image_size")
+    _room(int(np.prod(shape)) + len(wanted.ids) * 64, wanted, partial.parent)
     partial.mkdir()
     pixels = np.lib.format.open_memmap(partial / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(partial / PIXELS, "rb+") as file:  # or a disk that fills up later would kill the process (SIGBUS)
-            try:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            except OSError as error:  # a quota, which the free space above does not show
-                shutil.rmtree(partial)
-                raise OSError(f"{partial.parent} does not take the {needed / 1e9:.1f} GB that the cache of {shape[0]:,} images "
-                              f"at {wanted.size} pixels needs ({error.strerror}): name another cache_dir") from error
     rows = np.lib.format.open_memmap(partial / ROWS, mode="w+", dtype=ROW, shape=shape[:1])
-    (partial / IDS).write_text("\n".join(wanted.ids), encoding="utf-8")
+    try:
+        for name in (PIXELS, ROWS):  # or a disk that fills up later would kill the process (SIGBUS)
+            with open(partial / name, "rb+") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as error:  # a quota, which the free space does not show
+        shutil.rmtree(partial)
+        raise OSError(f"{partial.parent} does not take the {_megabytes(pixels.nbytes)} that the cache of {shape[0]:,} images "
+                      f"at {wanted.size} pixels needs ({error.strerror}): name another cache_dir") from error
+    (partial / IDS).write_bytes(wanted.listing)
     return pixels, rows
+
+
+def _room(needed: int, wanted: _Wanted, home: Path) -> None:
+    free = shutil.disk_usage(home).free
+    if needed > 0.98 * free:
+        raise OSError(f"the cache of {len(wanted.ids):,} images at {wanted.size} pixels needs {_megabytes(needed)}, {home} has "
+                      f"{_megabytes(free)} free: name another cache_dir or a smaller image_size")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _kept(pixels: np.ndarray, rows: np.ndarray, wanted: _Wanted, i: int) -> bool:
     """Whether an unfinished build has this row: done, with its pixels' checksum, and of a source of the same size."""
     row = rows[i]
     return (row["state"] == DONE and zlib.crc32(np.ascontiguousarray(pixels[i])) == row["pixel_crc"]
-            and _size(wanted.paths[i]) in (row["bytes"], -1))
-
-
-def _size(path: str) -> int:
-    """Bytes of a file, -1 where it is not there."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+            and file_size(wanted.paths[i]) in (row["bytes"], -1))
 
 
 def _some(names: Sequence[str]) -> str:

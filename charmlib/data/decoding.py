@@ -32,6 +32,7 @@ def decode_row(pixels: np.ndarray, rows: np.ndarray, i: int, path: str, aspect: 
     An unreadable file leaves a black row.
     """
     reason, state, width, height = None, DONE, 0, 0
+    rows["bytes"][i], rows["source_crc"][i] = file_size(path), 0  # stays so for a file that is there and cannot be read
     try:
         source = Path(path).read_bytes()
         rows["bytes"][i], rows["source_crc"][i] = len(source), zlib.crc32(source)
@@ -45,6 +46,14 @@ def decode_row(pixels: np.ndarray, rows: np.ndarray, i: int, path: str, aspect: 
     rows["width"][i], rows["height"][i], rows["pixel_crc"][i] = width, height, zlib.crc32(pixels[i])
     rows["state"][i] = state  # last: a row that says it is done has all the rest
     return reason
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file, -1 where it is not there."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 class Decoders:
@@ -112,7 +121,10 @@ def main() -> None:
             reason = decode_row(pixels, rows, row, path, aspect)
             if reason is not None:
                 bad[row] = reason
-        print(json.dumps(bad), flush=True)
+        try:
+            print(json.dumps(bad), flush=True)
+        except BrokenPipeError:  # who asked was killed
+            os._exit(1)
 
 
 if __name__ == "__main__":

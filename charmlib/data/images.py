@@ -70,7 +70,7 @@ def _opened(source: str | Path | bytes) -> Image.Image:
 def _plain_png(source: bytes) -> Image.Image | None:
     """The grey picture of an 8-bit grey, RGB or RGBA PNG by a decoder that takes a third of Pillow's time, if installed.
 
-    PNG is lossless, so the pixels are Pillow's. None for anything else, and for what it refuses: Pillow then has the last word.
+    PNG is lossless, so the pixels are Pillow's. None for anything else, and for what it refuses, which Pillow then may read.
     """
     if _decode_png is None or len(source) < 33 or source[:8] + source[12:16] != b"\x89PNG\r\n\x1a\nIHDR":
         return None

@@ -66,23 +66,25 @@ class MomentumEncoder(nn.Module):
 
         ``skipped`` is a 0-dim tensor that is not 0 where the step was not made (a gradient scaler's ``found_inf``);
         nothing moves then, and the warm-up does not count it. It and the weight stay on the device, so no update
-        waits for the GPU; all tensors move together in three kernels.
+        waits for the GPU; all tensors move together.
         """
         weight = 1 - self.current_momentum()
         made = torch.ones_like(self.updates) if skipped is None else (skipped == 0).to(self.updates.dtype)
         weight = weight * made  # 0-dim
-        slow, fast, whole = [], [], []
+        slow, fast, mine_whole, whole = [], [], [], []
         theirs = dict(source.named_parameters()) | dict(source.named_buffers())
         for name, mine in (*self.encoder.named_parameters(), *self.encoder.named_buffers()):
             if mine.is_floating_point():
                 slow.append(mine)
                 fast.append(theirs[name].detach())
             else:
-                whole.append((mine, theirs[name]))
-        torch._foreach_mul_(slow, 1 - weight)
-        torch._foreach_add_(slow, torch._foreach_mul(fast, weight))
-        for mine, its in whole:  # counters of norm layers, which nothing reads
-            mine.copy_(its)
+                mine_whole.append(mine)
+                whole.append(theirs[name])
+        if slow:
+            torch._foreach_mul_(slow, 1 - weight)
+            torch._foreach_add_(slow, torch._foreach_mul(fast, weight))
+        if whole:  # counters of norm layers, which nothing reads
+            torch._foreach_copy_(mine_whole, whole)
         self.updates += made
 
     def extra_repr(self) -> str:

@@ -63,7 +63,8 @@ class HalfPrecision(Callback):
     def before_fit(self):
         kind = next(self.model.parameters()).device.type
         self.autocast, self.learn.scaler = torch.autocast(kind, torch.float16), torch.amp.GradScaler(kind)
-        self.opt.scaler = self.learn.scaler
+        if self.opt is not None:  # there is none yet where a new Learner is only asked to validate
+            self.opt.scaler = self.learn.scaler
 
     def before_batch(self):
         self.autocast.__enter__()
@@ -77,11 +78,16 @@ class HalfPrecision(Callback):
     def before_backward(self):
         self.learn.loss_grad = self.scaler.scale(self.loss_grad)
 
+    def before_step(self):
+        self.scaler.unscale_(self.opt.opt)  # for callbacks that look at gradients or clip them; the step then does not
+
     def after_step(self):
         self.scaler.update()
 
     def after_fit(self):
-        self.opt.scaler = self.learn.scaler = self.autocast = None
+        if self.opt is not None:
+            self.opt.scaler = None
+        self.learn.scaler = self.autocast = None
 
 
 class SeedEpoch(Callback):

@@ -22,8 +22,8 @@ class AdamW(OptimWrapper):
     """torch's AdamW, all tensors in one kernel, with fastai's learning rates by group and freezing.
 
     Differs from fastai's own Adam in decaying norm layers and biases too. With a ``scaler`` (a ``torch.amp.GradScaler``),
-    gradients are unscaled in the step's kernel, which does nothing where they overflowed; the CPU never learns of it and
-    so never waits. ``skipped`` is then a 0-dim tensor on the device that is 1 for such a step.
+    the step's kernel does nothing where gradients overflowed; the CPU never learns of it and so never waits. ``skipped`` is
+    then a 0-dim tensor on the device that is 1 for such a step.
     """
 
     scaler: torch.amp.GradScaler | None = None

@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, Metric
+from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, Metric, Recorder
 
 from charmlib.evaluation.metrics import mean_auc
 
@@ -69,9 +70,25 @@ class Progress(ProgressCallback):
             self.pbar.comment = f"{self.smooth_loss.item():.4f}"
 
 
+class LossesToHost(Callback):
+    """Brings the recorded losses of an epoch to the CPU at its end, as plain numbers, which pictures need."""
+
+    order = Recorder.order + 1
+
+    def after_epoch(self):
+        losses = self.recorder.losses
+        start = next((i for i, value in enumerate(losses) if isinstance(value, torch.Tensor)), len(losses))
+        if start < len(losses):
+            losses[start:] = torch.stack(losses[start:]).tolist()
+
+    def after_fit(self):  # the learning-rate finder ends within an epoch
+        self.after_epoch()
+
+
 def record_on_device(learn: Learner) -> Learner:
     """Replace those of a Learner's own callbacks that wait for the GPU at every batch; returns the Learner."""
     learn.recorder.smooth_loss, learn.recorder.loss = SmoothLoss(learn.recorder.smooth_loss.beta), MeanLoss()
+    learn.add_cb(LossesToHost())
     if hasattr(learn, "progress"):
         learn.remove_cb(learn.progress)
         learn.add_cb(Progress())

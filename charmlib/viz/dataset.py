@@ -15,7 +15,7 @@ from charmlib.evaluation.metrics import frequency_groups, prevalence
 from charmlib.viz import page
 from charmlib.viz.cooccurrence import plot_cooccurrence
 from charmlib.viz.images import show_images
-from charmlib.viz.style import FIRST, OKABE_ITO, SECOND, heading, readable, styled
+from charmlib.viz.style import FIRST, GUIDE, OKABE_ITO, SECOND, heading, readable, styled
 
 PARTS = ("train", "valid", "test")
 _COLOURS = dict(zip(PARTS, (FIRST, OKABE_ITO[4], SECOND)))
@@ -87,7 +87,8 @@ def plot_prevalence(data):
     for i, name in enumerate(order):
         axis.text(top * 1.25, i, " / ".join(f"{counts[part][name]:,}" for part in PARTS), va="center", fontsize=8)
     for border in (0.05, 0.02):
-        axis.axvline(border, color="#999999", ls="--", lw=0.8)
+        axis.axvline(border, color=GUIDE, ls="--", lw=0.8)
+        axis.text(border, len(order) - 0.35, f"{border:.0%}", color=GUIDE, fontsize=7.5, ha="center")
     axis.set_yticks(at, [readable(name) for name in order])
     axis.set(xscale="log", xlim=(None, top * 4.5), xlabel="share of images that are positive; at the right their number in "
              "training / validation / test")

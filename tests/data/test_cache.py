@@ -187,11 +187,13 @@ def test_a_picture_that_is_mended_is_noticed_at_the_next_opening(tmp_path, home,
     assert set(open_images(ids, paths, 24).bad) == {"33.png"} and "checking" not in capsys.readouterr().err
     Path(paths[33]).write_bytes(good)
     images = open_images(ids, paths, 24)
-    assert images.bad == {} and "1 of the unreadable images are no longer what they were" in capsys.readouterr().err
+    assert images.bad == {} and "checked 1 images" in (said := capsys.readouterr().err)
+    assert "1 of the unreadable images are no longer what they were" in said
     assert_right(images, paths)
 
 
-@pytest.mark.parametrize("damage", ["shorter pixels", "no pixels", "shorter rows", "other rows", "sampled pixels", "manifest"])
+@pytest.mark.parametrize("damage", ["shorter pixels", "no pixels", "empty pixels", "shorter rows", "empty rows", "other rows",
+                                    "sampled pixels", "manifest", "empty manifest", "another manifest"])
 def test_a_damaged_cache_is_said_to_be_and_mended(pictures, home, damage, capsys):
     ids, paths = pictures
     folder = open_images(ids, paths, 24).folder
@@ -199,6 +201,10 @@ def test_a_damaged_cache_is_said_to_be_and_mended(pictures, home, damage, capsys
         os.truncate(folder / PIXELS, 3000)
     elif damage == "no pixels":
         (folder / PIXELS).unlink()
+    elif damage.startswith("empty"):
+        (folder / {"pixels": PIXELS, "rows": ROWS, "manifest": MANIFEST}[damage.split()[1]]).write_bytes(b"")
+    elif damage == "another manifest":
+        (folder / MANIFEST).write_text("[]")
     elif damage == "shorter rows":
         np.save(folder / ROWS, np.load(folder / ROWS)[:5])
     elif damage == "other rows":
@@ -255,10 +261,50 @@ def test_caches_attached_on_kaggle_are_found_without_listing_images(tmp_path):
     assert sorted(kaggle_caches(MANIFEST, tmp_path)) == sorted(wanted)
 
 
+def test_a_repair_leaves_what_others_have_open_as_it_was(tmp_path, home):
+    ids, paths = write(tmp_path / "images", n=60)
+    before = open_images(ids, paths, 24)
+    seen = before[:].copy()
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(paths[7])
+    after = verify_images(ids, paths, 24)
+    assert np.array_equal(before[:], seen) and after[7].max() == 0 and len(built(home)) == 1
+    assert [p.name for p in home.iterdir() if p.is_dir()] == [after.folder.name]
+
+
+def test_a_copy_beside_the_original_does_not_stand_in_the_way_of_a_repair(tmp_path, home):
+    import shutil
+
+    ids, paths = write(tmp_path / "images", n=60)
+    folder = open_images(ids, paths, 24).folder
+    shutil.copytree(folder, home / "aaa_copy")
+    source = Path(paths[0]).read_bytes()
+    Path(paths[0]).write_bytes(Path(paths[1]).read_bytes())  # in the sample; noise of one size makes files of one size
+    assert len(source) == Path(paths[0]).stat().st_size
+    assert_right(open_images(ids, paths, 24), paths)
+    assert_right(open_images(ids, paths, 24), paths)
+
+
+def test_a_source_that_is_there_and_cannot_be_opened_is_not_checked_anew_each_time(tmp_path, home, capsys):
+    ids, paths = write(tmp_path / "images", n=60)
+    os.unlink(paths[33])
+    os.mkdir(paths[33])
+    assert list(open_images(ids, paths, 24).bad) == ["33.png"]
+    capsys.readouterr()
+    assert list(open_images(ids, paths, 24).bad) == ["33.png"] and capsys.readouterr().err == ""
+
+
+def test_file_names_that_are_not_text(tmp_path, home):
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(np.full((30, 30), 9, np.uint8)).save(tmp_path / "x.png")
+    os.rename(tmp_path / "x.png", tmp_path / name)
+    for ids in ([name], [name, name]):
+        assert open_images(ids, [str(tmp_path / name)] * len(ids), 24)[0].max() == 9
+
+
 def test_too_little_room_is_refused_with_numbers_and_leaves_nothing(pictures, home, monkeypatch):
     ids, paths = pictures
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
-    with pytest.raises(OSError, match=r"12 images at 24 pixels needs 0.0 GB, .* has 0.0 GB free: name another cache_dir"):
+    with pytest.raises(OSError, match=r"12 images at 24 pixels needs 0.0 MB, .* has 0.0 MB free: name another cache_dir"):
         open_images(ids, paths, 24)
     assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
 
@@ -268,7 +314,7 @@ def test_a_quota_that_the_free_space_does_not_show_is_refused_with_numbers_too(p
         raise OSError(122, "Disk quota exceeded")
 
     monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"does not take the 0.0 GB .* 12 images at 24 pixels needs \(Disk quota exceeded\)"):
+    with pytest.raises(OSError, match=r"does not take the 0.0 MB .* 12 images at 24 pixels needs \(Disk quota exceeded\)"):
         open_images(*pictures, 24)
     assert not list(home.glob("*.partial"))
 

@@ -93,6 +93,12 @@ def test_a_step_that_the_scaler_skipped_moves_nothing_and_is_not_counted():
         assert torch.equal(value, before[name]) or "num_batches" in name, name
 
 
+def test_a_block_without_weights_is_followed_too():
+    encoder = MomentumEncoder(nn.ReLU())
+    encoder.update(nn.ReLU())
+    assert encoder.updates.item() == 1
+
+
 def test_refuses_momentum_outside_0_1():
     with pytest.raises(ValueError, match="momentum"):
         MomentumEncoder(block(), 1.01)

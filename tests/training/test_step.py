@@ -182,6 +182,49 @@ def test_a_step_whose_gradients_overflow_changes_neither_weights_nor_branch_and_
     assert learn.opt.scaler is None  # nothing of the phase is left in the optimizer
 
 
+def test_half_precision_before_the_first_fit(learn):
+    """A new Learner has no optimizer yet."""
+    learn.add_cb(HalfPrecision())
+    with learn.no_bar(), learn.no_logging():
+        loss, auc = learn.validate()
+        scores, labels = learn.get_preds()
+    assert np.isfinite(loss) and 0 < auc < 1 and scores.shape == labels.shape
+
+
+def test_clipping_sees_gradients_without_the_scale(learn):
+    from fastai.callback.training import GradientClip
+
+    class Norm(Callback):
+        order = GradientClip.order + 1
+
+        def before_step(self):
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    norms = []
+    learn.add_cb(HalfPrecision())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3, cbs=Norm())
+        free = [n for n in norms if np.isfinite(n)]
+        norms.clear()
+        learn.fit(1, 1e-3, cbs=[GradientClip(min(free) / 2), Norm()])
+    assert max(free) < 100  # of the loss itself, not of 65,536 times it
+    assert max(n for n in norms if np.isfinite(n)) == pytest.approx(min(free) / 2, rel=1e-3)
+
+
+def test_recorded_losses_are_plain_numbers_that_can_be_drawn(learn):
+    import matplotlib.pyplot as plt
+
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-3)
+        assert len(learn.recorder.losses) == 2 * len(learn.dls.train)
+        assert all(type(v) is float for v in learn.recorder.losses)
+        learn.recorder.plot_loss()
+        learn.lr_find(num_it=20, show_plot=True)
+        assert all(type(v) is float for v in learn.recorder.losses)
+    plt.close("all")
+
+
 def test_half_precision_trains_as_float32_does(learn, phantoms, tmp_path):
     other = copy.deepcopy(learn.model)
     single = charm_learner(learn.dls, net=other, seed=1, path=tmp_path)

@@ -32,7 +32,7 @@ nih64: $(VENV)/.installed
 		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
 	$(BIN)/python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
 
-# what the README's table of speed says, as files in benchmarks/results (12 minutes on two cores, which should be idle)
+# what the README's table of speed says, as files in benchmarks/results (11 minutes on two cores, which should be idle)
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.loader $(SHARED)/nih_full
 	$(BIN)/python -m benchmarks.open_cache $(SHARED)

@@ -39,7 +39,7 @@ from charmlib.nn import MultiScaleAttention, RareMemoryBank
 from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner
 
-SETTINGS = (("efficientnet_v2_s", 224, 16, 8), ("resnet50", 224, 16, 6), ("mobilenet_v2", 64, 64, 30))
+SETTINGS = (("efficientnet_v2_s", 224, 16, 12), ("resnet50", 224, 16, 8), ("mobilenet_v2", 64, 64, 30))
 PARTS = ("use_momentum", "use_attention", "use_bank")
 
 
@@ -148,10 +148,14 @@ def step_times(arch: str, size: int, batch: int, rounds: int, folder: Path, devi
             learn.fit(1, 1e-4)
     seconds = {name: values[-rounds:] for name, values in turns.seconds.items()}  # those before are warm-up
     base = seconds["plain"]
-    ratios = {name: round(statistics.median(a / b for a, b in zip(values, base)), 4) for name, values in seconds.items()}
+    ratios = {name: [a / b for a, b in zip(values, base)] for name, values in seconds.items()}
+    features, step = network(arch).features, statistics.median(base)
     return {"image_size": size, "batch": batch, "rounds": rounds,
             "milliseconds": {name: round(statistics.median(v) * 1e3, 2) for name, v in seconds.items()},
-            "times_plain": ratios, "bank": bank_times(network(arch).features, batch, device, statistics.median(base))}
+            "times_plain": {name: round(statistics.median(v), 4) for name, v in ratios.items()},
+            "times_plain_quartiles": {name: [round(q, 4) for q in statistics.quantiles(v)[::2]] for name, v in ratios.items()},
+            "bank": bank_times(features, batch, device, step),
+            "attention_by_itself": attention_times(features, size // 32, batch, device, step)}
 
 
 def bank_times(features: int, batch: int, device: torch.device, step: float) -> dict:
@@ -173,6 +177,24 @@ def bank_times(features: int, batch: int, device: torch.device, step: float) -> 
             timed(use, device)
         seconds = statistics.median(timed(use, device) for _ in range(50))
         found[str(size)] = {"milliseconds": round(seconds * 1e3, 3), "share_of_plain_step": round(seconds / step, 5)}
+    return found
+
+
+def attention_times(features: int, side: int, batch: int, device: torch.device, step: float) -> dict:
+    """The attention's forward and backward on a map of its own, and AdamW on its weights, which any form of it has."""
+    attention = MultiScaleAttention(features).to(device, memory_format=torch.channels_last)
+    x = torch.randn(batch, features, side, side, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    optimizer = torch.optim.AdamW(attention.parameters(), lr=1e-4, fused=True)
+
+    def use():
+        attention(x).square().sum().backward()
+
+    found = {"weights": sum(p.numel() for p in attention.parameters())}
+    for name, run in (("forward_backward", use), ("adamw", optimizer.step)):
+        for _ in range(3):
+            timed(run, device)
+        seconds = statistics.median(timed(run, device) for _ in range(20))
+        found[name] = {"milliseconds": round(seconds * 1e3, 3), "share_of_plain_step": round(seconds / step, 4)}
     return found
 
 

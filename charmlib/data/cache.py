@@ -229,10 +229,13 @@ def _open(folder: Path, wanted: _Wanted) -> ImageCache | None:
     if (manifest["size"], manifest["aspect"], manifest["filter"]) != (wanted.size, wanted.aspect, FILTER):
         return None
     rows = None
+    if manifest["images"] < len(wanted.ids):
+        return None
+    listing = (folder / IDS).read_bytes()
+    if hashlib.sha256(listing).hexdigest() != manifest["ids_hash"]:
+        raise DamagedCache(f"{IDS} is not what its manifest says")
     if manifest["ids_hash"] != wanted.ids_hash:
-        if manifest["images"] < len(wanted.ids):
-            return None
-        where = {name: i for i, name in enumerate(_ids(folder, manifest))}
+        where = {name: i for i, name in enumerate(listing.decode("utf-8", "surrogateescape").split("\n"))}
         found = [where.get(name, -1) for name in wanted.ids]
         if min(found) < 0:
             return None
@@ -243,13 +246,6 @@ def _open(folder: Path, wanted: _Wanted) -> ImageCache | None:
                            f"{wanted.size} pixels")
     bad = manifest["bad"] if rows is None else {n: manifest["bad"][n] for n in wanted.ids if n in manifest["bad"]}
     return ImageCache(folder, manifest, pixels, rows, bad)
-
-
-def _ids(folder: Path, manifest: dict) -> list[str]:
-    listing = (folder / IDS).read_bytes()
-    if hashlib.sha256(listing).hexdigest() != manifest["ids_hash"]:
-        raise DamagedCache(f"{IDS} is not what its manifest says")
-    return listing.decode("utf-8", "surrogateescape").split("\n")
 
 
 def _sample(cache: ImageCache, wanted: _Wanted) -> tuple[list[int], list[int]]:
@@ -287,7 +283,6 @@ def _verified(wanted: _Wanted, cache: ImageCache, suspects: Sequence[int], home:
             same[i] = _same(cache, kept, wanted, i)
 
     for_each(check, suspects, workers, "checked", say)
-    _ids(cache.folder, cache.manifest)
     changed = np.flatnonzero(~same)
     if gone:
         say(f"{len(gone)} source files are gone, their rows are kept: {_some(gone)}")
@@ -306,14 +301,17 @@ def _verified(wanted: _Wanted, cache: ImageCache, suspects: Sequence[int], home:
         else:
             partial = _partial(target)
             shutil.rmtree(partial, ignore_errors=True)
-            _room(cache.pixels.nbytes, wanted, target.parent)
-            shutil.copytree(cache.folder, partial, ignore=shutil.ignore_patterns(MANIFEST))
-            _, rows = open_rows(partial)
-            rows["state"][changed] = 0
-            rows.flush()
+            if cache.pixels.nbytes < 0.98 * shutil.disk_usage(target.parent).free:
+                shutil.copytree(cache.folder, partial, ignore=shutil.ignore_patterns(MANIFEST, ROWS))
+            else:
+                say("no room for a copy: mending in place, which runs that have it open will see")
+                (cache.folder / MANIFEST).unlink()
+                os.rename(cache.folder, partial)
+            kept["state"][changed] = 0
+            np.save(partial / ROWS, kept)
             _fill(wanted, partial, target, workers, say)
             if target != cache.folder:
-                shutil.rmtree(cache.folder)
+                shutil.rmtree(cache.folder, ignore_errors=True)
     with contextlib.suppress(*_DAMAGE):
         return _open(target, wanted)
     return _build(wanted, home, workers, say)

@@ -193,7 +193,7 @@ def test_a_picture_that_is_mended_is_noticed_at_the_next_opening(tmp_path, home,
 
 
 @pytest.mark.parametrize("damage", ["shorter pixels", "no pixels", "empty pixels", "shorter rows", "empty rows", "other rows",
-                                    "sampled pixels", "manifest", "empty manifest", "another manifest"])
+                                    "empty ids", "sampled pixels", "manifest", "empty manifest", "another manifest"])
 def test_a_damaged_cache_is_said_to_be_and_mended(pictures, home, damage, capsys):
     ids, paths = pictures
     folder = open_images(ids, paths, 24).folder
@@ -202,7 +202,8 @@ def test_a_damaged_cache_is_said_to_be_and_mended(pictures, home, damage, capsys
     elif damage == "no pixels":
         (folder / PIXELS).unlink()
     elif damage.startswith("empty"):
-        (folder / {"pixels": PIXELS, "rows": ROWS, "manifest": MANIFEST}[damage.split()[1]]).write_bytes(b"")
+        files = {"pixels": PIXELS, "rows": ROWS, "manifest": MANIFEST, "ids": IDS}
+        (folder / files[damage.split()[1]]).write_bytes(b"")
     elif damage == "another manifest":
         (folder / MANIFEST).write_text("[]")
     elif damage == "shorter rows":
@@ -269,6 +270,15 @@ def test_a_repair_leaves_what_others_have_open_as_it_was(tmp_path, home):
     after = verify_images(ids, paths, 24)
     assert np.array_equal(before[:], seen) and after[7].max() == 0 and len(built(home)) == 1
     assert [p.name for p in home.iterdir() if p.is_dir()] == [after.folder.name]
+
+
+def test_a_repair_without_room_for_a_copy_is_done_in_place(tmp_path, home, monkeypatch, capsys):
+    ids, paths = write(tmp_path / "images", n=60)
+    open_images(ids, paths, 24)
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(paths[7])
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
+    assert_right(verify_images(ids, paths, 24), paths)
+    assert "mending in place" in capsys.readouterr().err and len(built(home)) == 1
 
 
 def test_a_copy_beside_the_original_does_not_stand_in_the_way_of_a_repair(tmp_path, home):

@@ -18,7 +18,7 @@ class MultiScaleAttention(nn.Module):
     So all four convolutions together are one linear filter, and that is how they are computed: the weights are
     multiplied out to a single 5x5 filter with one output, and the feature map is filtered once. Parameters, gradients
     and results are those of the four layers (to rounding); the published code, which runs them one after another,
-    spends up to as many multiplications on them as a whole MobileNetV2.
+    spends more multiplications on them than the rest of a MobileNetV2 has.
 
     Parameters
     ----------

@@ -63,6 +63,7 @@ class HalfPrecision(Callback):
     def before_fit(self):
         kind = next(self.model.parameters()).device.type
         self.autocast, self.learn.scaler = torch.autocast(kind, torch.float16), torch.amp.GradScaler(kind)
+        self.unscaled = False
         if self.opt is not None:  # there is none yet where a new Learner is only asked to validate
             self.opt.scaler = self.learn.scaler
 
@@ -80,9 +81,12 @@ class HalfPrecision(Callback):
 
     def before_step(self):
         self.scaler.unscale_(self.opt.opt)  # for callbacks that look at gradients or clip them; the step then does not
+        self.unscaled = True
 
     def after_step(self):
-        self.scaler.update()
+        if self.unscaled:  # not where another callback cancelled the step before
+            self.scaler.update()
+        self.unscaled = False
 
     def after_fit(self):
         if self.opt is not None:

@@ -53,7 +53,7 @@ def has_kernels(capability: tuple[int, int], architectures: list[str]) -> bool:
 def place(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """A network on a device, its convolutions' weights laid out channels last where that is faster.
 
-    On CPUs a step takes 0.57 (MobileNetV2 at 64 pixels) to 0.83 (EfficientNetV2-S at 224) of the time that it takes otherwise
+    On CPUs a step takes 0.52 (MobileNetV2 at 64 pixels) to 0.77 (ResNet-50 at 224) of the time that it takes otherwise
     (``benchmarks/step.py``). Tensor cores (sm_70 and newer) want it for fp16; a P100 has none and keeps torch's usual layout.
     """
     device = torch.device(device)

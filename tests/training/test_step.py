@@ -191,6 +191,23 @@ def test_half_precision_before_the_first_fit(learn):
     assert np.isfinite(loss) and 0 < auc < 1 and scores.shape == labels.shape
 
 
+def test_a_callback_may_cancel_a_half_precision_step(learn):
+    from fastai.callback.core import CancelStepException
+
+    class Cancel(Callback):
+        order = 5
+
+        def before_step(self):
+            if self.train_iter % 2:
+                raise CancelStepException
+
+    learn.add_cb(HalfPrecision())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3, cbs=Cancel())
+    steps = len(learn.dls.train)
+    assert learn.model.momentum.updates.item() == len([i for i in range(steps) if i % 2 == 0])
+
+
 def test_clipping_sees_gradients_without_the_scale(learn):
     from fastai.callback.training import GradientClip
 

@@ -92,7 +92,7 @@ _DECLARED = [
     Param("run", "run_dir", str, "runs/notebook", "where this run's files go"),
     Param("run", "seed", int, 85, "all randomness of the run derives from it (85 as published)", low=0),
     Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
-    Param("run", "workers", int, 2, "threads that decode images", low=0),
+    Param("run", "workers", int, 2, "processes that decode images for the cache", low=0),
     Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU: 50 KB an image at 224"),
     Param("run", "compile", bool, False, "torch.compile of the backbone; needs a card of sm_70 or newer (a T4), not a P100"),
     Param("run", "device", str, "auto", "auto takes the GPU if this torch has kernels for it", ("auto", "cpu", "cuda")),

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measure import median_ratio, peak_memory_mb, save
+from benchmarks.measure import median_ratio, save
 from charmlib.data.cache import open_images
 from charmlib.data.images import open_grey
 from charmlib.data.loaders import IMAGENET_MEAN, IMAGENET_STD, ChestDL, ChestImages, FlipRotate, GreyToNetwork
 from charmlib.training.device import pick_device
+from charmlib.training.run import peak_memory_mb
 
 
 def repeated(folder: Path, target: Path, count: int) -> tuple[list[str], list[str]]:
@@ -111,7 +112,7 @@ def main() -> None:
             "asked": {"uint8": 40, "float": 10, "build": 2.2},
             "worst_grey_level_difference_from_pillow": difference,
             "cache_bytes_per_image": args.size**2,
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": round(peak_memory_mb()),
         }
         path = save("loader", device, "uint8", figures)
     print(f"times fastai: {figures['times_fastai']} (asked {figures['asked']}), pixels within {difference} of Pillow's; {path}")

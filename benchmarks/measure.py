@@ -35,17 +35,6 @@ def median_ratio(above: list[float], below: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below))
 
 
-def peak_memory_mb() -> int:
-    """The GPU's peak if one was used, else this process's own since it began.
-
-    Not ``getrusage``, whose figure a child takes over from the process that started it.
-    """
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    status = Path("/proc/self/status").read_text()
-    return round(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024)
-
-
 def save(name: str, device: torch.device, precision: str, figures: Mapping) -> Path:
     """``results/<name>_<device>_<precision>_torch<version>.json`` with the device and all versions in it."""
     import numpy

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
 
-from benchmarks.measure import peak_memory_mb, save
+from benchmarks.measure import save
 from charmlib.data.cache import open_images
 from charmlib.data.loaders import (
     IMAGENET_MEAN,
@@ -38,6 +38,7 @@ from charmlib.models import CharmNet
 from charmlib.nn import MultiScaleAttention, RareMemoryBank
 from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner
+from charmlib.training.run import peak_memory_mb
 
 SETTINGS = (("efficientnet_v2_s", 224, 16, 12), ("resnet50", 224, 16, 8), ("mobilenet_v2", 64, 64, 30))
 PARTS = ("use_momentum", "use_attention", "use_bank")
@@ -204,7 +205,7 @@ def one_memory(arch: str, size: int, batch: int, case: str, layout: str, device:
                     torch.channels_last if layout == "channels_last" else torch.contiguous_format)
     for _ in range(3):
         step()
-    print(peak_memory_mb())
+    print(round(peak_memory_mb()))
 
 
 def memory(arch: str, size: int, batch: int, device: torch.device, precision: str) -> dict:

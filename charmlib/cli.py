@@ -54,15 +54,13 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
     Writes data.html into the cache: findings by part, patients, views, co-occurrence, sample images.
     """
     from charmlib.data.cache import content_of, open_images, verify_images
-    from charmlib.data.dataset import open_dataset
+    from charmlib.data.dataset import assemble
     from charmlib.data.index import read_index
     from charmlib.data.paths import resolve_data_root
     from charmlib.data.splits import SplitError
     from charmlib.viz.dataset import finding_table, part_table, write_dataset_page
 
-    root, classes = resolve_data_root(data_root), "own" if csv else "nih14"
-    split = split or ("patient" if csv else "official")
-    index = read_index(root, classes=classes, csv=csv)
+    index = read_index(resolve_data_root(data_root), classes="own" if csv else "nih14", csv=csv)
     start = time.monotonic()
     images = (verify_images if verify else open_images)(
         index.frame["id"].tolist(), index.frame["path"].tolist(), size, aspect=aspect, cache_dir=cache_dir, workers=workers)
@@ -73,8 +71,7 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
     click.echo("source pictures: " + ", ".join(f"{n:,} of {w} x {h}" for (w, h), n in list(sizes.items())[:5])
                + (f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""))
     try:
-        data = open_dataset(data_root=str(root), classes=classes, csv=csv, split=split, image_size=size, aspect=aspect,
-                            cache_dir=cache_dir, workers=workers)
+        data = assemble(index, images, split=split or ("patient" if csv else "official"))
     except SplitError as error:
         click.echo(f"report: {index.report}\nno parts to show the data by (--split patient needs no lists): {error}")
         return

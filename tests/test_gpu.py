@@ -10,10 +10,9 @@ from charmlib import charm_learner
 from charmlib.data.dataset import open_dataset
 from charmlib.data.loaders import chest_dataloaders
 from charmlib.training.device import compile_backbone, place
+from tests.training.conftest import HALF, NET
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: fp16, pinned loading and waits on a real device")
-HALF = (0.5, 0.5, 0.5)
-NET = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 16, "k": 2, "hidden": 16, "threshold": 0.0}
 
 
 def learner(phantoms, tmp_path, precision="fp16", **options):

@@ -66,15 +66,27 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     index = read_index(root, classes=p["classes"], csv=p["csv"])
     images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), p["image_size"], aspect=p["aspect"],
                          cache_dir=p["cache_dir"], workers=p["workers"])
+    return assemble(index, images, split=p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"], labels=p["labels"])
+
+
+def assemble(index: Index, images: ImageCache, *, split: str = "official", valid_fraction: float = 0.1, limit: int = 0,
+             labels: str = "real") -> ChestData:
+    """The data set of an index and the cache of its images, row for row; unreadable images are left out before the split.
+
+    Raises
+    ------
+    charmlib.data.splits.SplitError
+        See :func:`charmlib.data.splits.make_split`.
+    """
     if images.bad:
         index.report.add("unreadable, left out", (f"{name}: {why}" for name, why in images.bad.items()))
         kept = ~index.frame["id"].isin(images.bad.keys()).to_numpy()
         index = replace(index, frame=index.frame[kept].reset_index(drop=True))
         images = images.only(kept)
-    split = make_split(index, p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"])
-    if p["labels"] == "shuffled":
-        index = shuffle_labels(index, split)
-    return ChestData(index, split, images, index.labels())
+    parts = make_split(index, split, valid_fraction=valid_fraction, limit=limit)
+    if labels == "shuffled":
+        index = shuffle_labels(index, parts)
+    return ChestData(index, parts, images, index.labels())
 
 
 def shuffle_labels(index: Index, split: Split) -> Index:

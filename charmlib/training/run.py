@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import time
@@ -329,10 +330,15 @@ def _writable_copy(folder: Path) -> Path:
 
 
 def peak_memory_mb() -> float:
-    """The GPU's peak if one was used, else the process's."""
+    """The GPU's peak if one was used, else this process's own.
+
+    Where Linux tells it, not by ``getrusage``, whose figure a child takes over from the process that started it.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
+    return round((int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024, 1)
 
 
 def device_name(device: torch.device) -> str:

@@ -12,22 +12,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from charmlib import charm_learner
-from charmlib.data.dataset import open_dataset
-from charmlib.data.loaders import chest_dataloaders
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.training.callbacks import HalfPrecision
 from charmlib.training.device import compile_backbone, place
 from charmlib.training.optimizer import AdamW
-
-HALF = (0.5, 0.5, 0.5)
-NET = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 16, "k": 2, "hidden": 16, "threshold": 0.0}
-
-
-@pytest.fixture
-def learn(phantoms, tmp_path):
-    data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0.2)
-    torch.manual_seed(0)
-    return charm_learner(chest_dataloaders(data, bs=16, mean=HALF, std=HALF, path=tmp_path), seed=1, path=tmp_path, **NET)
+from tests.training.conftest import NET
 
 
 class Waits(TorchDispatchMode):

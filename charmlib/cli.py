@@ -235,25 +235,45 @@ def grid():
 @click.option("--workers", type=click.IntRange(min=1), help="Cells at once [default: one a GPU, or 1].")
 @click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster.")
 @click.option("--scheduler-file", metavar="FILE", help="Use the Dask cluster of this scheduler file.")
+@click.option("--any-worker", is_flag=True, help="Use workers of that cluster that offer no GPU resource, a cell each.")
+@click.option("--wait-workers", default="60s", show_default=True, metavar="TIME", help="Refuse an empty cluster after.")
 @click.option("--shard", metavar="I/N", help="Only every N-th cell from the I-th on.")
-@click.option("--dry-run", is_flag=True, help="List the cells and run nothing.")
+@click.option("--budget", metavar="TIME", help="End in time, such as 11h: what does not fit is left for the same command.")
+@click.option("--hung-after", default="30m", show_default=True, metavar="TIME",
+              help="End a cell without any sign of life for so long; it is tried once more.")
+@click.option("--continue-from", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="Copy an earlier session's cells from there first [default: attached outputs on Kaggle].")
+@click.option("--dry-run", is_flag=True, help="List the cells and the hours they take, and run nothing.")
 @click.option("--rerun-changed", is_flag=True, help="Replace finished cells that were made with other settings.")
 @click.option("--notebooks", type=click.Path(path_type=Path), help="Folder of train.ipynb and test.ipynb.")
-def grid_run(grid_yaml, assignments, out, workers, scheduler, scheduler_file, shard, dry_run, rerun_changed, notebooks):
+def grid_run(grid_yaml, assignments, **how):
     """Run or continue the cells of GRID_YAML."""
-    from charmlib.grid.runner import run_grid
+    from charmlib.grid.runner import Terminated, run_grid
 
-    board = run_grid(grid_yaml, assignments, out=out, workers=workers, scheduler=scheduler,
-                     scheduler_file=scheduler_file, shard=_shard(shard), dry_run=dry_run, rerun_changed=rerun_changed,
-                     notebooks=notebooks, say=_say)
-    if dry_run:
+    try:
+        board = run_grid(grid_yaml, assignments, say=_say, **how)
+    except KeyboardInterrupt as stop:
+        click.echo("stopped: the epochs in hand are lost, nothing else; the same command goes on", err=True)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
+    if how["dry_run"]:
         return
     click.echo(_board_text(board))
-    failed = board[~board["status"].isin(["done", "quick check", "control"])]
-    if len(failed) and not shard:
-        raise SystemExit(f"{len(failed)} of {len(board)} cells are not done: {', '.join(failed['cell'])}")
-    if (board["status"] == "failed").any():
-        raise SystemExit(f"{(board['status'] == 'failed').sum()} cells failed")
+    failed = board[board["status"] == "failed"]
+    if len(failed):
+        raise SystemExit(f"{len(failed)} of {len(board)} cells failed: {', '.join(failed['cell'])}")
+    left = board[board["status"].isin(["started", "pending"])]
+    if len(left) and not how["shard"] and not how["budget"]:
+        raise SystemExit(f"{len(left)} of {len(board)} cells are not done: {', '.join(left['cell'])}")
+
+
+@grid.command("merge")
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folders", nargs=-1, required=True, type=_RUN, metavar="DIR...")
+def grid_merge(out, folders):
+    """Put the cells of shards, or of several sessions, into OUT, with leaderboard and report."""
+    from charmlib.grid.merge import merge_grids
+
+    click.echo(_board_text(merge_grids(out, folders, say=_say)))
 
 
 @grid.command("status")
@@ -318,15 +338,6 @@ def _board_text(board) -> str:
     if seeds is not None:
         lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]
     return "\n".join(lines)
-
-
-def _shard(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    i, slash, n = text.partition("/")
-    if not (slash and i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
-        raise click.UsageError(f"--shard {text!r}: wanted I/N such as 2/3, with 1 <= I <= N")
-    return int(i), int(n)
 
 
 def _say(line: str) -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from charmlib import lease
+
+
+class DiskFull(OSError):
+    """No space for a file; names the folder and what to do. What was there before is still there."""
 
 
 def sync(path: str | Path) -> None:
@@ -20,18 +29,49 @@ def sync(path: str | Path) -> None:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, then put its file in place for good."""
+    """Call ``write`` with a temporary path beside ``path``, then put its file in place for good.
+
+    Raises
+    ------
+    DiskFull
+        No space is left; the file that was there before stays.
+    charmlib.lease.LeaseLost
+        The folder is leased, and no longer to this process.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes its files private
+        lease.check(path)
         os.replace(temporary, path)
+    except DiskFull:
+        raise
+    except Exception as error:  # torch and safetensors say it in classes and words of their own
+        if is_disk_full(error) or shutil.disk_usage(path.parent).free < _FULL:
+            raise DiskFull(errno.ENOSPC, f"no space left to write {path.name}; make room and start the same command again",
+                           str(path.parent)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+TEMPORARY = ".tmp"
+_FULL = 2**16
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error is that of a full disk or quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Remove what writers that were killed left half written; only for who may write there alone."""
+    for path in Path(folder).glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

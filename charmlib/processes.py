@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 import charmlib
 
 
@@ -28,3 +30,21 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+def end_children(pid: int | None = None, *, itself: bool = False) -> None:
+    """Kill all that a process (this one, unless told another) started, directly or not, and wait until it is gone.
+
+    ``itself`` first, so that it starts nothing more.
+    """
+    try:
+        parent = psutil.Process(pid)
+        family = parent.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for process in [parent, *family] if itself else family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=10)

@@ -148,7 +148,8 @@ def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, ti
     from scipy.special import expit
 
     from charmlib import Run
-    from charmlib.evaluation.results import finish, load_card, load_predictions
+    from charmlib.evaluation.finish import finish
+    from charmlib.evaluation.results import load_card, load_predictions
 
     run = Run.open(tiny)
     run.train()

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "charmlib"
-ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz", "files", "processes"},
+ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz", "files", "processes", "watch"},
            "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation", "files"},
-           "grid": {"grid", "data", "evaluation", "viz", "files", "params", "processes"},
-           "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz"}}
+           "grid": {"grid", "data", "evaluation", "viz", "files", "lease", "params", "processes", "watch"},
+           "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz", "watch"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.evaluation.calibration import fit_temperature
+from charmlib.evaluation.finish import FORMAT
 from charmlib.evaluation.intervals import SEED, Resamples, bootstrap, enough_patients
 from charmlib.evaluation.operating import POINTS, choose_thresholds
-from charmlib.files import write_json, write_whole
-
-FORMAT = 1
-PART_FILE = "scored.json"
-"""What the test notebook knows; ``metrics.json`` is made of it when the whole run is done."""
+from charmlib.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -120,34 +116,6 @@ def choices(run: str | Path, valid: Predictions) -> dict:
 def chosen_on_validation(labels, logits, classes: Sequence[str]) -> dict:
     """What ``model.json`` keeps of the validation part: ``thresholds`` at each operating point, and the ``temperature``."""
     return {"thresholds": choose_thresholds(labels, logits, classes, POINTS), "temperature": fit_temperature(labels, logits)}
-
-
-def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None, wall: float | None = None) -> Path | None:
-    """Turn what the test notebook found into ``metrics.json``, the mark of a finished run, and drop ``resume.pt``.
-
-    A runner of cells does this itself, with the cell's name, hash and wall time; the notebook's own call is then
-    left to it (returns None).
-
-    Raises
-    ------
-    FileNotFoundError
-        The run has not been scored.
-    """
-    folder = Path(run)
-    if os.environ.get("CHARM_CELL") and hash is None:
-        print("scored; the grid's runner writes metrics.json")
-        return None
-    part = folder / PART_FILE
-    if not part.is_file():
-        raise FileNotFoundError(f"no {part}: score the run with the test notebook first")
-    metrics = json.loads(part.read_text())
-    if wall is not None:
-        metrics["seconds"]["overhead"] = round(wall - metrics["seconds"]["train"] - metrics["seconds"]["score"], 3)
-    path = folder / "metrics.json"
-    write_json(path, {"format": FORMAT, "cell": cell or folder.name, "hash": hash, **metrics})
-    part.unlink()
-    (folder / "resume.pt").unlink(missing_ok=True)
-    return path
 
 
 def load_metrics(run: str | Path) -> dict:

@@ -1,7 +1,17 @@
 """Grids: a YAML file becomes cells, cells become runs, runs become a leaderboard. Knows notebooks and files, never torch."""
 
-from charmlib.grid.leaderboard import leaderboard
-from charmlib.grid.runner import run_grid
-from charmlib.grid.spec import Cell, Grid, load_grid
+from importlib import import_module
 
-__all__ = ["Cell", "Grid", "leaderboard", "load_grid", "run_grid"]
+_WHERE = {"Cell": "spec", "Grid": "spec", "load_grid": "spec", "leaderboard": "leaderboard", "merge_grids": "merge",
+          "run_grid": "runner"}
+
+__all__ = ["Cell", "Grid", "leaderboard", "load_grid", "merge_grids", "run_grid"]
+
+
+def __getattr__(name: str):
+    """Import on first use, so that a cell's process does not pay for tables and pictures."""
+    if name in _WHERE:
+        value = getattr(import_module(f"charmlib.grid.{_WHERE[name]}"), name)
+        globals()[name] = value  # also over the submodule of that name
+        return value
+    raise AttributeError(f"module 'charmlib.grid' has no attribute {name!r}")

@@ -5,16 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from enum import IntEnum
 from pathlib import Path
 
 import nbformat
 
 import charmlib
+from charmlib import lease
+from charmlib.evaluation.finish import PART_FILE
+from charmlib.files import remove_temporaries
 from charmlib.params import UNHASHED
 
 NOTEBOOKS = ("train", "test")
 IDENTITY = "cell.json"
-"""Id and hash of a cell that is not finished, so that it never goes on under other settings."""
+"""Id, hash and more of a cell that is not finished, so that it never goes on under other settings."""
+ALIVE = ".alive"
+"""The file that the kernel of a cell touches as it works."""
+
+
+class Ended(IntEnum):
+    """How a cell's process ended: its exit status."""
+
+    DONE = 0
+    FAILED = 1
+    BUSY = 75
+    """Another process works on the cell."""
+    OUT_OF_TIME = 76
+    LEASE_LOST = 77
+    DISK_FULL = 78
+    CRASHED = 79
+    """The kernel, or the process itself, was killed."""
+    HUNG = 80
+    STOPPED = 143
 
 
 class GridError(RuntimeError):
@@ -52,6 +74,26 @@ def cell_hash(params: Mapping, code: str, split_hash: str) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def code_hash(code: str) -> str:
+    """16 hex digits of the notebooks' code, kept with every result."""
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def read_identity(folder: Path) -> dict:
+    """What the folder of an unfinished cell says of it (id, hash, seconds spent); empty where it says nothing readable."""
+    try:
+        return json.loads((folder / IDENTITY).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def epochs_done(folder: Path) -> int:
+    """Finished epochs, by the history; one more when trained, another when scored: grows as long as a cell gets on."""
+    path = folder / "history.csv"
+    lines = path.read_text().count("\n") - 1 if path.is_file() else 0
+    return lines + (folder / "model.json").is_file() + (folder / PART_FILE).is_file()
+
+
 def cell_status(folder: Path) -> str:
     """'done', 'failed', 'started' (has finished epochs to go on from) or 'pending'."""
     if (folder / "metrics.json").is_file():
@@ -59,3 +101,11 @@ def cell_status(folder: Path) -> str:
     if (folder / "error.txt").is_file():
         return "failed"
     return "started" if (folder / "resume.pt").is_file() or (folder / "model.json").is_file() else "pending"
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a finished cell no longer needs, where its process was killed before it did so itself."""
+    if cell_status(folder) == "done" and not lease.holder(folder):
+        for name in ("resume.pt", PART_FILE, IDENTITY, ALIVE, "error.txt"):
+            (folder / name).unlink(missing_ok=True)
+        remove_temporaries(folder)

@@ -16,7 +16,7 @@ from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.results import load_metrics, load_predictions, load_resamples
 from charmlib.files import write_whole
 from charmlib.grid.cells import GridError, cell_status
-from charmlib.grid.runner import run_loaded
+from charmlib.grid.runner import Means, run_loaded
 from charmlib.grid.spec import Cell, Grid
 from charmlib.params import (
     UNHASHED,
@@ -71,7 +71,7 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     name = run.name if run else path.stem
     folder = Path(out or Path("runs") / f"{name}_controls")
     grid = Grid(folder.name, path, tuple(Cell(cell, p, {}) for cell, p in settings.items()), ())
-    run_loaded(grid, out=folder, workers=workers, say=say)
+    run_loaded(grid, Means(workers=workers), out=folder, say=say)
     failed = [name for name in settings if cell_status(folder / name) != "done"]
     if failed:
         raise GridError(f"no table yet: {', '.join(failed)} failed; see {folder / failed[0] / 'error.txt'}")

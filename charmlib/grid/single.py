@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from charmlib.grid.cells import GridError, cell_status, find_notebooks
-from charmlib.grid.runner import run_cells
+from charmlib.grid.runner import Means, run_cells
 from charmlib.grid.spec import Cell, Grid
 from charmlib.params import find_file, load_params, parse_assignments, resolve, with_absolute_paths
 
@@ -26,7 +26,7 @@ def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | 
     folder = Path(out or Path("runs") / path.stem).resolve()
     del params["run_dir"]
     grid = Grid(folder.parent.name, path, (Cell(folder.name, params, {}),), ())
-    run_cells(grid, folder.parent, find_notebooks(notebooks), split_folder=folder, rerun_changed=rerun_changed, say=say)
+    run_cells(grid, folder.parent, find_notebooks(notebooks), Means(rerun_changed=rerun_changed), split_folder=folder, say=say)
     if cell_status(folder) != "done":
         raise GridError(f"the run failed; its traceback is in {folder}/error.txt")
     return folder

@@ -40,6 +40,20 @@ class Grid:
         return Grid(self.name, self.path, self.cells[part - 1::parts], self.axes)
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """``'2/3'`` as (2, 3).
+
+    Raises
+    ------
+    ParameterError
+        It is something else.
+    """
+    part, slash, parts = str(text).partition("/")
+    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise ParameterError(f"--shard {text!r}: wanted I/N such as 2/3, with 1 <= I <= N")
+    return int(part), int(parts)
+
+
 def cell_id(values: Mapping[str, Any]) -> str:
     """``m0.99_k5_t0.2`` for the three axes of CHARM, ``name=value`` for others, joined by ``_``."""
     short = [f"{letter}{_text(values[name])}" for name, letter in _SHORT.items() if name in values]

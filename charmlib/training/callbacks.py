@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
+from charmlib import watch
 from charmlib.files import write_whole
 
 HISTORY = ("stage", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "bank_filled", "bank_accepted")
@@ -29,6 +30,15 @@ class BankFeed(Callback):
         if bank is None or ids is None or len(ids) != len(self.xb[0]):
             return
         bank.expect(ids, self.yb[0] if len(self.yb) else None)
+
+
+class SignOfLife(Callback):
+    """Tells whoever watches this process that batches are being worked on."""
+
+    order = 70
+
+    def after_batch(self):
+        watch.alive()
 
 
 class FollowStep(Callback):
@@ -191,19 +201,34 @@ class KeepBest(Callback):
 class SaveProgress(Callback):
     """Hands each finished epoch to ``save(epochs_done, over)``, then ends the phase if early stopping says so.
 
-    The last of the epoch's callbacks, so that what is saved is complete.
+    The last of the epoch's callbacks, so that what is saved is complete. Where a deadline is set, the next epoch is only begun
+    if there is time for it and its save.
+
+    Raises
+    ------
+    charmlib.watch.OutOfTime
+        There is not.
     """
 
     order = 90
+    margin = 1.15
+    """Epochs scatter."""
 
     def __init__(self, save, *, start: int = 0):
-        self.save, self.start = save, start
+        self.save, self.start, self.longest = save, start, 0.0
+
+    def before_epoch(self):
+        self.clock = time.monotonic()
 
     def after_epoch(self):
         if self.epoch < self.start:
             return
         stop = self.learn.keep_best.stop
-        self.save(self.epoch + 1, stop or self.epoch + 1 == self.n_epoch)
+        over = stop or self.epoch + 1 == self.n_epoch
+        self.save(self.epoch + 1, over)
+        self.longest = max(self.longest, time.monotonic() - self.clock)
+        if not over:
+            watch.stop_unless(self.margin * self.longest, "the next epoch")
         if stop:
             raise CancelFitException
 

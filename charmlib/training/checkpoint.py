@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from charmlib.evaluation.results import FORMAT, load_card
+from charmlib.evaluation.finish import FORMAT
+from charmlib.evaluation.results import load_card
 from charmlib.files import write_json, write_whole
 from charmlib.models.charm import CharmNet
 from charmlib.training.device import place

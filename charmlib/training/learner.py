@@ -12,7 +12,7 @@ from fastai.learner import Learner
 from charmlib.data.loaders import ChestDataLoaders, GreyToNetwork
 from charmlib.models.charm import CharmNet
 from charmlib.nn.losses import MultiLabelLoss, make_loss
-from charmlib.training.callbacks import BankFeed, FollowStep, HalfPrecision, SeedEpoch
+from charmlib.training.callbacks import BankFeed, FollowStep, HalfPrecision, SeedEpoch, SignOfLife
 from charmlib.training.device import pick_precision, place
 from charmlib.training.optimizer import AdamW
 from charmlib.training.recording import MeanAUC, record_on_device
@@ -61,7 +61,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     if not torch.allclose(scale.mean.flatten().cpu(), torch.tensor(net.mean)):
         raise ValueError(f"the loaders normalise with mean {scale.mean.flatten().tolist()}, the network expects "
                          f"{list(net.mean)}: build them with mean=net.mean, std=net.std")
-    callbacks = [BankFeed(), FollowStep(), *cbs]
+    callbacks = [BankFeed(), FollowStep(), SignOfLife(), *cbs]
     if seed is not None:
         callbacks.append(SeedEpoch(seed))
     if pick_precision(precision, torch.device(dls.device)) == "fp16":

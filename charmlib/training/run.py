@@ -17,13 +17,14 @@ import torch
 import yaml
 
 import charmlib
+from charmlib import watch
 from charmlib.data.dataset import ChestData, open_dataset
 from charmlib.data.labels import same_order
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.data.paths import resolve_data_root
+from charmlib.evaluation.finish import PART_FILE
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.results import (
-    PART_FILE,
     Predictions,
     choices,
     chosen_on_validation,
@@ -263,6 +264,7 @@ class Run:
         self.net.eval()
         out, labels = [], []
         for x, y in dl:
+            watch.alive()
             with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
                 out.append(self.net(x.as_subclass(torch.Tensor)).float())
             labels.append(y.as_subclass(torch.Tensor))
@@ -283,8 +285,15 @@ class Run:
         """Score the whole validation and test parts; writes ``predictions.npz`` and returns the metrics.
 
         The metrics also go into a part file from which ``metrics.json`` is made when the run is finished (see
-        :func:`charmlib.evaluation.results.finish`).
+        :func:`charmlib.evaluation.finish.finish`).
+
+        Raises
+        ------
+        charmlib.watch.OutOfTime
+            A deadline is set, and scoring would not fit.
         """
+        history = self.history or self._read_history()
+        watch.stop_unless(watch.scoring_seconds(guess=max((row["seconds"] for row in history), default=0.0)), "scoring")
         start = time.monotonic()
         parts = {}
         for part in ("valid", "test"):
@@ -294,7 +303,6 @@ class Run:
             parts[part] = {"ids": frame["id"].to_numpy(str), "patients": frame["patient"].to_numpy(str),
                            "labels": labels, "logits": logits}
         save_predictions(self.folder / "predictions.npz", parts, self.data.classes)
-        history = self.history or self._read_history()
         bank = None
         if self.net.bank is not None:
             bank = {"filled": self.net.bank.filled.item(),

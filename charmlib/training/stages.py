@@ -10,6 +10,7 @@ import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 
+from charmlib import watch
 from charmlib.training.callbacks import EpochRecord, KeepBest, RestoreScaler, SaveProgress, SeedEpoch
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 
@@ -90,11 +91,17 @@ class StageRunner:
         return state
 
     def run(self, phases: list[Phase], state: dict | None = None) -> list[dict]:
-        """Train; returns the history. The network ends with the best epoch's weights of its last stage."""
+        """Train; returns the history. The network ends with the best epoch's weights of its last stage.
+
+        Raises
+        ------
+        charmlib.watch.OutOfTime
+            A deadline is set, and the next epoch would not fit; everything finished is saved.
+        """
         done = phases.index(next(p for p in phases if p.name == state["phase"])) if state else -1
         if state:
             self.history = list(state["history"])
-        learner, stage, best = None, None, None
+        learner, stage, best, longest = None, None, None, 0.0
         for i, phase in enumerate(phases):
             start = 0
             if i < done or (i == done and state["over"]):
@@ -116,12 +123,15 @@ class StageRunner:
                 start = state["epochs"]
                 best = state["best"]
                 fill(self.net, state["model"], str(self.path))
-            best = self._fit(learner, phase, start, best, state if i == done else None)
+            watch.stop_unless(longest, f"{phase.name}")
+            best, longest = self._fit(learner, phase, start, best, state if i == done else None)
             if i + 1 == len(phases) or phases[i + 1].stage != phase.stage:
                 fill(self.net, best["state"], "the best epoch")
         return self.history
 
-    def _fit(self, learner: Learner, phase: Phase, start: int, best: dict | None, state: dict | None) -> dict:
+    def _fit(self, learner: Learner, phase: Phase, start: int, best: dict | None,
+             state: dict | None) -> tuple[dict, float]:
+        """Train a phase; returns its best epoch, and the seconds of its longest."""
         learner.freeze() if phase.frozen else learner.unfreeze()
         if state is not None:
             learner.opt.load_state_dict(state["opt"])
@@ -139,15 +149,16 @@ class StageRunner:
                 "best": {"value": keep.best, "waited": keep.waited, "state": keep.state},
                 "scaler": scaler.state_dict() if scaler is not None else None, "lr": self.lr, "history": self.history})
 
-        callbacks = [SeedEpoch(self.seed, phase.name), record, keep, SaveProgress(save, start=start),
-                     RestoreScaler(state["scaler"] if state else None)]
+        progress = SaveProgress(save, start=start)
+        scaler = RestoreScaler(state["scaler"] if state else None)
+        callbacks = [SeedEpoch(self.seed, phase.name), record, keep, progress, scaler]
         hidden = () if self.bars else learner._grab_cbs(ProgressCallback)
         with learner.no_logging(), learner.removed_cbs(hidden):
             learner.fit_one_cycle(phase.epochs, phase.lr, cbs=callbacks, start_epoch=start, **phase.cycle)
         if keep.state is None:
             raise ValueError(f"{phase.name}: {self.monitor} was not a number in any epoch; lower the learning rate "
                              f"(now {phase.lr}) or check the labels")
-        return {"value": keep.best, "waited": keep.waited, "state": keep.state}
+        return {"value": keep.best, "waited": keep.waited, "state": keep.state}, progress.margin * progress.longest
 
     def _on_row(self, row: dict) -> None:
         if self.on_row is not None:

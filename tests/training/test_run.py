@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from charmlib import Run
-from charmlib.evaluation.results import finish, load_metrics, load_predictions
+from charmlib.evaluation.finish import finish
+from charmlib.evaluation.results import load_metrics, load_predictions
 from charmlib.params import ParameterError
 from charmlib.training import stages
 from charmlib.training.checkpoint import load_model, load_resume

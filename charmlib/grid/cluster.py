@@ -1,0 +1,171 @@
+"""The Dask cluster that a grid runs on: this machine's own, one worker a GPU, or any that is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import charmlib
+from charmlib.grid.cells import GridError, code_hash, find_notebooks, notebook_code
+from charmlib.grid.worker import nanny_environment, work
+
+GPU = "GPU"
+"""The resource that a worker offers for each GPU it may use, and a cell takes one of."""
+
+
+def gpus() -> list[str]:
+    """Names of the visible GPUs for CUDA_VISIBLE_DEVICES, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [g.strip() for g in visible.split(",") if g.strip() and g.strip() != "-1"]
+    try:
+        out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in out.stdout.splitlines()))]
+
+
+class Cluster:
+    """Places for cells: ``places`` at once, each started by :meth:`submit`."""
+
+    def __init__(self, client, *, devices=(), own: dict | None = None, gpu: bool = False):
+        self.client, self.devices, self.own, self.gpu = client, list(devices), own or {}, gpu
+
+    def places(self) -> int:
+        """How many cells can run at once, now."""
+        offers = _offers(self.client)
+        return sum(int(o.get(GPU, 0)) for o in offers) if self.gpu else len(offers)
+
+    def submit(self, job: dict):
+        """Start a cell; returns Dask's future."""
+        # pure=False and no retries: a cell is run because its result is not on disk, never because of a cached key
+        return self.client.submit(work, {**job, **self.own}, self.devices, key=f"cell-{job['id']}-{uuid.uuid4().hex[:8]}",
+                                  pure=False, retries=0, resources={GPU: 1} if self.gpu else None)
+
+
+@contextlib.contextmanager
+def local_cluster(workers: int | None, cells: int) -> Iterator[Cluster]:
+    """This machine's own workers: one a GPU, or one on a CPU, unless told otherwise; no more than there are cells."""
+    from distributed import Client, LocalCluster
+
+    _quiet()
+    devices = gpus()
+    count = min(workers or max(1, len(devices)), cells)
+    own = {"environment": {name: os.environ[name] for name in nanny_environment() if name in os.environ}}
+    if count > 1:
+        own |= {"threads": max(1, (os.cpu_count() or 1) // count), "stagger": 1.0}
+    with _not_for_children(signal.SIGINT):
+        cluster = LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None,
+                               silence_logs=logging.CRITICAL)
+    client = Client(cluster)
+    try:
+        yield Cluster(client, devices=devices, own=own)
+    finally:
+        client.close()
+        cluster.close()
+
+
+@contextlib.contextmanager
+def other_cluster(address: str | None, scheduler_file: str | None, *, folder: Path, data_roots: set[str], code: str,
+                  any_worker: bool = False, wait: float = 60.0) -> Iterator[Cluster]:
+    """A Dask cluster that is there already, checked before anything runs on it.
+
+    A cell takes one ``GPU`` of a worker's resources (``dask worker ... --resources GPU=1``, one worker a GPU with its own
+    ``CUDA_VISIBLE_DEVICES``). With ``any_worker`` workers that offer none are used too, a cell each.
+
+    Raises
+    ------
+    GridError
+        No scheduler there, no workers within ``wait`` seconds, none that offers a GPU, or workers that do not see the run
+        folder or the data or have another charmlib or other notebooks; says which and what to do.
+    """
+    from distributed import Client
+
+    _quiet()
+    where = address or scheduler_file
+    try:
+        client = Client(address=address, scheduler_file=scheduler_file, timeout=30)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise GridError(f"no Dask scheduler at {where} ({type(error).__name__}: {error}); start one with "
+                        "`dask scheduler`") from error
+    try:
+        _wait_for_workers(client, where, wait, any_worker)
+        gpu = any(GPU in offer for offer in _offers(client))
+        _refuse_strangers(client, folder, data_roots, code)
+        yield Cluster(client, gpu=gpu, own={"stagger": 1.0})
+    finally:
+        client.close()
+
+
+def _wait_for_workers(client, where: str, wait: float, any_worker: bool) -> None:
+    end = time.monotonic() + wait
+    while True:
+        offers = _offers(client)
+        if any(GPU in offer for offer in offers) or (offers and any_worker):
+            return
+        if time.monotonic() > end:
+            break
+        time.sleep(0.5)
+    if offers:
+        raise GridError(f"none of the {len(offers)} workers at {where} offers a GPU. Start them with --resources GPU=1, one a "
+                        "GPU with its own CUDA_VISIBLE_DEVICES, or say --any-worker to use them as they are, one cell each.")
+    raise GridError(f"the cluster at {where} has no workers (waited {wait:.0f} s, --wait-workers); start some with "
+                    f"`dask worker {client.scheduler.address} --resources GPU=1` and try again")
+
+
+def _offers(client) -> list[dict]:
+    """The resources of each worker (``scheduler_info`` would tell of the first five only)."""
+    return client.run_on_scheduler(lambda dask_scheduler: [dict(w.resources) for w in dask_scheduler.workers.values()])
+
+
+def _refuse_strangers(client, folder: Path, data_roots: set[str], code: str) -> None:
+    """Refuse workers on which a cell could not run, or would be another cell."""
+    probe = folder / f".seen.{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        found = client.run(_look_around, str(probe), sorted(data_roots), on_error="return")
+    finally:
+        probe.unlink(missing_ok=True)
+    for worker, facts in found.items():
+        if isinstance(facts, BaseException):
+            raise GridError(f"worker {worker} cannot run charmlib ({type(facts).__name__}: {facts}): install charmlib "
+                            f"{charmlib.__version__} there")
+        if facts["version"] != charmlib.__version__ or facts["code"] != code:
+            raise GridError(f"worker {worker} has charmlib {facts['version']} with notebooks {facts['code']}, this is "
+                            f"{charmlib.__version__} with {code}: install the same on all machines")
+        if missing := facts["missing"]:
+            raise GridError(f"worker {worker} does not see {missing[0]}: the run folder and the data must be there under the "
+                            "same paths on all machines. For machines that share no folder use --shard and `grid merge`.")
+
+
+def _look_around(probe: str, data_roots: list[str]) -> dict:
+    missing = [str(Path(p).parent if p == probe else p) for p in (probe, *data_roots) if not Path(p).exists()]
+    return {"version": charmlib.__version__, "code": code_hash(notebook_code(find_notebooks())), "missing": missing}
+
+
+def _quiet() -> None:
+    for noisy in ("distributed", "tornado", "asyncio"):  # their tracebacks at an interrupt hide what matters
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _not_for_children(number: int) -> Iterator[None]:
+    """Processes started meanwhile ignore a signal: a terminal sends Ctrl-C to all, and only the runner should answer."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+

@@ -1,0 +1,29 @@
+"""``python -m charmlib.training.size``: bytes of the checkpoint and the resume file of parameters given as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+
+import torch
+
+from charmlib.data.labels import NIH14, NIH15
+from charmlib.models.charm import CharmNet
+from charmlib.training.checkpoint import network_params
+
+
+def file_sizes(params: Mapping) -> tuple[int, int]:
+    """Bytes of ``model.safetensors`` and of ``resume.pt``: the network, its best epoch, and AdamW's two moments."""
+    classes = len(NIH15 if params["classes"] == "nih15" else NIH14)
+    with torch.device("meta"):
+        net = CharmNet(classes=classes, weights="none", norm="half", **network_params(params))
+    model = sum(v.numel() * v.element_size() for v in net.state_dict().values())
+    moments = sum(2 * p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+    return model, 2 * model + moments
+
+
+if __name__ == "__main__":
+    sizes = {json.dumps(network_params(p), sort_keys=True): p for p in json.load(sys.stdin)}
+    found = [file_sizes(p) for p in sizes.values()]
+    print(json.dumps([max(m for m, _ in found), max(r for _, r in found)]))

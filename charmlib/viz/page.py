@@ -40,11 +40,16 @@ def table(frame: pd.DataFrame, kind: str = "") -> str:
     return f"<div class='scroll {kind}'>{shown.to_html(index=False, border=0)}</div>"
 
 
-def picture(figure, title: str) -> str:
-    """A matplotlib figure, held in the page itself."""
+def png(figure) -> bytes:
+    """A matplotlib figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def picture(figure, title: str) -> str:
+    """A matplotlib figure, or the bytes of a PNG, held in the page itself."""
+    data = base64.b64encode(figure if isinstance(figure, bytes) else png(figure)).decode()
     return f"<img alt='{html.escape(title, quote=True)}' src='data:image/png;base64,{data}'>"
 
 

@@ -45,10 +45,19 @@ def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "yo
     }
 
 
+def encoded_pictures(metrics: Mapping, predictions: Predictions) -> dict[str, bytes]:
+    """Title -> PNG of :func:`run_pictures`: drawn once, for the notebook and its report."""
+    pictures = {}
+    for title, figure in run_pictures(metrics, predictions).items():
+        pictures[title] = page.png(figure)
+        plt.close(figure)
+    return pictures
+
+
 def write_run_report(path: str | Path, metrics: Mapping, predictions: Predictions, pictures: Mapping | None = None) -> Path:
     """Write a run's ``report.html``: tables and pictures on one page that needs nothing else; returns its path.
 
-    ``pictures`` are those of :func:`run_pictures`, where they have been drawn already.
+    ``pictures`` are those of :func:`run_pictures` where they have been drawn already, as figures or the bytes of PNGs.
     """
     pictures = run_pictures(metrics, predictions) if pictures is None else pictures
     part, name = metrics["test"], metrics.get("cell") or Path(path).resolve().parent.name

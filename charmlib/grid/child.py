@@ -169,8 +169,10 @@ def _how(problem: Exception) -> Ended:
 
 
 def _say(ended: Ended, problem: Exception) -> Ended:
-    text = getattr(problem, "evalue", None) or str(problem)
-    print(f"{getattr(problem, 'ename', type(problem).__name__)}: {text}", file=sys.stderr)
+    """One line for the runner: the problem's class, unless its words say it all, and its last line (fastai puts some before)."""
+    text = (getattr(problem, "evalue", None) or str(problem)).strip().splitlines()
+    name = "" if ended is not Ended.FAILED else f"{getattr(problem, 'ename', type(problem).__name__)}: "
+    print(f"{name}{text[-1].strip() if text else ''}", file=sys.stderr)
     return ended
 
 

@@ -63,7 +63,7 @@ def local_cluster(workers: int | None, cells: int) -> Iterator[Cluster]:
     if count > 1:
         own |= {"threads": max(1, (os.cpu_count() or 1) // count), "stagger": 1.0}
     with _not_for_children(signal.SIGINT):
-        cluster = LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None,
+        cluster = LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0",
                                silence_logs=logging.CRITICAL)
     client = Client(cluster)
     try:

@@ -14,7 +14,7 @@ from charmlib.grid.budget import Budget, hours
 from charmlib.grid.cells import Ended, GridError, cell_status, epochs_done
 from charmlib.grid.cluster import Cluster
 from charmlib.grid.spec import Cell
-from charmlib.grid.worker import Outcome
+from charmlib.grid.worker import WRAP_UP, Outcome
 
 _LOOK = 0.3
 _LOOK_ELSEWHERE = 3.0
@@ -93,7 +93,8 @@ class Schedule:
         left = self.budget.left()
         if left == float("inf"):
             return True
-        return left > max(0.0, estimate.next_step(self.cells[job["id"]], Path(job["folder"]), self._paces()[job["id"]]))
+        pace = self._paces()[job["id"]]
+        return left > WRAP_UP + estimate.next_step(self.cells[job["id"]], Path(job["folder"]), pace)
 
     def _paces(self) -> dict[str, estimate.Pace]:
         return estimate.paces(self.folder, list(self.cells.values()))
@@ -125,8 +126,7 @@ class Schedule:
             self._count(f"{cell}: valid AUC " + ("undefined" if score is None else f"{score:.4f}"))
         else:
             self._keep_error(folder, outcome)
-            words = outcome.words.splitlines()[-1] if outcome.words else _WORDS[outcome.ended]
-            self._count(f"{cell} FAILED ({words}); see {folder}/error.txt")
+            self._count(f"{cell} FAILED ({outcome.words or _WORDS[outcome.ended]}); see {folder}/error.txt")
         self._refresh_board()
 
     def _outcome(self, future) -> Outcome:

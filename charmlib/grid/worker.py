@@ -23,10 +23,12 @@ _LOOK = 0.25
 """Seconds between two looks at a cell's process."""
 _POLITE = 10.0
 """Seconds that a process gets to end by itself."""
+WRAP_UP = 3.0
+"""Seconds before the deadline at which training must have ended, for the notebook to be written."""
 
 
 class Outcome(NamedTuple):
-    """How a cell's process ended, and its last words."""
+    """How a cell's process ended, and its last line."""
 
     ended: Ended
     words: str
@@ -41,10 +43,12 @@ def work(job: dict, devices: Sequence[str]) -> Outcome:
     environment = child_environment(job.get("threads", 0), job.get("environment"))
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices[_number() % len(devices)]
-    for name, value in ((DEADLINE, job.get("deadline")), (SCORING, job.get("scoring_seconds"))):
+    for name in (DEADLINE, SCORING):
         environment.pop(name, None)
-        if value is not None:
-            environment[name] = str(value)
+    if job.get("deadline") is not None:
+        environment[DEADLINE] = str(job["deadline"] - WRAP_UP)
+    if job.get("scoring_seconds") is not None:
+        environment[SCORING] = str(job["scoring_seconds"])
     job = {**job, "notebooks": str(_notebooks(job)), "started": time.time()}
     with tempfile.TemporaryFile("w+") as errors:
         with _one_start_at_a_time():
@@ -59,8 +63,8 @@ def work(job: dict, devices: Sequence[str]) -> Outcome:
         finally:
             end_children(child.pid, itself=True)
         errors.seek(0)
-        words = "\n".join(errors.read().strip().splitlines()[-3:])
-    return Outcome(ended, words)
+        last = errors.read().strip().splitlines()[-1:]  # the kernel's own warnings come before
+    return Outcome(ended, "".join(last).strip())
 
 
 def _watch(child: subprocess.Popen, job: Mapping) -> Ended:

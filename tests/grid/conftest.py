@@ -19,6 +19,7 @@ from charmlib.grid import run_grid
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
+CELLS = ("m0.9_k1_t0.1", "m0.9_k2_t0.1")
 SHORT = {"stage1_frozen_epochs": 0, "stage1_epochs": 2, "stage2_epochs": 2}
 
 # What a real pair of notebooks leaves, without torch: each "epoch" takes a moment, saves, and minds the deadline.
@@ -51,6 +52,8 @@ from charmlib.files import write_json
 for name in ("predictions.npz", "resamples.npz"):
     shutil.copy(Path(FINISHED) / name, run_dir)
 finished = json.loads((Path(FINISHED) / "metrics.json").read_text())
+for key in ("format", "cell", "hash"):
+    finished.pop(key)
 write_json(Path(run_dir) / PART_FILE, finished | {"seconds": {"train": 1.0, "score": 0.1, "overhead": None}})
 '''
 
@@ -93,6 +96,22 @@ def done(tmp_path_factory):
             run_grid(path, out=folder / "out", say=said.append)
             (folder / "said.json").write_text(json.dumps(said))
     return folder / "grid_small.yaml", folder / "out", json.loads((folder / "said.json").read_text())
+
+
+@pytest.fixture
+def light(phantoms, tmp_path, make_run):
+    """Runs a light grid (nothing is trained); ``first`` is what each cell begins with."""
+    finished = make_run("finished")
+
+    def go(*more, first="", pace=0.3, background=False, path=None, **axes):
+        books = tmp_path / "books"
+        if not books.is_dir():
+            light_notebooks(books, finished, pace=pace, first=first)
+        path = path or small_grid(tmp_path / "grid", phantoms, **(axes or {"k": [1, 2]}))
+        return (start if background else run)(path, tmp_path / "out", "--notebooks", str(books), *more)
+
+    go.out, go.base = tmp_path / "out", small_grid(tmp_path / "grid", phantoms, k=[1]).with_name("base.yaml")
+    return go
 
 
 def command(path: Path, out: Path, *more: str) -> list[str]:

@@ -13,10 +13,9 @@ import pytest
 
 from charmlib import lease
 from charmlib.grid.cells import epochs_done
-from tests.grid.conftest import family, light_notebooks, run, same_results, small_grid, start, wait_for
+from tests.grid.conftest import CELLS, family, run, same_results, start, wait_for
 
 pytestmark = pytest.mark.slow
-CELLS = ("m0.9_k1_t0.1", "m0.9_k2_t0.1")
 
 
 def same_board(ours: Path, theirs: Path) -> None:
@@ -130,22 +129,25 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=False)
 
 
-def test_a_full_disk_stops_the_grid_with_its_name_and_loses_nothing(done, small_disk):
-    """Too small for the resume file beside the first epoch's; then there is room, and the same command goes on."""
+def test_a_full_disk_stops_the_grid_with_its_name_and_loses_nothing(done, small_disk, tmp_path):
+    """Filled up by another while the first epochs are saved; then there is room, and the same command goes on."""
     path, quiet, _ = done
-    out = small_disk(60) / "out"
-    filler = out.parent / "filler"
-    filler.write_bytes(b"0" * (60 - 16) * 2**20)  # about one resume file and a half is left
-    full = run(path, out, "-p", "k=1")
-    cell = out / CELLS[0]
-    assert full.returncode == 2, full.stdout + full.stderr
-    assert "no space left" in full.stderr and "make room and start the same command again" in full.stderr
+    out, log = small_disk(80) / "out", tmp_path / "full.log"
+    cell, filler = out / CELLS[0], out.parent / "filler"
+    runner = start(path, out, "-p", "k=1", log=log)
+    wait_for(lambda: epochs_done(cell) >= 1, still=runner.is_running)
+    with pytest.raises(OSError, match="No space left"), open(filler, "wb") as file:
+        while True:
+            file.write(b"0" * 2**16)
+            file.flush()
+    assert runner.wait(60) == 2, log.read_text()
+    assert "no space left" in log.read_text() and "make room and start the same command again" in log.read_text()
     assert not (cell / "metrics.json").exists() and not list(cell.glob(".*.tmp")) and not (cell / ".lease").exists()
     kept = epochs_done(cell)
     filler.unlink()
     again = run(path, out, "-p", "k=1")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert kept == 0 or f"going on after {kept} finished epochs" in again.stdout
+    assert kept >= 5 or f"going on after {kept} finished epochs" in again.stdout  # 5: trained, only scoring was left
     same_results(cell, quiet / CELLS[0])
 
 
@@ -153,22 +155,6 @@ def test_a_grid_that_cannot_fit_is_refused_before_it_trains(done, small_disk):
     path, _, _ = done
     tight = run(path, small_disk(4) / "out")
     assert tight.returncode == 2 and "not even one fits" in tight.stderr and "training on" not in tight.stdout
-
-
-@pytest.fixture
-def light(phantoms, tmp_path, make_run):
-    """Runs a light grid (nothing is trained); ``first`` is what each cell begins with."""
-    finished = make_run("finished")
-
-    def go(*more, first="", pace=0.3, background=False, **axes):
-        books = tmp_path / "books"
-        if not books.is_dir():
-            light_notebooks(books, finished, pace=pace, first=first)
-        path = small_grid(tmp_path / "grid", phantoms, **(axes or {"k": [1, 2]}))
-        return (start if background else run)(path, tmp_path / "out", "--notebooks", str(books), *more)
-
-    go.out = tmp_path / "out"
-    return go
 
 
 def test_a_hung_cell_is_ended_with_all_its_children_and_tried_once_more(light, tmp_path):
@@ -189,7 +175,7 @@ if k == 2 or not mark.exists():
     assert (light.out / "k1/metrics.json").is_file() and not (light.out / "k1/error.txt").exists()
     error = (light.out / "k2/error.txt").read_text()
     assert "no sign of life" in error and "k2 hangs" in error
-    assert "k1: showed no sign of life and was ended; started again" in result.stdout
+    assert "k1: showed no sign of life and was ended" in result.stdout and "started again" in result.stdout
     sleepers = [int(pid) for name in ("hung1", "hung2") for pid in (tmp_path / name).read_text().split()]
     assert len(sleepers) == 3 and not any(psutil.pid_exists(pid) for pid in sleepers)
     assert (light.out / "k2/log.txt").read_text().count("k2 hangs") == 2

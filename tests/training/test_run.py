@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -37,6 +38,18 @@ def bits(folder):
     return net.state_dict(), card["thresholds"], history
 
 
+def same_run(folder, quiet):
+    """Network, thresholds and history of five epochs are the same, bit by bit."""
+    state, thresholds, history = bits(folder)
+    want_state, want_thresholds, want_history = bits(quiet)
+    assert state.keys() == want_state.keys()
+    for name, value in want_state.items():
+        assert torch.equal(state[name], value), name
+    assert thresholds == want_thresholds
+    pd.testing.assert_frame_equal(history, want_history)
+    assert len(history) == 5
+
+
 @pytest.fixture(scope="module")
 def quiet(phantoms, tmp_path_factory):
     """An undisturbed run of five epochs over three phases."""
@@ -54,20 +67,34 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(quiet, tiny, monkeypatch
     with monkeypatch.context() as m, pytest.raises(Killed):
         killed_after(m, saves)
         Run.open(tiny).train()
-    from pathlib import Path
-
     folder = Path(tiny["run_dir"])
     assert (folder / "resume.pt").is_file() and not (folder / "model.json").is_file()
     torch.manual_seed(12345)  # the new process has some other random state
     Run.open(tiny).train()
-    state, thresholds, history = bits(folder)
-    want_state, want_thresholds, want_history = bits(quiet)
-    assert state.keys() == want_state.keys()
-    for name, value in want_state.items():
-        assert torch.equal(state[name], value), name
-    assert thresholds == want_thresholds
-    pd.testing.assert_frame_equal(history, want_history)
-    assert len(history) == 5
+    same_run(folder, quiet)
+
+
+def test_a_run_that_ends_in_time_after_each_epoch_ends_in_the_same_bits(quiet, tiny, monkeypatch):
+    """There is always time for one more epoch and never for two; nor, at first, for scoring."""
+    from charmlib import watch
+
+    kept = []
+    for _ in range(20):
+        answers = iter([60.0, 0.0])  # before the first epoch, then after it
+        monkeypatch.setattr(watch, "time_left", lambda answers=answers: next(answers, 0.0))
+        try:
+            Run.open(tiny).train()
+        except watch.OutOfTime as stop:
+            assert "stopped before" in str(stop) and "The same command goes on from here" in str(stop)
+            kept.append(len(pd.read_csv(Path(tiny["run_dir"]) / "history.csv")))
+            continue
+        break
+    assert kept == sorted(kept) and set(kept) == {1, 2, 3, 4}
+    with pytest.raises(watch.OutOfTime, match="stopped before scoring"):
+        Run.load(tiny["run_dir"]).score()
+    assert not (Path(tiny["run_dir"]) / "predictions.npz").exists()
+    monkeypatch.undo()
+    same_run(Path(tiny["run_dir"]), quiet)
 
 
 def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(quiet, tiny):
@@ -201,7 +228,6 @@ def test_settings_that_differ_are_refused_by_name(quiet, tiny, tmp_path, phantom
 
 
 def test_a_damaged_resume_file_is_named(tiny):
-    from pathlib import Path
 
     run = Run.open(tiny)
     Path(tiny["run_dir"]).mkdir()
@@ -274,7 +300,6 @@ def test_a_checkpoint_meets_only_data_with_its_labels_and_split(quiet, tmp_path)
 
 
 def test_resume_files_load_without_pickles_and_history_counts_the_bank(tiny, monkeypatch):
-    from pathlib import Path
 
     with monkeypatch.context() as m, pytest.raises(Killed):
         killed_after(m, 4)

@@ -169,7 +169,7 @@ def _how(problem: Exception) -> Ended:
 
 
 def _say(ended: Ended, problem: Exception) -> Ended:
-    """One line for the runner: the problem's class, unless its words say it all, and its last line (fastai puts some before)."""
+    """One line for the runner: the problem's class, where its words do not say it all, and its last line (fastai adds some)."""
     text = (getattr(problem, "evalue", None) or str(problem)).strip().splitlines()
     name = "" if ended is not Ended.FAILED else f"{getattr(problem, 'ename', type(problem).__name__)}: "
     print(f"{name}{text[-1].strip() if text else ''}", file=sys.stderr)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import charmlib
-from charmlib.grid.cells import GridError, code_hash, find_notebooks, notebook_code
-from charmlib.grid.worker import nanny_environment, work
+from charmlib.grid.cells import GridError, code_hash, notebook_code
+from charmlib.grid.worker import nanny_environment, notebooks_here, work
 
 GPU = "GPU"
 """The resource that a worker offers for each GPU it may use, and a cell takes one of."""
@@ -75,7 +75,7 @@ def local_cluster(workers: int | None, cells: int) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def other_cluster(address: str | None, scheduler_file: str | None, *, folder: Path, data_roots: set[str], code: str,
-                  any_worker: bool = False, wait: float = 60.0) -> Iterator[Cluster]:
+                  notebooks: Path, any_worker: bool = False, wait: float = 60.0) -> Iterator[Cluster]:
     """A Dask cluster that is there already, checked before anything runs on it.
 
     A cell takes one ``GPU`` of a worker's resources (``dask worker ... --resources GPU=1``, one worker a GPU with its own
@@ -99,7 +99,7 @@ def other_cluster(address: str | None, scheduler_file: str | None, *, folder: Pa
     try:
         _wait_for_workers(client, where, wait, any_worker)
         gpu = any(GPU in offer for offer in _offers(client))
-        _refuse_strangers(client, folder, data_roots, code)
+        _refuse_strangers(client, folder, data_roots, notebooks, code)
         yield Cluster(client, gpu=gpu, own={"stagger": 1.0})
     finally:
         client.close()
@@ -126,12 +126,12 @@ def _offers(client) -> list[dict]:
     return client.run_on_scheduler(lambda dask_scheduler: [dict(w.resources) for w in dask_scheduler.workers.values()])
 
 
-def _refuse_strangers(client, folder: Path, data_roots: set[str], code: str) -> None:
+def _refuse_strangers(client, folder: Path, data_roots: set[str], notebooks: Path, code: str) -> None:
     """Refuse workers on which a cell could not run, or would be another cell."""
     probe = folder / f".seen.{uuid.uuid4().hex}"
     probe.touch()
     try:
-        found = client.run(_look_around, str(probe), sorted(data_roots), on_error="return")
+        found = client.run(_look_around, str(probe), sorted(data_roots), str(notebooks), on_error="return")
     finally:
         probe.unlink(missing_ok=True)
     for worker, facts in found.items():
@@ -146,9 +146,10 @@ def _refuse_strangers(client, folder: Path, data_roots: set[str], code: str) -> 
                             "same paths on all machines. For machines that share no folder use --shard and `grid merge`.")
 
 
-def _look_around(probe: str, data_roots: list[str]) -> dict:
+def _look_around(probe: str, data_roots: list[str], notebooks: str) -> dict:
     missing = [str(Path(p).parent if p == probe else p) for p in (probe, *data_roots) if not Path(p).exists()]
-    return {"version": charmlib.__version__, "code": code_hash(notebook_code(find_notebooks())), "missing": missing}
+    return {"version": charmlib.__version__, "code": code_hash(notebook_code(notebooks_here(notebooks))),
+            "missing": missing}
 
 
 def _quiet() -> None:

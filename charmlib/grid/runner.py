@@ -166,7 +166,7 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means = Means(),
              "hung_after": means.hung_after} for cell in todo]
     refuse_without_space(grid.cells, folder, means.workers or max(1, len(gpus())), say=say)
     if means.elsewhere:
-        cluster = other_cluster(means.scheduler, means.scheduler_file, folder=folder, code=code_hash(code),
+        cluster = other_cluster(means.scheduler, means.scheduler_file, folder=folder, notebooks=notebooks, code=code_hash(code),
                                 data_roots={job["params"]["data_root"] for job in jobs}, any_worker=means.any_worker,
                                 wait=means.wait_workers)
     else:

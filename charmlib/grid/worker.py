@@ -49,7 +49,11 @@ def work(job: dict, devices: Sequence[str]) -> Outcome:
         environment[DEADLINE] = str(job["deadline"] - WRAP_UP)
     if job.get("scoring_seconds") is not None:
         environment[SCORING] = str(job["scoring_seconds"])
-    job = {**job, "notebooks": str(_notebooks(job)), "started": time.time()}
+    books = notebooks_here(job["notebooks"])
+    if code_hash(notebook_code(books)) != job["code"]:
+        raise GridError(f"the notebooks in {books} are not those that the grid was started with; install the same charmlib on "
+                        "all machines")
+    job = {**job, "notebooks": str(books), "started": time.time()}
     with tempfile.TemporaryFile("w+") as errors:
         with _one_start_at_a_time():
             child = subprocess.Popen([sys.executable, "-m", "charmlib.grid.child"], stdin=subprocess.PIPE,
@@ -129,16 +133,9 @@ def _number() -> int:
     return int(name) if name.isdigit() else 0
 
 
-def _notebooks(job: Mapping) -> Path:
-    """The runner's notebooks, or on a machine that does not see them, its own if they have the same code."""
-    here = Path(job["notebooks"])
-    if here.is_dir():
-        return here
-    mine = find_notebooks()
-    if code_hash(notebook_code(mine)) != job["code"]:
-        raise GridError(f"the notebooks in {mine} are not those that the grid was started with; install the same charmlib on "
-                        "all machines")
-    return mine
+def notebooks_here(theirs: str) -> Path:
+    """The runner's notebooks, or on a machine that does not see them, this one's own."""
+    return Path(theirs) if Path(theirs).is_dir() else find_notebooks()
 
 
 @contextlib.contextmanager

@@ -131,13 +131,13 @@ def run(path: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(path, out, *more), cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
-def wait_for(what, seconds: float = 90.0, still=lambda: True):
-    """What ``what()`` returns once it is true."""
+def wait_for(what, seconds: float = 90.0, runner: subprocess.Popen | None = None):
+    """What ``what()`` returns once it is true; the runner must not end before."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := what():
             return found
-        assert still(), "the process ended before"
+        assert runner is None or runner.poll() is None, "the runner ended before"
         time.sleep(0.02)
     raise AssertionError("waited in vain")
 

@@ -37,7 +37,7 @@ def test_kills_of_runner_worker_child_and_kernel_end_in_the_same_bits(done, tmp_
     out = tmp_path / "out"
     cell, other = out / CELLS[0], out / CELLS[1]
     runner = start(path, out)
-    wait_for(lambda: epochs_done(cell) >= 1, still=runner.is_running)
+    wait_for(lambda: epochs_done(cell) >= 1, runner=runner)
     everyone = runner.children(recursive=True)
     assert any("ipykernel" in " ".join(p.cmdline()) for p in everyone)
     runner.kill()
@@ -47,13 +47,13 @@ def test_kills_of_runner_worker_child_and_kernel_end_in_the_same_bits(done, tmp_
     assert not (cell / "metrics.json").is_file() and (cell / "resume.pt").is_file()
 
     runner = start(path, out)
-    wait_for(lambda: epochs_done(cell) >= 3, still=runner.is_running)
+    wait_for(lambda: epochs_done(cell) >= 3, runner=runner)
     family(runner, "ipykernel")[0].kill()
-    wait_for(lambda: (cell / "model.json").is_file(), still=runner.is_running)
+    wait_for(lambda: (cell / "model.json").is_file(), runner=runner)
     family(runner, "charmlib.grid.child")[0].kill()
-    wait_for(lambda: (cell / "metrics.json").is_file(), still=runner.is_running)
+    wait_for(lambda: (cell / "metrics.json").is_file(), runner=runner)
     touched = {p: p.stat().st_mtime_ns for p in cell.iterdir() if p.name != ".lease.lock"}
-    wait_for(lambda: epochs_done(other) >= 1, still=runner.is_running)
+    wait_for(lambda: epochs_done(other) >= 1, runner=runner)
     worker = next(p for p in runner.children() if family(p, "charmlib.grid.child"))
     worker.kill()
     assert runner.wait(120) == 0, out.with_suffix(".log").read_text()
@@ -75,7 +75,7 @@ def test_a_polite_end_loses_the_epoch_in_hand_and_nothing_else(done, tmp_path, n
     out = tmp_path / "out"
     runner = start(path, out, "-p", "k=1")
     cell = out / CELLS[0]
-    wait_for(lambda: epochs_done(cell) >= 1, still=runner.is_running)
+    wait_for(lambda: epochs_done(cell) >= 1, runner=runner)
     everyone = runner.children(recursive=True)
     runner.send_signal(number)
     assert runner.wait(30) == status
@@ -135,7 +135,7 @@ def test_a_full_disk_stops_the_grid_with_its_name_and_loses_nothing(done, small_
     out, log = small_disk(80) / "out", tmp_path / "full.log"
     cell, filler = out / CELLS[0], out.parent / "filler"
     runner = start(path, out, "-p", "k=1", log=log)
-    wait_for(lambda: epochs_done(cell) >= 1, still=runner.is_running)
+    wait_for(lambda: epochs_done(cell) >= 1, runner=runner)
     with pytest.raises(OSError, match="No space left"), open(filler, "wb") as file:
         while True:
             file.write(b"0" * 2**16)
@@ -191,12 +191,12 @@ def test_a_zombie_writes_nothing_once_its_lease_is_lost(light):
     """Its lease taken away while it trains, a cell stops at its next file, and the runner starts it again."""
     runner = light("-p", "stage1_epochs=12", k=[1], pace=0.5, background=True)
     cell = light.out / "k1"
-    wait_for(lambda: epochs_done(cell) >= 2, still=runner.is_running)
+    wait_for(lambda: epochs_done(cell) >= 2, runner=runner)
     mine = {"token": "another", "host": "elsewhere", "place": "elsewhere", "pid": 1, "born": 0.0, "since": time.time()}
     (cell / ".lease").write_text(json.dumps(mine))
     before = epochs_done(cell)
     wait_for(lambda: "is being worked on by process 1 on elsewhere" in (light.out.with_suffix(".log")).read_text(),
-             still=runner.is_running)
+             runner=runner)
     assert epochs_done(cell) <= before + 1  # the one that was being written when the lease went
     (cell / ".lease").unlink()
     assert runner.wait(60) == 0, light.out.with_suffix(".log").read_text()

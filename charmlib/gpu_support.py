@@ -57,15 +57,15 @@ def verdict(name: str, capability: tuple[int, int] | None, architectures: Iterab
         ``torch.__version__`` and ``torch.version.cuda``, which is None in a build for CPUs only.
     """
     if capability is None and cuda_version is None:
-        return Verdict(False, f"torch {torch_version} is a build for CPUs only. On Kaggle choose Settings, Accelerator, GPU T4 x2 "
-                              "and leave the image's torch alone; elsewhere install a CUDA build of torch.")
+        return Verdict(False, f"torch {torch_version} is a build for CPUs only. On Kaggle choose Settings, Accelerator, GPU "
+                              "T4 x2 and leave the image's torch alone; elsewhere install a CUDA build of torch.")
     if capability is None:
-        return Verdict(False, f"torch {torch_version} sees no GPU. On Kaggle choose Settings, Accelerator, GPU T4 x2; elsewhere "
-                              "look at nvidia-smi and CUDA_VISIBLE_DEVICES.")
+        return Verdict(False, f"torch {torch_version} sees no GPU. On Kaggle choose Settings, Accelerator, GPU T4 x2; "
+                              "elsewhere look at nvidia-smi and CUDA_VISIBLE_DEVICES.")
     built_for = list(architectures)
     if not has_kernels(capability, built_for):
-        return Verdict(False, f"{name} is {sm(capability)}, and torch {torch_version} has kernels for {', '.join(built_for)} only. "
-                              + _remedy(capability))
+        return Verdict(False, f"{name} is {sm(capability)}, and torch {torch_version} has kernels for "
+                              f"{', '.join(built_for)} only. {_remedy(capability)}")
     cores = ("fp16 on tensor cores" if capability >= _TENSOR_CORES else
              "fp16 without tensor cores, and no torch.compile")
     return Verdict(True, f"{name} is {sm(capability)}, and torch {torch_version} has kernels for it: {cores}.")

@@ -58,5 +58,6 @@ def test_a_session_that_needs_a_card_and_has_none_ends_at_once(monkeypatch):
 
 
 def test_judging_imports_no_torch():
-    code = "import sys, charmlib.gpu_support as g; g.verdict('x', (7, 5), ['sm_75'], '2', '12'); assert 'torch' not in sys.modules"
+    code = ("import sys, charmlib.gpu_support as g; g.verdict('x', (7, 5), ['sm_75'], '2', '12')\n"
+            "assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)

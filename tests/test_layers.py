@@ -10,7 +10,7 @@ ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", 
            "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation", "files"},
            "grid": {"grid", "data", "evaluation", "viz", "files", "params", "processes"},
            "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz", "gpu_support"},
-           "kaggle": {"kaggle", "grid", "params", "files"}}
+           "kaggle": {"kaggle", "grid", "data", "params", "files"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -7,6 +7,7 @@ without a result, so only the words of success count as success.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -35,7 +36,8 @@ _REMEDIES = (
     (r"title does not resolve", "title and id differ: the notebook lies under another name there", Refused),
 )
 _NAMED_ERROR = re.compile(r"(?:push|creation) error: |usage: kaggle|must be|Invalid|not found: ")
-_ABSENT = re.compile(r"Cannot access kernel|40[34] Client Error")
+# a server's own words may come in place of the number of the error; the client's hint follows them
+_ABSENT = re.compile(r"Cannot access kernel|40[34] Client Error|resource was not found|don't have access to this resource")
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,11 @@ class Client:
         if self._command is None:
             raise KaggleError(f"there is no command `{command}`: {remedy}")
         _, text = self._run("--version")
-        found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
-        if not found or tuple(map(int, found.groups())) < OLDEST:
-            raise KaggleError(f"`{command} --version` says {text.strip()!r}, older than {'.'.join(map(str, OLDEST))}: {remedy}")
+        found = re.search(r"Kaggle CLI (\d+)\.(\d+)\.(\d+)", text)
+        if not found:
+            raise KaggleError(f"`{command} --version` fails: {text.strip()[-300:]}. Remedy: {remedy}")
+        if tuple(map(int, found.groups())) < OLDEST:
+            raise KaggleError(f"the kaggle client is {found[0]}, older than {'.'.join(map(str, OLDEST))}: {remedy}")
 
     def push(self, folder: Path, timeout: int) -> Pushed:
         """Push the kernel in ``folder``; its session ends after ``timeout`` seconds.
@@ -134,11 +138,12 @@ class Client:
             No such dataset.
         """
         status, text = self._run("datasets", "status", name, "--format", "json")
-        found = re.search(r"\{.*\}", text)
-        if status or not found:
-            raise _refusal(f"the status of dataset {name}", text, absent=NotThere)
-        content = json.loads(found[0])
-        return str(content["status"]).lower(), int(content["current_version_number"] or 0)
+        found = re.search(r"^\{.*\}$", text, re.M)
+        try:
+            content = json.loads(found[0] if found and not status else "")
+            return str(content["status"]).lower(), int(content["current_version_number"] or 0)
+        except (ValueError, KeyError) as error:
+            raise _refusal(f"the status of dataset {name}", text, absent=NotThere) from error
 
     def create_dataset(self, folder: Path) -> None:
         """Upload ``folder`` as a new private dataset.
@@ -166,12 +171,15 @@ class Client:
 
     def _run(self, *args: str) -> tuple[int, str]:
         # its output is read and hidden before anyone sees it; stdin is closed, so that it cannot wait for an answer
-        done = subprocess.run([self._command, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        # VERBOSE makes it print its requests with their authorization
+        env = {name: value for name, value in os.environ.items() if name not in ("VERBOSE", "VERBOSE_OUTPUT")}
+        done = subprocess.run([self._command, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env,
+                              check=False)
         return done.returncode, redact(f"{done.stdout}\n{done.stderr}")
 
 
 def _refusal(what: str, text: str, absent: type[KaggleError] = Unclear) -> KaggleError:
-    words = " ".join(line.strip() for line in text.strip().splitlines() if line.strip())[:600] or "nothing"
+    words = _said(text)
     if absent is not Unclear and _ABSENT.search(text):
         return absent(f"{what}: Kaggle says: {words}")
     for pattern, remedy, kind in _REMEDIES:
@@ -179,3 +187,11 @@ def _refusal(what: str, text: str, absent: type[KaggleError] = Unclear) -> Kaggl
             return kind(f"{what}: Kaggle says: {words}. Remedy: {remedy}.")
     kind = Refused if _NAMED_ERROR.search(text) else Unclear
     return kind(f"{what}: the kaggle client says: {words}. If this is no passing trouble, look at it with `kaggle --debug`.")
+
+
+def _said(text: str) -> str:
+    """The client's words on one line; of a traceback (it lets one out when it cannot reach Kaggle to log in) the last."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if any(line.startswith("Traceback (most recent call last)") for line in lines):
+        lines = lines[-1:]
+    return " ".join(lines)[:600] or "nothing"

@@ -27,6 +27,7 @@ SESSIONS = 2
 """GPU sessions that Kaggle runs at once for an account."""
 _GRACE = 1800
 _PATIENCE = 10
+_POLL, _UPLOAD_SECONDS = 5.0, 900
 
 Say = Callable[[str], None]
 
@@ -197,7 +198,7 @@ def _push_one(state: State, kernel: Kernel, client: Client, say: Say) -> None:
     say(f"{kernel.id}: pushed, {kernel.url}")
 
 
-def _upload_wheel(state: State, client: Client, say: Say, poll: float = 5, patience: float = 900) -> None:
+def _upload_wheel(state: State, client: Client, say: Say) -> None:
     """Upload the wheel of this checkout if Kaggle does not have it from this push, and wait until it can be attached."""
     folder, name = state.folder / "wheel", f"{state.settings.user}/{slug_of(state.settings.dataset)}"
     digest = write_dataset(folder, state.settings.user, state.settings.dataset)
@@ -210,7 +211,7 @@ def _upload_wheel(state: State, client: Client, say: Say, poll: float = 5, patie
         client.create_dataset(folder)
     else:
         client.new_version(folder, f"charmlib wheel {digest}")
-    end = time.monotonic() + patience
+    end = time.monotonic() + _UPLOAD_SECONDS
     while True:
         try:
             ready, version = client.dataset(name)
@@ -221,7 +222,7 @@ def _upload_wheel(state: State, client: Client, say: Say, poll: float = 5, patie
         if ready in ("failed", "deleted") or time.monotonic() > end:
             raise KaggleError(f"dataset {name}: {ready}, version {version}, after its upload: look at "
                               f"kaggle.com/datasets/{name}, then give the same command")
-        time.sleep(poll)
+        time.sleep(_POLL)
     state.uploaded = digest
     state.save()
     say(f"{name}: the wheel is there, version {version}")

@@ -1,0 +1,94 @@
+"""Rendered notebooks run with papermill in a session like Kaggle's, through the whole way there and back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+import charmlib
+from charmlib.data.phantom import make_phantoms
+from charmlib.kaggle.prepare import prepare
+from charmlib.kaggle.wheel import write_dataset
+from tests.kaggle.session import can_mount, image_python, run_session
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(not can_mount(), reason="needs mount and network namespaces (root, unshare)")]
+
+
+@pytest.fixture(scope="module")
+def nih(tmp_path_factory):
+    """A data set in the NIH layout."""
+    return make_phantoms(tmp_path_factory.mktemp("nih") / "data", images=200, size=64)
+
+
+@pytest.fixture
+def image(tmp_path):
+    """The interpreter of a session: all packages, no charmlib."""
+    python = image_python(tmp_path / "venv")
+    missing = subprocess.run([python, "-c", "import charmlib"], capture_output=True, text=True, cwd=tmp_path)
+    assert "No module named 'charmlib'" in missing.stderr
+    return python
+
+
+def installed(venv):
+    """What a session's pip has put beside the image's packages."""
+    (site,) = venv.glob("lib/python*/site-packages")
+    return {path.name for path in site.iterdir()} - {"image.pth"}
+
+
+def printed(book):
+    return "\n".join(output.get("text", "") + str(output.get("evalue", "")) for cell in book.cells if cell.cell_type == "code"
+                     for output in cell.outputs)
+
+
+def test_a_grid_goes_to_kaggle_and_comes_back(charm, small, server, nih, tmp_path, merged, monkeypatch):
+    """Two shards without network: one on today's mounts, one on those of before, both with read-only input."""
+    monkeypatch.setattr("charmlib.kaggle.push._POLL", 0.01)
+    server.plan(run={"datasets": {"nih-chest-xrays/data": str(nih)}, "old_form": "-s2of2-"})
+    status, text = charm("push", small, "--user", "anna", "--shards", 2, "-p", "k=[1,2]", "--accelerator", "none", "--out",
+                         tmp_path / "out", "--wait", "--poll", 0)
+    logs = [path.read_text() for path in (tmp_path / "server").rglob("log.txt")]
+    assert status == 0, text + "\n".join(log[-3000:] for log in logs)
+    cells = {path.parent.name for path in (tmp_path / "out").glob("*/metrics.json")}
+    assert cells == {"k1", "k2"} and len(merged[-1][1]) == 2
+    for key, mount in (("1of2-r1", "datasets/nih-chest-xrays/data"), ("2of2-r1", "data")):
+        home = tmp_path / "server/kernels" / server.kernels()[key]["id"]
+        assert installed(home / "venv") == {"charmlib", f"charmlib-{charmlib.__version__}.dist-info"}
+        book = nbformat.read(home / "tree/working/__notebook__.ipynb", as_version=4)
+        assert "sees no GPU" in printed(book) or "has kernels" in printed(book)
+        (cell,) = (home / "output/runs/small").glob("*/metrics.json")
+        params = json.loads(cell.read_text())["params"]
+        assert params["data_root"] == f"/kaggle/input/{mount}" and params["image_size"] == 32
+        assert len(pd.read_csv(home / "output/runs/small/leaderboard.csv")) >= 1
+    assert not Path("/kaggle").exists() and sys.prefix not in text
+
+
+def test_a_session_without_a_gpu_ends_at_its_check_and_input_is_read_only(small, nih, image, tmp_path):
+    """Not after eleven hours on its CPU."""
+    state = prepare(small, user="anna", out=tmp_path / "out")
+    write_dataset(state.folder / "wheel", "anna")
+    pushed = state.folder / "s1-r1/kernel/notebook.ipynb"
+    book = nbformat.read(pushed, as_version=4)
+    first = next(cell for cell in book.cells if cell.cell_type == "code")
+    first.source += "\ntry:\n    Path('/kaggle/input/datasets/x').mkdir()\nexcept OSError as error:\n    print(error)"
+    nbformat.write(book, pushed)
+    attached = {"datasets/anna/charmlib-wheel": state.folder / "wheel", "datasets/nih-chest-xrays/data": nih}
+    done = run_session(pushed, tmp_path / "tree", attached, image)
+    after = nbformat.read(tmp_path / "tree/working/__notebook__.ipynb", as_version=4)
+    if "has kernels" in printed(after):
+        pytest.skip("this machine has a GPU that its torch can use")
+    assert done.returncode != 0 and "GPU T4 x2" in printed(after) and "Read-only file system" in printed(after)
+    assert not (tmp_path / "tree/working/runs").exists()
+
+
+def test_the_gpu_check_runs_from_the_attached_dataset_before_anything_is_installed(image, tmp_path):
+    write_dataset(tmp_path / "wheel", "anna")
+    done = subprocess.run([image, str(tmp_path / "wheel/check_gpu.py")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "GPU" in done.stdout, done.stderr
+    here = subprocess.run([image, str(ROOT / "kaggle_setup/check_gpu.py")], capture_output=True, text=True, cwd=tmp_path)
+    assert here.stdout == done.stdout

@@ -124,8 +124,7 @@ class Client:
             Not all came.
         """
         into.mkdir(parents=True, exist_ok=True)
-        status, text = self._run("kernels", "output", kernel, "-p", str(into), "-q", "--page-size", "200",
-                                 "--file-pattern", pattern)
+        status, text = self._run("kernels", "output", kernel, "-p", str(into), "-q", "--file-pattern", pattern)
         if status or "Next page token" in text:
             raise _refusal(f"the output of {kernel}", text, absent=NotThere)
 

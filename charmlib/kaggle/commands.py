@@ -48,27 +48,55 @@ def kaggle():
 def push_command(grid_yaml, waits, poll, dry_run, **settings):
     """Push the shards of GRID_YAML as notebooks, or go on: fetch what has ended, push what waits and what has cells left."""
     from charmlib.kaggle.client import Client
-    from charmlib.kaggle.prepare import prepare
-    from charmlib.kaggle.push import cells_left, push, report, wait
-    from charmlib.kaggle.state import READY
+    from charmlib.kaggle.prepare import gpu_hours, grid_folder, prepare
+    from charmlib.kaggle.push import push, report, wait
+    from charmlib.kaggle.state import locked
     from charmlib.kaggle.wheel import write_dataset
 
     client = None if dry_run else Client()
-    state = prepare(grid_yaml, **settings)
-    if dry_run:
-        write_dataset(state.folder / "wheel", state.settings.user, state.settings.dataset)
-        click.echo(f"{state.folder}: notebooks, metadata and wheel written; nothing was sent")
-        return
-    push(state, client, _say)
-    if waits:
-        wait(state, client, _say, poll)
-    click.echo(report(state))
-    left, ready = cells_left(state), [kernel for kernel in state.kernels if kernel.state == READY]
-    if waits and left:
+    with locked(grid_folder(grid_yaml, settings["out"])):
+        state = prepare(grid_yaml, **settings)
+        if state.settings.accelerator != "none":
+            click.echo(gpu_hours(state.settings))
+        if dry_run:
+            write_dataset(state.folder / "wheel", state.settings.user, state.settings.dataset)
+            click.echo(f"{state.folder}: notebooks, metadata and wheel written; nothing was sent")
+            return
+        push(state, client, _say)
+        if waits:
+            wait(state, client, _say, poll)
+        click.echo(report(state))
+    _exit_unless_done(state, waits)
+
+
+def _exit_unless_done(state, waited: bool) -> None:
+    from charmlib.kaggle.push import cells_left
+    from charmlib.kaggle.state import READY
+
+    left, ready = cells_left(state), sum(kernel.state == READY for kernel in state.kernels)
+    if waited and left:
         raise SystemExit(f"{len(left)} cells are not done: {', '.join(left)}. Look at their error.txt and log; the same "
                          "command tries them again.")
-    if not waits and ready:
-        raise SystemExit(f"{len(ready)} shards wait for a free session: give the same command when one has ended, or --wait")
+    if ready and not waited:
+        raise SystemExit(f"{ready} shards wait for a free session: give the same command when one has ended, or --wait")
+
+
+@kaggle.command("wheel")
+@click.option("--user", required=True, help="Your name on Kaggle, kaggle.com/NAME.")
+@click.option("--dataset", default="charmlib wheel", show_default=True, help="Title of your dataset that gets the wheel.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("dist/kaggle_wheel"), show_default=True)
+@click.option("--dry-run", is_flag=True, help="Write the dataset's folder; send nothing.")
+def wheel_command(user, dataset, out, dry_run):
+    """Build the dataset that carries charmlib to Kaggle, and upload it (push does this by itself)."""
+    from charmlib.kaggle.client import Client
+    from charmlib.kaggle.upload import upload
+    from charmlib.kaggle.wheel import write_dataset
+
+    client = None if dry_run else Client()
+    digest = write_dataset(out, user, dataset)
+    click.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    if not dry_run:
+        upload(out, f"charmlib wheel {digest}", client, _say)
 
 
 @kaggle.command("status")
@@ -79,6 +107,7 @@ def status_command(folder):
     from charmlib.kaggle.push import refresh, report
 
     state = _state_of(folder)
+    state.only_looked_at = True  # a push that waits in another process goes on undisturbed
     refresh(state, Client(), _say)
     click.echo(report(state))
 
@@ -89,11 +118,14 @@ def fetch_command(folder):
     """Download what has ended into a grid's FOLDER and merge it."""
     from charmlib.kaggle.client import Client
     from charmlib.kaggle.push import cells_left, fetch, refresh, report
+    from charmlib.kaggle.state import locked
 
-    state, client = _state_of(folder), Client()
-    refresh(state, client, _say)
-    fetch(state, client, _say)
-    click.echo(report(state))
+    client = Client()
+    with locked(folder.resolve()):
+        state = _state_of(folder)
+        refresh(state, client, _say)
+        fetch(state, client, _say)
+        click.echo(report(state))
     left = cells_left(state)
     if left:
         click.echo(f"{len(left)} cells are not done; `kaggle push` with the same settings goes on with them")

@@ -17,7 +17,7 @@ from charmlib.kaggle.metadata import CODE_FILE, NO_GPU, T4, check_source, check_
 from charmlib.kaggle.render import grid_files, shard_notebook
 from charmlib.kaggle.state import READY, VOID, Kernel, Settings, State, load_state, new_state
 
-SESSION_HOURS = 12
+SESSION_HOURS, WEEK_HOURS = 12, 30
 _ON_KAGGLE = "/kaggle/"
 _DRAWN = "data/phantoms"
 _PLACES = ("data_root", "cache_dir", "csv", "weights", "split")
@@ -47,7 +47,7 @@ def prepare(grid: str | Path, *, user: str = "", shards: int = 1, assignments: I
     """
     assignments = tuple(assignments)
     loaded = _checked_grid(grid, assignments)
-    out = Path(out or Path("runs") / loaded.name).expanduser().resolve()
+    out = grid_folder(grid, out)
     before = load_state(out)
     if not user and not before:
         raise KaggleError("--user is missing: your name as in the address of your profile, kaggle.com/NAME")
@@ -71,6 +71,24 @@ def prepare(grid: str | Path, *, user: str = "", shards: int = 1, assignments: I
             write_kernel(state, kernel)
     state.save()
     return state
+
+
+def grid_folder(grid: str | Path, out: str | Path | None = None) -> Path:
+    """Where a grid's results go: ``out``, or ``runs/<name>``.
+
+    Raises
+    ------
+    charmlib.params.ParameterError
+        The grid file is wrong.
+    """
+    return Path(out or Path("runs") / load_grid(grid).name).expanduser().resolve()
+
+
+def gpu_hours(settings: Settings) -> str:
+    """What a push may cost of the week's hours."""
+    hours = settings.shards * check_budget(settings.budget) / 3600
+    return (f"{settings.shards} sessions of at most {settings.budget}: up to {hours:g} of the week's {WEEK_HOURS} GPU hours "
+            "a round")
 
 
 def write_kernel(state: State, kernel: Kernel) -> Path:

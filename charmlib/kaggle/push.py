@@ -21,13 +21,13 @@ from charmlib.kaggle.metadata import slug_of
 from charmlib.kaggle.prepare import check_budget, write_kernel
 from charmlib.kaggle.redaction import redact
 from charmlib.kaggle.state import ENDED, FETCHED, PUSHING, READY, RUNNING, VOID, Kernel, State
+from charmlib.kaggle.upload import upload
 from charmlib.kaggle.wheel import write_dataset
 
 SESSIONS = 2
 """GPU sessions that Kaggle runs at once for an account."""
 _GRACE = 1800
 _PATIENCE = 10
-_POLL, _UPLOAD_SECONDS = 5.0, 900
 
 Say = Callable[[str], None]
 
@@ -75,7 +75,11 @@ def wait(state: State, client: Client, say: Say = print, poll: float = 60) -> No
         for shard in state.cells:
             if _goes_on(state, shard):
                 _next_round(state, shard, say)
-        _launch(state, client, say)
+        try:
+            _launch(state, client, say)
+        except Refused:
+            if not any(kernel.state == RUNNING for kernel in state.kernels):
+                raise  # what runs is still fetched first
 
 
 def refresh(state: State, client: Client, say: Say = print) -> None:
@@ -93,7 +97,8 @@ def refresh(state: State, client: Client, say: Say = print) -> None:
             session = client.session(kernel.id)
         except NotThere:
             if kernel.state == RUNNING:
-                raise
+                raise KaggleError(f"{kernel.id} was pushed and is not there any more: is `kaggle` logged in as "
+                                  f"{state.settings.user}? If you deleted it, push again to another --out.") from None
             kernel.state = READY
         else:
             ended = session.state != SESSION_RUNNING
@@ -127,12 +132,20 @@ def fetch(state: State, client: Client, say: Say = print) -> None:
         state.save()
         say(f"{kernel.id}: fetched, {kernel.progress[0]} of {len(state.cells[kernel.shard])} cells done"
             + (f", failed: {', '.join(kernel.failed)}" if kernel.failed else ""))
-    best = [state.best(shard) for shard in state.cells]
-    folders = [state.fetched_grid(kernel) for kernel in best if kernel]
-    if ended and folders:
-        from charmlib.grid.merge import merge_grids
+    _merge(state, say)
 
-        merge_grids(state.out, folders, say=say)
+
+def _merge(state: State, say: Say) -> None:
+    """Merge what each shard got furthest with, if any of it was not merged yet."""
+    best = [kernel for kernel in map(state.best, state.cells) if kernel]
+    if all(kernel.merged for kernel in best):
+        return
+    from charmlib.grid.merge import merge_grids
+
+    merge_grids(state.out, [state.fetched_grid(kernel) for kernel in best], say=say)
+    for kernel in best:
+        kernel.merged = True
+    state.save()
 
 
 def cells_left(state: State) -> list[str]:
@@ -167,30 +180,27 @@ def _launch(state: State, client: Client, say: Say) -> None:
             continue
         try:
             _push_one(state, kernel, client, say)
-        except SessionLimit as error:
-            _waits(kernel, str(error), say)
+        except SessionLimit:
             break
     state.save()
 
 
 def _waits(kernel: Kernel, why: str, say: Say) -> None:
     if kernel.said != why:  # once, not at each turn of a wait
-        say(f"{kernel.id} waits: {why}")
+        say(f"{kernel.id}: {kernel.state}, {why}")
     kernel.said = why
 
 
 def _push_one(state: State, kernel: Kernel, client: Client, say: Say) -> None:
     folder = state.folder / kernel.place / "kernel"
-    before, kernel.state = kernel.said, PUSHING
+    kernel.state = PUSHING
     state.save()
     try:
         pushed = client.push(folder, int(min(check_budget(state.settings.budget) + _GRACE, 12 * 3600)))
-    except SessionLimit:
-        kernel.state, kernel.said = READY, before
-        raise
     except Refused as error:
         # a session that lacks its data holds this name, so the next push needs another one
-        kernel.state, kernel.said = VOID if isinstance(error, StartedWithout) else READY, str(error)
+        kernel.state = VOID if isinstance(error, StartedWithout) else READY
+        _waits(kernel, str(error), say)
         state.save()
         raise
     kernel.state, kernel.version, kernel.url, kernel.said = RUNNING, pushed.version, pushed.url, ""
@@ -199,33 +209,13 @@ def _push_one(state: State, kernel: Kernel, client: Client, say: Say) -> None:
 
 
 def _upload_wheel(state: State, client: Client, say: Say) -> None:
-    """Upload the wheel of this checkout if Kaggle does not have it from this push, and wait until it can be attached."""
-    folder, name = state.folder / "wheel", f"{state.settings.user}/{slug_of(state.settings.dataset)}"
+    """Upload the wheel of this checkout if Kaggle does not have it from this push."""
+    folder = state.folder / "wheel"
     digest = write_dataset(folder, state.settings.user, state.settings.dataset)
-    if digest == state.uploaded:
-        return
-    try:
-        _, before = client.dataset(name)
-    except NotThere:
-        before = 0
-        client.create_dataset(folder)
-    else:
-        client.new_version(folder, f"charmlib wheel {digest}")
-    end = time.monotonic() + _UPLOAD_SECONDS
-    while True:
-        try:
-            ready, version = client.dataset(name)
-        except NotThere:  # just made
-            ready, version = "not there yet", before
-        if ready == "ready" and version > before:
-            break
-        if ready in ("failed", "deleted") or time.monotonic() > end:
-            raise KaggleError(f"dataset {name}: {ready}, version {version}, after its upload: look at "
-                              f"kaggle.com/datasets/{name}, then give the same command")
-        time.sleep(_POLL)
-    state.uploaded = digest
-    state.save()
-    say(f"{name}: the wheel is there, version {version}")
+    if digest != state.uploaded:
+        upload(folder, f"charmlib wheel {digest}", client, say)
+        state.uploaded = digest
+        state.save()
 
 
 def _next_round(state: State, shard: int, say: Say) -> None:

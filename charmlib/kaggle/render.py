@@ -29,15 +29,21 @@ def grid_files(grid: str | Path) -> tuple[str, dict[str, str]]:
     ------
     charmlib.params.ParameterError
         A file is not there or no YAML.
+    KaggleError
+        A base is named by a path of this machine.
     """
     path = find_file(grid).resolve()
     content = read_yaml(path)
     entries = [content, *(entry for entry in content.get("cells") or [] if isinstance(entry, dict))]
-    bases = [find_file(path.parent / entry["base"]).resolve() for entry in entries if entry.get("base")]
-    files = list(dict.fromkeys([path, *bases]))
+    bases = [str(entry["base"]) for entry in entries if entry.get("base")]
+    for base in bases:
+        if Path(base).is_absolute():
+            raise KaggleError(f"{path}: base {base} is a path of this machine; name it relative to the grid file")
+    # where the grid looks for them, also when what is found is the file that ships with charmlib
+    files = list(dict.fromkeys([path, *(Path(os.path.normpath(path.parent / base)) for base in bases)]))
     above = os.path.commonpath([file.parent for file in files])
     places = {file: f"{FOLDER}/{file.relative_to(above).as_posix()}" for file in files}
-    return places[path], {places[file]: file.read_text() for file in files}
+    return places[path], {places[file]: find_file(file).read_text() for file in files}
 
 
 def shard_notebook(parameters: Mapping[str, Any], files: Mapping[str, str], *, gpu: bool = True,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import secrets
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -48,6 +51,7 @@ class Kernel:
     left: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     progress: list[int] = field(default_factory=lambda: [0, 0])
+    merged: bool = False
 
     @property
     def place(self) -> str:
@@ -65,6 +69,7 @@ class State:
     cells: dict[int, list[str]]
     uploaded: str = ""
     kernels: list[Kernel] = field(default_factory=list)
+    only_looked_at: bool = False
 
     @property
     def out(self) -> Path:
@@ -97,11 +102,33 @@ class State:
         return self.folder / kernel.place / "output" / "runs" / self.settings.name
 
     def save(self) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state, whole or not at all; one that was loaded to be looked at stays as it is."""
+        if self.only_looked_at:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "state.json", {
             "format": 1, "settings": asdict(self.settings), "tag": self.tag, "cells": self.cells, "uploaded": self.uploaded,
             "kernels": [asdict(kernel) for kernel in self.kernels]})
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Only one process at a time pushes or fetches in a grid's folder: two would each push what the other has not yet written.
+
+    Raises
+    ------
+    KaggleError
+        Another one does.
+    """
+    folder = out / "kaggle"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "state.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise KaggleError(f"another `kaggle push` or `fetch` works in {folder}: wait for it, or look with `kaggle "
+                              "status`, which disturbs nothing") from None
+        yield
 
 
 def new_state(out: Path, settings: Settings, cells: dict[int, list[str]]) -> State:

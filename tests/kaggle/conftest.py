@@ -99,7 +99,7 @@ def quick_wheel(monkeypatch):
         return path
 
     monkeypatch.setattr(module, "build_wheel", build)
-    monkeypatch.setattr("charmlib.kaggle.push._POLL", 0.01)
+    monkeypatch.setattr("charmlib.kaggle.upload._POLL", 0.01)
 
 
 @pytest.fixture

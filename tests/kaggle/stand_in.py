@@ -62,7 +62,6 @@ def parse():
     one.add_argument("-p", "--path")
     one.add_argument("-q", "--quiet", action="store_true")
     one.add_argument("--file-pattern")
-    one.add_argument("--page-size", type=int)
     datasets = groups.add_parser("datasets").add_subparsers(dest="command", required=True)
     for name in ("create", "version"):
         one = datasets.add_parser(name)

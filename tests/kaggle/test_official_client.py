@@ -70,7 +70,7 @@ def push_args(tmp_path):
 
 
 @pytest.mark.parametrize(("request_name", "answer", "words"), [
-    ("SaveKernel", {"error": "Maximum batch GPU session count of 2 reached."}, ("waits", "two GPU sessions")),
+    ("SaveKernel", {"error": "Maximum batch GPU session count of 2 reached."}, ("waiting", "two GPU sessions")),
     ("SaveKernel", {"error": "Notebook title is already in use"}, ("already in use",)),
     ("SaveKernel", {"versionNumber": 1, "url": "https://k/x", "invalidDatasetSources": ["nih-chest-xrays/data"]},
      ("nih-chest-xrays/data", "Correct --data")),

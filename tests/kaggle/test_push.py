@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from charmlib.kaggle.state import locked
 from tests.kaggle.conftest import TOKEN
 
 ROOT = Path(__file__).parents[2]
@@ -30,8 +32,8 @@ def test_a_dry_run_writes_everything_and_asks_nothing(push, server, tmp_path):
     assert status == 0 and "nothing was sent" in text and server.calls() == []
     there = {str(path.relative_to(tmp_path / "out/kaggle")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     kernels = {f"s{i}-r1/kernel/{name}" for i in (1, 2) for name in ("notebook.ipynb", "kernel-metadata.json")}
-    assert there == kernels | {
-        "state.json", "wheel/charmlib-0.0.0-py3-none-any.whl", "wheel/dataset-metadata.json", "wheel/check_gpu.py"}
+    wheel = {f"wheel/{name}" for name in ("charmlib-0.0.0-py3-none-any.whl", "dataset-metadata.json", "check_gpu.py")}
+    assert there == kernels | wheel | {"state.json", "state.lock"}
 
 
 def test_a_dry_run_needs_no_client(charm, small, tmp_path, monkeypatch):
@@ -65,9 +67,57 @@ def test_two_shards_are_pushed_after_their_wheel_fetched_and_merged(push, charm,
     assert status == 0 and len(server.calls()) == before and len(merged) == 1  # done: nothing more is asked or pushed
 
 
+def test_a_merge_that_failed_is_made_by_the_next_fetch(push, charm, server, tmp_path, merged, monkeypatch):
+    from charmlib.grid.cells import GridError
+
+    server.plan(sessions={"1of1-r1": ["COMPLETE"]}, done={"1of1-r1": ["k1", "k2", "k3", "k4"]})
+    push()
+
+    def broken(out, folders, say=print):
+        raise GridError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["charmlib.grid.merge"], "merge_grids", broken)
+        with pytest.raises(GridError):
+            charm("fetch", tmp_path / "out")
+    status, text = charm("fetch", tmp_path / "out")
+    assert status == 0 and len(merged) == 1 and len(server.calls("kernels", "output")) == 1, text
+
+
+def test_status_disturbs_nothing_and_a_second_push_is_refused(push, charm, server, tmp_path):
+    server.plan(sessions={"1of1-r1": ["COMPLETE"]})
+    push()
+    before = (tmp_path / "out/kaggle/state.json").read_bytes()
+    with locked(tmp_path / "out"):
+        status, text = charm("status", tmp_path / "out")
+        assert status == 0 and "ended, complete" in text and (tmp_path / "out/kaggle/state.json").read_bytes() == before
+        for status, text in (push(), charm("fetch", tmp_path / "out")):
+            assert status == 2 and "another `kaggle push` or `fetch` works" in text
+
+
+def test_a_wait_fetches_what_runs_before_it_gives_up_on_a_refusal(push, server, merged):
+    server.plan(done={"1of2-r1": ["k1", "k3"]}, steps={"kernels push": ["", "maximum", "quota", "quota", "quota", "quota"]})
+    status, text = push("--shards", 2, "--wait", "--poll", 0)
+    assert status == 2 and "1of2-r1: fetched, 2 of 2 cells done" in text and "kaggle quota" in text and len(merged) == 1
+
+
+def test_a_kernel_that_was_deleted_there_is_named(push, charm, server, tmp_path):
+    push()
+    shutil.rmtree(tmp_path / "server/kernels")
+    status, text = charm("fetch", tmp_path / "out")
+    assert status == 2 and "logged in as anna" in text and "another --out" in text
+
+
+def test_the_wheels_dataset_alone(charm, server, tmp_path):
+    status, text = charm("wheel", "--user", "anna", "--out", tmp_path / "wheel", "--dry-run")
+    assert status == 0 and "check_gpu.py" in text and server.calls() == []
+    status, text = charm("wheel", "--user", "anna", "--out", tmp_path / "wheel")
+    assert status == 0 and "anna/charmlib-wheel: the wheel is there, version 1" in text
+
+
 def test_the_third_shard_waits_for_a_session_and_says_so(push, server, tmp_path):
     status, text = push("--shards", 3)
-    assert status == 1 and "waits: 2 sessions run" in text and "1 shards wait" in text
+    assert status == 1 and "waiting, 2 sessions run" in text and "1 shards wait" in text
     assert [kernel["state"] for kernel in state_of(tmp_path)["kernels"]] == ["running", "running", "waiting"]
 
 

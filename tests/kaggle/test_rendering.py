@@ -77,6 +77,16 @@ def test_a_grid_whose_bases_lie_elsewhere_keeps_its_layout(small):
     assert place == "params/deep/er/grid_x.yaml" and set(files) == {place, "params/bases/tiny.yaml", "params/deep/more.yaml"}
 
 
+def test_a_base_that_ships_with_charmlib_goes_where_the_grid_looks_for_it(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/grid_mine.yaml").write_text("base: charm.yaml\naxes: {k: [1]}\n")
+    place, files = grid_files(tmp_path / "params/grid_mine.yaml")
+    assert place == "params/grid_mine.yaml" and files["params/charm.yaml"] == (ROOT / "params/charm.yaml").read_text()
+    (tmp_path / "params/grid_mine.yaml").write_text(f"base: {ROOT}/params/charm.yaml\naxes: {{k: [1]}}\n")
+    with pytest.raises(KaggleError, match="relative to the grid file"):
+        grid_files(tmp_path / "params/grid_mine.yaml")
+
+
 def test_the_rendered_notebook_holds_its_parameters_and_no_output(small):
     place, files = grid_files(small)
     book = shard_notebook({"grid": place, "shard": "1/2", "overrides": ['csv=a "b" \\ c']}, files)

@@ -48,7 +48,7 @@ def printed(book):
 
 def test_a_grid_goes_to_kaggle_and_comes_back(charm, small, server, nih, tmp_path, merged, monkeypatch):
     """Two shards without network: one on today's mounts, one on those of before, both with read-only input."""
-    monkeypatch.setattr("charmlib.kaggle.push._POLL", 0.01)
+    monkeypatch.setattr("charmlib.kaggle.upload._POLL", 0.01)
     server.plan(run={"datasets": {"nih-chest-xrays/data": str(nih)}, "old_form": "-s2of2-"})
     status, text = charm("push", small, "--user", "anna", "--shards", 2, "-p", "k=[1,2]", "--accelerator", "none", "--out",
                          tmp_path / "out", "--wait", "--poll", 0)

@@ -18,13 +18,14 @@ from charmlib.kaggle.errors import KaggleError, NotThere, Refused, SessionLimit,
 from charmlib.kaggle.redaction import redact
 
 OLDEST = (2, 2, 5)
+_ANSWER_SECONDS, _DOWNLOAD_SECONDS = 1200, 12 * 3600
 RUNNING, COMPLETE, FAILED, CANCELLED = "running", "complete", "failed", "cancelled"
 _STATES = {"queued": RUNNING, "running": RUNNING, "new_script": RUNNING, "cancel_requested": RUNNING, "complete": COMPLETE,
            "error": FAILED, "cancel_acknowledged": CANCELLED}
 _PUSHED = re.compile(r"Kernel version (?:(\d+) )?successfully pushed\.\s+Please check progress at (\S+)")
 _LEFT_OUT = re.compile(r"The following are not valid (\w+) sources and could\s+not be added to the kernel: (.*)")
 _REMEDIES = (
-    (r"[Mm]aximum batch GPU session count", "it allows two GPU sessions at once: wait until one has ended (`python -m charmlib "
+    (r"[Mm]aximum batch \w+ session count", "it allows two GPU sessions at once: wait until one has ended (`python -m charmlib "
      "kaggle status`), or stop one on kaggle.com under Your Work, View Active Events", SessionLimit),
     (r"(?i)quota|number of hours allowed", "the week's GPU hours are used up: `kaggle quota` says when there are new ones; "
      "then give the same command", Refused),
@@ -124,7 +125,8 @@ class Client:
             Not all came.
         """
         into.mkdir(parents=True, exist_ok=True)
-        status, text = self._run("kernels", "output", kernel, "-p", str(into), "-q", "--file-pattern", pattern)
+        status, text = self._run("kernels", "output", kernel, "-p", str(into), "-q", "--file-pattern", pattern,
+                                 timeout=_DOWNLOAD_SECONDS)
         if status or "Next page token" in text:
             raise _refusal(f"the output of {kernel}", text, absent=NotThere)
 
@@ -168,12 +170,18 @@ class Client:
         if "Dataset version is being created" not in text:
             raise _refusal(f"the upload of {folder}", text)
 
-    def _run(self, *args: str) -> tuple[int, str]:
+    def _run(self, *args: str, timeout: float | None = None) -> tuple[int, str]:
         # its output is read and hidden before anyone sees it; stdin is closed, so that it cannot wait for an answer
+        timeout = timeout or _ANSWER_SECONDS  # its own requests have none
         # VERBOSE makes it print its requests with their authorization
         env = {name: value for name, value in os.environ.items() if name not in ("VERBOSE", "VERBOSE_OUTPUT")}
-        done = subprocess.run([self._command, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env,
-                              check=False)
+        try:
+            done = subprocess.run([self._command, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env,
+                                  check=False, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            # without its cause, which holds what the client had printed
+            raise Unclear(f"`kaggle {' '.join(args[:3])}` gave no answer in {timeout / 60:.0f} minutes and was stopped: look "
+                          "at the network, then give the same command") from None
         return done.returncode, redact(f"{done.stdout}\n{done.stderr}")
 
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 HOME = Path(os.environ["KAGGLE_STAND_IN"])
@@ -32,6 +33,9 @@ def main():
         print("Authentication required to call the Kaggle API.\n\nFirst, you will need a Kaggle account.")
         return 1
     if step := next_of(f"{args.group} {args.command}"):
+        if step == "hang":
+            print(os.environ["KAGGLE_API_TOKEN"], flush=True)
+            time.sleep(60)
         if step == "crash":
             print("ConnectionError: ('Connection aborted.', RemoteDisconnected())", file=sys.stderr)
             return 1

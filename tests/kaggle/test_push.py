@@ -204,6 +204,14 @@ def test_a_push_whose_client_lost_its_connection_is_asked_for_and_then_made(push
     assert status == 0 and server.kernels()["1of1-r1"]["version"] == 1, text
 
 
+def test_a_client_that_hangs_is_stopped(push, server, tmp_path, monkeypatch):
+    server.plan(steps={"kernels push": ["hang"]})
+    monkeypatch.setattr("charmlib.kaggle.client._ANSWER_SECONDS", 2)
+    status, text = push()
+    assert status == 2 and "kaggle kernels push -p" in text and "no answer" in text and TOKEN not in text
+    assert state_of(tmp_path)["kernels"][0]["state"] == "pushing"
+
+
 def test_a_broken_download_goes_on_and_hides_signed_addresses(push, charm, server, tmp_path, merged):
     server.plan(sessions={"1of1-r1": ["COMPLETE"]}, done={"1of1-r1": ["k1", "k2", "k3", "k4"]},
                 steps={"kernels output": ["half"]})

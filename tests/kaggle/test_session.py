@@ -1,6 +1,7 @@
 """Rendered notebooks run with papermill in a session like Kaggle's, through the whole way there and back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,29 @@ def test_a_grid_goes_to_kaggle_and_comes_back(charm, small, server, nih, tmp_pat
         assert params["data_root"] == f"/kaggle/input/{mount}" and params["image_size"] == 32
         assert len(pd.read_csv(home / "output/runs/small/leaderboard.csv")) >= 1
     assert not Path("/kaggle").exists() and sys.prefix not in text
+
+
+def test_a_next_round_goes_on_from_the_output_of_the_one_before(charm, small, server, nih, tmp_path, merged, monkeypatch):
+    """What a killed session had finished is copied from its read-only mount and not trained again."""
+    pytest.importorskip("charmlib.grid.earlier")
+    monkeypatch.setattr("charmlib.kaggle.upload._POLL", 0.01)
+    server.plan(run={"datasets": {"nih-chest-xrays/data": str(nih)}, "old_form": "-r9"})
+    given = ("push", small, "--user", "anna", "-p", "k=[1,2]", "--accelerator", "none", "--out", tmp_path / "out")
+    status, text = charm(*given)
+    assert status == 0, text
+    first = tmp_path / "server/kernels" / server.kernels()["1of1-r1"]["id"] / "output/runs/small"
+    kept = (first / "k1/metrics.json").read_bytes()
+    shutil.rmtree(first / "k2")
+    for _ in range(2):
+        status, text = charm("fetch", tmp_path / "out")
+    assert status == 0 and "1 of 2 cells done" in text, text
+    status, text = charm(*given, "--wait", "--poll", 0)
+    second = tmp_path / "server/kernels" / server.kernels()["1of1-r2"]["id"]
+    assert status == 0, text + (second / "log.txt").read_text()[-3000:]
+    assert (second / "output/runs/small/k1/metrics.json").read_bytes() == kept
+    words = printed(nbformat.read(second / "tree/working/__notebook__.ipynb", as_version=4))
+    assert "1 cells of an earlier session copied from /kaggle/input/notebooks/anna/" in words
+    assert {path.parent.name for path in (tmp_path / "out").glob("*/metrics.json")} == {"k1", "k2"}
 
 
 def test_a_session_without_a_gpu_ends_at_its_check_and_input_is_read_only(small, nih, image, tmp_path):

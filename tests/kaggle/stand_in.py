@@ -207,7 +207,7 @@ def run(home, meta, how):
     attached = {f"datasets/{name}": dataset_meta(name).parent / "files" for name in meta["dataset_sources"]}
     attached |= {f"datasets/{name}": Path(folder) for name, folder in how["datasets"].items()}
     attached |= {f"notebooks/{name}": HOME / "kernels" / name / "output" for name in meta["kernel_sources"]}
-    old = how["old_form"] in meta["id"]
+    old = any(part in meta["id"] for part in how["old_form"])
     done = run_session(home / "notebook.ipynb", home / "tree", attached, image_python(home / "venv"), old_form=old)
     (home / "log.txt").write_text(done.stdout + done.stderr)
     shutil.copytree(home / "tree" / "working", home / "output", dirs_exist_ok=True)

@@ -3,11 +3,9 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 
 import charmlib
@@ -47,49 +45,33 @@ def printed(book):
                      for output in cell.outputs)
 
 
-def test_a_grid_goes_to_kaggle_and_comes_back(charm, small, server, nih, tmp_path, merged, monkeypatch):
-    """Two shards without network: one on today's mounts, one on those of before, both with read-only input."""
-    monkeypatch.setattr("charmlib.kaggle.upload._POLL", 0.01)
-    server.plan(run={"datasets": {"nih-chest-xrays/data": str(nih)}, "old_form": "-s2of2-"})
-    status, text = charm("push", small, "--user", "anna", "--shards", 2, "-p", "k=[1,2]", "--accelerator", "none", "--out",
-                         tmp_path / "out", "--wait", "--poll", 0)
-    logs = [path.read_text() for path in (tmp_path / "server").rglob("log.txt")]
-    assert status == 0, text + "\n".join(log[-3000:] for log in logs)
-    cells = {path.parent.name for path in (tmp_path / "out").glob("*/metrics.json")}
-    assert cells == {"k1", "k2"} and len(merged[-1][1]) == 2
-    for key, mount in (("1of2-r1", "datasets/nih-chest-xrays/data"), ("2of2-r1", "data")):
-        home = tmp_path / "server/kernels" / server.kernels()[key]["id"]
-        assert installed(home / "venv") == {"charmlib", f"charmlib-{charmlib.__version__}.dist-info"}
-        book = nbformat.read(home / "tree/working/__notebook__.ipynb", as_version=4)
-        assert "sees no GPU" in printed(book) or "has kernels" in printed(book)
-        (cell,) = (home / "output/runs/small").glob("*/metrics.json")
-        params = json.loads(cell.read_text())["params"]
-        assert params["data_root"] == f"/kaggle/input/{mount}" and params["image_size"] == 32
-        assert len(pd.read_csv(home / "output/runs/small/leaderboard.csv")) >= 1
-    assert not Path("/kaggle").exists() and sys.prefix not in text
-
-
-def test_a_next_round_goes_on_from_the_output_of_the_one_before(charm, small, server, nih, tmp_path, merged, monkeypatch):
-    """What a killed session had finished is copied from its read-only mount and not trained again."""
+def test_a_grid_goes_to_kaggle_and_comes_back_in_two_rounds(charm, small, server, nih, tmp_path, merged, monkeypatch):
+    """Without network, on today's mounts and on those of before; what a killed session had finished is not trained again."""
     pytest.importorskip("charmlib.grid.earlier")
     monkeypatch.setattr("charmlib.kaggle.upload._POLL", 0.01)
-    server.plan(run={"datasets": {"nih-chest-xrays/data": str(nih)}, "old_form": "-r9"})
-    given = ("push", small, "--user", "anna", "-p", "k=[1,2]", "--accelerator", "none", "--out", tmp_path / "out")
+    server.plan(run={"datasets": {"nih-chest-xrays/data": str(nih)}, "old_form": ["-s2of2-", "-r2"]})
+    given = ("push", small, "--user", "anna", "--shards", 2, "-p", "k=[1,2,3]", "--accelerator", "none", "--out",
+             tmp_path / "out")
     status, text = charm(*given)
-    assert status == 0, text
-    first = tmp_path / "server/kernels" / server.kernels()["1of1-r1"]["id"] / "output/runs/small"
+    assert status == 0, text + "\n".join(path.read_text()[-3000:] for path in (tmp_path / "server").rglob("log.txt"))
+    first = tmp_path / "server/kernels" / server.kernels()["1of2-r1"]["id"] / "output/runs/small"
     kept = (first / "k1/metrics.json").read_bytes()
-    shutil.rmtree(first / "k2")
-    for _ in range(2):
-        status, text = charm("fetch", tmp_path / "out")
-    assert status == 0 and "1 of 2 cells done" in text, text
+    shutil.rmtree(first / "k3")  # as if the session had been ended in its second cell
     status, text = charm(*given, "--wait", "--poll", 0)
-    second = tmp_path / "server/kernels" / server.kernels()["1of1-r2"]["id"]
-    assert status == 0, text + (second / "log.txt").read_text()[-3000:]
-    assert (second / "output/runs/small/k1/metrics.json").read_bytes() == kept
-    words = printed(nbformat.read(second / "tree/working/__notebook__.ipynb", as_version=4))
-    assert "1 cells of an earlier session copied from /kaggle/input/notebooks/anna/" in words
-    assert {path.parent.name for path in (tmp_path / "out").glob("*/metrics.json")} == {"k1", "k2"}
+    assert status == 0, text
+    assert {path.parent.name for path in (tmp_path / "out").glob("*/metrics.json")} == {"k1", "k2", "k3"}
+    assert [len(folders) for _, folders in merged] == [2, 2]
+    for key, mount in (("1of2-r1", "datasets/nih-chest-xrays/data"), ("2of2-r1", "data"), ("1of2-r2", "data")):
+        home = tmp_path / "server/kernels" / server.kernels()[key]["id"]
+        assert installed(home / "venv") == {"charmlib", f"charmlib-{charmlib.__version__}.dist-info"}
+        words = printed(nbformat.read(home / "tree/working/__notebook__.ipynb", as_version=4))
+        assert "sees no GPU" in words or "has kernels" in words
+        cells = {path.parent.name: json.loads(path.read_text()) for path in (home / "output/runs/small").glob("*/metrics.json")}
+        newest = cells[max(cells)]["params"]
+        assert newest["data_root"] == f"/kaggle/input/{mount}" and newest["image_size"] == 32
+    assert "1 cells of an earlier session copied from /kaggle/input/charmlib-small-" in words
+    assert (home / "output/runs/small/k1/metrics.json").read_bytes() == kept and set(cells) == {"k1", "k3"}
+    assert not Path("/kaggle").exists()
 
 
 def test_a_session_without_a_gpu_ends_at_its_check_and_input_is_read_only(small, nih, image, tmp_path):

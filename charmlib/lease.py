@@ -86,7 +86,7 @@ def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
     folder.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
     mine = {"token": token, "host": platform.node(), "place": _place(), "pid": os.getpid(), "born": _born(os.getpid()),
-            "since": time.time()}
+            "folder": folder.stat().st_ino}
     with _alone(folder) as sure:
         if words := holder(folder, patience=patience):
             raise Busy(f"{folder.name} is being worked on by {words}")
@@ -104,7 +104,7 @@ def holder(folder: str | Path, *, patience: float = PATIENCE) -> str:
     """'process 123 on HOST' for the living holder of a folder's lease, or an empty text."""
     folder = Path(folder)
     held = _read(folder)
-    if not held:
+    if not held or held.get("folder") != folder.stat().st_ino:  # a copied folder is nobody's
         return ""
     words = f"process {held['pid']} on {held['host']}"
     if held["place"] == _place():

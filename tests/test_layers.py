@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "charmlib"
 ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz", "files", "processes", "watch"},
            "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation", "files"},
            "grid": {"grid", "data", "evaluation", "viz", "files", "lease", "params", "processes", "watch"},
-           "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz", "watch"}}
+           "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz", "gpu_support", "watch"},
+           "kaggle": {"kaggle", "grid", "data", "params", "files"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -30,7 +31,7 @@ def test_imports_run_one_way(path):
             assert module.split(".")[1] in ALLOWED[room], f"{room} imports {module}"
         if room == "nn" or room == "models":
             assert not module.startswith("fastai")
-        if room in ("grid", "evaluation", "viz"):
+        if room in ("grid", "evaluation", "viz", "kaggle"):
             assert not module.startswith(("torch", "fastai")), module
 
 

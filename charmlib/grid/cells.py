@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
 
-import nbformat
-
 import charmlib
 from charmlib import lease
 from charmlib.evaluation.finish import PART_FILE
@@ -62,6 +60,8 @@ def find_notebooks(folder: str | Path | None = None) -> Path:
 
 def notebook_code(notebooks: Path) -> str:
     """The text of the code cells of both notebooks, which is part of what a result depends on."""
+    import nbformat  # half a second, and this module is imported for each command
+
     cells = [cell["source"] for name in NOTEBOOKS
              for cell in nbformat.read(notebooks / f"{name}.ipynb", as_version=4).cells if cell["cell_type"] == "code"]
     return "\n\n".join(cells)

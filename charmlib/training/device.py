@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from charmlib.gpu_support import verdict_on
+
 
 def pick_device(wish: str = "auto") -> torch.device:
     """'cpu', 'cuda', or 'auto': the GPU if this torch has kernels for it.
@@ -18,36 +20,14 @@ def pick_device(wish: str = "auto") -> torch.device:
     """
     if wish == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        if wish == "cuda":
-            raise RuntimeError("device 'cuda': torch sees no GPU (on Kaggle: Settings, Accelerator, GPU T4 x2)")
-        return torch.device("cpu")
-    if not has_kernels(torch.cuda.get_device_capability(), torch.cuda.get_arch_list()):
-        major, minor = torch.cuda.get_device_capability()
-        why = (f"{torch.cuda.get_device_name()} is sm_{major}{minor}, and torch {torch.__version__} has kernels for "
-               f"{', '.join(torch.cuda.get_arch_list())} only")
-        if wish == "cuda":
-            raise RuntimeError(f"device 'cuda': {why}. Choose T4 x2, or install a torch build with cu126 for a P100.")
-        print(f"{why}: going on with the CPU")
-        return torch.device("cpu")
-    return torch.device("cuda")
-
-
-def has_kernels(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether a build with these architectures runs on this card: binary code of the same major version and at most
-    its minor one, or PTX (``compute_``) of at most its version."""
-    major, minor = capability
-    for name in architectures:
-        kind, _, digits = name.partition("_")
-        digits = "".join(c for c in digits if c.isdigit())
-        if not digits:
-            continue
-        theirs = (int(digits[:-1]), int(digits[-1]))
-        if kind == "sm" and theirs[0] == major and theirs[1] <= minor:
-            return True
-        if kind == "compute" and theirs <= (major, minor):
-            return True
-    return False
+    found = verdict_on()
+    if found.usable:
+        return torch.device("cuda")
+    if wish == "cuda":
+        raise RuntimeError(f"device 'cuda': {found.text}")
+    if torch.cuda.is_available():
+        print(f"{found.text} Going on with the CPU.")
+    return torch.device("cpu")
 
 
 def place(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:

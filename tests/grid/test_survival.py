@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -192,8 +193,9 @@ def test_a_zombie_writes_nothing_once_its_lease_is_lost(light):
     runner = light("-p", "stage1_epochs=12", k=[1], pace=0.5, background=True)
     cell = light.out / "k1"
     wait_for(lambda: epochs_done(cell) >= 2, runner=runner)
-    mine = {"token": "another", "host": "elsewhere", "place": "elsewhere", "pid": 1, "born": 0.0, "since": time.time()}
-    (cell / ".lease").write_text(json.dumps(mine))
+    theirs = {"token": "another", "host": "elsewhere", "place": "elsewhere", "pid": 1, "born": 0.0,
+              "folder": cell.stat().st_ino}
+    (cell / ".lease").write_text(json.dumps(theirs))
     before = epochs_done(cell)
     wait_for(lambda: "is being worked on by process 1 on elsewhere" in (light.out.with_suffix(".log")).read_text(),
              runner=runner)
@@ -221,6 +223,8 @@ def test_a_machine_that_slept_loses_its_lease_after_a_while(tmp_path, monkeypatc
     assert not (tmp_path / "metrics.json").exists() and not list(tmp_path.glob("*.tmp"))
     mine.release()
     assert lease.holder(tmp_path)  # it was not mine to give back
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert not lease.holder(tmp_path / "copy")  # of a session that was killed, and its output fetched
     theirs.release()
     assert not lease.holder(tmp_path)
 

@@ -1,0 +1,90 @@
+"""The official client itself against a local server, where it is installed: its true arguments, checks and words."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from tests.kaggle.conftest import TOKEN
+from tests.kaggle.server import Server
+
+
+def official():
+    """Whether ``kaggle`` is there and runs."""
+    command = shutil.which("kaggle")
+    return bool(command) and "Kaggle CLI" in subprocess.run([command, "--version"], capture_output=True, text=True).stdout
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_wheel"),
+              pytest.mark.skipif(not official(), reason="the official client is not installed (pip install kaggle)")]
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """A server where the client looks for one on this machine."""
+    (tmp_path / "home").mkdir()
+    for name, value in (("KAGGLE_API_ENVIRONMENT", "LOCALHOST"), ("KAGGLE_API_TOKEN", TOKEN), ("HOME", str(tmp_path / "home")),
+                        ("VERBOSE", "1")):
+        monkeypatch.setenv(name, value)
+    try:
+        server = Server()
+    except OSError as error:
+        pytest.skip(f"port 80 of this machine cannot be had: {error}")
+    with server:
+        yield server
+
+
+@pytest.fixture
+def push(charm, small, tmp_path, merged):
+    """``kaggle push`` of the small grid."""
+    return lambda *args: charm("push", small, "--user", "anna", "--out", tmp_path / "out", *args)
+
+
+def names(server):
+    return [name for name, _ in server.asked if name != "IntrospectToken"]
+
+
+def test_push_status_fetch(push, charm, kaggle, tmp_path, merged):
+    status, text = push()
+    assert status == 0 and "is retired" not in text and "does not resolve" not in text, text
+    assert names(kaggle)[-1] == "SaveKernel" and "CreateDataset" in names(kaggle)
+    ((name, kernel),) = kaggle.kernels.items()
+    assert kernel["newTitle"].replace(" ", "-") == name.split("/")[1]
+    assert kernel["machineShape"] == "NvidiaTeslaT4" and kernel["isPrivate"] is True and kernel["enableInternet"] is False
+    assert kernel["datasetDataSources"] == ["anna/charmlib-wheel", "nih-chest-xrays/data"]
+    assert kernel["sessionTimeoutSeconds"] == 41400
+    assert all(isinstance(cell["source"], str) for cell in json.loads(kernel["text"])["cells"])
+    kaggle.files.update({f"runs/small/k{i}/metrics.json": "{}" for i in (1, 2, 3, 4)} | {"data/phantoms/x.csv": "no"})
+    status, text = charm("fetch", tmp_path / "out")
+    assert status == 0 and "4 of 4 cells done" in text and len(merged) == 1, text
+    assert not (tmp_path / "out/kaggle/s1-r1/output/data").exists()
+    assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    status, text = charm("push", *push_args(tmp_path))
+    assert status == 0 and "CreateDatasetVersion" in names(kaggle), text
+
+
+def push_args(tmp_path):
+    """The same grid to another folder: its wheel is there already."""
+    return tmp_path / "mine/grid_small.yaml", "--user", "anna", "--out", tmp_path / "again"
+
+
+@pytest.mark.parametrize(("request_name", "answer", "words"), [
+    ("SaveKernel", {"error": "Maximum batch GPU session count of 2 reached."}, ("waiting", "two GPU sessions")),
+    ("SaveKernel", {"error": "Notebook title is already in use"}, ("already in use",)),
+    ("SaveKernel", {"versionNumber": 1, "url": "https://k/x", "invalidDatasetSources": ["nih-chest-xrays/data"]},
+     ("nih-chest-xrays/data", "Correct --data")),
+    ("SaveKernel", {"code": 401, "message": "Unauthorized"}, ("Unauthorized",)),
+    ("CreateDataset", {"status": "error", "error": "too large"}, ("too large",))])
+def test_refusals(push, kaggle, tmp_path, request_name, answer, words):
+    kaggle.answers[request_name] = answer
+    status, text = push()
+    assert status != 0 and all(word in text for word in words), text
+    states = [kernel["state"] for kernel in json.loads((tmp_path / "out/kaggle/state.json").read_text())["kernels"]]
+    assert "running" not in states and TOKEN not in text
+
+
+def test_a_wrong_token(push, kaggle):
+    kaggle.answers["IntrospectToken"] = {"active": False}
+    status, text = push()
+    assert status == 2 and "kaggle auth login" in text

@@ -145,7 +145,7 @@ def test_the_readmes_files_and_commands_are_there():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:params|notebooks|benchmarks|kaggle_setup)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
-    for target in re.findall(r"\bmake (\w+)\b(?=`|\n| )", "\n".join(re.findall(r"```.*?```|`[^`]*`", text, re.S))):
+    for target in re.findall(r"\bmake ([\w-]+)(?=`|\n| )", "\n".join(re.findall(r"```.*?```|`[^`]*`", text, re.S))):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
     for line in re.findall(r"^python -m charmlib (.+?)(?: \\)?$", text, re.M):
         words = line.split()

@@ -29,8 +29,7 @@ test: $(VENV)/.installed
 
 KAGGLE_VENV ?= .venv-kaggle
 KAGGLE_BIN := $(KAGGLE_VENV)/bin
-# In one resolution, and compiled when first imported: of 5,000 files of torch the tests need few, and the install
-# takes 105 s instead of 150.
+# Modules are compiled when first imported: the tests need few of torch's, and the install takes 105 s instead of 150.
 $(KAGGLE_VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-kaggle.txt
 	test -x $(KAGGLE_BIN)/python || $(PYTHON) -m venv $(KAGGLE_VENV)
 	@echo "installing Kaggle's packages into $(KAGGLE_VENV) (about two minutes, 8 GB)"

@@ -1,5 +1,6 @@
 # make demo   the main job: a small grid on drawn phantoms, from install to leaderboard
-# make test   all tests
+# make test   all tests, on the newest packages
+# make test-kaggle  the same on the packages of Kaggle's image (TESTS="tests/nn tests/data" for some of them)
 # make explore  finished runs as a web page of this machine (RUNS=runs/nih64 for some of them)
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # brings the notebooks' parameters cells up to date after a change of charmlib/params.py
-.PHONY: demo test explore nih64 benchmarks parameters lint lab clean
+.PHONY: demo test test-kaggle explore nih64 benchmarks parameters lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; say PYTHON=...')"
@@ -24,7 +25,21 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	CHARM_CONSTRAINTS=kaggle_setup/constraints-latest.txt $(BIN)/python -m pytest
+
+KAGGLE_VENV ?= .venv-kaggle
+KAGGLE_BIN := $(KAGGLE_VENV)/bin
+# Modules are compiled when first imported: the tests need few of torch's, and the install takes 105 s instead of 150.
+$(KAGGLE_VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-kaggle.txt
+	test -x $(KAGGLE_BIN)/python || $(PYTHON) -m venv $(KAGGLE_VENV)
+	@echo "installing Kaggle's packages into $(KAGGLE_VENV) (about two minutes, 8 GB)"
+	$(KAGGLE_BIN)/python -m pip --disable-pip-version-check install -q --no-compile \
+		-c kaggle_setup/constraints-kaggle.txt -r requirements.txt -e '.[suite]'
+	touch $@
+
+TESTS ?= tests
+test-kaggle: $(KAGGLE_VENV)/.installed
+	CHARM_CONSTRAINTS=kaggle_setup/constraints-kaggle.txt $(KAGGLE_BIN)/python -m pytest $(TESTS)
 
 SHARED ?= ../shared
 nih64: $(VENV)/.installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TINY = {"image_size": 32, "arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 16, "k": 2,
         "valid_fraction": 0.2, "stage1_frozen_epochs": 1, "stage1_epochs": 2, "stage1_batch": 16, "stage1_lr": 1e-3,
         "stage2_epochs": 2, "stage2_batch": 32, "hidden": 16}
+
+
+def pytest_report_header() -> str:
+    """Which end of the ecosystem a log is of."""
+    names = ("torch", "fastai", "fastcore", "timm", "pandas", "numpy", "scikit-learn", "dask", "nbclient", "matplotlib")
+    return "with " + ", ".join(f"{name} {metadata.version(name)}" for name in names)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -136,6 +136,8 @@ def test_papermill_gets_static_pictures_and_no_widget(runs, tmp_path):
 @pytest.fixture
 def page(runs):
     """The explorer's page, served as `make explore` serves it; its address."""
+    for name in ("voila", "playwright"):  # Kaggle's image has neither
+        pytest.importorskip(name, reason=f"no {name}, which the browser test needs: pip install 'charmlib[test]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -5,10 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,9 +84,49 @@ def test_requirements_are_lower_bounds_only():
             assert re.fullmatch(r"[\w-]+>=[\d.]+", line), line
 
 
+def listed(path) -> dict[str, Requirement]:
+    """The lines of a requirements or constraints file by the package's name."""
+    lines = [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(need.name): need for need in map(Requirement, lines)}
+
+
+def needed() -> dict[str, Requirement]:
+    """What the library and its suite need on any machine."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    more = [need for need in map(Requirement, extras["suite"] + extras["dicom"]) if need.name != "charmlib"]
+    return {**listed("requirements.txt"), **{canonicalize_name(need.name): need for need in more}}
+
+
+@pytest.mark.parametrize("end", ["kaggle", "latest"])
+def test_the_lower_bounds_admit_both_ends(end):
+    """ipykernel>=6.29 was asked for once, and Kaggle's image holds 6.17.1: pip could not have installed the two together."""
+    held = listed(f"kaggle_setup/constraints-{end}.txt")
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in held.values())
+    for name, need in needed().items():
+        if name in held:
+            version = str(held[name].specifier).removeprefix("==")
+            assert need.specifier.contains(version), f"{need} refuses the {version} of {end}"
+    if end == "kaggle":
+        assert needed().keys() - held.keys() == {"pytest-xdist"}, "what Kaggle's image does not hold, or nobody looked up"
+
+
+def test_what_is_installed_meets_the_requirements():
+    for name, need in needed().items():
+        assert need.specifier.contains(metadata.version(name), prereleases=True), need
+
+
+def test_this_environment_is_the_end_that_it_is_taken_for():
+    """A `pip install` by hand into one of the two would quietly test something else."""
+    path = os.environ.get("CHARM_CONSTRAINTS")
+    if not path:
+        pytest.skip("neither end: `make test` and `make test-kaggle` set CHARM_CONSTRAINTS")
+    installed = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
+    other = {name: installed[name] for name, pin in listed(path).items()
+             if name in installed and not pin.specifier.contains(installed[name], prereleases=True)}
+    assert not other, f"installed beside {path}: {other}"
+
+
 def test_everything_imported_is_required():
-    listed = {re.split(r"[>=<]", line)[0].lower().replace("-", "_") for line in
-              (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")}
     names = {"sklearn": "scikit_learn", "PIL": "pillow", "yaml": "pyyaml"}
     brought = {"scipy", "IPython"}  # by scikit-learn and ipykernel
     asked_for = {"pydicom"}  # the 'dicom' extra; a DICOM file without it is refused with that word
@@ -94,14 +138,14 @@ def test_everything_imported_is_required():
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module.split(".")[0])
     third = found - set(sys.stdlib_module_names) - {"charmlib"} - brought - asked_for
-    assert {names.get(n, n).lower() for n in third} <= listed, third
+    assert {canonicalize_name(names.get(n, n)) for n in third} <= listed("requirements.txt").keys(), third
 
 
 def test_the_readmes_files_and_commands_are_there():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:params|notebooks|benchmarks|kaggle_setup)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
-    for target in re.findall(r"\bmake (\w+)\b(?=`|\n| )", "\n".join(re.findall(r"```.*?```|`[^`]*`", text, re.S))):
+    for target in re.findall(r"\bmake ([\w-]+)(?=`|\n| )", "\n".join(re.findall(r"```.*?```|`[^`]*`", text, re.S))):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
     for line in re.findall(r"^python -m charmlib (.+?)(?: \\)?$", text, re.M):
         words = line.split()

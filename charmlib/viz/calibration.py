@@ -7,7 +7,7 @@ from scipy.special import expit
 
 from charmlib.evaluation.calibration import calibration_error, reliability_curve
 from charmlib.evaluation.metrics import known
-from charmlib.viz.style import FIRST, GUIDE, SECOND, heading, readable, small_panels, styled
+from charmlib.viz.style import FIRST, GUIDE, SECOND, heading, readable, small_panels, square_root_scale, styled
 
 
 @styled
@@ -30,7 +30,7 @@ def plot_calibration(predictions, temperature: float = 1.0, *, bins: int = 10, t
         top = min(1.0, 1.08 * top) or 1.0
         axis.plot([0, top], [0, top], color=GUIDE, lw=0.8, zorder=0)
         for which in ("x", "y"):
-            getattr(axis, f"set_{which}scale")("function", functions=(np.sqrt, np.square))
+            square_root_scale(axis, which)
             getattr(axis, f"set_{which}lim")(0, top)
             ticks = _ticks(top)
             getattr(axis, f"set_{which}ticks")(ticks, [f"{v:g}" for v in ticks])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 from sklearn.metrics import precision_recall_curve
 
 from charmlib.evaluation.curves import precision_recall_bands
 from charmlib.evaluation.metrics import known
-from charmlib.viz.style import FIRST, GUIDE, heading, readable, small_panels, styled
+from charmlib.viz.style import FIRST, GUIDE, heading, readable, small_panels, square_root_scale, styled
 
 
 @styled
@@ -25,7 +24,7 @@ def plot_precision_recall(predictions, part: Mapping, *, title: str = "", note: 
     for c, axis in zip(order, axes):
         name = predictions.classes[c]
         y, score, _ = known(predictions.labels, predictions.logits, c)
-        axis.set_yscale("function", functions=(np.sqrt, np.square))  # rare findings are flat on a straight one
+        square_root_scale(axis, "y")
         axis.set(xlim=(0, 1), ylim=(0, 1.01), xticks=[0, 0.5, 1])
         axis.set_yticks([0, 0.1, 0.5, 1], ["0", "0.1", "0.5", "1"])
         if not 0 < y.sum() < len(y):

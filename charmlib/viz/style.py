@@ -7,6 +7,7 @@ import math
 import textwrap
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#222222")
 """The palette of Okabe and Ito."""
@@ -36,6 +37,15 @@ def styled(draw):
 def class_style(i: int) -> dict:
     """Colour and line kind of class ``i``."""
     return {"color": OKABE_ITO[i % len(OKABE_ITO)], "ls": LINES[i // len(OKABE_ITO) % len(LINES)]}
+
+
+def square_root_scale(axis, which: str) -> None:
+    """Make the ``x`` or ``y`` axis of probabilities square-rooted: rare findings are flat on a straight one."""
+
+    def root(values):
+        return np.sqrt(np.maximum(values, 0))  # matplotlib 3.10 asks for values left of 0 while it lays out, and warns of them
+
+    getattr(axis, f"set_{which}scale")("function", functions=(root, np.square))
 
 
 def readable(name: str) -> str:

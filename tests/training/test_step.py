@@ -103,8 +103,12 @@ def test_loss_and_auc_are_fastais(learn):
     class Both(Callback):
         order = 51
 
+        def before_fit(self):
+            self.smooth = AvgSmoothLoss()
+            self.smooth.reset()  # which alone gives it a count in fastai 2.8.7
+
         def before_epoch(self):
-            self.smooth, self.loss = getattr(self, "smooth", AvgSmoothLoss()), AvgLoss()
+            self.loss = AvgLoss()
             self.auc = AccumMetric(lambda scores, labels: mean_auc(labels, scores), flatten=False, to_np=True)
             self.loss.reset(), self.auc.reset()
 

@@ -25,7 +25,7 @@ from charmlib.evaluation.evaluate import evaluate_run
 from charmlib.evaluation.results import load_predictions
 from charmlib.evaluation.tables import class_table, operating_table, with_intervals
 from charmlib.files import write_json
-from charmlib.grid.leaderboard import leaderboard
+from charmlib.grid.board import leaderboard
 from charmlib.grid.report import board_notes, shown_board
 from charmlib.viz.report import run_pictures
 

@@ -284,7 +284,7 @@ def grid_merge(out, folders):
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def grid_status(folder):
     """Say which cells are done, failed, started or pending."""
-    from charmlib.grid.leaderboard import leaderboard
+    from charmlib.grid.board import leaderboard
 
     board = leaderboard(folder, write=False)
     click.echo(_board_text(board))
@@ -296,7 +296,7 @@ def grid_status(folder):
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write there instead (a read-only grid).")
 def grid_report(folder, out):
     """Write leaderboard.csv, the pictures and report.html anew from the cells' files."""
-    from charmlib.grid.leaderboard import leaderboard
+    from charmlib.grid.board import leaderboard
     from charmlib.grid.report import write_report
 
     board = leaderboard(folder, write=out is None)
@@ -332,7 +332,7 @@ def params(notebooks):
 
 def _board_text(board) -> str:
     from charmlib.evaluation.tables import with_intervals
-    from charmlib.grid.leaderboard import over_seeds
+    from charmlib.grid.board import over_seeds
     from charmlib.grid.report import board_notes, shown_board
 
     lines = [*board_notes(board), shown_board(board).to_string(index=False)]

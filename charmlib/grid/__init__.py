@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_WHERE = {"Cell": "spec", "Grid": "spec", "load_grid": "spec", "leaderboard": "leaderboard", "merge_grids": "merge",
+_WHERE = {"Cell": "spec", "Grid": "spec", "load_grid": "spec", "leaderboard": "board", "merge_grids": "merge",
           "run_grid": "runner"}
 
 __all__ = ["Cell", "Grid", "leaderboard", "load_grid", "merge_grids", "run_grid"]
@@ -11,7 +11,5 @@ __all__ = ["Cell", "Grid", "leaderboard", "load_grid", "merge_grids", "run_grid"
 def __getattr__(name: str):
     """Import on first use, so that a cell's process does not pay for tables and pictures."""
     if name in _WHERE:
-        value = getattr(import_module(f"charmlib.grid.{_WHERE[name]}"), name)
-        globals()[name] = value  # also over the submodule of that name
-        return value
+        return getattr(import_module(f"charmlib.grid.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'charmlib.grid' has no attribute {name!r}")

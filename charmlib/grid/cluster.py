@@ -138,12 +138,12 @@ def _refuse_strangers(client, folder: Path, data_roots: set[str], notebooks: Pat
         if isinstance(facts, BaseException):
             raise GridError(f"worker {worker} cannot run charmlib ({type(facts).__name__}: {facts}): install charmlib "
                             f"{charmlib.__version__} there")
-        if facts["version"] != charmlib.__version__ or facts["code"] != code:
-            raise GridError(f"worker {worker} has charmlib {facts['version']} with notebooks {facts['code']}, this is "
-                            f"{charmlib.__version__} with {code}: install the same on all machines")
         if missing := facts["missing"]:
             raise GridError(f"worker {worker} does not see {missing[0]}: the run folder and the data must be there under the "
                             "same paths on all machines. For machines that share no folder use --shard and `grid merge`.")
+        if facts["version"] != charmlib.__version__ or facts["code"] != code:
+            raise GridError(f"worker {worker} has charmlib {facts['version']} with notebooks {facts['code']}, this is "
+                            f"{charmlib.__version__} with {code}: install the same on all machines")
 
 
 def _look_around(probe: str, data_roots: list[str], notebooks: str) -> dict:

@@ -13,9 +13,9 @@ import yaml
 from charmlib import lease
 from charmlib.evaluation.results import load_metrics
 from charmlib.files import write_text, write_whole
+from charmlib.grid.board import leaderboard
 from charmlib.grid.cells import GridError, cell_status, read_identity
 from charmlib.grid.folders import bring_cell
-from charmlib.grid.leaderboard import leaderboard
 from charmlib.grid.report import write_report
 from charmlib.params import UNHASHED
 

@@ -12,7 +12,7 @@ from charmlib.evaluation.evaluate import evaluate_run
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
 from charmlib.files import write_whole
-from charmlib.grid.leaderboard import board_axes, over_seeds
+from charmlib.grid.board import board_axes, over_seeds
 from charmlib.viz import page
 from charmlib.viz.grid import heat_maps
 from charmlib.viz.history import plot_history

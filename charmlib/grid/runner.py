@@ -20,6 +20,7 @@ from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.results import load_metrics
 from charmlib.files import write_text, write_whole
 from charmlib.grid import estimate
+from charmlib.grid.board import leaderboard
 from charmlib.grid.budget import Budget, hours, seconds_of
 from charmlib.grid.cells import (
     GridError,
@@ -33,7 +34,6 @@ from charmlib.grid.cells import (
 )
 from charmlib.grid.cluster import gpus, local_cluster, other_cluster
 from charmlib.grid.earlier import bring_earlier
-from charmlib.grid.leaderboard import leaderboard
 from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
 from charmlib.grid.space import refuse_without_space

@@ -23,8 +23,8 @@ _LOOK = 0.25
 """Seconds between two looks at a cell's process."""
 _POLITE = 10.0
 """Seconds that a process gets to end by itself."""
-WRAP_UP = 3.0
-"""Seconds before the deadline at which training must have ended, for the notebook to be written."""
+WRAP_UP = 8.0
+"""Seconds before the deadline at which training must have ended, for the notebook to be written as far as it got."""
 
 
 class Outcome(NamedTuple):
@@ -67,7 +67,7 @@ def work(job: dict, devices: Sequence[str]) -> Outcome:
         finally:
             end_children(child.pid, itself=True)
         errors.seek(0)
-        last = errors.read().strip().splitlines()[-1:]  # the kernel's own warnings come before
+        last = errors.read().strip().splitlines()[-1:] if ended == child.returncode else []  # else only the kernel's warnings
     return Outcome(ended, "".join(last).strip())
 
 

@@ -9,9 +9,9 @@ from charmlib.evaluation.compare import MEAN, compare
 from charmlib.evaluation.leaks import LeakError
 from charmlib.evaluation.results import load_predictions
 from charmlib.grid import leaderboard, run_grid
+from charmlib.grid.board import over_seeds
 from charmlib.grid.cells import GridError
 from charmlib.grid.controls import run_controls
-from charmlib.grid.leaderboard import over_seeds
 from charmlib.grid.report import shown_board, write_report
 from charmlib.params import ParameterError
 from tests.conftest import TINY

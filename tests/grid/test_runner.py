@@ -261,8 +261,8 @@ def test_a_board_whose_cells_set_the_split_and_switch_parts_off(tmp_path):
 
 
 def test_grid_yaml_is_readable(tmp_path):
-    from charmlib.grid.runner import _as_yaml
+    from charmlib.grid.runner import as_yaml
     from charmlib.grid.spec import load_grid
 
-    text = _as_yaml(load_grid(ROOT / "params/grid_demo.yaml"))
+    text = as_yaml(load_grid(ROOT / "params/grid_demo.yaml"))
     assert len(yaml.safe_load(text)["cells"]) == 8 and json.dumps(yaml.safe_load(text))

@@ -49,9 +49,8 @@ def test_kills_of_runner_worker_child_and_kernel_end_in_the_same_bits(done, tmp_
 
     runner = start(path, out)
     wait_for(lambda: epochs_done(cell) >= 3, runner=runner)
-    family(runner, "ipykernel")[0].kill()
-    wait_for(lambda: (cell / "model.json").is_file(), runner=runner)
-    family(runner, "charmlib.grid.child")[0].kill()
+    wait_for(lambda: family(runner, "ipykernel"), runner=runner)[0].kill()
+    wait_for(lambda: (cell / "model.json").is_file() and family(runner, "charmlib.grid.child"), runner=runner)[0].kill()
     wait_for(lambda: (cell / "metrics.json").is_file(), runner=runner)
     touched = {p: p.stat().st_mtime_ns for p in cell.iterdir() if p.name != ".lease.lock"}
     wait_for(lambda: epochs_done(other) >= 1, runner=runner)

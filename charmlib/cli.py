@@ -283,11 +283,15 @@ def grid_merge(out, folders):
 @grid.command("status")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def grid_status(folder):
-    """Say which cells are done, failed, started or pending."""
+    """Say which cells are done, failed, started or pending, and who works on them."""
     from charmlib.grid.board import leaderboard
+    from charmlib.lease import holder
 
     board = leaderboard(folder, write=False)
     click.echo(_board_text(board))
+    for cell in board["cell"]:
+        if words := holder(folder / cell):
+            click.echo(f"{cell} is being worked on by {words}")
     click.echo(", ".join(f"{n} {s}" for s, n in board["status"].value_counts().items()))
 
 

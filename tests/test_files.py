@@ -1,0 +1,87 @@
+"""Files that matter are written, synced, renamed and their folder synced, in that order; and lose nothing on a full disk."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from charmlib import Run
+from charmlib.evaluation.finish import finish
+from charmlib.files import DiskFull, remove_temporaries, write_json, write_text, write_whole
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """What is done to which file or folder, in turn: ('sync' or 'rename', name)."""
+    done = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def synced(handle):
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}"))))
+        return real_sync(handle)
+
+    def replaced(source, target):
+        done.append(("rename", Path(source), Path(target)))
+        return real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    return done
+
+
+def renamed(order):
+    """Name -> its three steps, of each file that was put in place."""
+    steps = {}
+    for i, step in enumerate(order):
+        if step[0] == "rename":
+            _, source, target = step
+            steps[target.name] = [order[i - 1], step, order[i + 1]]
+            assert order[i - 1] == ("sync", source.resolve()) and order[i + 1] == ("sync", target.parent.resolve())
+    return steps
+
+
+@pytest.mark.slow
+def test_every_result_of_a_run_is_synced_renamed_and_its_folder_synced(tiny, order):
+    """A real run: no file of it is written in any other way but the log, which is only added to."""
+    run = Run.open(tiny)
+    run.train()
+    Run.load(tiny["run_dir"]).score()
+    finish(tiny["run_dir"])
+    steps = renamed(order)
+    assert {"params.yaml", "resume.pt", "history.csv", "model.safetensors", "model.json", "predictions.npz", "resamples.npz",
+            "scored.json", "metrics.json"} <= set(steps)
+    here = {p.name for p in Path(tiny["run_dir"]).iterdir()}
+    assert here - set(steps) == {"log.txt"}
+
+
+def test_a_full_disk_keeps_the_file_that_was_there(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+
+    def full(temporary):
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DiskFull, match="no space left to write a.txt; make room and start the same command again") as error:
+        write_whole(tmp_path / "a.txt", full)
+    assert error.value.errno == errno.ENOSPC and str(tmp_path) in str(error.value)
+    assert (tmp_path / "a.txt").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_other_failures_stay_what_they_are(tmp_path):
+    def broken(temporary):
+        temporary.write_text("half")
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        write_whole(tmp_path / "a.txt", broken)
+    assert not list(tmp_path.iterdir())
+    write_json(tmp_path / "b.json", {"x": float("nan")})
+    assert "null" in (tmp_path / "b.json").read_text()
+
+
+def test_half_written_files_of_killed_writers_are_removed(tmp_path):
+    for name in (".model.safetensors.0123456789ab.tmp", "kept.tmp", "metrics.json"):
+        (tmp_path / name).touch()
+    remove_temporaries(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"kept.tmp", "metrics.json"}

@@ -72,7 +72,7 @@ def test_a_grid_with_a_failed_cell_does_not_exit_0(phantoms, tmp_path):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     (tmp_path / "grid_x.yaml").write_text("base: base.yaml\naxes: {k: [1]}\n")
     done = charm("grid", "run", tmp_path / "grid_x.yaml", "--out", tmp_path / "out")
-    assert done.returncode == 1 and "1 of 1 cells are not done: k1" in done.stderr
+    assert done.returncode == 1 and "1 of 1 cells failed: k1" in done.stderr
     status = charm("grid", "status", tmp_path / "out")
     assert "1 failed" in status.stdout and charm("grid", "report", tmp_path / "out").returncode == 1
 

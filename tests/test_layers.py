@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "charmlib"
 ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz", "files", "processes", "watch"},
            "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation", "files"},
            "grid": {"grid", "data", "evaluation", "viz", "files", "lease", "params", "processes", "watch"},
-           "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "viz", "gpu_support", "watch"},
+           "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "processes", "viz", "gpu_support",
+                        "watch"},
            "kaggle": {"kaggle", "grid", "data", "params", "files"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -11,21 +11,18 @@ _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 
 def seconds_of(text: str | float, option: str = "--budget") -> float:
-    """``11h``, ``1h30m``, ``90m``, ``45s`` or a number of seconds, as seconds.
+    """``11h``, ``1h30m``, ``90m`` or ``45s`` as seconds; a number is seconds already, but no text: ``11`` may mean hours.
 
     Raises
     ------
     ParameterError
         Not a time, or not more than 0.
     """
-    found = re.fullmatch(r"(?:(?:\d+\.?\d*|\.\d+)[dhms])+", str(text).strip().lower())
-    if found:
-        value = sum(float(n) * _UNITS[unit] for n, unit in re.findall(r"([\d.]+)([dhms])", found[0]))
+    if isinstance(text, str):
+        found = re.fullmatch(r"(?:(?:\d+\.?\d*|\.\d+)[dhms])+", text.strip().lower())
+        value = sum(float(n) * _UNITS[unit] for n, unit in re.findall(r"([\d.]+)([dhms])", found[0])) if found else 0.0
     else:
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
+        value = float(text)
     if not 0 < value < float("inf"):
         raise ParameterError(f"{option} {text!r} is not a time; say 11h, 1h30m, 90m or 45s")
     return value

@@ -36,6 +36,7 @@ from charmlib.evaluation.score import score_part
 from charmlib.files import write_json, write_text, write_whole
 from charmlib.models.charm import CharmNet
 from charmlib.params import UNHASHED, read_yaml, resolve, with_absolute_paths
+from charmlib.processes import die_with_parent
 from charmlib.training.callbacks import seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, network_params, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
@@ -71,6 +72,8 @@ class Run:
         charmlib.params.ParameterError
             A parameter that is unknown, ill-typed or out of range.
         """
+        if "CHARM_CELL" in os.environ:  # ipykernel's own look at its parent knows process 1 only, in older releases
+            die_with_parent()
         p = with_absolute_paths(resolve(dict(params or {}), changes))
         p["data_root"] = str(resolve_data_root(p["data_root"]))
         device = pick_device(p["device"])

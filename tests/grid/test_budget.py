@@ -15,12 +15,12 @@ from tests.grid.conftest import CELLS, run
 
 
 @pytest.mark.parametrize("text, seconds", [("11h", 39600), ("1h30m", 5400), ("90m", 5400), ("45s", 45), ("2.5h", 9000),
-                                           (30, 30), ("30", 30), ("1d", 86400)])
+                                           (30, 30), (30.5, 30.5), ("1d", 86400)])
 def test_times_as_people_write_them(text, seconds):
     assert seconds_of(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["eleven", "", "-1h", "0", "h", "1x", "nan", "inf"])
+@pytest.mark.parametrize("text", ["eleven", "", "-1h", "0", "11", "h", "1x", "nan", "inf", -1, float("nan")])
 def test_what_is_no_time_is_refused_by_name(text):
     with pytest.raises(ParameterError, match=r"--budget .* is not a time; say 11h"):
         seconds_of(text)

@@ -26,6 +26,7 @@ TOKEN = "CHARM_LEASE_TOKEN"
 FOLDER = "CHARM_LEASE_FOLDER"
 """Environment variable with the folder that the token is for."""
 
+_KEYS = {"token", "host", "place", "pid", "born", "folder", "number"}
 RENEW, PATIENCE = 5.0, 60.0
 """Seconds between renewals, and without one after which the lease of another machine counts as lost."""
 
@@ -68,8 +69,9 @@ class Lease:
     def release(self) -> None:
         """Give it back; one that was lost stays its new holder's."""
         self._over.set()
-        if _read(self.folder).get("token") == self.token:
-            (self.folder / NAME).unlink(missing_ok=True)
+        with alone(self.folder):
+            if _read(self.folder).get("token") == self.token:
+                (self.folder / NAME).unlink(missing_ok=True)
 
 
 def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
@@ -86,13 +88,16 @@ def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
     folder.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex
     mine = {"token": token, "host": platform.node(), "place": _place(), "pid": os.getpid(), "born": _born(os.getpid()),
-            "folder": folder.stat().st_ino}
-    with _alone(folder) as sure:
+            "folder": str(folder), "number": folder.stat().st_ino}
+    temporary = folder / f"{NAME}.{token}.tmp"
+    with alone(folder) as sure:
         if words := holder(folder, patience=patience):
             raise Busy(f"{folder.name} is being worked on by {words}")
-        temporary = folder / f"{NAME}.{token}"
-        temporary.write_text(json.dumps(mine))
-        os.replace(temporary, folder / NAME)
+        try:
+            temporary.write_text(json.dumps(mine))
+            os.replace(temporary, folder / NAME)
+        finally:
+            temporary.unlink(missing_ok=True)
     if not sure:  # no locks here: the last of several writers wins, and each looks who that was
         time.sleep(2.0)
         if _read(folder).get("token") != token:
@@ -104,7 +109,7 @@ def holder(folder: str | Path, *, patience: float = PATIENCE) -> str:
     """'process 123 on HOST' for the living holder of a folder's lease, or an empty text."""
     folder = Path(folder)
     held = _read(folder)
-    if not held or held.get("folder") != folder.stat().st_ino:  # a copied folder is nobody's
+    if not held or _is_copy(folder, held):
         return ""
     words = f"process {held['pid']} on {held['host']}"
     if held["place"] == _place():
@@ -116,6 +121,14 @@ def holder(folder: str | Path, *, patience: float = PATIENCE) -> str:
     return words if age < patience else ""
 
 
+def _is_copy(folder: Path, held: dict) -> bool:
+    """Whether a lease came with a copied folder, such as a fetched output: then nobody works in it.
+
+    A shared folder may have another path on another machine, or (not on NFS) another number, but not both.
+    """
+    return held["folder"] != str(folder.resolve()) and held["number"] != folder.stat().st_ino
+
+
 def check(path: str | Path, environment=os.environ) -> None:
     """Refuse a write into a leased folder by a process whose lease was lost.
 
@@ -125,7 +138,7 @@ def check(path: str | Path, environment=os.environ) -> None:
         The lease has another token, or is gone.
     """
     token, folder = environment.get(TOKEN), environment.get(FOLDER)
-    if not token or Path(path).parent != Path(folder):
+    if not token or Path(path).resolve().parent != Path(folder):
         return
     found = _read(Path(folder)).get("token")
     if found != token:
@@ -135,9 +148,12 @@ def check(path: str | Path, environment=os.environ) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """One process at a time, or False where the file system knows no locks; the system frees that of a killed one."""
-    with open(folder / f"{NAME}.lock", "w") as file:
+def alone(folder: Path) -> Iterator[bool]:
+    """One process at a time takes, gives back or replaces a folder; False where the file system knows no locks.
+
+    The lock lies beside the folder, since that may be replaced; the system frees the lock of a process that was killed.
+    """
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             sure = True
@@ -150,16 +166,15 @@ def _alone(folder: Path) -> Iterator[bool]:
 
 def _read(folder: Path) -> dict:
     try:
-        return json.loads((folder / NAME).read_text())
-    except FileNotFoundError:
+        held = json.loads((folder / NAME).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    except json.JSONDecodeError:  # written in one piece, so this is damage from elsewhere; whoever held it will notice
-        return {}
+    return held if _KEYS <= held.keys() else {}  # written in one piece, so else it is damage; whoever held it will notice
 
 
 def _now(folder: Path) -> float:
     """The file system's time, which on a shared folder need not be this machine's; where one may only read, this one's."""
-    probe = folder / f"{NAME}.{uuid.uuid4().hex}"
+    probe = folder / f"{NAME}.{uuid.uuid4().hex}.tmp"
     try:
         probe.touch()
         return probe.stat().st_mtime

@@ -206,6 +206,11 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
     return out
 
 
+def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Names of the parameters that decide a result and differ; one that ``theirs`` does not know yet does not."""
+    return [name for name in ours if name not in UNHASHED and ours[name] != theirs.get(name, ours[name])]
+
+
 def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters with the files and folders that they name as absolute paths, ``~`` expanded.
 

@@ -15,21 +15,28 @@ import charmlib
 
 
 def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which ``python -m charmlib...`` is this package, also of a checkout that is not installed."""
+    """For children: ``python -m charmlib...`` is this package, also of a checkout not installed, and this their parent."""
     home = Path(charmlib.__file__).parents[1]
+    environment = {**environment, PARENT: str(os.getpid())}
     if not (home / "pyproject.toml").is_file():
-        return dict(environment)
+        return environment
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [str(home), environment.get("PYTHONPATH")]))}
 
 
-def die_with_parent() -> None:
+PARENT = "CHARM_PARENT"
+"""Environment variable with the number of the process that started this one."""
+
+
+def die_with_parent(parent: int) -> None:
     """Let the kernel end this process when the one that started it is gone, so that nothing runs on unseen.
 
-    Linux only; elsewhere nothing happens.
+    Ends at once where ``parent`` was gone before this was called. Linux only; elsewhere nothing happens.
     """
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def end_children(pid: int | None = None, *, itself: bool = False) -> None:

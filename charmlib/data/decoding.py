@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.data.images import fit, open_grey
-from charmlib.processes import die_with_parent, with_this_package
+from charmlib.processes import PARENT, die_with_parent, with_this_package
 
 PIXELS, ROWS = "pixels.npy", "rows.npy"
 ROW = np.dtype([("state", "u1"), ("bytes", "<i8"), ("width", "<i4"), ("height", "<i4"), ("source_crc", "<u4"),
@@ -112,7 +112,7 @@ def open_rows(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    die_with_parent()
+    die_with_parent(int(os.environ[PARENT]))
     folder, aspect = Path(sys.argv[1]), sys.argv[2]
     pixels, rows = open_rows(folder)
     for line in sys.stdin:

@@ -11,7 +11,7 @@ from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.results import load_metrics, load_resamples
 from charmlib.files import write_whole
-from charmlib.grid.cells import GridError, cell_status
+from charmlib.grid.cells import IDENTITY, GridError, cell_status
 
 LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high",
         "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
@@ -129,5 +129,5 @@ def _cells(folder: Path, grid) -> tuple[dict[str, dict], list[str]]:
     else:
         raise GridError(f"{folder} holds no grid (no grid.yaml)")
     # cells of another call of the same grid (a pinned axis, another shard) stay on the board
-    others = sorted(p.parent.name for p in folder.glob("*/metrics.json") if p.parent.name not in listed)
+    others = sorted({p.parent.name for name in ("metrics.json", IDENTITY) for p in folder.glob(f"*/{name}")} - listed.keys())
     return listed | {name: {} for name in others}, [a for a in axes if a != "split"]  # which the board has anyway

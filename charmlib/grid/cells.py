@@ -17,6 +17,8 @@ from charmlib.params import UNHASHED
 NOTEBOOKS = ("train", "test")
 IDENTITY = "cell.json"
 """Id, hash and more of a cell that is not finished, so that it never goes on under other settings."""
+RUNNING = ".running.ipynb"
+"""Both notebooks as far as they are executed."""
 ALIVE = ".alive"
 """The file that the kernel of a cell touches as it works."""
 
@@ -85,6 +87,23 @@ def read_identity(folder: Path) -> dict:
         return json.loads((folder / IDENTITY).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
+
+
+def finished(folder: Path, hash_: str) -> bool:
+    """Whether a cell is done, under these very settings.
+
+    Raises
+    ------
+    GridError
+        Done under others.
+    """
+    if cell_status(folder) != "done":
+        return False
+    theirs = json.loads((folder / "metrics.json").read_text()).get("hash")
+    if theirs != hash_:
+        raise GridError(f"{folder.name} was finished by another runner under other settings (hash {theirs}, wanted {hash_}); "
+                        "use another --out, or --rerun-changed")
+    return True
 
 
 def epochs_done(folder: Path) -> int:

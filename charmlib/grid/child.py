@@ -20,8 +20,9 @@ import nbformat
 import charmlib
 from charmlib import lease, watch
 from charmlib.files import DiskFull, is_disk_full, remove_temporaries, write_json, write_text
-from charmlib.grid.cells import ALIVE, IDENTITY, Ended, read_identity
-from charmlib.processes import die_with_parent, end_children
+from charmlib.grid.cells import ALIVE, IDENTITY, RUNNING, Ended, finished, read_identity
+from charmlib.grid.estimate import epoch_seconds
+from charmlib.processes import PARENT, die_with_parent, end_children
 
 _BETWEEN = "between"
 """Tag of the cell that clears away what the train notebook defined before the test notebook starts."""
@@ -61,10 +62,13 @@ def run_cell(cell: dict) -> None:
 def _spent(folder: Path, hash_: str) -> float:
     """Seconds that earlier attempts at this cell took, those that were killed up to their last sign of life."""
     before = read_identity(folder)
-    alive = folder / ALIVE
-    if before.get("hash") != hash_ or "started" not in before or not alive.is_file():
+    if before.get("hash") != hash_:
         return 0.0
-    return before["spent"] + max(0.0, alive.stat().st_mtime - before["started"])
+    alive, spent = folder / ALIVE, before.get("spent", 0.0)
+    if "started" in before and alive.is_file():
+        spent += max(0.0, alive.stat().st_mtime - before["started"])
+    # a copied cell comes without its last sign of life, whose time would be that of the copy
+    return max(spent, epoch_seconds(folder))
 
 
 def declared(notebook: Path) -> set[str]:
@@ -89,7 +93,7 @@ def _execute(books: list[nbformat.NotebookNode], folder: Path) -> None:
     joined = nbformat.from_dict(train)
     between = nbformat.v4.new_code_cell(_CLEAR, metadata={"tags": [_BETWEEN]})
     joined.cells = [*train.cells, between, *test.cells]
-    source, partial = folder / ".both.ipynb", folder / ".running.ipynb"
+    source, partial = folder / ".both.ipynb", folder / RUNNING
     write_text(source, nbformat.writes(joined))
     try:
         papermill.execute_notebook(str(source), str(partial), cwd=str(folder), progress_bar=False, log_output=False,
@@ -118,7 +122,7 @@ def _split(partial: Path, books: list[nbformat.NotebookNode], folder: Path) -> N
 
 
 def main() -> int:
-    die_with_parent()  # the notebook's own kernel watches this process and ends with it
+    die_with_parent(int(os.environ[PARENT]))  # the notebook's own kernel watches this process and ends with it
     warnings.filterwarnings("ignore")
     cell = json.load(sys.stdin)
     folder = Path(cell["folder"])
@@ -126,6 +130,8 @@ def main() -> int:
         held = lease.take(folder)
     except lease.Busy as busy:
         return _say(Ended.BUSY, busy)
+    except OSError as error:
+        return _say(_how(error), error)
 
     def leave(ended: Ended) -> None:
         end_children()
@@ -139,9 +145,8 @@ def main() -> int:
     try:
         remove_temporaries(folder)
         (folder / "error.txt").unlink(missing_ok=True)
-        if (folder / "metrics.json").is_file():  # finished by another while this one waited for its turn
-            return Ended.DONE
-        run_cell(cell)
+        if not finished(folder, cell["hash"]):  # by another, while this one waited for its turn
+            run_cell(cell)
         return Ended.DONE
     except Exception as problem:
         ended = _how(problem)

@@ -87,15 +87,8 @@ def other_cluster(address: str | None, scheduler_file: str | None, *, folder: Pa
         No scheduler there, no workers within ``wait`` seconds, none that offers a GPU, or workers that do not see the run
         folder or the data or have another charmlib or other notebooks; says which and what to do.
     """
-    from distributed import Client
-
-    _quiet()
     where = address or scheduler_file
-    try:
-        client = Client(address=address, scheduler_file=scheduler_file, timeout=30)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise GridError(f"no Dask scheduler at {where} ({type(error).__name__}: {error}); start one with "
-                        "`dask scheduler`") from error
+    client = connect(address, scheduler_file, wait)
     try:
         _wait_for_workers(client, where, wait, any_worker)
         gpu = any(GPU in offer for offer in _offers(client))
@@ -103,6 +96,30 @@ def other_cluster(address: str | None, scheduler_file: str | None, *, folder: Pa
         yield Cluster(client, gpu=gpu, own={"stagger": 1.0})
     finally:
         client.close()
+
+
+def connect(address: str | None, scheduler_file: str | None, wait: float = 60.0):
+    """A client of the scheduler at an address, or of the one that a file names once it is there.
+
+    Raises
+    ------
+    GridError
+        No scheduler within ``wait`` seconds.
+    """
+    from distributed import Client
+
+    _quiet()
+    end = time.monotonic() + wait
+    while scheduler_file and not Path(scheduler_file).is_file():  # Dask would wait for it for ever
+        if time.monotonic() > end:
+            raise GridError(f"no file {scheduler_file} (waited {wait:.0f} s, --wait-workers): start the cluster with `dask "
+                            f"scheduler --scheduler-file {scheduler_file}`")
+        time.sleep(0.2)
+    try:
+        return Client(address=address, scheduler_file=scheduler_file, timeout=30)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise GridError(f"no Dask scheduler at {address or scheduler_file} ({type(error).__name__}: {error}); start one with "
+                        "`dask scheduler`") from error
 
 
 def _wait_for_workers(client, where: str, wait: float, any_worker: bool) -> None:
@@ -153,8 +170,12 @@ def _look_around(probe: str, data_roots: list[str], notebooks: str) -> dict:
 
 
 def _quiet() -> None:
-    for noisy in ("distributed", "tornado", "asyncio"):  # their tracebacks at an interrupt hide what matters
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    """Dask's tracebacks at an interrupt or a lost connection hide what matters; some loggers have a level of their own."""
+    import distributed.client  # noqa: F401  (makes them)
+
+    for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
+        if name.split(".")[0] in ("distributed", "tornado", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from charmlib.grid.cells import GridError, cell_status
 from charmlib.grid.runner import Means, run_loaded
 from charmlib.grid.spec import Cell, Grid
 from charmlib.params import (
-    UNHASHED,
     ParameterError,
+    changes,
     find_file,
     load_params,
     parse_assignments,
@@ -59,7 +59,7 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
         raise ParameterError("controls make the shuffled run themselves; leave labels at 'real'")
     if params["limit"]:
         raise ParameterError("controls are scored on the whole test part; leave limit at 0")
-    if finished and (changed := _changed(finished["params"], params)):
+    if finished and (changed := changes(finished["params"], params)):
         raise ParameterError(f"controls of the finished run {run} keep its settings; -p changes {', '.join(changed)}. Name its "
                              "parameter file instead.")
     settings = {"network": params, "plain": {**params, **PARTS_OFF}, "shuffled": {**params, "labels": "shuffled"}}
@@ -90,11 +90,6 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
         plain, ours = load_predictions(folder / "plain"), load_predictions(network)
         remarks.append(f"network less plain: {verdict(compare(plain, ours), 'the plain network', 'the network')}")
     return table, held, remarks
-
-
-def _changed(theirs: Mapping, ours: Mapping) -> list[str]:
-    """Names of the parameters that decide a result and differ."""
-    return [name for name in ours if name not in UNHASHED and ours[name] != theirs.get(name, ours[name])]
 
 
 def _limits(folder: Path, level: float = 0.95) -> Interval:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from charmlib.grid.cells import GridError
-from charmlib.grid.folders import bring_cell
+from charmlib.grid.folders import bring_cell, remove_half_copies
 from charmlib.grid.spec import Grid
 
 KAGGLE_INPUT = Path("/kaggle/input")
@@ -32,6 +32,8 @@ def bring_earlier(grid: Grid, folder: Path, source: str | Path | None = None, *,
     if source is not None and not (Path(source) / "grid.yaml").is_file():
         raise GridError(f"{source} holds no grid to continue from (no grid.yaml); name the folder that has the cells' folders")
     brought = 0
+    if folder.is_dir():
+        remove_half_copies(folder)
     for place in [Path(source)] if source is not None else list(_attached(grid.name, inputs)):
         if place.resolve() == folder.resolve():
             continue

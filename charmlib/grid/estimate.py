@@ -55,7 +55,7 @@ def paces(folder: Path, cells: Iterable[Cell]) -> dict[str, Pace]:
             seconds.setdefault(phase, []).append(value)
         return Pace({phase: median(values) for phase, values in seconds.items()},
                     median(s["score"] for s in finished) if finished else None,
-                    median(s["overhead"] or 0.0 for s in finished) if finished else None)
+                    min(s["overhead"] or 0.0 for s in finished) if finished else None)  # of one that nothing interrupted
 
     known: dict[tuple, Pace] = {}
     return {cell.id: known.setdefault(_cost(cell), pace(_cost(cell))) for cell in cells}
@@ -71,6 +71,11 @@ def _history(folder: Path) -> list[dict]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def epoch_seconds(folder: Path) -> float:
+    """Seconds of all finished epochs of a cell."""
+    return sum(float(row["seconds"]) for row in _history(folder))
 
 
 def next_step(cell: Cell, folder: Path, pace: Pace) -> float:

@@ -10,12 +10,11 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from charmlib import lease
 from charmlib.evaluation.results import load_metrics
 from charmlib.files import write_text, write_whole
 from charmlib.grid.board import leaderboard
 from charmlib.grid.cells import GridError, cell_status, read_identity
-from charmlib.grid.folders import bring_cell
+from charmlib.grid.folders import bring_cell, refuse_at_work, remove_half_copies
 from charmlib.grid.report import write_report
 from charmlib.params import UNHASHED
 
@@ -43,6 +42,7 @@ def merge_grids(out: str | Path, folders: Sequence[str | Path], *, say: Callable
     together = _one_record(records)
     _refuse_mixture([stamp for place in places for stamp in _stamps(place, records[place])])
     out.mkdir(parents=True, exist_ok=True)
+    remove_half_copies(out)
     for place in places:
         if place == out:
             continue
@@ -65,7 +65,7 @@ class _Stamp:
     data: tuple
     split: str
     code: str
-    versions: tuple[str, ...]
+    versions: dict[str, str]
 
 
 def _record(place: Path) -> dict:
@@ -94,19 +94,20 @@ def _one_record(records: dict[Path, dict]) -> dict:
 def _stamps(place: Path, record: dict):
     for cell in record["cells"]:
         folder = place / cell["id"]
-        if words := lease.holder(folder):
-            raise GridError(f"{cell['id']} in {place} is being worked on by {words}: wait for its end, or stop it")
+        refuse_at_work(folder)
         data = tuple(str(cell["params"].get(name)) for name in _DATA)
         if cell_status(folder) == "done":
             m = load_metrics(folder)
             yield _Stamp(place, cell["id"], data, m["split"]["hash"], m.get("code") or "",
-                         tuple(m["versions"][name] for name in _VERSIONS))
+                         {name: m["versions"][name] for name in _VERSIONS})
         elif known := read_identity(folder):
-            yield _Stamp(place, cell["id"], data, known.get("split", ""), known.get("code", ""), (known.get("charmlib", ""),))
+            yield _Stamp(place, cell["id"], data, known.get("split", ""), known.get("code", ""),
+                         {"charmlib": known.get("charmlib", "")})
 
 
 def _refuse_mixture(stamps: list[_Stamp]) -> None:
     splits: dict[tuple, _Stamp] = {}
+    versions: dict[str, _Stamp] = {}
     for stamp in stamps:
         first = stamps[0]
         other = splits.setdefault(stamp.data, stamp)
@@ -114,9 +115,10 @@ def _refuse_mixture(stamps: list[_Stamp]) -> None:
             _refuse("the split", other, other.split, stamp, stamp.split)
         if first.code != stamp.code:
             _refuse("the notebooks' code", first, first.code, stamp, stamp.code)
-        for name, ours, theirs in zip(_VERSIONS, first.versions, stamp.versions):
-            if ours != theirs:
-                _refuse(f"the version of {name}", first, ours, stamp, theirs)
+        for name, theirs in stamp.versions.items():
+            known = versions.setdefault(name, stamp)
+            if known.versions[name] != theirs:
+                _refuse(f"the version of {name}", known, known.versions[name], stamp, theirs)
 
 
 def _refuse(what: str, one: _Stamp, value: str, other: _Stamp, theirs: str) -> None:

@@ -84,7 +84,7 @@ def shown_board(board: pd.DataFrame) -> pd.DataFrame:
                                   "diff_low": "diff_first low", "diff_high": "diff_first high"})
     shown["cell"] += shown["same_as_first"].eq(True).map({True: " =", False: ""})
     shown["overhead_seconds"] = shown["overhead_seconds"].round(1)
-    if shown["split"].dropna().nunique() == 1:
+    if shown["split"].dropna().nunique() <= 1:
         shown = shown.drop(columns=["split", "n_images", "n_patients", "positive_share"])
     plain = [*board_axes(board), "seconds", "overhead_seconds"]
     for column in plain:

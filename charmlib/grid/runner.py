@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,13 +32,14 @@ from charmlib.grid.cells import (
     read_identity,
     tidy,
 )
-from charmlib.grid.cluster import gpus, local_cluster, other_cluster
+from charmlib.grid.cluster import connect, gpus, local_cluster, other_cluster
 from charmlib.grid.earlier import bring_earlier
+from charmlib.grid.folders import remove_cell
 from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
 from charmlib.grid.space import refuse_without_space
 from charmlib.grid.spec import Cell, Grid, load_grid, parse_shard
-from charmlib.params import with_absolute_paths
+from charmlib.params import ParameterError, changes, with_absolute_paths
 
 _DATA = ("data_root", "classes", "csv", "labels", "split", "valid_fraction", "limit", "image_size", "aspect",
          "cache_dir", "workers")
@@ -111,6 +112,8 @@ def run_grid(path: str | Path, assignments: Iterable[str] = (), *, out: str | Pa
     GridError
         A finished cell was made with other settings, a cluster cannot be used, or the disk is full.
     """
+    if scheduler and scheduler_file:
+        raise ParameterError("--scheduler and --scheduler-file name two clusters; give one of them")
     means = Means(workers, scheduler, scheduler_file, any_worker, seconds_of(wait_workers, "--wait-workers"),
                   None if budget is None else seconds_of(budget), seconds_of(hung_after, "--hung-after"), rerun_changed)
     if isinstance(shard, str):
@@ -130,6 +133,7 @@ def run_loaded(grid: Grid, means: Means = Means(), *, out: str | Path | None = N
     if dry_run:
         _tell_plan(part, folder, means, say)
         return pd.DataFrame()
+    _refuse_unusable(folder, means)
     bring_earlier(grid, folder, continue_from, say=say)
 
     def refresh(first: bool = False) -> pd.DataFrame:
@@ -142,9 +146,20 @@ def run_loaded(grid: Grid, means: Means = Means(), *, out: str | Path | None = N
     write_report(folder, board, grid)
     left = [cell for cell in part.cells if cell_status(folder / cell.id) not in ("done", "failed")]
     if left and means.budget is not None:
-        say(f"the budget of {hours(means.budget)} is used: {len(part.cells) - len(left)} of {len(part.cells)} cells are over, "
-            f"{len(left)} are left ({_time_left(grid, part, folder)}). The same command goes on with them.")
+        used = "is used" if budget.left() < 1 else f"has no room for more ({hours(budget.left())} are left of it)"
+        say(f"the budget of {hours(means.budget)} {used}: {len(part.cells) - len(left)} of {len(part.cells)} cells are over, "
+            f"{len(left)} left to run ({_time_left(grid, part, folder)}). The same command goes on with them.")
     return board
+
+
+def _refuse_unusable(folder: Path, means: Means) -> None:
+    """Say what cannot work before the images are decoded, which may take an hour."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise GridError(f"{there} cannot be written to: name another --out (an earlier session's read-only output goes into "
+                        "--continue-from)")
+    if means.elsewhere:
+        connect(means.scheduler, means.scheduler_file, means.wait_workers).close()
 
 
 def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means = Means(), *, split_folder: Path,
@@ -200,6 +215,8 @@ def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
     for cell in grid.cells:
         left = estimate.remaining(cell, folder / cell.id, pace[cell.id])
         status = cell_status(folder / cell.id)
+        if status == "done" and changes(load_metrics(folder / cell.id)["params"], cell.params):
+            status = "done with other settings (refused without --rerun-changed)"
         say(f"{cell.id}: {status}" + (f", at most {hours(left)} left" if left else ""))
     say(f"{len(grid.cells)} cells in {folder}; nothing was run")
     at_once = means.workers or max(1, len(gpus()))
@@ -270,9 +287,7 @@ def _todo(grid: Grid, folder: Path, hashes: dict[str, str], rerun_changed: bool,
                         f"split or charmlib version: {names}. Use --rerun-changed to run them again (their results are "
                         "replaced), or another --out.")
     for cell in changed:
-        if words := lease.holder(folder / cell.id):
-            raise GridError(f"{cell.id} is to be run again, but is being worked on by {words}: stop that first")
-        shutil.rmtree(folder / cell.id)
+        remove_cell(folder / cell.id)
     done = len(grid.cells) - len(todo) - len(changed)
     say(f"{len(grid.cells)} cells: {done} done, {len(todo) + len(changed)} to run, in {folder}")
     return [cell for cell in grid.cells if cell in todo or cell in changed]
@@ -282,7 +297,7 @@ def _hash_of(folder: Path) -> str | None:
     """The hash that a finished or started cell was made under; None for one that has nothing to lose."""
     if cell_status(folder) == "done":
         return load_metrics(folder)["hash"] or "a run by hand"
-    if (folder / "resume.pt").is_file() or (folder / "model.json").is_file():
+    if (folder / "resume.pt").is_file() or (folder / "model.json").is_file() or lease.holder(folder):
         return read_identity(folder).get("hash")
     return None
 

@@ -11,7 +11,7 @@ from charmlib.evaluation.results import load_metrics
 from charmlib.files import write_text
 from charmlib.grid import estimate
 from charmlib.grid.budget import Budget, hours
-from charmlib.grid.cells import Ended, GridError, cell_status, epochs_done
+from charmlib.grid.cells import Ended, GridError, epochs_done, finished
 from charmlib.grid.cluster import Cluster
 from charmlib.grid.spec import Cell
 from charmlib.grid.worker import WRAP_UP, Outcome
@@ -106,7 +106,7 @@ class Schedule:
         job = {k: v for k, v in job.items() if k not in ("deadline", "scoring_seconds")}
         if outcome.ended is Ended.BUSY:
             if cell not in self.elsewhere:
-                self.say(f"{cell}: {outcome.words}; looked at again when that has ended")
+                self.say(f"{outcome.words}; looked at again when that has ended")
             self.elsewhere[cell] = job, time.monotonic() + _LOOK_ELSEWHERE
             return
         self._show_log(cell)
@@ -151,13 +151,13 @@ class Schedule:
         return failures <= 1
 
     def _keep_error(self, folder: Path, outcome: Outcome) -> None:
-        if outcome.ended is Ended.FAILED and (folder / "error.txt").is_file():
-            return
+        if (outcome.ended is Ended.FAILED and (folder / "error.txt").is_file()) or lease.holder(folder):
+            return  # the cell's process wrote its own; or another works on it by now
         log = folder / "log.txt"
         last = "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.is_file() else "(no log)"
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "error.txt", f"{_WORDS[outcome.ended]}, twice without getting further\n{outcome.words}\n\n"
-                                         f"the end of its log:\n{last}\n")
+        twice = "" if outcome.ended is Ended.FAILED else ", twice without getting further"
+        write_text(folder / "error.txt", f"{_WORDS[outcome.ended]}{twice}\n{outcome.words}\n\nthe end of its log:\n{last}\n")
 
     def _look_elsewhere(self) -> None:
         """Take back cells whose other runner has ended or finished them."""
@@ -165,7 +165,7 @@ class Schedule:
             if time.monotonic() < due:
                 continue
             folder = Path(job["folder"])
-            if cell_status(folder) == "done":
+            if finished(folder, job["hash"]):
                 del self.elsewhere[cell]
                 self._count(f"{cell}: done by another runner")
                 self._refresh_board()

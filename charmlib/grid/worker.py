@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from charmlib.grid.cells import Ended, GridError, code_hash, find_notebooks, notebook_code
+from charmlib.grid.cells import RUNNING, Ended, GridError, code_hash, find_notebooks, notebook_code
 from charmlib.lease import NAME as LEASE
 from charmlib.processes import end_children, with_this_package
 from charmlib.watch import DEADLINE, SCORING
@@ -23,6 +23,8 @@ _LOOK = 0.25
 """Seconds between two looks at a cell's process."""
 _POLITE = 10.0
 """Seconds that a process gets to end by itself."""
+_FIRST_SIGN = 120.0
+"""Seconds that a kernel may take to start on a busy machine, however small the limit for hung cells is."""
 WRAP_UP = 8.0
 """Seconds before the deadline at which training must have ended, for the notebook to be written as far as it got."""
 
@@ -38,7 +40,8 @@ def work(job: dict, devices: Sequence[str]) -> Outcome:
     """Run one cell in a child process, on a Dask worker or without one.
 
     The process is ended, with all that it started, when it shows no sign of life for ``job["hung_after"]`` seconds, when the
-    deadline has come, and when nobody waits for it any more (the runner was killed, stopped, or lost).
+    deadline has come, and when nobody waits for it any more (the runner was killed, stopped, or lost). Until it has written its
+    first file it gets two minutes at least.
     """
     environment = child_environment(job.get("threads", 0), job.get("environment"))
     if devices:
@@ -59,8 +62,9 @@ def work(job: dict, devices: Sequence[str]) -> Outcome:
             child = subprocess.Popen([sys.executable, "-m", "charmlib.grid.child"], stdin=subprocess.PIPE,
                                      stdout=subprocess.DEVNULL, stderr=errors, text=True, env=environment,
                                      start_new_session=True)  # a Ctrl-C at the terminal is the runner's to answer
-            json.dump(job, child.stdin)
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it was killed already, which the watch sees
+                json.dump(job, child.stdin)
+                child.stdin.close()
             time.sleep(job.get("stagger", 0.0))
         try:
             ended = _watch(child, job)
@@ -75,7 +79,7 @@ def _watch(child: subprocess.Popen, job: Mapping) -> Ended:
     life, wanted = SignsOfLife(Path(job["folder"])), _wanted()
     while child.poll() is None:
         time.sleep(_LOOK)
-        if life.missing_for() > job.get("hung_after", float("inf")):
+        if life.missing_for() > max(job.get("hung_after", float("inf")), 0.0 if life.began else _FIRST_SIGN):
             return Ended.HUNG
         late = job.get("deadline") is not None and time.time() > job["deadline"]
         if late or not wanted():
@@ -94,13 +98,14 @@ class SignsOfLife:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.seen, self.since = self._look(), time.monotonic()
+        self.seen, self.since, self.began = self._look(), time.monotonic(), False
 
     def missing_for(self) -> float:
         """Seconds since something last changed."""
         now = self._look()
         if now != self.seen:
             self.seen, self.since = now, time.monotonic()
+            self.began = self.began or (self.folder / RUNNING).is_file()
         return time.monotonic() - self.since
 
     def _look(self) -> set[tuple[str, int]]:

@@ -73,7 +73,7 @@ class Run:
             A parameter that is unknown, ill-typed or out of range.
         """
         if "CHARM_CELL" in os.environ:  # ipykernel's own look at its parent knows process 1 only, in older releases
-            die_with_parent()
+            die_with_parent(int(os.environ.get("JPY_PARENT_PID", os.getppid())))
         p = with_absolute_paths(resolve(dict(params or {}), changes))
         p["data_root"] = str(resolve_data_root(p["data_root"]))
         device = pick_device(p["device"])

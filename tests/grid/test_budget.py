@@ -53,7 +53,7 @@ def test_training_ends_in_time_at_an_epochs_end(done, tmp_path):
     assert took < 40 + 6  # the interpreter's own start is before the clock
     assert not (cell / "metrics.json").exists() and not (cell / "error.txt").exists() and epochs_done(cell) >= 1
     assert "stopped before the next epoch, which takes about" in first.stdout
-    assert re.search(r"the budget of 40 s is used: 0 of 1 cells are over, 1 are left \(at most 0\.\d\d GPU h", first.stdout)
+    assert re.search(r"the budget of 40 s .*: 0 of 1 cells are over, 1 left to run \(at most 0\.\d\d GPU h", first.stdout)
     assert (out / "leaderboard.csv").is_file()
     kept = epochs_done(cell)
     dry = run(path, out, *long, "--dry-run")
@@ -74,7 +74,7 @@ def test_only_what_fits_is_started_longest_first(light, tmp_path):
     started = [line.split()[0] for line in first.stdout.splitlines() if "start pid" in line]
     assert started[:2] == ["short", "long"] and (light.out / "short/metrics.json").is_file()
     assert not (light.out / "long/metrics.json").exists() and epochs_done(light.out / "long") >= 1
-    assert "1 of 3 cells are over, 2 are left (at most 0.0" in first.stdout
+    assert "1 of 3 cells are over, 2 left to run (at most 0.0" in first.stdout
     third = light("--budget", "6s", path=path, pace=1.0)  # 1 s for cells, less what the command needs itself
     assert third.returncode == 0 and "start pid" not in third.stdout, third.stdout
 

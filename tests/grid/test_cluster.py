@@ -157,6 +157,14 @@ def test_a_worker_that_does_not_see_the_folder_is_refused_by_name(light, cluster
     assert result.returncode == 2 and "does not see" in result.stderr and "grid merge" in result.stderr, result.stderr
 
 
+def test_a_scheduler_file_that_is_not_there_is_not_waited_on_for_ever(light, tmp_path):
+    begin = time.monotonic()
+    result = light("--scheduler-file", str(tmp_path / "none.json"), "--wait-workers", "2s", k=[1])
+    assert result.returncode == 2 and "no file" in result.stderr and "dask scheduler --scheduler-file" in result.stderr
+    both = light("--scheduler-file", "a.json", "--scheduler", "tcp://127.0.0.1:1", k=[1])
+    assert both.returncode == 2 and "name two clusters" in both.stderr and time.monotonic() - begin < 40
+
+
 def test_a_killed_runner_ends_its_cells_on_the_cluster_too(light, cluster, tmp_path):
     """The cluster lives on; nobody waits for its cells any more, so they end within 15 seconds and can be taken by the next."""
     cluster.begin()

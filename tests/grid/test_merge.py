@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import yaml
 
+from charmlib import lease
 from charmlib.grid import Grid, merge_grids
 from charmlib.grid.cells import GridError, cell_status, tidy
 from charmlib.grid.earlier import bring_earlier
-from charmlib.grid.folders import bring_cell
+from charmlib.grid.folders import bring_cell, remove_cell
 from charmlib.grid.space import computed_sizes, free_bytes, refuse_without_space
 from charmlib.grid.spec import load_grid, parse_shard
 from charmlib.params import ParameterError
@@ -67,6 +68,40 @@ def test_other_splits_notebooks_and_versions_are_refused(shards, tmp_path, chang
     with pytest.raises(GridError, match=words):
         merge_grids(tmp_path / "all", shards)
     assert not (tmp_path / "all").exists()
+
+
+def test_an_unfinished_first_cell_hides_no_versions(shards, tmp_path):
+    """It knows charmlib's only; the others are still held against each other."""
+    for shard in shards:
+        shutil.copytree(shard / next(c for c in CELLS if (shard / c).is_dir()), shard / "extra")
+    first = shards[0] / CELLS[0]
+    known = json.loads((first / "metrics.json").read_text())
+    (first / "metrics.json").unlink()
+    (first / "cell.json").write_text(json.dumps({"id": CELLS[0], "hash": known["hash"], "split": known["split"]["hash"],
+                                                 "code": known["code"], "charmlib": known["versions"]["charmlib"]}))
+    record = yaml.safe_load((shards[0] / "grid.yaml").read_text())
+    record["cells"].append({**record["cells"][0], "id": "extra"})
+    (shards[0] / "grid.yaml").write_text(yaml.safe_dump(record))
+    edit(shards[1] / CELLS[1] / "metrics.json", lambda m: m["versions"].update(torch="2.0"))
+    with pytest.raises(GridError, match="the version of torch differs"):
+        merge_grids(tmp_path / "all", shards)
+
+
+def test_a_cell_that_is_being_worked_on_is_neither_replaced_nor_merged(shards, tmp_path):
+    """A copy over it took its lease along, and it was trained twice at once."""
+    target = tmp_path / "out" / CELLS[0]
+    held = lease.take(target)
+    with pytest.raises(GridError, match="is being worked on by process"):
+        bring_cell(shards[0] / CELLS[0], target)
+    with pytest.raises(GridError, match="is being worked on by process"):
+        remove_cell(target)
+    assert (target / ".lease").is_file() and not list((tmp_path / "out").glob("*.half"))
+    held.release()
+    assert bring_cell(shards[0] / CELLS[0], target)
+    theirs = lease.take(shards[1] / CELLS[1])
+    with pytest.raises(GridError, match="is being worked on by process"):
+        merge_grids(tmp_path / "all", shards)
+    theirs.release()
 
 
 def test_other_parameters_are_refused(shards, tmp_path):

@@ -169,7 +169,7 @@ def _read(folder: Path) -> dict:
         held = json.loads((folder / NAME).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    return held if _KEYS <= held.keys() else {}  # written in one piece, so else it is damage; whoever held it will notice
+    return held if held.keys() >= _KEYS else {}  # written in one piece, so else it is damage; whoever held it will notice
 
 
 def _now(folder: Path) -> float:

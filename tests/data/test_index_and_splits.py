@@ -85,7 +85,8 @@ def test_nothing_odd_passes_silently(tmp_path):
     assert "00000003_000.png" not in frame.index
 
 
-def test_unreadable_images_are_left_out_and_named(phantoms, tmp_path):
+def test_unreadable_images_are_left_out_and_named(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "cache"))  # a cache of the sound files would serve for their copy, too
     root = tmp_path / "copy"
     shutil.copytree(phantoms, root)
     victim = sorted((root / "images_001/images").iterdir())[5]

@@ -7,6 +7,9 @@ import time
 
 from charmlib.params import ParameterError
 
+KAGGLE_WEEK = 30
+"""GPU hours a week of a free account; a session with two cards counts once."""
+
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 

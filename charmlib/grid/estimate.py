@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -37,7 +37,7 @@ def kind(params: Mapping, row: Mapping) -> str:
     return "frozen" if row["stage"] == "1" and int(row["epoch"]) < params["stage1_frozen_epochs"] else row["stage"]
 
 
-def paces(folder: Path, cells: Iterable[Cell]) -> dict[str, Pace]:
+def paces(folder: Path, cells: Sequence[Cell]) -> dict[str, Pace]:
     """The pace of each cell: from cells of about its cost where there are any, else from all that has run."""
     rows, totals = [], []
     for cell in cells:
@@ -57,8 +57,8 @@ def paces(folder: Path, cells: Iterable[Cell]) -> dict[str, Pace]:
                     median(s["score"] for s in finished) if finished else None,
                     min(s["overhead"] or 0.0 for s in finished) if finished else None)  # of one that nothing interrupted
 
-    known: dict[tuple, Pace] = {}
-    return {cell.id: known.setdefault(_cost(cell), pace(_cost(cell))) for cell in cells}
+    known = {cost: pace(cost) for cost in {_cost(cell) for cell in cells}}
+    return {cell.id: known[_cost(cell)] for cell in cells}
 
 
 def _cost(cell: Cell) -> tuple:

@@ -21,7 +21,7 @@ from charmlib.evaluation.results import load_metrics
 from charmlib.files import write_text, write_whole
 from charmlib.grid import estimate
 from charmlib.grid.board import leaderboard
-from charmlib.grid.budget import Budget, hours, seconds_of
+from charmlib.grid.budget import KAGGLE_WEEK, Budget, hours, seconds_of
 from charmlib.grid.cells import (
     GridError,
     cell_hash,
@@ -211,37 +211,32 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
     """Each cell, where it stands and how long it still takes."""
-    pace = estimate.paces(folder, grid.cells)
-    for cell in grid.cells:
-        left = estimate.remaining(cell, folder / cell.id, pace[cell.id])
+    seconds = _seconds_left(grid, grid, folder)
+    for cell, left in zip(grid.cells, seconds):
         status = cell_status(folder / cell.id)
         if status == "done" and changes(load_metrics(folder / cell.id)["params"], cell.params):
             status = "done with other settings (refused without --rerun-changed)"
         say(f"{cell.id}: {status}" + (f", at most {hours(left)} left" if left else ""))
     say(f"{len(grid.cells)} cells in {folder}; nothing was run")
     at_once = means.workers or max(1, len(gpus()))
-    total = _seconds_left(grid, grid, folder)
-    if total is None:
+    if None in seconds:
         say("how long they take is known once one epoch has been timed here")
     else:
+        total = sum(seconds)
         more = f", {hours(total / at_once)} with {at_once} at once" if at_once > 1 else ""
         say(f"at most {total / 3600:.2f} GPU hours are left{more}: {total / at_once / 3600 / KAGGLE_WEEK:.1%} of Kaggle's "
             f"{KAGGLE_WEEK} session hours a week")
 
 
-KAGGLE_WEEK = 30
-"""GPU hours a week of a free account; a session with two cards counts once."""
-
-
-def _seconds_left(grid: Grid, part: Grid, folder: Path) -> float | None:
+def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float | None]:
+    """Of each cell of a part, by what has run of the whole grid."""
     pace = estimate.paces(folder, grid.cells)
-    left = [estimate.remaining(cell, folder / cell.id, pace[cell.id]) for cell in part.cells]
-    return None if None in left else sum(left)
+    return [estimate.remaining(cell, folder / cell.id, pace[cell.id]) for cell in part.cells]
 
 
 def _time_left(grid: Grid, part: Grid, folder: Path) -> str:
     seconds = _seconds_left(grid, part, folder)
-    return "how long they take is not known yet" if seconds is None else f"at most {seconds / 3600:.2f} GPU hours"
+    return "how long they take is not known yet" if None in seconds else f"at most {sum(seconds) / 3600:.2f} GPU hours"
 
 
 def _prepare(grid: Grid, folder: Path, say) -> dict[str, str]:

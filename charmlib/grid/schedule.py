@@ -69,32 +69,30 @@ class Schedule:
             raise
 
     def _start_one(self) -> bool:
-        job = next((j for j in self._order() if self._fits(j)), None)
+        pace = self._paces()
+        job = next((j for j in self._order(pace) if self._fits(j, pace)), None)
         if job is None:
             return False
         self.waiting.remove(job)
-        pace = self._paces()[job["id"]]
-        job = {**job, "deadline": self.budget.deadline, "scoring_seconds": pace.scoring}
+        job = {**job, "deadline": self.budget.deadline, "scoring_seconds": pace[job["id"]].scoring}
         self.running[self.cluster.submit(job)] = job
         return True
 
-    def _order(self) -> list[dict]:
+    def _order(self, pace) -> list[dict]:
         """Longest first under a budget, so that no long one is left for the end; else as in the grid file."""
         if self.budget.seconds is None:
             return self.waiting
-        pace = self._paces()
         return sorted(self.waiting, key=lambda job: -self._remaining(job, pace))
 
     def _remaining(self, job: dict, pace) -> float:
         left = estimate.remaining(self.cells[job["id"]], Path(job["folder"]), pace[job["id"]])
         return float("inf") if left is None else left
 
-    def _fits(self, job: dict) -> bool:
+    def _fits(self, job: dict, pace) -> bool:
         left = self.budget.left()
         if left == float("inf"):
             return True
-        pace = self._paces()[job["id"]]
-        return left > WRAP_UP + estimate.next_step(self.cells[job["id"]], Path(job["folder"]), pace)
+        return left > WRAP_UP + estimate.next_step(self.cells[job["id"]], Path(job["folder"]), pace[job["id"]])
 
     def _paces(self) -> dict[str, estimate.Pace]:
         return estimate.paces(self.folder, list(self.cells.values()))

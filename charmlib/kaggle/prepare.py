@@ -10,14 +10,14 @@ from pathlib import Path
 
 from charmlib.data.paths import KAGGLE_DATASETS
 from charmlib.files import write_json, write_text
-from charmlib.grid.budget import seconds_of
+from charmlib.grid.budget import KAGGLE_WEEK, seconds_of
 from charmlib.grid.spec import Grid, load_grid
 from charmlib.kaggle.errors import KaggleError
 from charmlib.kaggle.metadata import CODE_FILE, NO_GPU, T4, check_source, check_user, kernel_metadata, slug_of
 from charmlib.kaggle.render import grid_files, shard_notebook
 from charmlib.kaggle.state import READY, VOID, Kernel, Settings, State, load_state, new_state
 
-SESSION_HOURS, WEEK_HOURS = 12, 30
+SESSION_HOURS = 12
 _ON_KAGGLE = "/kaggle/"
 _DRAWN = "data/phantoms"
 _PLACES = ("data_root", "cache_dir", "csv", "weights", "split")
@@ -87,7 +87,7 @@ def grid_folder(grid: str | Path, out: str | Path | None = None) -> Path:
 def gpu_hours(settings: Settings) -> str:
     """What a push may cost of the week's hours."""
     hours = settings.shards * check_budget(settings.budget) / 3600
-    return (f"{settings.shards} sessions of at most {settings.budget}: up to {hours:g} of the week's {WEEK_HOURS} GPU hours "
+    return (f"{settings.shards} sessions of at most {settings.budget}: up to {hours:g} of the week's {KAGGLE_WEEK} GPU hours "
             "a round")
 
 

@@ -46,7 +46,8 @@ _DECLARED = [
     Param("data", "labels", str, "real", "shuffled is a control that must score 0.5; never ranked", ("real", "shuffled")),
     Param("data", "split", str, "official", "official lists, random by patient, or a folder with train/valid/test.txt",
           ("official", "patient"), also="a folder"),
-    Param("data", "valid_fraction", float, 0.1, "share of the train_val patients kept for validation", low=0.01, high=0.5),
+    Param("data", "valid_fraction", float, 0.1, "share of the train_val patients kept for validation; 0 trains on them all",
+          low=0, high=0.5),
     Param("data", "image_size", int, 224, "pixels a side; the published runs use 224", low=16, high=1024),
     Param("data", "aspect", str, "stretch", "pictures that are not square: stretch, pad with black, or crop about the middle",
           ("stretch", "pad", "crop")),
@@ -60,21 +61,31 @@ _DECLARED = [
     Param("network", "use_momentum", bool, True, "the momentum branch of CHARM"),
     Param("network", "use_attention", bool, True, "the multi-scale attention of CHARM"),
     Param("network", "use_bank", bool, True, "the rare memory bank of CHARM and MemAug"),
+    Param("network", "attention", str, "layers", "weights of the attention: four convolutions, or their one filter directly",
+          ("layers", "filter")),
     Param("network", "momentum", float, 0.99, "m of the momentum encoder, and of nothing else", low=0, high=1),
     Param("network", "k", int, 5, "slots retrieved for an image", low=1),
-    Param("network", "threshold", float, 0.2, "rarity above (rule published: below) which a feature is stored", low=0),
+    Param("network", "threshold", float, 0.2,
+          "rarity above (rule published: below) which a feature is stored; share of the batch where scores are ranked", low=0),
     Param("network", "bank_size", int, 512, "slots in the bank", low=1, high=65536),
-    Param("network", "strategy", str, "rarity", "what the bank judges a feature by", ("rarity",)),
+    Param("network", "strategy", str, "rarity", "what the bank judges a feature by",
+          ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard")),
     Param("network", "rule", str, "rare", "rare keeps the odd ones, published the usual ones, angle by direction",
           ("rare", "published", "angle")),
     Param("network", "retrieval", str, "softmax", "weights of the slots: softmax of cosines, raw cosines, or gated from 0",
           ("softmax", "cosine", "gated")),
     Param("network", "bank_norm", str, "both", "what is scaled to unit length before the similarity",
           ("both", "query", "memory", "none")),
+    Param("network", "normalize_retrieved", bool, False, "scale what was retrieved to the query's length, as MemAug does"),
+    Param("network", "bank_momentum", float, 0.9, "of the running mean that strategy statistical keeps, in stage 1",
+          low=0, high=1),
+    Param("network", "stage2_bank_momentum", float, 0.9999, "the same in stage 2", low=0, high=1),
     Param("network", "dropout", float, 0.3, "dropout of the head", low=0, high=0.99),
     Param("network", "hidden", int, 512, "hidden width of the head", low=1),
     # training
-    Param("training", "stage1_frozen_epochs", int, 3, "stage 1 (images with a finding): head alone first", low=0),
+    Param("training", "stage1_images", str, "findings", "images of stage 1: those with a finding, or all",
+          ("findings", "all")),
+    Param("training", "stage1_frozen_epochs", int, 3, "stage 1: head alone first", low=0),
     Param("training", "stage1_epochs", int, 20, "then the whole network, at most so many epochs", low=0),
     Param("training", "stage1_batch", int, 64, "batch of stage 1", low=2),
     Param("training", "stage1_lr", float, 0.0, "0 asks the learning-rate finder; grids pin a number", low=0),
@@ -94,6 +105,8 @@ _DECLARED = [
     Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
     Param("run", "workers", int, 2, "processes that decode images for the cache", low=0),
     Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU: 50 KB an image at 224"),
+    Param("run", "grad_checkpointing", bool, False,
+          "compute activations again in the backward pass instead of keeping them: less GPU memory, same result, slower"),
     Param("run", "compile", bool, False, "torch.compile of the backbone; needs a card of sm_70 or newer (a T4), not a P100"),
     Param("run", "device", str, "auto", "auto takes the GPU if this torch has kernels for it", ("auto", "cpu", "cuda")),
     Param("run", "resume", bool, True, "continue from the last finished epoch of run_dir"),
@@ -102,7 +115,7 @@ _DECLARED = [
 PARAMS: dict[str, Param] = {p.name: p for p in _DECLARED}
 DEFAULTS: dict[str, Any] = {p.name: p.default for p in _DECLARED}
 
-UNHASHED = ("run_dir", "cache_dir", "data_root", "workers", "device", "resume", "preload")
+UNHASHED = ("run_dir", "cache_dir", "data_root", "workers", "device", "resume", "preload", "grad_checkpointing")
 """Parameters that say where and how a run happens, not what it is; they stay out of a cell's hash."""
 
 ARCHS = ("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "efficientnet_b0", "efficientnet_b1", "mobilenet_v2",
@@ -198,6 +211,14 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
     if out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"):
         raise ParameterError(f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, "
                              "or norm: half for inputs in [-1, 1].")
+    if out["grad_checkpointing"] and out["compile"]:
+        raise ParameterError("parameters 'grad_checkpointing' and 'compile' cannot be used together; switch one off.")
+    if out["use_bank"] and out["strategy"] == "statistical" and out["rule"] == "angle":
+        raise ParameterError("parameter 'rule': 'angle' has no running mean of norms; with strategy statistical say rare or "
+                             "published.")
+    if out["valid_fraction"] == 0 and out["patience"]:
+        raise ParameterError(f"parameter 'patience': {out['patience']} looks at the validation part, and valid_fraction 0 "
+                             "leaves none; say patience: 0.")
     if out["classes"] == "own" and not out["csv"]:
         raise ParameterError("parameter 'classes': 'own' needs 'csv', the table that holds your labels.")
     if out["stage1_epochs"] + out["stage1_frozen_epochs"] + out["stage2_epochs"] == 0:

@@ -17,7 +17,8 @@ LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first",
         "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
 
 _NEEDS = {"momentum": "use_momentum", **dict.fromkeys(
-    ("k", "threshold", "bank_size", "strategy", "rule", "retrieval", "bank_norm"), "use_bank")}
+    ("k", "threshold", "bank_size", "strategy", "rule", "retrieval", "bank_norm", "normalize_retrieved", "bank_momentum",
+     "stage2_bank_momentum"), "use_bank")}
 """An axis says nothing about a cell whose part is switched off, and stays blank there."""
 
 

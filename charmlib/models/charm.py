@@ -20,7 +20,7 @@ class CharmNet(nn.Module):
         q = final(f)                        (B, D, H, W)
         r = mean(q * attention(q))          region feature (B, D); mean(q) without attention
         z = r + mean(momentum(f))           fused feature;         r without the momentum branch
-        logits = head(bank(z))              z + retrieved;         z without the bank
+        logits = head(z + bank's answer)                           head(z) without the bank
 
     With all three switched off this is the plain network, with the bank alone it is MemAug. It works in any loop::
 
@@ -38,7 +38,7 @@ class CharmNet(nn.Module):
         C.
     norm : {'auto', 'imagenet', 'half'}
         What the input was normalised with, kept as ``mean`` and ``std`` for the loaders. 'auto' asks the weights.
-    momentum, k, threshold, bank_size, strategy, rule, retrieval, bank_norm, dropout, hidden
+    momentum, k, threshold, bank_size, strategy, rule, retrieval, bank_norm, normalize_retrieved, bank_momentum, dropout, hidden
         See the parts.
 
     Raises
@@ -51,7 +51,8 @@ class CharmNet(nn.Module):
                  norm: str = "auto", use_momentum: bool = True, use_attention: bool = True, use_bank: bool = True,
                  momentum: float = 0.99, k: int = 5, threshold: float = 0.2, bank_size: int = 512,
                  strategy: str = "rarity", rule: str = "rare", retrieval: str = "softmax", bank_norm: str = "both",
-                 dropout: float = 0.3, hidden: int = 512):
+                 normalize_retrieved: bool = False, bank_momentum: float = 0.9, dropout: float = 0.3,
+                 hidden: int = 512):
         super().__init__()
         backbone = split_backbone(arch, weights)
         self.arch, self.classes, self.features = arch, classes, backbone.features
@@ -60,7 +61,8 @@ class CharmNet(nn.Module):
         self.momentum = MomentumEncoder(self.final, momentum) if use_momentum else None
         self.attention = MultiScaleAttention(self.features) if use_attention else None
         self.bank = RareMemoryBank(self.features, classes, size=bank_size, k=k, threshold=threshold, strategy=strategy,
-                                   rule=rule, retrieval=retrieval, bank_norm=bank_norm) if use_bank else None
+                                   rule=rule, retrieval=retrieval, bank_norm=bank_norm,
+                                   normalize_retrieved=normalize_retrieved, bank_momentum=bank_momentum) if use_bank else None
         self.head = ClassifierHead(self.features, classes, hidden=hidden, dropout=dropout)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -76,9 +78,7 @@ class CharmNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> logits (B, C)."""
         z = self.embed(x)
-        if self.bank is not None:
-            z = self.bank(z)
-        return self.head(z)
+        return self.head(z) if self.bank is None else self.bank(z, self.head)
 
     @torch.no_grad()
     def update_momentum(self, skipped: Tensor | None = None) -> None:

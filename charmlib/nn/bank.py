@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STRATEGIES = ("rarity",)
+from charmlib.nn.strategies import STRATEGIES
+
 RULES = ("rare", "published", "angle")
 RETRIEVALS = ("softmax", "cosine", "gated")
 NORMS = ("both", "query", "memory", "none")
 
 
 class RareMemoryBank(nn.Module):
-    """A ring of remembered features; a query is answered by its ``k`` most similar slots.
+    """Remembered features; a query is answered by its ``k`` most similar slots.
 
     Called on features ``z`` it returns ``z' = z + sum_j w_j m_j`` (MemAug, ISCIT 2024, eq. 5 and 6) and, in training
-    mode, writes the accepted ones of ``z`` afterwards, so that no sample meets itself. In eval mode it is frozen.
-    An empty bank gives z' = z.
+    mode, writes some of ``z`` afterwards, so that no sample meets itself. In eval mode it is frozen. An empty bank gives
+    z' = z.
 
-    What is accepted, with ``mu`` the batch mean of ``||z||`` (eq. 3 and 4) and ``zbar`` the batch's mean vector:
-
-    - ``rare``: ``r = | ||z|| - mu | / mu`` above the threshold, as the paper's text says;
-    - ``published``: r *below* the threshold, as its code does;
-    - ``angle``: ``1 - cos(z, zbar)`` above the threshold, as its figure shows.
+    What is written, and over which slots, is the ``strategy``'s to say (:mod:`charmlib.nn.strategies`): by default ('rarity')
+    features of odd length go into a ring.
 
     How slots are weighted: ``softmax`` of the k similarities (MemAug eq. 6), ``cosine`` the raw similarities
     (CHARM's code), or ``gated``: softmax times one learned scalar that starts at 0.
 
     Differs from the published code: a slot knows which image it holds, and a query's own image is left out by that,
-    not by its similarity; slots not yet filled are never retrieved; state lives in buffers, so a checkpoint, the
-    learning-rate finder and a resumed run restore it; and neither writing nor reading loops over the batch or waits
-    for the GPU.
+    not by its similarity; slots not yet filled are never retrieved; of a batch with overflow nothing is stored; state lives
+    in buffers, so a checkpoint, the learning-rate finder and a resumed run restore it; and neither writing nor reading
+    loops over the batch or waits for the GPU.
 
     Parameters
     ----------
@@ -44,13 +44,21 @@ class RareMemoryBank(nn.Module):
     k : int
         Slots per query, 1 to N.
     threshold : float
-        See the rules above; 0 or more.
-    strategy : {'rarity'}
+        0 or more: of the score for the strategies 'rarity' and 'statistical'; the share of the batch that is kept for
+        'entropy', 'diversity' and 'hybrid'; not used by the others.
+    strategy : {'rarity', 'statistical', 'entropy', 'diversity', 'hybrid', 'fifo', 'reservoir', 'hard'}
         What a feature is judged by.
-    rule, retrieval : str
+    rule : {'rare', 'published', 'angle'}
+        Which rarity, and which side of the threshold: see :class:`charmlib.nn.strategies.Rarity`.
+    retrieval : {'softmax', 'cosine', 'gated'}
         As above.
     bank_norm : {'both', 'query', 'memory', 'none'}
         What is scaled to unit length before the dot product; 'both' is the cosine.
+    normalize_retrieved : bool
+        Scale the weighted sum of slots to the query's length (MemAug's code; a gate comes after).
+    bank_momentum : float
+        Of the running mean that the strategy 'statistical' keeps, 0 to 1; no other strategy uses it. May be set between
+        stages.
 
     Raises
     ------
@@ -59,7 +67,8 @@ class RareMemoryBank(nn.Module):
     """
 
     def __init__(self, features: int, classes: int, *, size: int = 512, k: int = 5, threshold: float = 0.2,
-                 strategy: str = "rarity", rule: str = "rare", retrieval: str = "softmax", bank_norm: str = "both"):
+                 strategy: str = "rarity", rule: str = "rare", retrieval: str = "softmax", bank_norm: str = "both",
+                 normalize_retrieved: bool = False, bank_momentum: float = 0.9):
         super().__init__()
         for name, value, allowed in (("strategy", strategy, STRATEGIES), ("rule", rule, RULES),
                                      ("retrieval", retrieval, RETRIEVALS), ("bank_norm", bank_norm, NORMS)):
@@ -69,8 +78,14 @@ class RareMemoryBank(nn.Module):
             raise ValueError(f"wanted 1 <= k <= size, got k={k}, size={size}")
         if threshold < 0:
             raise ValueError(f"threshold must be 0 or more, got {threshold}")
+        if not 0 <= bank_momentum <= 1:
+            raise ValueError(f"bank_momentum must be in [0, 1], got {bank_momentum}")
+        if strategy == "statistical" and rule == "angle":
+            raise ValueError("strategy 'statistical' keeps a running mean of lengths and has no rule 'angle'")
         self.size, self.k, self.threshold = size, k, threshold
         self.strategy, self.rule, self.retrieval, self.bank_norm = strategy, rule, retrieval, bank_norm
+        self.normalize_retrieved, self.bank_momentum = normalize_retrieved, bank_momentum
+        self.policy = STRATEGIES[strategy]()
         self.gate = nn.Parameter(torch.zeros(())) if retrieval == "gated" else None
 
         self.register_buffer("slots", torch.zeros(size, features))
@@ -89,13 +104,19 @@ class RareMemoryBank(nn.Module):
         """
         self._expected = (ids, labels)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """(B, D) -> (B, D): retrieve, then (in training mode) write. Computed and returned in float32.
+    def forward(self, z: Tensor, predict: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(B, D) -> z' (B, D), in float32: retrieve, then (in training mode) write.
+
+        Parameters
+        ----------
+        predict : callable
+            z' (B, D) -> logits (B, C), such as the head. Given, its logits are returned instead of z', and strategies that
+            judge by predictions or losses see them; 'entropy' and 'hard' cannot do without.
 
         Raises
         ------
         ValueError
-            ``expect`` announced a batch of another size.
+            ``expect`` announced a batch of another size; the strategy needs logits or labels and was given none.
         """
         expected, self._expected = self._expected, None
         ids = labels = None
@@ -107,17 +128,27 @@ class RareMemoryBank(nn.Module):
             ids = ids.to(z.device)
         with torch.autocast(device_type=z.device.type, enabled=False):
             z = z.float()
-            _, weights, values = self.retrieve(z, ids)
-            out = z + torch.einsum("bk,bkd->bd", weights, values)
-            if self.training:
-                self.write(z, ids, labels)
-        return out
+            answer = z + self.answer(z, ids)
+        if predict is not None:
+            answer = predict(answer)
+        if self.training:
+            with torch.autocast(device_type=z.device.type, enabled=False):
+                self.write(z, ids, labels, None if predict is None else answer)
+        return answer
+
+    def answer(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
+        """What the bank adds to each query, (B, D): the weighted sum of its slots, scaled and gated as set up."""
+        _, weights, values = self.retrieve(z, ids)
+        found = torch.einsum("bk,bkd->bd", weights, values)
+        if self.normalize_retrieved:
+            found = F.normalize(found, dim=1) * torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        return found if self.gate is None else self.gate * found
 
     def retrieve(self, z: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The slots that answer each query.
 
         Returns slot numbers (B, k), best first and -1 where fewer than k slots may answer, their weights (B, k;
-        0 there) and their features (B, k, D). Gradients flow into the query through the weights.
+        0 there; before the gate) and their features (B, k, D). Gradients flow into the query through the weights.
         """
         query = F.normalize(z, dim=1) if self.bank_norm in ("both", "query") else z
         lengths = None
@@ -141,54 +172,51 @@ class RareMemoryBank(nn.Module):
             weights = top
         else:
             weights = torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
-            if self.gate is not None:
-                weights = self.gate * weights
         return index.masked_fill(~valid, -1), weights, values
 
     @torch.no_grad()
-    def scores(self, z: Tensor) -> Tensor:
-        """Rarity of each of a batch, (B,): r for the rules 'rare' and 'published', 1 - cos for 'angle'."""
-        if self.rule == "angle":
-            return 1 - F.cosine_similarity(z, z.mean(0, keepdim=True), dim=1)
-        norm = z.norm(dim=1)
-        mean = norm.mean()
-        return (norm - mean).abs() / mean.clamp(min=1e-12)
+    def write(self, z: Tensor, ids: Tensor | None = None, labels: Tensor | None = None, logits: Tensor | None = None) -> None:
+        """Offer (B, D) to the strategy and store what it takes; of a batch with infinite or undefined features nothing.
 
-    @torch.no_grad()
-    def write(self, z: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> None:
-        """Store the accepted of (B, D) in batch order at the ring's pointer, the oldest slots giving way.
+        ``ids`` (B,), ``labels`` (B, C) of 0, 1 or NaN and ``logits`` (B, C) as in :meth:`expect` and :meth:`forward`.
 
-        Accepted rows are sorted to the front and the rows behind them rewrite what their slots already hold, so
-        shapes never depend on the data and the device is never waited for.
+        Raises
+        ------
+        ValueError
+            The strategy needs logits or labels and was given none.
         """
-        z = z.detach()
-        score = self.scores(z)
-        keep = score < self.threshold if self.rule == "published" else score > self.threshold
-        count = keep.sum()
-        batch, rows = len(z), min(len(z), self.size)
-        dropped = (count - rows).clamp(min=0)  # only when a batch brings more than the bank holds: the last ones stay
-        rank = torch.cumsum(keep, 0) - 1
-        keep = keep & (rank >= dropped)
-        order = torch.argsort((~keep).to(torch.uint8), stable=True)[:rows]
-        where = (self.pointer + dropped + torch.arange(rows, device=z.device)) % self.size
-        fresh = torch.arange(rows, device=z.device) < count - dropped
-
+        if self.policy.needs_logits and logits is None:
+            raise ValueError(f"strategy '{self.strategy}' judges by predictions: call bank(z, predict=head)")
+        if self.policy.needs_labels and labels is None:
+            raise ValueError(f"strategy '{self.strategy}' judges by the loss: call bank.expect(ids, labels) before the batch")
+        z, batch = z.detach(), len(z)
         if ids is None:
             ids = torch.full((batch,), -1, device=z.device)
         if labels is None:
-            labels = torch.full((batch, self.slot_labels.shape[1]), -1, device=z.device)
-        labels = torch.nan_to_num(torch.as_tensor(labels).to(z.device).as_subclass(Tensor).float(), nan=-1.0).to(torch.int8)
-        step = self.steps.expand(batch)
+            labels = torch.full((batch, self.slot_labels.shape[1]), torch.nan, device=z.device)
+        labels = torch.as_tensor(labels).to(z.device).as_subclass(Tensor).float()
+        if logits is not None:
+            logits = logits.detach().float()
+
+        finite = torch.isfinite(z).all()
+        score, keep = self.policy.judge(self, z, logits, labels)
+        taken, slot = self.policy.place(self, keep & finite & torch.isfinite(score), score, ids)
+
+        # Rows that are not stored repeat the first one that is; where none is, they rewrite what their slot holds.
+        first = taken.to(torch.uint8).argmax().view(1)
+        row = torch.where(taken, torch.arange(batch, device=z.device), first)
+        slot = torch.where(taken, slot, slot.index_select(0, first))
+        some = taken.any()
+        labels = torch.nan_to_num(labels, nan=-1.0)
         for store, new in ((self.slots, z), (self.slot_ids, ids), (self.slot_labels, labels),
-                           (self.slot_steps, step), (self.slot_scores, score)):
-            mask = fresh[:, None] if store.dim() == 2 else fresh
-            store.index_copy_(0, where, torch.where(mask, new[order].to(store.dtype), store[where]))
-        self.pointer.copy_((self.pointer + count) % self.size)
-        self.filled.copy_((self.filled + count).clamp(max=self.size))
+                           (self.slot_steps, self.steps.expand(batch)), (self.slot_scores, score)):
+            store.index_copy_(0, slot, torch.where(some, new[row].to(store.dtype), store[slot]))
+        self.filled.copy_(torch.maximum(self.filled, torch.where(taken, slot + 1, 0).amax()))
         self.steps += 1
-        self.seen += batch
-        self.accepted += count
+        self.seen += batch * finite
+        self.accepted += taken.sum()
 
     def extra_repr(self) -> str:
         return (f"features={self.slots.shape[1]}, size={self.size}, k={self.k}, threshold={self.threshold}, "
-                f"rule={self.rule}, retrieval={self.retrieval}, bank_norm={self.bank_norm}")
+                f"strategy={self.strategy}, rule={self.rule}, retrieval={self.retrieval}, bank_norm={self.bank_norm}, "
+                f"normalize_retrieved={self.normalize_retrieved}")

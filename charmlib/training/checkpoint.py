@@ -16,7 +16,7 @@ from charmlib.models.charm import CharmNet
 from charmlib.training.device import place
 
 _NETWORK = ("arch", "use_momentum", "use_attention", "use_bank", "momentum", "k", "threshold", "bank_size", "strategy",
-            "rule", "retrieval", "bank_norm", "dropout", "hidden")
+            "rule", "retrieval", "bank_norm", "normalize_retrieved", "bank_momentum", "dropout", "hidden")
 
 
 def network_params(params: Mapping) -> dict:

@@ -22,7 +22,8 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
                   weights: str | Path = "imagenet", norm: str = "auto", use_momentum: bool = True,
                   use_attention: bool = True, use_bank: bool = True, momentum: float = 0.99, k: int = 5,
                   threshold: float = 0.2, bank_size: int = 512, strategy: str = "rarity", rule: str = "rare",
-                  retrieval: str = "softmax", bank_norm: str = "both", dropout: float = 0.3, hidden: int = 512,
+                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
+                  bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512,
                   loss: str | MultiLabelLoss = "bce", weight_decay: float = 0.01, precision: str = "auto",
                   seed: int | None = None, path: str | Path | None = None, cbs: Sequence = (), **learner) -> Learner:
     """A Learner whose ``lr_find``, ``fine_tune``, ``fit_one_cycle``, ``show_results`` and callbacks are fastai's own.
@@ -54,7 +55,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
         net = CharmNet(arch, len(dls.vocab), weights=weights, norm=norm, use_momentum=use_momentum,
                        use_attention=use_attention, use_bank=use_bank, momentum=momentum, k=k, threshold=threshold,
                        bank_size=bank_size, strategy=strategy, rule=rule, retrieval=retrieval, bank_norm=bank_norm,
-                       dropout=dropout, hidden=hidden)
+                       normalize_retrieved=normalize_retrieved, bank_momentum=bank_momentum, dropout=dropout, hidden=hidden)
     if net.classes != len(dls.vocab):
         raise ValueError(f"the network has {net.classes} classes, the data {len(dls.vocab)}")
     scale = next(t for t in dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))

@@ -126,7 +126,9 @@ class Run:
                                  preload=self.params["preload"], device=self.device, path=self.folder)
 
     def learner(self, stage: int = 2):
-        """A fastai Learner of a stage around the run's network."""
+        """A fastai Learner of a stage around the run's network, whose bank then has the stage's ``bank_momentum``."""
+        if self.net.bank is not None:
+            self.net.bank.bank_momentum = self.params["bank_momentum" if stage == 1 else "stage2_bank_momentum"]
         return charm_learner(self.dataloaders(stage), net=self.net, loss=self.params[f"stage{stage}_loss"],
                              weight_decay=self.params["weight_decay"], precision=self.precision, path=self.folder)
 

@@ -1,0 +1,217 @@
+"""What a memory bank takes of a batch, and which slots give way: the seven strategies of MemAug and the loss-aware one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Strategy(nn.Module):
+    """Judges a batch for a :class:`charmlib.nn.RareMemoryBank` and says where what it takes goes.
+
+    ``judge`` gives a score (B,) and what may be stored (B,) bool; ``place`` gives what is stored (B,) bool and the slot of
+    each row (B,), in range for all rows and different for all that are stored. Unless a strategy says otherwise, accepted rows
+    go in batch order to the ring's pointer, the oldest slots giving way. Shapes never depend on the data and nothing is
+    read from the device, so a GPU is never waited for.
+    """
+
+    needs_logits = needs_labels = False
+
+    def judge(self, bank, z: Tensor, logits: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def place(self, bank, keep: Tensor, score: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return ring(bank, keep)
+
+
+class Rarity(Strategy):
+    """Odd lengths: ``r_i = | ||z_i|| - mu | / mu``, mu the batch mean of ``||z||`` (MemAug, ISCIT 2024, eq. 3 and 4; CHARM).
+
+    Kept where r is above the threshold (rule 'rare', the papers' text), below it (rule 'published', both papers' code), or
+    where ``1 - cos(z_i, zbar)`` is above it, zbar the batch's mean vector (rule 'angle', CHARM's figure).
+    """
+
+    def judge(self, bank, z, logits, labels):
+        score = angle(z) if bank.rule == "angle" else rarity(z, z.norm(dim=1).mean())
+        return score, by_rule(bank, score)
+
+
+class Statistical(Strategy):
+    """Odd lengths beside a running mean M of ``||z||``: ``r_i = | ||z_i|| - M | / M`` (MemAug).
+
+    ``M <- b M + (1 - b) mu`` before each batch is judged, the first batch setting it; b is the bank's ``bank_momentum`` (0.9
+    in stage 1, 0.9999 in stage 2). With b = 0 it is :class:`Rarity`. Rules 'rare' and 'published' as there, no 'angle'.
+
+    Differs from the published code in the rule only, which there is 'published'.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean_norm", torch.zeros(()))
+
+    def judge(self, bank, z, logits, labels):
+        now = z.norm(dim=1).mean()
+        mean = torch.where(bank.seen == 0, now, torch.lerp(now, self.mean_norm, bank.bank_momentum))
+        self.mean_norm.copy_(torch.where(torch.isfinite(now), mean, self.mean_norm))  # an overflow must not stay in it
+        score = rarity(z, self.mean_norm)
+        return score, by_rule(bank, score)
+
+
+class Entropy(Strategy):
+    """The most uncertain: mean over classes of ``-p log p - (1 - p) log(1 - p)``, in nats, p the predicted probability.
+
+    Kept is the share ``threshold`` of the batch with the highest entropy. Published (MemAug) as "prediction entropy"; its code
+    takes ``-sum v log|v|`` of the normalised feature vector instead, which holds no prediction and, having negative
+    entries, is no entropy.
+    """
+
+    needs_logits = True
+
+    def judge(self, bank, z, logits, labels):
+        score = F.binary_cross_entropy_with_logits(logits, torch.sigmoid(logits), reduction="none").mean(1)
+        return score, top_share(score, bank.threshold)
+
+
+class Diversity(Strategy):
+    """Least like what is there: ``1 - max_j cos(z_i, m_j)`` over the filled slots (MemAug); 1 for an empty bank.
+
+    Kept is the share ``threshold`` of the batch with the highest score, or all of it where all are equal. The published code
+    compares strictly, so that its bank, empty and scoring all alike, never takes a first feature.
+    """
+
+    def judge(self, bank, z, logits, labels):
+        score = novelty(bank, z)
+        return score, top_share(score, bank.threshold)
+
+
+class Hybrid(Strategy):
+    """Odd and new: ``0.5 rarity + 0.5 novelty``, the scores of :class:`Rarity` and :class:`Diversity` (MemAug, weight 0.5).
+
+    Kept is the share ``threshold`` of the batch with the highest score, so high rarity counts whatever the rule (also in the
+    published code); the rule 'angle' takes the angle for it.
+    """
+
+    weight = 0.5
+
+    def judge(self, bank, z, logits, labels):
+        odd = angle(z) if bank.rule == "angle" else rarity(z, z.norm(dim=1).mean())
+        score = torch.lerp(odd, novelty(bank, z), self.weight)
+        return score, top_share(score, bank.threshold)
+
+
+class Fifo(Strategy):
+    """Everything, oldest out: the bank holds the last N features (MemAug). All scores are 0."""
+
+    def judge(self, bank, z, logits, labels):
+        return z.new_zeros(len(z)), torch.ones(len(z), dtype=torch.bool, device=z.device)
+
+
+class Reservoir(Strategy):
+    """A uniform sample of everything seen: after n features each is held with probability N / n (MemAug).
+
+    Exact, by Vitter's algorithm R (ACM TOMS 11, 1985): feature number t (from 0) goes to slot t while there are free ones,
+    then to slot j drawn from 0 .. t, if j < N. Where two of a batch draw the same slot, the later one has it, as
+    one after the other. The published code stores with probability N / (batches x this batch's size) into a ring, whose
+    oldest slots give way, so its sample leans to the recent. All scores are 0.
+    """
+
+    def judge(self, bank, z, logits, labels):
+        return z.new_zeros(len(z)), torch.ones(len(z), dtype=torch.bool, device=z.device)
+
+    def place(self, bank, keep, score, ids):
+        batch = torch.arange(len(keep), device=keep.device)
+        number = bank.seen + batch
+        draw = torch.rand(len(keep), dtype=torch.float64, device=keep.device)  # float32 has too few values for a long run
+        slot = torch.where(number < bank.size, number, (draw * (number + 1)).long())
+        taken = keep & (slot < bank.size)
+        return taken & ~overtaken(slot, taken), slot.clamp(max=bank.size - 1)
+
+
+class Hard(Strategy):
+    """The hardest: keeps the N samples with the highest loss, the easiest giving way to harder ones.
+
+    The score is the binary cross-entropy of the prediction that the batch was trained on, mean over the classes whose label is
+    known. An image that the bank holds takes its new feature and its new loss into the slot that it has, so that no
+    slot keeps the loss of an early epoch. The threshold and the rule are not used.
+
+    From the loss-aware bank that MemAug's authors added later. Differs from that code, which scores 0.6 loss + 0.4 (1 - mean
+    |p - 0.5|), offers the highest 30 % of a batch only, never looks at a held sample again (so that losses of the first
+    epochs stay), and adapts k to the confidence of a first prediction: k is fixed here.
+    """
+
+    needs_logits = needs_labels = True
+
+    def judge(self, bank, z, logits, labels):
+        known = ~torch.isnan(labels)
+        loss = F.binary_cross_entropy_with_logits(logits, torch.nan_to_num(labels), reduction="none") * known
+        return loss.sum(1) / known.sum(1).clamp(min=1), known.any(1)
+
+    def place(self, bank, keep, score, ids):
+        keep = keep & ~overtaken(ids, keep & (ids >= 0))  # the last of an image that a batch holds twice
+        same = (ids[:, None] == bank.slot_ids) & (keep & (ids >= 0))[:, None]  # (B, N)
+        at_home, home = same.any(1), same.to(torch.uint8).argmax(1)
+
+        number = torch.arange(bank.size, device=keep.device)
+        ease = torch.where(number < bank.filled, bank.slot_scores.double(), number.double() - 1e9)  # free slots first, in order
+        ease = ease.masked_fill(same.any(0), torch.inf)
+        rows = min(len(keep), bank.size)
+        easiest = ease.topk(rows, largest=False).indices
+
+        # Hardest newcomer to easiest slot, next to next: those that are harder than their slot's holder make up, with the
+        # slots left, the N hardest of all.
+        wanting = score.masked_fill(~keep, -torch.inf).masked_fill(at_home, torch.inf)
+        position = torch.argsort(torch.argsort(wanting, descending=True, stable=True)) - at_home.sum()
+        slot = torch.where(at_home, home, easiest[position.clamp(0, rows - 1)])
+        fits = keep & (position + at_home.sum() < bank.size) & (score > ease[slot])
+        return at_home | fits, slot
+
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "rarity": Rarity, "statistical": Statistical, "entropy": Entropy, "diversity": Diversity, "hybrid": Hybrid, "fifo": Fifo,
+    "reservoir": Reservoir, "hard": Hard}
+
+
+def rarity(z: Tensor, mean: Tensor) -> Tensor:
+    """``| ||z_i|| - mean | / mean``, (B,)."""
+    return (z.norm(dim=1) - mean).abs() / mean.clamp(min=1e-12)
+
+
+def angle(z: Tensor) -> Tensor:
+    """``1 - cos(z_i, zbar)``, (B,)."""
+    return 1 - F.cosine_similarity(z, z.mean(0, keepdim=True), dim=1)
+
+
+def novelty(bank, z: Tensor) -> Tensor:
+    """``1 - max_j cos(z_i, m_j)`` over the filled slots, (B,); 1 for an empty bank."""
+    free = torch.arange(bank.size, device=z.device) >= bank.filled
+    similarity = F.normalize(z, dim=1) @ F.normalize(bank.slots, dim=1).T
+    nearest = similarity.masked_fill(free, -torch.inf).amax(1)
+    return 1 - torch.where(bank.filled > 0, nearest, torch.zeros_like(nearest))
+
+
+def by_rule(bank, score: Tensor) -> Tensor:
+    """Which scores the threshold lets in: those below it under the rule 'published', else those above."""
+    return score < bank.threshold if bank.rule == "published" else score > bank.threshold
+
+
+def top_share(score: Tensor, share: float) -> Tensor:
+    """The ``share`` of a batch with the highest scores, as a quantile of the batch: at least one row, and all where all tie."""
+    return score >= torch.quantile(score, 1 - min(share, 1.0))
+
+
+def ring(bank, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Accepted rows in batch order from the bank's pointer on, which moves behind them. Of more than N the last N stay."""
+    count = keep.sum()
+    rank = torch.cumsum(keep, 0) - 1
+    taken = keep & (rank >= count - bank.size)
+    slot = (bank.pointer + rank) % bank.size
+    bank.pointer.copy_((bank.pointer + count) % bank.size)
+    return taken, slot
+
+
+def overtaken(target: Tensor, among: Tensor) -> Tensor:
+    """Rows (B,) of ``among`` whose target a later row of ``among`` has too."""
+    order = torch.arange(len(target), device=target.device)
+    same = (target[:, None] == target) & among[:, None] & among & (order[:, None] < order)
+    return same.any(1)

@@ -288,9 +288,26 @@ def find_file(path: str | Path) -> Path:
     return path
 
 
-def load_params(path: str | Path) -> dict[str, Any]:
-    """A parameter file, checked: only what it sets, coerced."""
-    return {name: coerce(name, value, str(path)) for name, value in read_yaml(path).items()}
+def load_params(path: str | Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A parameter file, checked: only what it sets, coerced. A ``base`` beside it (and that one's) is laid below.
+
+    Raises
+    ------
+    ParameterError
+        As :func:`read_yaml` and :func:`coerce`; files that are each other's base.
+    """
+    path = find_file(path)
+    content = read_yaml(path)
+    base = content.pop("base", None)
+    own = {name: coerce(name, value, str(path)) for name, value in content.items()}
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise ParameterError(f"{path}: base is {base!r}, wanted the name of a file beside it.")
+    chain = (*above, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise ParameterError(f"{path}: its base {base} is based on this file itself.")
+    return {**load_params(path.parent / base, above=chain), **own}
 
 
 def parse_assignments(pairs, source: str = "-p") -> dict[str, Any]:

@@ -70,6 +70,23 @@ def test_bad_files_are_named(tmp_path):
         load_params(tmp_path / "charn.yaml")
 
 
+def test_a_file_holds_only_its_differences_from_its_base(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/first.yaml").write_text("k: 4\nseed: 1\n")
+    (tmp_path / "second.yaml").write_text("base: sub/first.yaml\nk: 3\n")
+    (tmp_path / "sub/third.yaml").write_text("base: ../second.yaml\nbank_size: 9\n")
+    assert load_params(tmp_path / "sub/third.yaml") == {"k": 3, "seed": 1, "bank_size": 9}
+    (tmp_path / "sub/first.yaml").write_text("base: third.yaml\n")
+    with pytest.raises(ParameterError, match="based on this file itself"):
+        load_params(tmp_path / "sub/third.yaml")
+    (tmp_path / "sub/first.yaml").write_text("base: [a]\n")
+    with pytest.raises(ParameterError, match=r"first\.yaml.*wanted the name of a file"):
+        load_params(tmp_path / "second.yaml")
+    (tmp_path / "sub/first.yaml").write_text("base: nothing.yaml\n")
+    with pytest.raises(ParameterError, match=r"no file .*nothing\.yaml"):
+        load_params(tmp_path / "second.yaml")
+
+
 def test_the_cell_text_runs_and_gives_the_defaults():
     namespace: dict = {}
     exec(cell_source(), namespace)

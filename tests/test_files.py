@@ -50,7 +50,7 @@ def test_every_result_of_a_run_is_synced_renamed_and_its_folder_synced(tiny, ord
     finish(tiny["run_dir"])
     steps = renamed(order)
     assert {"params.yaml", "resume.pt", "history.csv", "model.safetensors", "model.json", "predictions.npz", "resamples.npz",
-            "scored.json", "metrics.json"} <= set(steps)
+            "scored.json", "metrics.json", "bank_history.csv", "bank.csv"} <= set(steps)
     here = {p.name for p in Path(tiny["run_dir"]).iterdir()}
     assert here - set(steps) == {"log.txt"}
 

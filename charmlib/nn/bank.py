@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charmlib.nn.strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RULES = ("rare", "published", "angle")
 RETRIEVALS = ("softmax", "cosine", "gated")
@@ -215,6 +220,47 @@ class RareMemoryBank(nn.Module):
         self.steps += 1
         self.seen += batch * finite
         self.accepted += taken.sum()
+
+    @torch.no_grad()
+    def label_counts(self, findings: Sequence[int] | None = None) -> Tensor:
+        """How many filled slots hold each class, and how many hold none: (C + 1,) int64, on the bank's device.
+
+        ``findings`` are the columns that count as findings, all by default; a column 'No Finding' is none. The last number
+        counts slots none of whose findings is positive, those apart of which no label is known.
+        """
+        labels = self.slot_labels[:, list(findings)] if findings is not None else self.slot_labels
+        filled = torch.arange(self.size, device=labels.device) < self.filled
+        positive = (self.slot_labels == 1) & filled[:, None]
+        none = filled & ~(labels == 1).any(1) & (labels >= 0).any(1)
+        return torch.cat([positive.sum(0), none.sum()[None]])
+
+    def table(self, names: Sequence[str] | None = None, classes: Sequence[str] | None = None) -> pd.DataFrame:
+        """The filled slots, one row each, in the order of their numbers.
+
+        Columns: ``slot``; ``image``, its id, or its name where ``names`` gives those of all ids; ``labels``, the positive ones
+        as the NIH writes them ('Effusion|Mass', 'No Finding'; blank where all are unknown); ``step``, the training batch that
+        wrote it, from 0; ``score``, what it was judged by; then one column a class of 0, 1 or <NA>, named by ``classes``, or
+        numbered. An image that nobody announced (see :meth:`expect`) is <NA>.
+
+        Raises
+        ------
+        ValueError
+            As many class names as classes are wanted.
+        """
+        import pandas as pd
+
+        labels = self.slot_labels[:int(self.filled)].cpu().numpy()
+        classes = [str(c) for c in range(labels.shape[1])] if classes is None else [str(c) for c in classes]
+        if len(classes) != labels.shape[1]:
+            raise ValueError(f"the bank's slots have {labels.shape[1]} labels, {len(classes)} class names were given")
+        ids, steps, scores = (store[:len(labels)].tolist() for store in (self.slot_ids, self.slot_steps, self.slot_scores))
+        images = [pd.NA if i < 0 else i if names is None else names[i] for i in ids]
+        text = ["|".join(c for c, value in zip(classes, row) if value == 1) or ("No Finding" if (row >= 0).any() else "")
+                for row in labels]
+        values = pd.DataFrame(labels, columns=classes).astype("Int8")
+        images = pd.array(images, dtype="Int64" if names is None else "string")
+        slots = pd.DataFrame({"slot": range(len(labels)), "image": images, "labels": text, "step": steps, "score": scores})
+        return pd.concat([slots, values.mask(values < 0)], axis=1)
 
     def extra_repr(self) -> str:
         return (f"features={self.slots.shape[1]}, size={self.size}, k={self.k}, threshold={self.threshold}, "

@@ -14,6 +14,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 
 from charmlib import watch
+from charmlib.data.labels import NO_FINDING
 from charmlib.files import write_whole
 
 HISTORY = ("stage", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "bank_filled", "bank_accepted")
@@ -134,6 +135,9 @@ class EpochRecord(Callback):
 
     The training loss is the plain mean over the epoch's batches; fastai's smoothed one carries over from epoch to
     epoch, which a resumed run could not repeat. Epochs before ``start`` are being skipped and get no row.
+
+    Beside the columns of ``history.csv`` a row holds ``bank_labels``: class -> filled slots with it, and ``no_finding`` last;
+    empty without a bank. They end up in ``bank_history.csv``.
     """
 
     order = 55  # after fastai's Recorder, which computes validation loss and metrics
@@ -159,12 +163,15 @@ class EpochRecord(Callback):
                "train_loss": torch.stack(self.losses).mean().item() if self.losses else float("nan"),
                "valid_loss": float(values["valid_loss"]), "valid_auc": float(values.get("mean_auc", float("nan"))),
                "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,
-               "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": ""}
+               "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": "", "bank_labels": {}}
         bank = getattr(self.model, "bank", None)
         if bank is not None:
-            seen, accepted = (bank.seen - self.counts[0]).item(), (bank.accepted - self.counts[1]).item()
-            row["bank_filled"] = bank.filled.item()
+            classes = list(self.dls.vocab)
+            held = bank.label_counts([c for c, name in enumerate(classes) if name != NO_FINDING])
+            counts = torch.stack([bank.seen - self.counts[0], bank.accepted - self.counts[1], bank.filled])
+            seen, accepted, row["bank_filled"], *held = torch.cat([counts, held]).tolist()  # one wait for the device
             row["bank_accepted"] = round(accepted / max(seen, 1), 4)
+            row["bank_labels"] = dict(zip([*classes, "no_finding"], held))
         self.rows.append(row)
         if self.on_row is not None:
             self.on_row(row)
@@ -248,8 +255,22 @@ class RestoreScaler(Callback):
 
 def write_history(path: Path, rows: list[dict]) -> None:
     """``history.csv``, whole or not at all."""
+    _write_table(path, HISTORY, [[row[name] for name in HISTORY] for row in rows])
+
+
+def write_bank_history(path: Path, rows: list[dict]) -> None:
+    """``bank_history.csv``, whole or not at all: stage, epoch, filled slots, those of each class, those without a finding.
+
+    Nothing is written without a bank. Counts are those of the epoch's end.
+    """
+    rows = [row for row in rows if row.get("bank_labels")]  # a history begun by an older version lacks them
+    if rows:
+        header = ["stage", "epoch", "filled", *rows[0]["bank_labels"]]
+        _write_table(path, header, [[row["stage"], row["epoch"], row["bank_filled"], *row["bank_labels"].values()]
+                                    for row in rows])
+
+
+def _write_table(path: Path, header, rows) -> None:
     text = io.StringIO(newline="")
-    write = csv.DictWriter(text, HISTORY)
-    write.writeheader()
-    write.writerows(rows)
+    csv.writer(text).writerows([header, *rows])
     write_whole(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))

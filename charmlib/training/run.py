@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 
@@ -37,7 +38,7 @@ from charmlib.files import write_json, write_text, write_whole
 from charmlib.models.charm import CharmNet
 from charmlib.params import UNHASHED, read_yaml, resolve, with_absolute_paths
 from charmlib.processes import die_with_parent
-from charmlib.training.callbacks import seed_everything, write_history
+from charmlib.training.callbacks import HISTORY, seed_everything, write_bank_history, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, network_params, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
 from charmlib.training.learner import charm_learner
@@ -155,9 +156,9 @@ class Run:
     def train(self) -> list[dict]:
         """Both stages; continues where an earlier start was stopped, and does nothing for a run that is trained.
 
-        Writes ``params.yaml`` and ``split.csv``, then ``history.csv`` and ``log.txt`` as it goes, ``resume.pt`` after each
-        epoch, and at the end ``model.safetensors`` and ``model.json`` with the thresholds and the temperature, both chosen on
-        the validation part.
+        Writes ``params.yaml`` and ``split.csv``, then ``history.csv``, ``bank_history.csv`` and ``log.txt`` as it goes,
+        ``resume.pt`` after each epoch, and at the end ``model.safetensors`` and ``model.json`` with the thresholds and the
+        temperature, both chosen on the validation part, and ``bank.csv``, the bank's slots.
 
         With ``resume=False`` whatever an earlier run left in the folder is removed first.
 
@@ -170,8 +171,8 @@ class Run:
             self.log("trained already; nothing to do")
             return self._read_history()
         if not self.params["resume"]:
-            for name in ("resume.pt", "model.json", "model.safetensors", "history.csv", "predictions.npz", PART_FILE,
-                         "metrics.json"):
+            for name in ("resume.pt", "model.json", "model.safetensors", "history.csv", "bank_history.csv", "bank.csv",
+                         "predictions.npz", PART_FILE, "metrics.json"):
                 (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         runner = self._runner()
@@ -186,8 +187,9 @@ class Run:
                  f"{self.data.split.hash}" + (f", going on after {len(state['history'])} finished epochs" if state else ""))
         if self.params["use_momentum"] and state is None:
             self._note_warmup(phases)
-        self.history = runner.run(phases, state)
+        self.history = [{name: row[name] for name in HISTORY} for row in runner.run(phases, state)]
         logits, labels = self.logits("valid")
+        self._write_bank()
         card = {**self.params, "split_hash": self.data.split.hash}
         save_model(self.net, self.folder, classes=self.data.classes, params=card, stage1_lr=self._lr, data=self._source(),
                    **chosen_on_validation(labels, logits, self.data.classes))
@@ -234,6 +236,7 @@ class Run:
 
     def _row(self, history: list[dict]) -> None:
         write_history(self.folder / "history.csv", history)
+        write_bank_history(self.folder / "bank_history.csv", history)
         row = history[-1]
         bank = f", bank {row['bank_filled']}/{self.params['bank_size']}, took {row['bank_accepted']:.0%}" \
             if row["bank_filled"] != "" else ""
@@ -243,11 +246,31 @@ class Run:
                  f"valid {row['valid_loss']:.4f}, AUC {row['valid_auc']:.4f}, {row['seconds']:.1f} s{bank}")
 
     def _read_history(self) -> list[dict]:
-        import pandas as pd
-
         path = self.folder / "history.csv"
         self.history = pd.read_csv(path).to_dict("records") if path.is_file() else []
         return self.history
+
+    def bank_table(self) -> pd.DataFrame:
+        """The bank's filled slots: slot, image (file name), patient, labels as text, step, score, and one column a class.
+
+        See :meth:`charmlib.nn.RareMemoryBank.table`.
+
+        Raises
+        ------
+        ValueError
+            The run has no bank.
+        """
+        if self.net.bank is None:
+            raise ValueError(f"{self.folder} has no bank (use_bank is off), so there are no slots to show")
+        frame = self.data.index.frame
+        table = self.net.bank.table(frame["id"].tolist(), self.data.classes)
+        table.insert(2, "patient", table["image"].map(dict(zip(frame["id"], frame["patient"]))))
+        return table
+
+    def _write_bank(self) -> None:
+        if self.net.bank is not None:
+            table = self.bank_table().drop(columns="labels")
+            write_whole(self.folder / "bank.csv", lambda temporary: table.to_csv(temporary, index=False))
 
     def log(self, text: str) -> None:
         """One line, shown and kept in ``log.txt``."""

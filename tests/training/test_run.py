@@ -48,6 +48,8 @@ def same_run(folder, quiet):
     assert thresholds == want_thresholds
     pd.testing.assert_frame_equal(history, want_history)
     assert len(history) == 5
+    for name in ("bank_history.csv", "bank.csv"):
+        assert (folder / name).read_text() == (quiet / name).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +311,35 @@ def test_resume_files_load_without_pickles_and_history_counts_the_bank(tiny, mon
     assert "bank.slots" in state["model"] and state["model"]["momentum.updates"].item() > 0
     rows = state["history"]
     assert all(0 <= r["bank_accepted"] <= 1 and 0 <= r["bank_filled"] <= 16 for r in rows)
+
+
+def test_what_fills_the_bank_is_counted_epoch_by_epoch(quiet, tmp_path):
+    """Each row counts the labels of the slots as they were then; the last bank is the one of the best epoch."""
+    run = Run.load(quiet)
+    rows, history = pd.read_csv(quiet / "bank_history.csv"), pd.read_csv(quiet / "history.csv")
+    assert list(rows) == ["stage", "epoch", "filled", *run.data.classes, "no_finding"]
+    assert rows["filled"].tolist() == history["bank_filled"].tolist() and len(rows) == 5
+    assert (rows.loc[rows["stage"] == 1, "no_finding"] == 0).all()  # stage 1 sees images with a finding only
+    frame = run.data.index.frame.set_index("id")
+    table, kept = run.bank_table(), pd.read_csv(quiet / "bank.csv", dtype={"patient": str})
+    assert list(kept) == ["slot", "image", "patient", "step", "score", *run.data.classes]
+    assert (kept["image"] == table["image"]).all() and set(kept["image"]) <= set(run.data.split.frame(run.data.index)
+                                                                             .query("part == 'train'")["id"])
+    truth = frame.loc[kept["image"]]
+    assert (truth[list(run.data.classes)].to_numpy() == kept[list(run.data.classes)].to_numpy()).all()
+    assert (truth["patient"].to_numpy() == kept["patient"].to_numpy()).all()
+    best = rows.loc[history[history["stage"] == 2]["valid_loss"].idxmin()]
+    assert (kept[list(run.data.classes)].sum() == best[list(run.data.classes)]).all()
+    assert (table["labels"] == "No Finding").sum() == best["no_finding"]
+    run.params["use_bank"], run.net.bank = False, None
+    with pytest.raises(ValueError, match="no bank"):
+        run.bank_table()
+
+
+def test_a_new_start_removes_what_the_bank_left(tiny):
+    Run.open(tiny).train()
+    Run.open(tiny, resume=False, use_bank=False, stage1_epochs=1, stage2_epochs=1).train()
+    assert not {"bank.csv", "bank_history.csv"} & {p.name for p in Path(tiny["run_dir"]).iterdir()}
 
 
 def test_own_classes_end_to_end(phantoms, tmp_path, tiny):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

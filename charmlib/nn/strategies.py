@@ -185,7 +185,8 @@ def angle(z: Tensor) -> Tensor:
 def novelty(bank, z: Tensor) -> Tensor:
     """``1 - max_j cos(z_i, m_j)`` over the filled slots, (B,); 1 for an empty bank."""
     free = torch.arange(bank.size, device=z.device) >= bank.filled
-    similarity = F.normalize(z, dim=1) @ F.normalize(bank.slots, dim=1).T
+    similarity = F.normalize(z, dim=1) @ bank.slots.T
+    similarity /= torch.linalg.vector_norm(bank.slots, dim=1).clamp_(min=1e-12)  # no normalised copy of all slots
     nearest = similarity.masked_fill(free, -torch.inf).amax(1)
     return 1 - torch.where(bank.filled > 0, nearest, torch.zeros_like(nearest))
 

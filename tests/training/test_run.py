@@ -76,6 +76,29 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(quiet, tiny, monkeypatch
     same_run(folder, quiet)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard"])
+def test_a_bank_of_any_strategy_resumes_in_the_same_bits(tiny, tmp_path, monkeypatch, strategy):
+    """Killed inside stage 1 and again inside stage 2. Rarity is in the test above."""
+    quiet = tmp_path / "quiet"
+    Run.open(tiny, strategy=strategy, run_dir=str(quiet)).train()
+    for saves in (2, 2):
+        with monkeypatch.context() as m, pytest.raises(Killed):
+            killed_after(m, saves)
+            Run.open(tiny, strategy=strategy).train()
+        torch.manual_seed(12345)
+    Run.open(tiny, strategy=strategy).train()
+    same_run(Path(tiny["run_dir"]), quiet)
+
+
+def test_each_stage_has_its_bank_momentum(tiny):
+    run = Run.open(tiny, strategy="statistical", bank_momentum=0.5)
+    run.learner(1)
+    assert run.net.bank.bank_momentum == 0.5
+    run.learner(2)
+    assert run.net.bank.bank_momentum == 0.9999
+
+
 def test_a_run_that_ends_in_time_after_each_epoch_ends_in_the_same_bits(quiet, tiny, monkeypatch):
     """There is always time for one more epoch and never for two; nor, at first, for scoring."""
     from charmlib import watch

@@ -1,0 +1,84 @@
+"""Copy what is worth keeping of the grid that compares memory strategies, and hold each against no memory.
+
+    python benchmarks/keep_memaug.py runs/nih64_memaug benchmarks/results/nih64_memaug
+
+writes ``<target>_leaderboard.csv``, ``<target>_against_none.csv`` (for each setting, the mean over its seeds of the paired
+difference in mean test AUC from no memory with the same seed), ``<target>_enrichment.csv``, ``<target>_*.png`` and
+``<target>.json`` (split, device, versions, seconds).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from charmlib.evaluation.intervals import interval, mean_of_defined
+from charmlib.evaluation.metrics import frequency_groups
+from charmlib.evaluation.results import load_metrics, load_resamples
+from charmlib.files import write_json
+from charmlib.grid.board import leaderboard
+
+NONE = "no_memory"
+
+
+def setting(cell: str) -> str:
+    """A cell's name without its seed: 'strategy=fifo_seed=85' is 'fifo'."""
+    return cell.rpartition("_seed=")[0].removeprefix("strategy=")
+
+
+def against_none(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
+    """One row a setting: validation and test mean AUC over seeds, and the paired difference from no memory, also over the tail
+    classes. Resamples draw patients; the difference of two seeds is averaged within each resample, and its spread over seeds
+    stands beside it."""
+    cells: dict[str, dict[int, str]] = {}
+    for cell in board["cell"]:
+        cells.setdefault(setting(cell), {})[load_metrics(folder / cell)["params"]["seed"]] = cell
+    first = load_metrics(folder / board["cell"].iloc[0])
+    tail = [first["classes"].index(name) for name in frequency_groups(first["train_prevalence"])["tail"]]
+    rows = []
+    for name, by_seed in cells.items():
+        metrics = {seed: load_metrics(folder / cell) for seed, cell in by_seed.items()}
+        row = {"setting": name, "seeds": len(by_seed),
+               "valid_mean_auc": np.mean([m["valid"]["mean_auc"] for m in metrics.values()]),
+               "test_mean_auc": np.mean([m["test"]["mean_auc"] for m in metrics.values()])}
+        if name != NONE:
+            for what, columns in (("difference", slice(None)), ("tail_difference", tail)):
+                samples, points = [], []
+                for seed, cell in by_seed.items():
+                    ours, theirs = (load_resamples(folder / c).auc[:, columns] for c in (cell, cells[NONE][seed]))
+                    samples.append(mean_of_defined(ours) - mean_of_defined(theirs))
+                    points.append(_mean(metrics[seed], columns) - _mean(load_metrics(folder / cells[NONE][seed]), columns))
+                low, high, _ = interval(np.mean(samples, axis=0))
+                row |= {what: np.mean(points), f"{what}_low": low, f"{what}_high": high,
+                        f"{what}_by_seed": " ".join(f"{p:+.4f}" for p in points)}
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("valid_mean_auc", ascending=False, ignore_index=True)
+
+
+def _mean(metrics: dict, columns) -> float:
+    values = np.array([metrics["test"]["auc"][name] for name in metrics["classes"]], dtype=float)
+    return float(np.nanmean(values[columns]))
+
+
+def main(folder: Path, target: Path) -> None:
+    board = leaderboard(folder)
+    board.to_csv(f"{target}_leaderboard.csv", index=False)
+    table = against_none(folder, board)
+    table.round(4).to_csv(f"{target}_against_none.csv", index=False)
+    shutil.copyfile(folder / "enrichment.csv", f"{target}_enrichment.csv")
+    metrics = {cell: load_metrics(folder / cell) for cell in board["cell"]}
+    one = next(iter(metrics.values()))
+    write_json(f"{target}.json", {
+        "split": one["split"], "device": one["device"], "precision": one["precision"], "versions": one["versions"],
+        "train_prevalence": one["train_prevalence"], "tail": frequency_groups(one["train_prevalence"])["tail"],
+        "seconds": {c: m["seconds"] for c, m in metrics.items()},
+        "accepted": {c: m["bank"] and m["bank"]["accepted"] for c, m in metrics.items()}})
+    print(table.round(4).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -68,7 +68,7 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
               page.table(with_intervals(class_table(part, predictions.positives)), "first")]
     if banks is not None:
         parts += [page.heading("Do the banks hold rare findings?"),
-                  page.paragraph("Share of a bank's slots with a finding over its prevalence in the training part, rarest finding "
+                  page.paragraph("Share of a bank's slots with a finding over its prevalence in the training part, the rarest "
                                  "first, with 95 % intervals by bootstrap over the training part's patients; runs that differ "
                                  "in their seed alone show what training itself adds to that."),
                   page.table(with_intervals(banks, 2).replace("undefined", ""))]

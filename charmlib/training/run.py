@@ -42,6 +42,7 @@ from charmlib.processes import die_with_parent
 from charmlib.training.callbacks import HISTORY, seed_everything, write_bank_history, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, network_params, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
+from charmlib.training.explain import Explanation, explain, rare_cases
 from charmlib.training.learner import charm_learner
 from charmlib.training.stages import StageRunner, plan
 from charmlib.viz.person import person_watches
@@ -286,7 +287,7 @@ class Run:
                           classes, offered=self._offered(table["step"].to_numpy(), history))
 
     def _offered(self, steps: np.ndarray, history: list[dict]) -> np.ndarray:
-        """Weights (n,) of the training images, had each of the slots written at ``steps`` been drawn from its stage's images."""
+        """Weights (n,) of the training images, had each slot written at ``steps`` been drawn from its stage's images."""
         values = np.array([-row["valid_auc"] if self.params["monitor"] == "valid_auc" else row["valid_loss"]
                            for row in history if str(row["stage"]) == "2"], dtype=float)
         kept = len(values) if np.isnan(values).all() else int(np.nanargmin(values)) + 1  # the bank is of the best epoch
@@ -339,6 +340,21 @@ class Run:
         print(f"QUICK CHECK on {len(rows)} of {self.data.split.counts['test']['images']} test images: "
               f"mean ROC-AUC {score:.3f}. Not a test score.")
         return score
+
+    def explain(self, image: str) -> Explanation:
+        """What the memory bank answered an image with, given by its file name; of any part. See :func:`explain`.
+
+        Raises
+        ------
+        ValueError
+            The data have no such image.
+        """
+        return explain(self, image)
+
+    def cases(self, count: int = 3) -> list[str]:
+        """Test images to look at: the first with each of the ``count`` rarest findings that the test part holds, each image
+        of another patient. Neither scores nor memory have a say in the choice."""
+        return rare_cases(self, count)
 
     def score(self) -> dict:
         """Score the whole validation and test parts; writes ``predictions.npz`` and returns the metrics.

@@ -90,8 +90,8 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
     Parameters
     ----------
     histories : mapping
-        Name -> ``bank_history.csv`` as a frame, or several of one setting (seeds), which share a panel. The first
-        :data:`PANELS` are drawn.
+        Name -> ``bank_history.csv`` as a frame, or several of one setting (seeds), which share a panel: their slots
+        are counted together, epoch by epoch. The first :data:`PANELS` are drawn.
     prevalence : mapping
         Class -> share of positives in the training part, and ``no_finding``; see
         :func:`charmlib.evaluation.enrichment.training_shares`.
@@ -101,11 +101,12 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
     The figure. A finding that no slot holds runs along the lower edge.
     """
     given = {name: [frames] if isinstance(frames, pd.DataFrame) else list(frames) for name, frames in histories.items()}
-    shown = dict(list(given.items())[:PANELS])
+    shown = {name: pd.concat(frames).groupby(["stage", "epoch"], as_index=False).sum()
+             for name, frames in list(given.items())[:PANELS]}
     shares = {name: p for name, p in sorted(prevalence.items(), key=lambda item: item[1]) if p and p > 0}
-    lines = {name: [{c: frame[c] / frame["filled"].where(frame["filled"] > 0) / p for c, p in shares.items() if c in frame}
-                    for frame in frames] for name, frames in shown.items()}
-    found = np.concatenate([np.ravel(v) for runs in lines.values() for run in runs for v in run.values()] or [[1.0]])
+    lines = {name: {c: frame[c] / frame["filled"].where(frame["filled"] > 0) / p for c, p in shares.items() if c in frame}
+             for name, frame in shown.items()}
+    found = np.concatenate([np.ravel(v) for run in lines.values() for v in run.values()] or [[1.0]])
     found = found[np.isfinite(found) & (found > 0)]
     low, high = min(0.4, found.min(initial=1) / 1.5), max(2.5, found.max(initial=1) * 1.5)
     styles = {c: {"color": "#555555", "ls": ":", "lw": 2.2} if c == NONE else {**class_style(i), "lw": 1.3}
@@ -117,16 +118,15 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
                                 sharey=True, layout="constrained")
     for axis in axes.flat[len(shown):]:
         axis.axis("off")
-    for axis, (name, runs), frames in zip(axes.flat, lines.items(), shown.values()):
+    for axis, (name, run) in zip(axes.flat, lines.items()):
+        frame, runs = shown[name], len(given[name])
         axis.axhline(1, color=GUIDE, lw=1)
-        for run, frame in zip(runs, frames):
-            epochs = np.arange(1, len(frame) + 1)
-            for c, values in run.items():
-                axis.plot(epochs, values.clip(lower=low), **styles[c], marker="." if len(frame) < 4 else None)
-        border = int((frames[0]["stage"].astype(str) == "1").sum()) if frames else 0
-        if 0 < border < len(frames[0]):
+        for c, values in run.items():
+            axis.plot(np.arange(1, len(frame) + 1), values.clip(lower=low), **styles[c], marker="." if len(frame) < 4 else None)
+        border = int((frame["stage"].astype(str) == "1").sum())
+        if 0 < border < len(frame):
             axis.axvline(border + 0.5, color=GUIDE, lw=1, ls=":")
-        axis.set_title(name + (f" ({len(frames)} runs)" if len(frames) > 1 else ""))
+        axis.set_title(name + (f" ({runs} runs)" if runs > 1 else ""))
         axis.set_yscale("log")
         axis.set_ylim(low, high)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

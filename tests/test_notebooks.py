@@ -97,14 +97,15 @@ def test_train_with_the_finder_then_test_then_a_quick_check(phantoms, tmp_path):
     run = tmp_path / "run"
     given = {**TINY, "data_root": phantoms, "run_dir": run, "stage1_lr": 0.0, "stage1_frozen_epochs": 1, "stage1_epochs": 1}
     book = papermill("train", tmp_path / "train.ipynb", given, ROOT / "notebooks")
-    assert pictures(book) == 3  # a batch, the finder's curve, the loss curves
+    assert pictures(book) == 4  # a batch, the finder's curve, the loss curves, what filled the bank
     assert "(from the finder)" in text(book) and "DRAWN PHANTOMS" in text(book) and "stage 2 epoch 2/2" in text(book)
     book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run, "limit": 40}, ROOT / "notebooks")
     assert "QUICK CHECK on 40" in text(book) and not (run / "metrics.json").exists() and pictures(book) == 0
     book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run}, ROOT / "notebooks")
-    assert (run / "metrics.json").is_file() and pictures(book) == 7
+    assert (run / "metrics.json").is_file() and pictures(book) == 9  # those of the report, and what the memory answered with
+    assert "any tail finding" in text(book)
     assert re.search("mean of (\\d+ of 14 )?classes", text(book)) and "no published figure belongs beside" in text(book)
-    assert (run / "report.html").read_text().count("data:image/png") == 7
+    assert (run / "report.html").read_text().count("data:image/png") == 8
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ())
     def together(values) -> str:
         return ", ".join(dict.fromkeys(map(str, values)))
 
-    return {**each[0], "cell": f"mean of {len(runs)} runs", "members": run_names([Path(run) for run in runs]),
+    return {**each[0], "bank": None, "cell": f"mean of {len(runs)} runs", "members": run_names([Path(run) for run in runs]),
             "params": {**each[0]["params"], "seed": together(m["params"]["seed"] for m in each)},
             "device": together(m["device"] for m in each), "precision": together(m["precision"] for m in each),
             "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes)},

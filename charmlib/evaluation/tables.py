@@ -115,7 +115,7 @@ def with_intervals(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
         out = out.drop(columns=[f"{column} low", f"{column} high"])
     for column in out.columns:
         if pd.api.types.is_float_dtype(out[column]):
-            share = column in ("undefined", "agree", "positive share", "positive_share")
+            share = column in ("undefined", "agree", "positive share", "positive_share", "prevalence", "share")
             out[column] = [("" if pd.isna(v) else f"{v:.1%}" if share else f"{v:.{digits}f}") for v in out[column]]
         elif pd.api.types.is_integer_dtype(out[column]):
             out[column] = ["" if pd.isna(v) else f"{v:,}" for v in out[column]]

@@ -12,6 +12,7 @@ from charmlib.evaluation.evaluate import evaluate_run
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
 from charmlib.files import write_whole
+from charmlib.grid.banks import bank_pictures, bank_table, write_bank_table
 from charmlib.grid.board import board_axes, over_seeds
 from charmlib.viz import page
 from charmlib.viz.grid import heat_maps
@@ -20,8 +21,8 @@ from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 
 def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str | Path | None = None) -> Path | None:
-    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first), ``seeds.csv`` (with a seed axis) and
-    ``report.html`` into the grid's folder, or ``out``; None while no cell is done."""
+    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first), ``seeds.csv`` (with a seed axis),
+    ``enrichment.csv`` (with banks) and ``report.html`` into the grid's folder, or ``out``; None while no cell is done."""
     folder = Path(folder)
     out = Path(out or folder)
     ranked = board[board["rank"] == 1]
@@ -35,6 +36,9 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
     seeds = over_seeds(board)
     if seeds is not None:
         write_whole(out / "seeds.csv", lambda temporary: seeds.to_csv(temporary, index=False))
+    banks = bank_table(folder, board)
+    if banks is not None:
+        write_bank_table(out, banks)
     with matplotlib.rc_context({"figure.max_open_warning": 0}):
         roc = plot_roc(predictions, title=f"{best['cell']}, ranked first by validation", note=note)
         write_whole(out / "roc.png", lambda temporary: roc.savefig(temporary, format="png", dpi=130))
@@ -46,6 +50,8 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
             pictures.append(("Mean test AUC over the grid (for reading; ranks come from validation)", maps))
         pictures.append((f"Training of {best['cell']}", plot_history(pd.read_csv(folder / best["cell"] / "history.csv"),
                                                                      note=note)))
+        if banks is not None:
+            pictures += bank_pictures(folder, board, banks, note=note)
         drawn = [text for title, figure in pictures for text in (page.heading(title), page.picture(figure, title))]
         for _, figure in pictures:  # or a notebook that runs the grid shows them all
             plt.close(figure)
@@ -60,6 +66,12 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
                   page.table(with_intervals(seeds, 4), "first")]
     parts += [page.heading(f"Classes of {best['cell']}"),
               page.table(with_intervals(class_table(part, predictions.positives)), "first")]
+    if banks is not None:
+        parts += [page.heading("Do the banks hold rare findings?"),
+                  page.paragraph("Share of a bank's slots with a finding over its prevalence in the training part, the rarest "
+                                 "first, with 95 % intervals by bootstrap over the training part's patients; runs that differ "
+                                 "in their seed alone show what training itself adds to that."),
+                  page.table(with_intervals(banks, 2).replace("undefined", ""))]
     published, remark = beside_published(metrics)
     parts += [*drawn, page.heading("Beside published figures"), page.paragraph(remark)]
     if published is not None:

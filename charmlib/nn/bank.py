@@ -261,6 +261,17 @@ class RareMemoryBank(nn.Module):
         slots = pd.DataFrame({"slot": range(len(labels)), "image": images, "labels": text, "step": steps, "score": scores})
         return pd.concat([slots, values.mask(values < 0)], axis=1)
 
+    @torch.no_grad()
+    def similarity(self, z: Tensor, index: Tensor) -> Tensor:
+        """What slots were chosen by: the dot products (B, k) of features (B, D) with slots number ``index`` (B, k), each side
+        scaled to unit length as ``bank_norm`` says (so 'both' gives cosines); NaN where ``index`` is -1."""
+        slots = self.slots[index.clamp(min=0)]  # (B, k, D)
+        if self.bank_norm in ("both", "query"):
+            z = F.normalize(z, dim=1)
+        if self.bank_norm in ("both", "memory"):
+            slots = F.normalize(slots, dim=2)
+        return torch.einsum("bd,bkd->bk", z, slots).masked_fill(index < 0, torch.nan)
+
     def extra_repr(self) -> str:
         return (f"features={self.slots.shape[1]}, size={self.size}, k={self.k}, threshold={self.threshold}, "
                 f"strategy={self.strategy}, rule={self.rule}, retrieval={self.retrieval}, bank_norm={self.bank_norm}, "

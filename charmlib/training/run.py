@@ -23,6 +23,7 @@ from charmlib.data.dataset import ChestData, open_dataset
 from charmlib.data.labels import same_order
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.data.paths import resolve_data_root
+from charmlib.evaluation.enrichment import enrichment, training_shares
 from charmlib.evaluation.finish import PART_FILE
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.results import (
@@ -41,6 +42,7 @@ from charmlib.processes import die_with_parent
 from charmlib.training.callbacks import HISTORY, seed_everything, write_bank_history, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, network_params, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
+from charmlib.training.explain import Explanation, explain, rare_cases
 from charmlib.training.learner import charm_learner
 from charmlib.training.stages import StageRunner, plan
 from charmlib.viz.person import person_watches
@@ -267,6 +269,38 @@ class Run:
         table.insert(2, "patient", table["image"].map(dict(zip(frame["id"], frame["patient"]))))
         return table
 
+    def bank_history(self) -> pd.DataFrame:
+        """``bank_history.csv``: stage, epoch, filled, one column a class, no_finding; empty where the run wrote none."""
+        path = self.folder / "bank_history.csv"
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["stage", "epoch", "filled"])
+
+    def train_shares(self) -> dict[str, float]:
+        """Prevalence of each finding, and of none, in the training part."""
+        return training_shares(self.data.labels[self.data.rows("train")], self.data.classes)
+
+    def _enrichment(self, history: list[dict]) -> dict | None:
+        """What the bank holds against the training part; None while it is empty."""
+        table = self.bank_table().dropna(subset="image")
+        if table.empty:
+            return None
+        rows, classes = self.data.rows("train"), list(self.data.classes)
+        slots = table[classes].to_numpy(np.float64, na_value=np.nan)
+        return enrichment(slots, table["patient"], self.data.labels[rows], self.data.index.frame["patient"].to_numpy(str)[rows],
+                          classes, offered=self._offered(table["step"].to_numpy(), history))
+
+    def _offered(self, steps: np.ndarray, history: list[dict]) -> np.ndarray:
+        """Weights (n,) of the training images, had each slot written at ``steps`` been drawn from its stage's images."""
+        values = np.array([-row["valid_auc"] if self.params["monitor"] == "valid_auc" else row["valid_loss"]
+                           for row in history if str(row["stage"]) == "2"], dtype=float)
+        kept = len(values) if np.isnan(values).all() else int(np.nanargmin(values)) + 1  # the bank is of the best epoch
+        rows = self.data.rows("train")
+        batches = max(1, len(rows) // self.params["stage2_batch"])
+        second = (steps >= self.net.bank.steps.item() - kept * batches).mean()
+        first = np.ones(len(rows))
+        if self.params["stage1_images"] == "findings":
+            first = self.data.index.has_finding()[rows].astype(float)
+        return second / len(rows) + (1 - second) * first / max(first.sum(), 1)
+
     def _write_bank(self) -> None:
         if self.net.bank is not None:
             table = self.bank_table().drop(columns="labels")
@@ -309,6 +343,21 @@ class Run:
               f"mean ROC-AUC {score:.3f}. Not a test score.")
         return score
 
+    def explain(self, image: str) -> Explanation:
+        """What the memory bank answered an image with, given by its file name; of any part. See :func:`explain`.
+
+        Raises
+        ------
+        ValueError
+            The data have no such image.
+        """
+        return explain(self, image)
+
+    def cases(self, count: int = 3) -> list[str]:
+        """Test images to look at: the first with each of the ``count`` rarest findings that the test part holds, each image
+        of another patient. Neither scores nor memory have a say in the choice."""
+        return rare_cases(self, count)
+
     def score(self) -> dict:
         """Score the whole validation and test parts; writes ``predictions.npz`` and returns the metrics.
 
@@ -334,7 +383,8 @@ class Run:
         bank = None
         if self.net.bank is not None:
             bank = {"filled": self.net.bank.filled.item(),
-                    "accepted": self.net.bank.accepted.item() / max(self.net.bank.seen.item(), 1)}
+                    "accepted": self.net.bank.accepted.item() / max(self.net.bank.seen.item(), 1),
+                    "enrichment": self._enrichment(history)}
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
         valid, _ = score_part(parts["valid"], self.data.classes)
         test, samples = score_part(parts["test"], self.data.classes, prevalence=train,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from charmlib.evaluation.enrichment import enrichment_note, enrichment_table
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.results import Predictions
 from charmlib.evaluation.tables import (
@@ -22,6 +23,7 @@ from charmlib.evaluation.tables import (
 )
 from charmlib.files import write_whole
 from charmlib.viz import page
+from charmlib.viz.bank import plot_enrichment
 from charmlib.viz.calibration import plot_calibration
 from charmlib.viz.cooccurrence import plot_cooccurrence
 from charmlib.viz.counts import plot_counts
@@ -33,6 +35,7 @@ from charmlib.viz.roc import plot_roc, plot_roc_bands
 def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "youden") -> dict[str, object]:
     """Title -> figure: all that is drawn of a scored run. ``metrics`` needs not be finished (``cell`` may be missing)."""
     part, note, name = metrics["test"], split_note(metrics), metrics.get("cell", "")
+    bank = (metrics.get("bank") or {}).get("enrichment")
     return {
         "ROC curves": plot_roc(predictions, title=name, note=note),
         "ROC curves with interval bands": plot_roc_bands(predictions, part, point=point, title=name, note=note),
@@ -42,6 +45,7 @@ def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "yo
             part["operating"][point], title=name, note=f"{note}; {point_note(part, point)}"),
         "Calibration": plot_calibration(predictions, part["calibration"]["scaled"]["temperature"], title=name, note=note),
         "Findings that come together (test part)": plot_cooccurrence(predictions.labels, predictions.classes, note=note),
+        **({"What the memory bank holds": plot_enrichment(bank, title=name, note=note)} if bank else {}),
     }
 
 
@@ -79,6 +83,9 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
               page.heading("Beside published figures"), page.paragraph(remark)]
     if published is not None:
         parts.append(page.table(with_intervals(published, 4), "words"))
+    if bank := (metrics.get("bank") or {}).get("enrichment"):
+        parts += [page.heading("Does the bank hold rare findings?"), page.paragraph(enrichment_note(bank)),
+                  page.table(with_intervals(enrichment_table(bank), 2))]
     for title, figure in pictures.items():
         parts += [page.heading(title), page.picture(figure, title)]
     return page.write_page(path, f"Run {name}", parts, drawn=metrics["data"]["drawn"])

@@ -29,7 +29,7 @@ def test_a_grid_leaves_all_its_files(done):
     assert list(board.columns) == ["rank", "cell", "momentum", "k", "threshold", "valid_mean_auc", "test_mean_auc", "ci_low",
                                    "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high", "split", "n_images",
                                    "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
-    for name in ("leaderboard.csv", "roc.png", "roc_bands.png", "report.html", "grid.yaml", "split.csv"):
+    for name in ("leaderboard.csv", "roc.png", "roc_bands.png", "report.html", "grid.yaml", "split.csv", "enrichment.csv"):
         assert (out / name).stat().st_size > 0, name
     for cell in board["cell"]:
         assert {p.name for p in (out / cell).iterdir() } == {

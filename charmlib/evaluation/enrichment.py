@@ -1,0 +1,159 @@
+"""Whether a memory bank holds rare findings: what it holds against what it was trained on, with intervals over patients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from charmlib.evaluation.intervals import LEVEL, RESAMPLES, SEED, Interval, draws, enough_patients, interval
+from charmlib.evaluation.metrics import frequency_groups, prevalence
+
+NO_FINDING = "No Finding"
+NONE = "no_finding"
+"""The key and column of images without any finding, whether or not 'No Finding' is a class too."""
+
+
+def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *, offered=None, resamples: int = RESAMPLES,
+               seed: int = SEED) -> dict:
+    """Share of the bank's slots with a finding over the finding's prevalence in the training part.
+
+    1 is a bank that holds a finding as often as the training part does. Intervals are by bootstrap over the training part's
+    patients: a patient's slots and images enter a resample together, so numerator and denominator are of the same one. They
+    say how much hangs on single patients, with the bank as this one training filled it; what another seed would fill it with
+    is another question, which only further runs answer.
+
+    Parameters
+    ----------
+    slots, slot_patients : array-like of shape (n_slots, n_classes) and (n_slots,)
+        Labels of the filled slots: 1, 0, or -1 or NaN where unknown (left out, class by class); at least one slot.
+    labels, patients : array-like of shape (n_images, n_classes) and (n_images,)
+        The training part, 1, 0 or NaN.
+    classes : sequence of n_classes names
+        A class 'No Finding' is none of the findings; it is given as ``no_finding``.
+    offered : array-like of shape (n_images,)
+        Weights: the chance of each image to be in a slot, had the slots been drawn at random from what was on offer when they
+        were written. The figure ``expected`` is the enrichment of such slots: above 1 where a stage shows images with findings
+        only, which no strategy must be credited with. All alike by default.
+
+    Returns
+    -------
+    dict
+        ``level``, ``resamples``, ``seed``, ``clustered_by``, ``slots``, ``patients`` (distinct ones in the bank), and three
+        mappings of figures: ``classes`` (name -> figures), ``no_finding``, ``groups`` (head, medium, tail: at least one of
+        the group's findings -> figures and ``classes``). Figures: ``prevalence``, ``slots`` (how many have it), ``share``,
+        ``enrichment``, ``interval`` (low, high, share of resamples that do not define it) and ``expected``.
+
+    Raises
+    ------
+    ValueError
+        No slot; or a slot of a patient who is not in the training part.
+    """
+    slots, labels = (np.where(np.asarray(v, np.float64) < 0, np.nan, np.asarray(v, np.float64)) for v in (slots, labels))
+    if not len(slots):
+        raise ValueError("the bank is empty: there is no share of its slots to compare")
+    names, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+    at = np.searchsorted(names, np.asarray(slot_patients, dtype=str)).clip(max=len(names) - 1)
+    strangers = int((names[at] != np.asarray(slot_patients, dtype=str)).sum())
+    if strangers:
+        raise ValueError(f"{strangers} of {len(slots)} slots are of patients who are not in the training part: the bank is of "
+                         "another run or split")
+    findings = [c for c, name in enumerate(classes) if name != NO_FINDING]
+    share = prevalence(labels[:, findings], [classes[c] for c in findings])
+    groups = {group: members for group, members in frequency_groups(share).items() if members}
+    columns = [findings, *([list(classes).index(name) for name in members] for members in groups.values())]
+    held, seen = _units(slots, columns), _units(labels, columns)
+
+    counts = np.stack([_by_patient(v, who, len(names)) for units, who in ((held, at), (seen, patient))
+                       for v in (units == 1, ~np.isnan(units))])  # (4, patients, units)
+    point = _ratio(*counts.sum(1))
+    if enough_patients(patients):
+        found = np.concatenate([_ratio(*(weights.T @ count for count in counts))
+                                for weights in draws(len(names), resamples, seed, int(np.clip(2**24 // len(names), 8, 256)))])
+        limits = [interval(found[:, u]) for u in range(len(point))]
+    else:
+        limits = [Interval(float("nan"), float("nan"), 1.0)] * len(point)
+    weight = np.ones(len(labels)) if offered is None else np.asarray(offered, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rate, base = counts[0].sum(0) / counts[1].sum(0), counts[2].sum(0) / counts[3].sum(0)
+        expected = (weight @ (seen == 1)) / (weight @ ~np.isnan(seen)) / base
+    figures = [{"prevalence": base[u], "slots": int(counts[0, :, u].sum()), "share": rate[u], "enrichment": point[u],
+                "interval": limits[u], "expected": expected[u]} for u in range(len(point))]
+    many = len(findings)
+    return {"level": LEVEL, "resamples": resamples, "seed": seed, "clustered_by": "patient", "slots": len(slots),
+            "patients": len(np.unique(at)), "classes": dict(zip((str(classes[c]) for c in findings), figures)),
+            NONE: figures[many], "groups": {group: {"classes": members, **figures[many + 1 + g]}
+                                            for g, (group, members) in enumerate(groups.items())}}
+
+
+def _units(labels: np.ndarray, columns: Sequence[Sequence[int]]) -> np.ndarray:
+    """(n, findings + 1 + groups) of 1, 0 and NaN from labels: each finding, none of them, any of each group.
+
+    An image whose findings are all unknown is unknown in these; a finding that is unknown beside known ones counts as not
+    there, as it does for the images of stage 1.
+    """
+    out = [labels[:, columns[0]]]
+    for members in columns:
+        any_ = np.where(np.isnan(labels[:, members]).all(1), np.nan, (labels[:, members] == 1).any(1).astype(float))
+        out.append((1 - any_ if members is columns[0] else any_)[:, None])
+    return np.concatenate(out, axis=1)
+
+
+def _by_patient(values: np.ndarray, patient: np.ndarray, patients: int) -> np.ndarray:
+    """(patients, units): sums of (n, units)."""
+    return np.stack([np.bincount(patient, weights=column, minlength=patients) for column in values.T], axis=1)
+
+
+def _ratio(held, of, seen, images) -> np.ndarray:
+    """Share of slots over prevalence; NaN where no slot's or image's label is known, or no image has the finding."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where((of > 0) & (seen > 0), held / of / (seen / images), np.nan)
+
+
+def training_shares(labels, classes: Sequence[str]) -> dict[str, float]:
+    """Prevalence in the training part of each finding, and of ``no_finding``: what a bank's history is measured against."""
+    labels = np.asarray(labels, np.float64)
+    findings = [c for c, name in enumerate(classes) if name != NO_FINDING]
+    return {**prevalence(labels[:, findings], [classes[c] for c in findings]),
+            NONE: float(np.nanmean(_units(labels, [findings])[:, -1]))}
+
+
+def rows_of(found: Mapping) -> dict[str, dict]:
+    """Name -> figures, as read: the findings from the rarest up, 'no finding', then 'any tail finding' and so on."""
+    groups = [group for group in ("tail", "medium", "head") if group in found["groups"]]
+    classes = sorted(found["classes"].items(), key=lambda item: _number(item[1]["prevalence"]))
+    return {**dict(classes), "no finding": found[NONE], **{f"any {group} finding": found["groups"][group] for group in groups}}
+
+
+def _number(value) -> float:
+    return -1.0 if value is None or value != value else value
+
+
+def enrichment_table(found: Mapping) -> pd.DataFrame:
+    """Columns: finding, prevalence, slots, share, enrichment, enrichment low, enrichment high, expected, undefined."""
+    rows = [{"finding": name, "prevalence": f["prevalence"], "slots": f["slots"], "share": f["share"],
+             "enrichment": f["enrichment"], "enrichment low": f["interval"][0], "enrichment high": f["interval"][1],
+             "expected": f["expected"], "undefined": f["interval"][2]} for name, f in rows_of(found).items()]
+    table = pd.DataFrame(rows)
+    return table.astype({c: float for c in table.columns if c not in ("finding", "slots")})
+
+
+def enrichment_note(found: Mapping) -> str:
+    """How the figures came about, in words."""
+    return (f"{found['slots']:,} slots with images of {found['patients']:,} patients. Enrichment is the share of slots with a "
+            f"finding over its prevalence in the training part, with {found['level']:.0%} intervals by bootstrap over its "
+            "patients. 'Expected' is what slots drawn at random from the images of their stage would have: where stage 1 "
+            "shows findings only, its slots are enriched without any choice.")
+
+
+def compare_enrichment(cells: Mapping[str, Mapping]) -> pd.DataFrame:
+    """One row a bank: cell, slots, then for each finding (the rarest first), 'no finding' and the groups its enrichment,
+    with the limits in 'NAME low' and 'NAME high'."""
+    rows = []
+    for cell, found in cells.items():
+        rows.append({"cell": cell, "slots": found["slots"]})
+        for name, f in rows_of(found).items():
+            rows[-1] |= {name: f["enrichment"], f"{name} low": f["interval"][0], f"{name} high": f["interval"][1]}
+    table = pd.DataFrame(rows)
+    return table.astype({c: float for c in table.columns[2:]})

@@ -1,0 +1,57 @@
+"""What the memory banks of a grid's cells hold: ``enrichment.csv``, and pictures for its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from charmlib.evaluation.enrichment import NONE, compare_enrichment
+from charmlib.evaluation.results import load_metrics
+from charmlib.files import write_whole
+from charmlib.grid.board import board_axes
+from charmlib.viz.bank import plot_bank_history, plot_enrichment_map
+
+
+def bank_table(folder: Path, board: pd.DataFrame) -> pd.DataFrame | None:
+    """One row a finished cell with a bank that is not empty, seeds of a setting together; None where there is none.
+
+    Columns: cell, the grid's axes, slots, then as :func:`charmlib.evaluation.enrichment.compare_enrichment`.
+    """
+    found = {cell: bank for cell, (_, bank) in _banks(folder, board).items()}
+    if not found:
+        return None
+    axes = board_axes(board)
+    table = board[["cell", *axes]].merge(compare_enrichment(found), on="cell")
+    order = [a for a in axes if a != "seed"] + [a for a in axes if a == "seed"]
+    return table.sort_values([*order, "cell"], key=lambda c: c.astype(str), ignore_index=True)
+
+
+def write_bank_table(out: Path, table: pd.DataFrame) -> None:
+    """Write ``enrichment.csv``."""
+    write_whole(out / "enrichment.csv", lambda temporary: table.to_csv(temporary, index=False))
+
+
+def bank_pictures(folder: Path, board: pd.DataFrame, table: pd.DataFrame, *, note: str = "") -> list[tuple[str, object]]:
+    """(title, figure): enrichment of every cell, and what filled the banks over time, a panel a setting in the order of the
+    board."""
+    pictures = [("What the memory banks hold", plot_enrichment_map(table, note=note))]
+    banks = _banks(folder, board)
+    axes = [a for a in board_axes(board) if a != "seed" and board[a].astype(str).nunique() > 1]
+    histories: dict[str, list[pd.DataFrame]] = {}
+    for _, row in board[board["cell"].isin(banks.keys())].iterrows():
+        path = folder / row["cell"] / "bank_history.csv"
+        if path.is_file():
+            setting = ", ".join(f"{a} {row[a]}" for a in axes) or ("" if "seed" in board_axes(board) else row["cell"])
+            histories.setdefault(setting or "all seeds", []).append(pd.read_csv(path))
+    if histories:
+        metrics, bank = next(iter(banks.values()))
+        shares = {**metrics["train_prevalence"], NONE: bank[NONE]["prevalence"]}
+        pictures.append(("What filled the memory banks", plot_bank_history(histories, shares, note=note)))
+    return pictures
+
+
+def _banks(folder: Path, board: pd.DataFrame) -> dict[str, tuple[dict, dict]]:
+    """Cell -> its metrics and the enrichment of its bank, in the order of the board."""
+    found = {cell: load_metrics(folder / cell) for cell in board["cell"][board["split"].notna()]}
+    return {cell: (m, m["bank"]["enrichment"]) for cell, m in found.items() if (m.get("bank") or {}).get("enrichment")}

@@ -1,0 +1,53 @@
+"""An image beside the training images that the memory bank answered it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from charmlib.viz.style import heading, readable, styled
+
+SLOTS = 5
+"""Retrieved images that fit beside the one they answer."""
+
+
+@styled
+def plot_explanation(cases, *, note: str = ""):
+    """One row a case: the image with its labels and the highest probabilities, then its retrieved images, best first, with
+    labels, similarity and weight; at most :data:`SLOTS`. Returns the figure.
+
+    Parameters
+    ----------
+    cases : Explanation, or a sequence of them
+        See :class:`charmlib.training.explain.Explanation`.
+    """
+    cases = list(cases) if isinstance(cases, Sequence) else [cases]
+    columns = 1 + max((min(len(case.table), SLOTS) for case in cases), default=0)
+    figure, axes = plt.subplots(len(cases), columns, figsize=(max(1.9 * columns, 6), 2.75 * len(cases) + 0.5), squeeze=False,
+                                layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, case in zip(axes, cases):
+        likely = "\n".join(f"{readable(name)} {p:.2f}" for name, p in case.top[:2])
+        _image(row[0], case.pixels, f"{case.image}, {case.part or 'in no part'}\n{_lines(case.labels)}\nsays: {likely}")
+        for axis, pixels, (_, slot) in zip(row[1:], case.retrieved, case.table.head(SLOTS).iterrows()):
+            labels = _lines(str(slot["labels"]).split("|")) or "labels unknown"
+            _image(axis, pixels, f"{slot['image']}\n{labels}\nsimilarity {slot['similarity']:.3f}\nweight {slot['weight']:.3f}")
+    slots = max((len(case.table) for case in cases), default=0)
+    words = [f"the first {SLOTS} of {slots} retrieved training images" if slots > SLOTS else "left: the image; then what the "
+             "memory answered with", *dict.fromkeys(case.note for case in cases if case.note), note]
+    heading(figure, "", ". ".join(filter(None, words)))
+    return figure
+
+
+def _image(axis, pixels: np.ndarray, caption: str) -> None:
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+    axis.set_title(caption, fontsize=7)
+
+
+def _lines(labels: Sequence[str], most: int = 3) -> str:
+    """Labels one below another, those that do not fit as a count."""
+    names = [readable(name) for name in labels if name]
+    return "\n".join(names if len(names) <= most else [*names[:most - 1], f"and {len(names) - most + 1} more"])

@@ -1,0 +1,122 @@
+"""Enrichment of a bank over its training part, against a slow twin."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from charmlib.evaluation.enrichment import compare_enrichment, enrichment, enrichment_table, rows_of, training_shares
+from charmlib.evaluation.intervals import interval
+
+CLASSES = ("Common", "Middle", "Rare", "No Finding")
+
+
+def part(n=400, people=80, seed=0):
+    """Labels with holes, the last column 'No Finding'; and patients."""
+    g = np.random.default_rng(seed)
+    labels = (g.random((n, 3)) < [0.3, 0.04, 0.015]).astype(float)
+    labels = np.concatenate([labels, ~labels.any(1, keepdims=True)], axis=1)
+    labels[g.random(n) < 0.1, 1] = np.nan
+    labels[:3, :3] = np.nan
+    return labels, g.integers(people, size=n).astype(str)
+
+
+def bank(labels, patients, n=60, seed=1):
+    rows = np.random.default_rng(seed).integers(len(labels), size=n)
+    slots = np.nan_to_num(labels[rows], nan=-1).astype(np.int8)
+    return slots, patients[rows]
+
+
+def units(row):
+    """What one image or slot counts as: 1, 0 or None for each finding, none of them, and each group."""
+    row = [None if v < 0 or v != v else int(v) for v in row]
+
+    def some(members):
+        return None if all(v is None for v in members) else int(1 in members)
+
+    none = some(row[:3])
+    return [*row[:3], None if none is None else 1 - none, some(row[:1]), some(row[1:2]), some(row[2:3])]
+
+
+def slow(slots, who, labels, patients, times):
+    """Enrichment with each patient counted so many times."""
+    out = []
+    for u in range(7):
+        share = []
+        for rows, people in ((slots, who), (labels, patients)):
+            values = [(units(row)[u], times[p]) for row, p in zip(rows, people) if units(row)[u] is not None]
+            total = sum(t for _, t in values)
+            share.append(sum(v * t for v, t in values) / total if total else float("nan"))
+        out.append(share[0] / share[1] if share[1] else float("nan"))
+    return out
+
+
+def test_equals_the_slow_twin_in_every_resample():
+    labels, patients = part()
+    slots, who = bank(labels, patients)
+    found = enrichment(slots, who, labels, patients, CLASSES, resamples=20, seed=3)
+    names = np.unique(patients)
+    figures = list(rows_of(found).values())
+    order = [found["classes"][c] for c in CLASSES[:3]] + [found["no_finding"]]
+    order += [found["groups"][g] for g in ("head", "medium", "tail")]
+    assert [g["classes"] for g in order[4:]] == [["Common"], ["Middle"], ["Rare"]] and len(figures) == 7
+    want = slow(slots, who, labels, patients, dict.fromkeys(names, 1))
+    np.testing.assert_allclose([f["enrichment"] for f in order], want, rtol=1e-12)
+    draws = np.random.default_rng(3).multinomial(len(names), np.full(len(names), 1 / len(names)), size=20)
+    samples = np.array([slow(slots, who, labels, patients, dict(zip(names, times))) for times in draws])
+    for u, figure in enumerate(order):
+        np.testing.assert_allclose(figure["interval"], interval(samples[:, u]), rtol=1e-12)
+        assert figure["slots"] == sum(units(row)[u] == 1 for row in slots)
+
+
+def test_a_bank_that_is_the_training_part_is_not_enriched_and_one_of_the_rare_is():
+    labels, patients = part()
+    found = enrichment(labels, patients, labels, patients, CLASSES)
+    for figure in rows_of(found).values():
+        assert figure["enrichment"] == pytest.approx(1) and figure["interval"][:2] == pytest.approx((1, 1))
+        assert figure["expected"] == pytest.approx(1)
+    rare = labels[:, 2] == 1
+    found = enrichment(labels[rare], patients[rare], labels, patients, CLASSES)
+    shares = training_shares(labels, CLASSES)
+    assert found["classes"]["Rare"]["enrichment"] == pytest.approx(1 / shares["Rare"])
+    assert found["classes"]["Rare"]["interval"][0] > 10 and found["no_finding"]["enrichment"] == 0
+    assert list(shares) == ["Common", "Middle", "Rare", "no_finding"]
+
+
+def test_what_a_stage_offers_is_no_choice_of_the_bank():
+    """Slots drawn at random from the images with findings are as enriched as expected of them."""
+    labels, patients = part(4000, 900)
+    finding = (labels[:, :3] == 1).any(1)
+    rows = np.flatnonzero(finding)
+    found = enrichment(labels[rows], patients[rows], labels, patients, CLASSES, offered=finding)
+    for name, figure in found["classes"].items():
+        assert figure["enrichment"] == pytest.approx(figure["expected"]) and figure["expected"] > 1.5, name
+    assert found["no_finding"]["expected"] == 0
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """Banks drawn at random from the training part: 1 lies in about 95 of 100 intervals."""
+    covered = []
+    for seed in range(60):
+        labels, patients = part(1500, 300, seed)
+        low, high, _ = enrichment(*bank(labels, patients, 200, seed + 1000), labels, patients, CLASSES, resamples=200,
+                                  )["classes"]["Common"]["interval"]
+        covered.append(low <= 1 <= high)
+    assert 0.85 <= np.mean(covered) <= 1
+
+
+def test_tables_are_sorted_by_prevalence_and_say_what_cannot_be_said():
+    labels, patients = part()
+    found = enrichment(*bank(labels, patients), labels, patients, CLASSES, resamples=50)
+    table = enrichment_table(found)
+    assert table["finding"].tolist() == ["Rare", "Middle", "Common", "no finding", "any tail finding", "any medium finding",
+                                         "any head finding"]
+    assert table["prevalence"].head(3).is_monotonic_increasing
+    both = compare_enrichment({"a": found, "b": found})
+    assert both["cell"].tolist() == ["a", "b"] and both.columns[2:5].tolist() == ["Rare", "Rare low", "Rare high"]
+    one = enrichment(labels[:5], ["1"] * 5, labels[:5], ["1"] * 5, CLASSES)
+    assert np.isnan(one["no_finding"]["interval"][0])
+    assert pd.isna(enrichment_table(one)["enrichment"]).any()
+    with pytest.raises(ValueError, match="the bank is empty"):
+        enrichment(labels[:0], patients[:0], labels, patients, CLASSES)
+    with pytest.raises(ValueError, match="2 of 4 slots are of patients who are not in the training part"):
+        enrichment(labels[:4], [*patients[:2], "x", "000"], labels, patients, CLASSES)

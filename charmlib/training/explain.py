@@ -31,8 +31,8 @@ class Explanation:
         Class -> probability, uncalibrated.
     table : DataFrame
         One row a retrieved slot, best first: ``slot``, ``image`` (file name of a training image), ``patient``, ``labels``
-        ('Effusion|Mass'), ``similarity`` (what ``bank_norm`` makes it: the cosine for 'both'), ``weight`` (as used, the gate of
-        'gated' included) and ``step``, the training batch that wrote it. One image may fill several slots.
+        ('Effusion|Mass'), ``similarity`` (what ``bank_norm`` makes it: the cosine for 'both'), ``weight`` (the gate of 'gated'
+        included, before ``normalize_retrieved`` scales the sum) and ``step``, the training batch that wrote it. One image may fill several slots.
     pixels, retrieved : arrays (S, S) and (k, S, S) uint8
         The image, and those of the table as they are on disk; training had turned and mirrored them, and the slot holds
         the feature that the network of that step gave them. Black where a slot's image is not known.
@@ -99,6 +99,7 @@ def _retrieved(run, z: torch.Tensor, ids: torch.Tensor) -> pd.DataFrame:
     """The table of an :class:`Explanation`."""
     bank = run.net.bank
     index, weights, _ = bank.retrieve(z, ids)
+    weights = weights if bank.gate is None else bank.gate * weights
     found = pd.DataFrame({"slot": index[0].tolist(), "similarity": bank.similarity(z, index)[0].tolist(),
                           "weight": weights[0].tolist()})
     slots = run.bank_table()[["slot", "image", "patient", "labels", "step"]]

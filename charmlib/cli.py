@@ -160,9 +160,11 @@ def compare(first, second, point, out):
     refuse_leaks([first, second])
     metrics = load_metrics(first)
     thresholds = [thresholds_at(run, point) for run in (first, second)]
-    table = paired(load_predictions(first), load_predictions(second), thresholds=thresholds)
-    click.echo(f"{split_note(metrics)}\nfirst: {first}, second: {second}; each at its own operating point "
-               f"'{point}', chosen on validation\n")
+    table = paired(load_predictions(first), load_predictions(second), thresholds=thresholds if all(thresholds) else None)
+    click.echo(f"{split_note(metrics)}\nfirst: {first}, second: {second}; " + (
+        f"each at its own operating point '{point}', chosen on validation\n" if all(thresholds) else
+        "no operating points: trained without a validation part was "
+        f"{' and '.join(str(run) for run, t in zip((first, second), thresholds) if not t)}\n"))
     click.echo(with_intervals(table.rename(columns={"low": "difference low", "high": "difference high"}), 4)
                .to_string(index=False))
     click.echo("\n" + verdict(table, str(first), str(second)))
@@ -207,7 +209,9 @@ def predict(run, paths, out, point, calibrated, device):
     out.parent.mkdir(parents=True, exist_ok=True)
     table = predict_images(run, paths, point=point, calibrated=calibrated, device=device, refused=refused.append)
     write_whole(out, lambda temporary: table.to_csv(temporary, index=False))
-    click.echo(f"{out}: {len(table)} images, operating point '{point}'")
+    calls = any(column.startswith("call_") for column in table)
+    click.echo(f"{out}: {len(table)} images, " + (f"operating point '{point}'" if calls else
+               "probabilities only: the run was trained without a validation part, so it has no operating point"))
     if refused:
         for line in refused:
             click.echo(f"refused: {line}", err=True)

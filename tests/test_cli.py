@@ -129,6 +129,20 @@ def test_evaluate_and_compare_finished_runs(make_run, tmp_path):
     assert charm("compare", first, first).returncode == 2 and charm("evaluate", first, "--ensemble").returncode == 2
 
 
+def test_evaluate_and_compare_a_run_without_validation(make_run, tmp_path):
+    usual, apart = make_run("g/usual"), make_run("g/apart", seed=3, valid_fraction=0, patience=0)
+    done = charm("evaluate", usual, apart, "--ensemble", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    assert done.stdout.count("no operating point: trained without a validation part") == 2  # apart, and the mean with it
+    page = (tmp_path / "out/apart/report.html").read_text()
+    assert page.count("data:image/png") == 6 and "nothing to choose" in page and "Operating point '" not in page
+    rows = (tmp_path / "out/apart/per_class.csv").read_text().splitlines()
+    assert len(rows) > 15 and all(row.endswith(",apart,") for row in rows[1:])
+    done = charm("compare", usual, apart)
+    assert done.returncode == 0 and "agree in sign" in done.stdout and "sensitivity" not in done.stdout, done.stderr
+    assert f"no operating points: trained without a validation part was {apart}" in done.stdout
+
+
 def test_leaks_and_unknown_points_are_refused(make_run, tmp_path):
     official, patient = make_run("g/official"), make_run("h/patient", split="patient")
     for command in ("evaluate", "compare"):

@@ -20,8 +20,9 @@ from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 
 def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str | Path | None = None) -> Path | None:
-    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first, or of one without a rank where none has
-    one), ``seeds.csv`` (with a seed axis) and ``report.html`` into the grid's folder, or ``out``; None while no cell is done."""
+    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first; where none has a rank, of the board's
+    first), ``seeds.csv`` (with a seed axis) and ``report.html`` into the grid's folder, or ``out``; None while no cell is done.
+    """
     folder = Path(folder)
     out = Path(out or folder)
     ranked = board[board["rank"] == 1]

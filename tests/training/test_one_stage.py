@@ -130,7 +130,7 @@ def test_a_plain_fastai_learner_trains_without_validation(phantoms, tmp_path):
     from charmlib.data.loaders import chest_dataloaders
     from tests.training.conftest import HALF, NET
 
-    data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0, patience=0)
+    data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0)
     learn = charm_learner(chest_dataloaders(data, bs=64, mean=HALF, std=HALF, path=tmp_path), path=tmp_path, **NET)
     learn.fit_one_cycle(1, 1e-3)
     assert learn.recorder.final_record[1] is None  # no validation loss, and no invented one

@@ -341,14 +341,17 @@ def params(notebooks):
 def _board_text(board) -> str:
     from charmlib.evaluation.tables import with_intervals
     from charmlib.grid.board import over_seeds
-    from charmlib.grid.report import board_notes, shown_board
+    from charmlib.grid.report import board_notes, parted, shown_apart, shown_board
 
-    lines = [*board_notes(board), shown_board(board).to_string(index=False)]
+    listed, apart = parted(board)
+    lines = [*board_notes(listed), shown_board(listed).to_string(index=False)] if len(listed) else []
     if board["same_as_first"].eq(True).any():
         lines.append("= cannot be told from the first: the 95 % interval of the paired difference holds 0")
     seeds = over_seeds(board)
     if seeds is not None:
         lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]
+    if len(apart):
+        lines += ["", *board_notes(apart), shown_apart(apart).to_string(index=False)]
     return "\n".join(lines)
 
 

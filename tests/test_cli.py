@@ -66,6 +66,25 @@ def test_run_trains_and_tests_one_cell_and_again_does_nothing(phantoms, tmp_path
 
 
 @pytest.mark.slow
+def test_one_stage_without_validation_from_the_file_to_predictions(phantoms, tmp_path):
+    import nbformat
+
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({
+        **TINY, "data_root": str(phantoms), "valid_fraction": 0, "patience": 0, "stage1_images": "all", "stage1_frozen_epochs": 1,
+        "stage1_epochs": 1, "stage2_epochs": 0}))
+    done = charm("run", tmp_path / "one.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "no validation part" in done.stdout and "stage 1 epoch 2/2" in done.stdout, done.stderr
+    book = nbformat.read(tmp_path / "out/test.ipynb", as_version=4)
+    said = "".join(o.get("text", "") for c in book.cells if c.cell_type == "code" for o in c.outputs)
+    assert "no operating point: trained without a validation part" in said
+    assert (tmp_path / "out/report.html").read_text().count("data:image/png") == 6
+    image = next(phantoms.rglob("*.png"))
+    done = charm("predict", tmp_path / "out", image, "--out", tmp_path / "p.csv")
+    assert done.returncode == 0 and "1 images, probabilities only" in done.stdout, done.stderr
+    assert charm("predict", tmp_path / "out", image, "--out", tmp_path / "p.csv", "--calibrated").returncode == 2
+
+
+@pytest.mark.slow
 def test_a_grid_with_a_failed_cell_does_not_exit_0(phantoms, tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"damaged")
     base = {**TINY, "data_root": str(phantoms), "weights": str(tmp_path / "damaged.pt")}

@@ -53,19 +53,22 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
         for _, figure in pictures:  # or a notebook that runs the grid shows them all
             plt.close(figure)
     name = grid.name if grid is not None else folder.name
+    listed, apart = parted(board)
     parts = [page.paragraph(f"{note}. {origin_note(metrics)}.", ""), page.heading("Leaderboard"),
              page.paragraph(("Ranked by validation mean AUC. " if first else "No cell is ranked. ")
                             + "The test columns are for reading, with 95 % intervals by bootstrap over patients."
                             + (f" '=' marks cells whose paired difference from {best['cell']} has an interval that holds 0: "
                                "the test part cannot tell them from it." if first else "")),
-             *(page.paragraph(line) for line in apart_notes(board)),
-             page.table(shown_board(board), "first board" if first else "board")]
+             *([page.table(shown_board(listed), "first board" if first else "board")] if len(listed) else [])]
     if seeds is not None:
         parts += [page.heading("Over seeds"),
                   page.paragraph("Mean and standard deviation over training seeds, on one test part."),
                   page.table(with_intervals(seeds, 4), "first")]
     parts += [page.heading(f"Classes of {best['cell']}"),
               page.table(with_intervals(class_table(part, predictions.positives)), "first")]
+    if len(apart):
+        parts += [page.heading("Without a validation part"), *(page.paragraph(f"{line}.") for line in board_notes(apart)),
+                  page.table(shown_apart(apart), "board")]
     published, remark = beside_published(metrics)
     parts += [*drawn, page.heading("Beside published figures"), page.paragraph(remark)]
     if published is not None:
@@ -80,14 +83,20 @@ def board_notes(board: pd.DataFrame) -> list[str]:
         first = cells.iloc[0]
         lines.append(f"split {split}: {int(first['n_images']):,} test images of {int(first['n_patients']):,} patients, "
                      f"{first['positive_share']:.1%} with a finding")
-    return lines + apart_notes(board)
+    apart = parted(board)[1]["cell"]
+    return lines + ([f"no validation: {', '.join(apart)} trained on the validation patients too (valid_fraction 0); nothing "
+                     "was chosen on validation, so no rank"] if len(apart) else [])
 
 
-def apart_notes(board: pd.DataFrame) -> list[str]:
-    """Why cells without a validation part are listed apart, in one line; none where there are no such cells."""
-    apart = board["cell"][board["status"] == NO_VALIDATION]
-    return [f"no validation: {', '.join(apart)} trained on the validation patients too (valid_fraction 0); nothing of it was "
-            "chosen on validation, so it has no rank, stands last, and `compare` sets it beside others"] if len(apart) else []
+def parted(board: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A leaderboard without the cells that had no validation part, and these."""
+    apart = board["status"] == NO_VALIDATION
+    return board[~apart], board[apart]
+
+
+def shown_apart(apart: pd.DataFrame) -> pd.DataFrame:
+    """Cells without a validation part for reading: a list, not a ranking."""
+    return shown_board(apart).drop(columns=["rank", "valid AUC", "less the first (95 %)"])
 
 
 def shown_board(board: pd.DataFrame) -> pd.DataFrame:

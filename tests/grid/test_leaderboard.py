@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from charmlib.cli import _board_text
 from charmlib.evaluation.compare import MEAN, compare
 from charmlib.evaluation.leaks import LeakError
 from charmlib.evaluation.results import load_predictions
@@ -87,11 +88,15 @@ def test_a_cell_without_validation_is_listed_apart_and_never_ranked(make_run, sk
     pd.testing.assert_frame_equal(board[:4], leaderboard(as_grid_without(folder, "apart"))[:4], check_dtype=False)
     assert over_seeds(board)["seeds"].sum() == 4  # of the four ranked cells
     notes = board_notes(board)
-    assert notes[-1].startswith("no validation: apart trained on the validation patients too") and "no rank" in notes[-1]
+    assert notes[-1].startswith("no validation: apart trained on the validation patients too") and notes[-1].endswith("so no rank")
     shown = shown_board(board).iloc[-1]
     assert shown["rank"] == "" and shown["valid AUC"] == "" and shown["status"] == "no validation"
     page = write_report(folder, board).read_text()
-    assert "no validation: apart" in page and "Classes of best" in page and "Classes of apart" not in page
+    assert "Classes of best" in page and "Classes of apart" not in page
+    ranking, apart = page.split("Without a validation part")
+    assert "<td>apart" not in ranking and "<td>apart</td>" in apart and "no validation: apart" in apart
+    said = _board_text(board)
+    assert said.index("best_seed=0") < said.index("no validation: apart") < said.rindex("apart") and "NaN" not in said
 
 
 def as_grid_without(folder, cell):
@@ -107,8 +112,9 @@ def test_a_board_of_nothing_but_cells_without_validation_has_no_first(make_run):
     board = leaderboard(folder)
     assert board["rank"].isna().all() and board["same_as_first"].isna().all() and over_seeds(board) is None
     page = write_report(folder, board).read_text()
-    assert "No cell is ranked." in page and "Classes of one" in page and "class='scroll board'" in page
-    assert "ranked first" not in page
+    assert "No cell is ranked." in page and "Classes of one" in page and "ranked first" not in page
+    assert page.count("class='scroll board'") == 1 and "class='scroll first board'" not in page
+    assert "one, two trained on the validation patients" in _board_text(board)
 
 
 def test_quick_checks_and_controls_without_validation_stay_what_they_are(make_run):

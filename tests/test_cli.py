@@ -70,8 +70,8 @@ def test_one_stage_without_validation_from_the_file_to_predictions(phantoms, tmp
     import nbformat
 
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({
-        **TINY, "data_root": str(phantoms), "valid_fraction": 0, "patience": 0, "stage1_images": "all", "stage1_frozen_epochs": 1,
-        "stage1_epochs": 1, "stage2_epochs": 0}))
+        **TINY, "data_root": str(phantoms), "valid_fraction": 0, "patience": 0, "stage1_images": "all", "stage1_epochs": 1,
+        "stage2_epochs": 0}))
     done = charm("run", tmp_path / "one.yaml", "--out", tmp_path / "out")
     assert done.returncode == 0 and "no validation part" in done.stdout and "stage 1 epoch 2/2" in done.stdout, done.stderr
     book = nbformat.read(tmp_path / "out/test.ipynb", as_version=4)

@@ -88,7 +88,7 @@ def test_a_cell_without_validation_is_listed_apart_and_never_ranked(make_run, sk
     pd.testing.assert_frame_equal(board[:4], leaderboard(as_grid_without(folder, "apart"))[:4], check_dtype=False)
     assert over_seeds(board)["seeds"].sum() == 4  # of the four ranked cells
     notes = board_notes(board)
-    assert notes[-1].startswith("no validation: apart trained on the validation patients too") and notes[-1].endswith("so no rank")
+    assert notes[-1].startswith("no validation: apart trained on the validation patients") and notes[-1].endswith("so no rank")
     shown = shown_board(board).iloc[-1]
     assert shown["rank"] == "" and shown["valid AUC"] == "" and shown["status"] == "no validation"
     page = write_report(folder, board).read_text()

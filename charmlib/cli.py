@@ -160,9 +160,11 @@ def compare(first, second, point, out):
     refuse_leaks([first, second])
     metrics = load_metrics(first)
     thresholds = [thresholds_at(run, point) for run in (first, second)]
-    table = paired(load_predictions(first), load_predictions(second), thresholds=thresholds)
-    click.echo(f"{split_note(metrics)}\nfirst: {first}, second: {second}; each at its own operating point "
-               f"'{point}', chosen on validation\n")
+    table = paired(load_predictions(first), load_predictions(second), thresholds=thresholds if all(thresholds) else None)
+    click.echo(f"{split_note(metrics)}\nfirst: {first}, second: {second}; " + (
+        f"each at its own operating point '{point}', chosen on validation\n" if all(thresholds) else
+        "no operating points: trained without a validation part was "
+        f"{' and '.join(str(run) for run, t in zip((first, second), thresholds) if not t)}\n"))
     click.echo(with_intervals(table.rename(columns={"low": "difference low", "high": "difference high"}), 4)
                .to_string(index=False))
     click.echo("\n" + verdict(table, str(first), str(second)))
@@ -207,7 +209,9 @@ def predict(run, paths, out, point, calibrated, device):
     out.parent.mkdir(parents=True, exist_ok=True)
     table = predict_images(run, paths, point=point, calibrated=calibrated, device=device, refused=refused.append)
     write_whole(out, lambda temporary: table.to_csv(temporary, index=False))
-    click.echo(f"{out}: {len(table)} images, operating point '{point}'")
+    calls = any(column.startswith("call_") for column in table)
+    click.echo(f"{out}: {len(table)} images, " + (f"operating point '{point}'" if calls else
+               "probabilities only: the run was trained without a validation part, so it has no operating point"))
     if refused:
         for line in refused:
             click.echo(f"refused: {line}", err=True)
@@ -337,14 +341,17 @@ def params(notebooks):
 def _board_text(board) -> str:
     from charmlib.evaluation.tables import with_intervals
     from charmlib.grid.board import over_seeds
-    from charmlib.grid.report import board_notes, shown_board
+    from charmlib.grid.report import board_notes, parted, shown_apart, shown_board
 
-    lines = [*board_notes(board), shown_board(board).to_string(index=False)]
+    listed, apart = parted(board)
+    lines = [*board_notes(listed), shown_board(listed).to_string(index=False)] if len(listed) else []
     if board["same_as_first"].eq(True).any():
         lines.append("= cannot be told from the first: the 95 % interval of the paired difference holds 0")
     seeds = over_seeds(board)
     if seeds is not None:
         lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]
+    if len(apart):
+        lines += ["", *board_notes(apart), shown_apart(apart).to_string(index=False)]
     return "\n".join(lines)
 
 

@@ -86,12 +86,13 @@ def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int
     chosen = results.chosen_on_validation(valid["labels"], valid["logits"], data.classes)
     write_json(folder / "model.json", {"format": 1, "classes": data.classes, "params": params, **chosen})
     train = prevalence(data.labels[data.rows("train")], data.classes)
+    validated = score_part(valid, data.classes)[0] if data.split.has_valid else None
     test, samples = score_part(parts["test"], data.classes, prevalence=train, **chosen)
     results.save_resamples(folder, samples)
     write_json(folder / "metrics.json", {
         "format": 1, "cell": folder.name, "hash": None, "params": params, "data": {"name": data.source, "drawn": not real},
         "split": {"name": data.split.name, "hash": data.split.hash, **data.split.counts}, "classes": data.classes,
-        "train_prevalence": train, "valid": score_part(valid, data.classes)[0], "test": test, "bank": None,
+        "train_prevalence": train, "valid": validated, "test": test, "bank": None,
         "seconds": {"train": 1.0, "score": 1.0, "overhead": 1.0}, "device": "cpu", "precision": "fp32",
         "versions": {"torch": "0", "charmlib": "0"}, "quick_check": bool(params["limit"])})
     (folder / "history.csv").write_text("stage,epoch,train_loss,valid_loss,valid_auc,lr,seconds,bank_filled,bank_accepted\n"

@@ -66,6 +66,25 @@ def test_run_trains_and_tests_one_cell_and_again_does_nothing(phantoms, tmp_path
 
 
 @pytest.mark.slow
+def test_one_stage_without_validation_from_the_file_to_predictions(phantoms, tmp_path):
+    import nbformat
+
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({
+        **TINY, "data_root": str(phantoms), "valid_fraction": 0, "patience": 0, "stage1_images": "all", "stage1_epochs": 1,
+        "stage2_epochs": 0}))
+    done = charm("run", tmp_path / "one.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "no validation part" in done.stdout and "stage 1 epoch 2/2" in done.stdout, done.stderr
+    book = nbformat.read(tmp_path / "out/test.ipynb", as_version=4)
+    said = "".join(o.get("text", "") for c in book.cells if c.cell_type == "code" for o in c.outputs)
+    assert "no operating point: trained without a validation part" in said
+    assert (tmp_path / "out/report.html").read_text().count("data:image/png") == 6
+    image = next(phantoms.rglob("*.png"))
+    done = charm("predict", tmp_path / "out", image, "--out", tmp_path / "p.csv")
+    assert done.returncode == 0 and "1 images, probabilities only" in done.stdout, done.stderr
+    assert charm("predict", tmp_path / "out", image, "--out", tmp_path / "p.csv", "--calibrated").returncode == 2
+
+
+@pytest.mark.slow
 def test_a_grid_with_a_failed_cell_does_not_exit_0(phantoms, tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"damaged")
     base = {**TINY, "data_root": str(phantoms), "weights": str(tmp_path / "damaged.pt")}
@@ -127,6 +146,20 @@ def test_evaluate_and_compare_finished_runs(make_run, tmp_path):
     assert done.returncode == 0 and "is better" in done.stdout and "agree in sign" in done.stdout
     assert (tmp_path / "d.csv").read_text().startswith("class,figure,positives,first,second,difference,low,high,agree")
     assert charm("compare", first, first).returncode == 2 and charm("evaluate", first, "--ensemble").returncode == 2
+
+
+def test_evaluate_and_compare_a_run_without_validation(make_run, tmp_path):
+    usual, apart = make_run("g/usual"), make_run("g/apart", seed=3, valid_fraction=0, patience=0)
+    done = charm("evaluate", usual, apart, "--ensemble", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    assert done.stdout.count("no operating point: trained without a validation part") == 2  # apart, and the mean with it
+    page = (tmp_path / "out/apart/report.html").read_text()
+    assert page.count("data:image/png") == 6 and "nothing to choose" in page and "Operating point '" not in page
+    rows = (tmp_path / "out/apart/per_class.csv").read_text().splitlines()
+    assert len(rows) > 15 and all(row.endswith(",apart,") for row in rows[1:])
+    done = charm("compare", usual, apart)
+    assert done.returncode == 0 and "agree in sign" in done.stdout and "sensitivity" not in done.stdout, done.stderr
+    assert f"no operating points: trained without a validation part was {apart}" in done.stdout
 
 
 def test_leaks_and_unknown_points_are_refused(make_run, tmp_path):

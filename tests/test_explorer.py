@@ -50,6 +50,25 @@ def test_moving_along_the_curve_changes_numbers_and_pictures(board):
     assert "above all" in board.numbers.value
 
 
+def test_a_run_without_validation_comes_last_and_is_walked_by_hand(runs, make_run):
+    apart = make_run("apart", skill=9.0, valid_fraction=0, patience=0)
+    explorer = Explorer([apart, *runs], ImageReader())
+    assert list(explorer.folders)[-1] == "apart"
+    board = _Board(explorer)
+    board.run.value = "apart"
+    assert board.point.options == ("(by hand)",) and "without a validation part" in board.note.value
+    numbers = board.numbers.value
+    board.slider.value += 12
+    assert board.numbers.value != numbers and "change sides" in board.moved.value
+    board.finding.value = next(value for _, value in board.finding.options if value != board.finding.value)
+    board.run.value = "one"
+    board.point.value = "youden"
+    board.run.value = "apart"
+    assert board.point.value == "(by hand)" and board.at is not None
+    alone = Explorer([apart], ImageReader())
+    assert len(_Board(alone).curve.value) > 1000 and len(alone.static()) == 3  # without the counts
+
+
 def test_operating_points_are_those_of_validation(board):
     for name in board.point.options[:-1]:
         board.point.value = name

@@ -42,9 +42,11 @@ class ChestData:
 
     def note(self, part: str) -> str:
         """What stands beside scores on a part: data, split, images, patients and share of positives."""
-        count = self.split.counts[part]
-        return (f"{self.source}, split '{self.split.name}' ({self.split.hash[:8]}): {count['images']:,} {part} images of "
-                f"{count['patients']:,} patients, {count['positive_share']:.1%} with a finding")
+        count, split = self.split.counts[part], f"{self.source}, split '{self.split.name}' ({self.split.hash[:8]})"
+        if part == "valid" and not self.split.has_valid:
+            return f"{split}: no validation part"
+        return (f"{split}: {count['images']:,} {part} images of {count['patients']:,} patients, "
+                f"{count['positive_share']:.1%} with a finding")
 
     def __str__(self) -> str:
         drawn = "DRAWN PHANTOMS, not radiographs: " if self.index.drawn else ""
@@ -61,7 +63,7 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     """
     from charmlib.params import resolve
 
-    p = resolve(dict(params or {}), changes)
+    p = resolve({"patience": 0}, dict(params or {}), changes)  # data alone trains nothing: valid_fraction 0 is enough
     root = resolve_data_root(p["data_root"])
     index = read_index(root, classes=p["classes"], csv=p["csv"])
     images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), p["image_size"], aspect=p["aspect"],

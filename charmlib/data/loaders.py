@@ -267,6 +267,7 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
         Batch. The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one.
     findings_only : bool
         Stage 1: training and validation take only images with a finding. The test part is always whole.
+        The validation loader of a split without a validation part gives no batch.
     mean, std : sequences of 3
         What the network expects of RGB in [0, 1] (``net.mean``, ``net.std``); ImageNet's by default.
     degrees, flip : float
@@ -287,12 +288,13 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
     for part in ("train", "valid", "test"):
         train = part == "train"
         rows = data.rows(part, findings_only=findings_only and part != "test")
-        if len(rows) < (2 if train else 1):
+        missing = part == "valid" and not data.split.has_valid
+        if len(rows) < (2 if train else 1) and not missing:
             raise ValueError(f"the {part} part has {len(rows)} images" + (" with a finding" if findings_only else ""))
         dataset = ChestImages(data.images, data.labels, rows, data.classes, ids, train=train,
                               note=data.source if data.index.drawn else "")
         transforms = [GreyToNetwork(mean, std)] + ([FlipRotate(degrees, flip)] if train and (degrees or flip) else [])
-        size = min(bs, len(rows))
+        size = min(bs, len(rows)) or bs
         if train and preload:
             dataset.preload(device)
         loaders.append(ChestDL(dataset, bs=size, shuffle=train, drop_last=train, after_batch=transforms, device=device))

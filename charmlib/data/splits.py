@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,11 @@ class Split:
     hash: str
     counts: dict[str, dict[str, float]]
 
+    @property
+    def has_valid(self) -> bool:
+        """Whether there is a validation part; one is missing by request only (``valid_fraction`` 0)."""
+        return self.counts["valid"]["images"] > 0
+
     def rows(self, part: str) -> np.ndarray:
         """Row numbers of a part in the index, ascending."""
         return np.flatnonzero(self.part == part)
@@ -44,6 +50,7 @@ class Split:
     def __str__(self) -> str:
         lines = [f"split '{self.name}' ({self.hash})"]
         lines += [f"  {part}: {c['images']} images of {c['patients']} patients, {c['positive_share']:.1%} with a finding"
+                  if c["images"] else f"  {part}: none, its patients are in the training part (valid_fraction 0)"
                   for part, c in self.counts.items()]
         return "\n".join(lines)
 
@@ -57,13 +64,16 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
         'official': the NIH lists, with ``valid_fraction`` of the train_val patients as validation. 'patient': 70 / 10
         / 20 per cent of the patients at random. Both use seed 85 whatever the run's seed. Otherwise a folder with
         ``train.txt``, ``valid.txt`` and ``test.txt``.
+    valid_fraction : float
+        Of 'official', at most 0.5. 0 puts the validation part of any split (the patients that 'patient' would draw, the
+        images of ``valid.txt`` where there is one) into the training part; the test part stays as it is.
     limit : int
         At most so many images a part, drawn at random; 0 for all.
 
     Raises
     ------
     SplitError
-        Lists missing or overlapping, a patient in two parts, an empty part.
+        Lists missing or overlapping, a patient in two parts, an empty part (validation may be empty by request alone).
     """
     frame = index.frame
     if name == "official":
@@ -71,8 +81,12 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
     elif name == "patient":
         part = _by_patient(frame["patient"], (0.7, 0.1, 0.2))
     else:
-        part = _own_lists(index, Path(name))
+        part = _own_lists(index, Path(name), optional=("valid",) if valid_fraction == 0 else ())
         name = Path(name).name
+    wanted = PARTS
+    if valid_fraction == 0:
+        part[part == "valid"] = "train"
+        wanted = ("train", "test")
     if limit:
         generator = np.random.default_rng(SPLIT_SEED)
         for p in PARTS:
@@ -80,12 +94,12 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
             if len(rows) > limit:
                 part[np.setdiff1d(rows, generator.choice(rows, limit, replace=False))] = ""
     assert_disjoint(frame["patient"], part)
-    for p in PARTS:
+    for p in wanted:
         if not (part == p).any():
             raise SplitError(f"split '{name}': the {p} part is empty; check the lists against {index.table.name}")
     positive = index.has_finding()
     counts = {p: {"images": int((part == p).sum()), "patients": int(frame["patient"][part == p].nunique()),
-                  "positive_share": float(positive[part == p].mean())} for p in PARTS}
+                  "positive_share": float(positive[part == p].mean()) if (part == p).any() else float("nan")} for p in PARTS}
     return Split(name, part, _hash(frame["id"], part), counts)
 
 
@@ -117,13 +131,15 @@ def _by_patient(patients: pd.Series, shares: tuple[float, float, float]) -> np.n
     return patients.map(dict(zip(unique, names))).to_numpy(object)
 
 
-def _own_lists(index: Index, folder: Path) -> np.ndarray:
+def _own_lists(index: Index, folder: Path, optional: Sequence[str] = ()) -> np.ndarray:
     if not folder.is_dir():
         raise SplitError(f"split: no folder {folder}; wanted 'official', 'patient' or a folder with "
                          "train.txt, valid.txt and test.txt")
     part = np.full(len(index.frame), "", dtype=object)
     for p in PARTS:
         listed = read_list(folder, (f"{p}.txt",))
+        if listed is None and p in optional:
+            continue
         if listed is None:
             raise SplitError(f"split: {folder} has no {p}.txt")
         here = index.frame["id"].isin(listed).to_numpy()

@@ -55,7 +55,8 @@ def evaluate_run(run: str | Path, *, points: Sequence[str] = ()) -> tuple[dict, 
 
 def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
     """The mean of several runs as :func:`evaluate_run` gives one; thresholds and temperature come from the mean of their
-    validation predictions. ``members`` names the runs.
+    validation predictions, and there are none where a member was trained without a validation part (on those images of the
+    others, that is). ``members`` names the runs.
 
     Raises
     ------
@@ -65,7 +66,8 @@ def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ())
         The runs are not of the same images, classes and labels.
     """
     refuse_leaks(runs)
-    test, valid = (mean_ensemble([load_predictions(run, part) for run in runs]) for part in ("test", "valid"))
+    test, valids = mean_ensemble([load_predictions(run) for run in runs]), [load_predictions(run, "valid") for run in runs]
+    valid = next((v for v in valids if not len(v.ids)), None) or mean_ensemble(valids)
     chosen = chosen_on_validation(valid.labels, valid.logits, valid.classes)
     each = [load_metrics(run) for run in runs]
 
@@ -75,20 +77,22 @@ def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ())
     return {**each[0], "bank": None, "cell": f"mean of {len(runs)} runs", "members": run_names([Path(run) for run in runs]),
             "params": {**each[0]["params"], "seed": together(m["params"]["seed"] for m in each)},
             "device": together(m["device"] for m in each), "precision": together(m["precision"] for m in each),
-            "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes)},
+            "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes)} if len(valid.ids) else None,
             "test": _score(test, valid, chosen, points, each[0].get("train_prevalence"))}, test
 
 
 def thresholds_at(run: str | Path, point: str) -> dict[str, float | None]:
-    """A run's thresholds at any operating point: stored by training, or chosen now on its validation predictions."""
+    """A run's thresholds at any operating point: stored by training, or chosen now on its validation predictions. Empty for a
+    run that was trained without a validation part."""
     valid = load_predictions(run, "valid")
-    return _with_points(choices(run, valid)["thresholds"], valid, [point])[point]
+    return _with_points(choices(run, valid)["thresholds"], valid, [point]).get(point, {})
 
 
 def _with_points(thresholds: dict, valid: Predictions, points: Sequence[str]) -> dict:
-    """The stored thresholds, and those of further points."""
+    """The stored thresholds, and those of further points; none without validation predictions."""
     missing = [point for point in points if point not in thresholds]
-    return thresholds | choose_thresholds(valid.labels, valid.logits, valid.classes, missing)
+    further = choose_thresholds(valid.labels, valid.logits, valid.classes, missing)  # also refuses unknown points
+    return thresholds | further if len(valid.ids) else {}
 
 
 def _score(test: Predictions, valid: Predictions, chosen: dict, points: Sequence[str], prevalence) -> dict:

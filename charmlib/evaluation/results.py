@@ -34,7 +34,7 @@ class Predictions:
 
 
 def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str]) -> None:
-    """Write ``{valid,test}_{ids,patients,labels,logits}`` and ``classes``; no pickles."""
+    """Write ``{valid,test}_{ids,patients,labels,logits}`` and ``classes``; no pickles. Valid may be empty arrays."""
     arrays = {f"{part}_{key}": value for part, values in parts.items() for key, value in values.items()}
 
     def write(temporary):
@@ -45,7 +45,7 @@ def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarr
 
 
 def load_predictions(run: str | Path, part: str = "test") -> Predictions:
-    """A part of a run's predictions.
+    """A part of a run's predictions; the validation part of a run that had none is empty.
 
     Raises
     ------
@@ -104,9 +104,14 @@ def load_card(folder: str | Path) -> dict:
     return card
 
 
+def has_valid(card: Mapping) -> bool:
+    """Whether a run, by its ``model.json`` or ``metrics.json``, was trained with a validation part."""
+    return card["params"].get("valid_fraction") != 0
+
+
 def choices(run: str | Path, valid: Predictions) -> dict:
     """``thresholds`` and ``temperature`` of a trained run; chosen anew, on the same validation predictions, where its
-    ``model.json`` is from before both were kept or was not brought along."""
+    ``model.json`` is from before both were kept or was not brought along. As :func:`chosen_on_validation` without any."""
     card = load_card(run) if (Path(run) / "model.json").is_file() else {"thresholds": {}}
     if card.get("temperature") is not None and set(POINTS) <= set(card["thresholds"]):
         return {"thresholds": card["thresholds"], "temperature": card["temperature"]}
@@ -114,8 +119,19 @@ def choices(run: str | Path, valid: Predictions) -> dict:
 
 
 def chosen_on_validation(labels, logits, classes: Sequence[str]) -> dict:
-    """What ``model.json`` keeps of the validation part: ``thresholds`` at each operating point, and the ``temperature``."""
+    """What ``model.json`` keeps of the validation part: ``thresholds`` at each operating point, and the ``temperature``.
+
+    Of an empty one, that of a run without validation: no operating point, and None.
+    """
+    if not len(labels):
+        return {"thresholds": {}, "temperature": None}
     return {"thresholds": choose_thresholds(labels, logits, classes, POINTS), "temperature": fit_temperature(labels, logits)}
+
+
+def valid_auc(metrics: Mapping) -> float:
+    """Mean AUC on the validation part; NaN where it is undefined, or there was no such part."""
+    auc = (metrics["valid"] or {}).get("mean_auc")
+    return float("nan") if auc is None else auc
 
 
 def load_metrics(run: str | Path) -> dict:

@@ -36,9 +36,10 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
     values : mapping
         ``labels`` and ``logits`` (n, classes), ``patients`` (n,).
     thresholds : mapping
-        Operating point -> class -> probability, chosen on validation data.
+        Operating point -> class -> probability, chosen on validation data; empty where there was none.
     temperature : float
-        Fitted on validation data; calibration is then given with and without it.
+        Fitted on validation data; calibration is then given with and without it. With empty thresholds and no temperature
+        it is given as trained.
     prevalence : mapping
         Class -> share of positives in the training part, for the frequency groups.
     """
@@ -56,12 +57,13 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
     if prevalence is not None:
         out["groups"] = {group: _group(out, members, samples, classes)
                          for group, members in frequency_groups(dict(prevalence)).items() if members}
-    if thresholds:
+    if thresholds is not None:
         out["operating"] = {point: _operating(values, classes, chosen, resamples, seed)
                             for point, chosen in thresholds.items()}
+    if thresholds is not None or temperature is not None:
+        out["calibration"] = {"as_trained": calibration(labels, logits, classes)}
     if temperature is not None:
-        out["calibration"] = {"as_trained": calibration(labels, logits, classes),
-                              "scaled": calibration(labels, logits, classes, temperature)}
+        out["calibration"]["scaled"] = calibration(labels, logits, classes, temperature)
     return out, samples
 
 

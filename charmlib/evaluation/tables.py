@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from charmlib.evaluation.results import valid_auc
+
 MEAN = "mean of classes"
 
 
@@ -14,8 +16,10 @@ def split_note(metrics: Mapping) -> str:
     part = metrics["split"]["test"]
     shuffled = "SHUFFLED LABELS, a control: " if metrics["params"].get("labels") == "shuffled" else ""
     quick = "QUICK CHECK: " if metrics.get("quick_check") else ""
+    apart = "" if metrics["valid"] else "; trained without a validation part"
     return (f"{shuffled}{quick}{metrics['data']['name']}, split '{metrics['split']['name']}' ({metrics['split']['hash'][:8]}): "
-            f"{part['images']:,} test images of {part['patients']:,} patients, {part['positive_share']:.1%} with a finding")
+            f"{part['images']:,} test images of {part['patients']:,} patients, "
+            f"{part['positive_share']:.1%} with a finding{apart}")
 
 
 def origin_note(metrics: Mapping) -> str:
@@ -53,7 +57,10 @@ def class_table(part: Mapping, positives: Mapping[str, int] | None = None) -> pd
 
 def operating_table(part: Mapping, point: str) -> pd.DataFrame:
     """Counts and figures at an operating point, with intervals: class, threshold, TP, FP, FN, TN, sensitivity, low, high ...,
-    and the share of resamples without positives, which do not define a sensitivity."""
+    and the share of resamples without positives, which do not define a sensitivity. Without rows for a run that has no such
+    operating point."""
+    if point not in part["operating"]:
+        return pd.DataFrame(columns=["class"])
     rows = []
     for name, row in part["operating"][point].items():
         rows.append({"class": name, "threshold": row["threshold"], **{k.upper(): row[k] for k in ("tp", "fp", "fn", "tn")}})
@@ -66,7 +73,9 @@ def operating_table(part: Mapping, point: str) -> pd.DataFrame:
 
 
 def point_note(part: Mapping, point: str) -> str:
-    """Where an operating point comes from, and the classes that have none."""
+    """Where an operating point comes from, and the classes that have none; or that there was nothing to choose it on."""
+    if point not in part["operating"]:
+        return "no operating point: trained without a validation part to choose it on"
     missing = [name for name in part["auc"] if name not in part["operating"][point]]
     return f"operating point '{point}', chosen on validation" + (
         f" (none for {', '.join(missing)}: no positives or no negatives there)" if missing else "")
@@ -82,7 +91,7 @@ def groups_note(part: Mapping) -> str:
 
 
 def calibration_table(part: Mapping) -> pd.DataFrame:
-    """Mean ECE and Brier score as trained and with the temperature of the validation part."""
+    """Mean ECE and Brier score as trained and, where there was a validation part, with its temperature."""
     return pd.DataFrame([{"probabilities": name.replace("_", " "), "temperature": c["temperature"], "mean ECE": c["mean_ece"],
                           "mean Brier score": c["mean_brier"]} for name, c in part["calibration"].items()])
 
@@ -92,7 +101,7 @@ def run_table(runs: Sequence[Mapping]) -> pd.DataFrame:
     rows = []
     for m in runs:
         part = m["split"]["test"]
-        rows.append({"run": m["cell"], "valid AUC": m["valid"]["mean_auc"], "test AUC": m["test"]["mean_auc"],
+        rows.append({"run": m["cell"], "valid AUC": valid_auc(m), "test AUC": m["test"]["mean_auc"],
                      **_limits("test AUC", m["test"]["intervals"]["mean_auc"]), "test AP": m["test"]["mean_ap"],
                      "split": f"{m['split']['name']} {m['split']['hash'][:8]}", "images": part["images"],
                      "patients": part["patients"], "positive share": part["positive_share"], "seed": m["params"]["seed"]})

@@ -9,12 +9,15 @@ import yaml
 
 from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.leaks import refuse_leaks
-from charmlib.evaluation.results import load_metrics, load_resamples
+from charmlib.evaluation.results import load_metrics, load_resamples, valid_auc
 from charmlib.files import write_whole
 from charmlib.grid.cells import IDENTITY, GridError, cell_status
 
 LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high",
         "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
+
+NO_VALIDATION = "no validation"
+"""Status of a finished cell that was trained on the validation patients too (``valid_fraction`` 0)."""
 
 _NEEDS = {"momentum": "use_momentum", **dict.fromkeys(
     ("k", "threshold", "bank_size", "strategy", "rule", "retrieval", "bank_norm", "normalize_retrieved", "bank_momentum",
@@ -27,7 +30,7 @@ def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.Data
 
     Rank 1 has the highest **validation** mean AUC; the test column decides nothing. Quick checks and cells that are
     not done have no rank, nor has a control with shuffled labels. Ranks are only given within one split: cells of another
-    split are another contest.
+    split are another contest. Cells without a validation part have no rank either, and stand after all others.
 
     ``diff_first`` is a cell's mean test AUC less that of the cell ranked first, with its paired 95 % interval;
     ``same_as_first`` is True where that interval holds 0, so that the two cannot be told apart.
@@ -49,7 +52,7 @@ def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.Data
         row |= {name: None if not params.get(_NEEDS.get(name), True) else params[name] for name in axes}
         if m:
             drawn = " (drawn phantoms)" if m["data"]["drawn"] else ""
-            row |= {"valid_mean_auc": m["valid"]["mean_auc"], "test_mean_auc": m["test"]["mean_auc"],
+            row |= {"valid_mean_auc": valid_auc(m), "test_mean_auc": m["test"]["mean_auc"],
                     "split": f"{m['split']['name']} {m['split']['hash'][:8]}{drawn}",
                     "n_images": m["split"]["test"]["images"], "n_patients": m["split"]["test"]["patients"],
                     "positive_share": m["split"]["test"]["positive_share"],
@@ -59,6 +62,8 @@ def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.Data
                 row["status"] = "quick check"
             elif m["params"].get("labels") == "shuffled":
                 row["status"] = "control"
+            elif m["valid"] is None:
+                row["status"] = NO_VALIDATION
         rows.append(row)
     board = pd.DataFrame(rows, columns=["rank", "cell", *axes, *LAST])
     ranked = board["status"] == "done"
@@ -67,6 +72,8 @@ def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.Data
     refuse_leaks(folder / cell for cell in board["cell"][board["split"].notna()])
     board = _with_intervals(folder, board)
     board = board.sort_values(["split", "rank", "status", "cell"], na_position="last", ignore_index=True)
+    apart = board["status"] == NO_VALIDATION
+    board = pd.concat([board[~apart], board[apart]], ignore_index=True) if apart.any() else board
     if write:
         write_whole(folder / "leaderboard.csv", lambda temporary: board.to_csv(temporary, index=False))
     return board

@@ -13,7 +13,7 @@ from charmlib.grid.cells import cell_status
 from charmlib.grid.spec import Cell
 
 _COST = ("arch", "image_size", "use_momentum", "use_attention", "use_bank", "limit", "precision", "device", "split",
-         "data_root", "stage1_batch", "stage2_batch", "compile")
+         "valid_fraction", "stage1_images", "data_root", "stage1_batch", "stage2_batch", "compile")
 """Cells that agree in these take about the same time an epoch."""
 _MARGIN = 1.15
 """Epochs scatter, and saving one is not in the history."""

@@ -13,7 +13,7 @@ from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
 from charmlib.files import write_whole
 from charmlib.grid.banks import bank_pictures, bank_table, write_bank_table
-from charmlib.grid.board import board_axes, over_seeds
+from charmlib.grid.board import NO_VALIDATION, board_axes, over_seeds
 from charmlib.viz import page
 from charmlib.viz.grid import heat_maps
 from charmlib.viz.history import plot_history
@@ -21,18 +21,21 @@ from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 
 def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str | Path | None = None) -> Path | None:
-    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first), ``seeds.csv`` (with a seed axis),
-    ``enrichment.csv`` (with banks) and ``report.html`` into the grid's folder, or ``out``; None while no cell is done."""
+    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first; where none has a rank, of the board's
+    first), ``seeds.csv`` (with a seed axis), ``enrichment.csv`` (with banks) and ``report.html`` into the grid's folder, or
+    ``out``; None while no cell is done."""
     folder = Path(folder)
     out = Path(out or folder)
     ranked = board[board["rank"] == 1]
     if ranked.empty:
-        ranked = board[board["status"].isin(["quick check", "control"])]
+        ranked = board[board["status"].isin(["quick check", "control", NO_VALIDATION])]
     if ranked.empty:
         return None
     best = ranked.iloc[0]
     metrics, predictions = evaluate_run(folder / best["cell"])  # anew, so that runs of an older version have all of it
     note, part = split_note(metrics), metrics["test"]
+    first = pd.notna(best["rank"])
+    named = f"{best['cell']}, {'ranked first by validation' if first else 'not ranked'}"
     seeds = over_seeds(board)
     if seeds is not None:
         write_whole(out / "seeds.csv", lambda temporary: seeds.to_csv(temporary, index=False))
@@ -40,9 +43,9 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
     if banks is not None:
         write_bank_table(out, banks)
     with matplotlib.rc_context({"figure.max_open_warning": 0}):
-        roc = plot_roc(predictions, title=f"{best['cell']}, ranked first by validation", note=note)
+        roc = plot_roc(predictions, title=named, note=note)
         write_whole(out / "roc.png", lambda temporary: roc.savefig(temporary, format="png", dpi=130))
-        bands = plot_roc_bands(predictions, part, title=f"{best['cell']}, ranked first by validation", note=note)
+        bands = plot_roc_bands(predictions, part, title=named, note=note)
         write_whole(out / "roc_bands.png", lambda temporary: bands.savefig(temporary, format="png", dpi=130))
         pictures = [("ROC curves on the whole test part", roc), ("Interval bands", bands)]
         maps = heat_maps(board, note=note)
@@ -56,10 +59,13 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
         for _, figure in pictures:  # or a notebook that runs the grid shows them all
             plt.close(figure)
     name = grid.name if grid is not None else folder.name
+    listed, apart = parted(board)
     parts = [page.paragraph(f"{note}. {origin_note(metrics)}.", ""), page.heading("Leaderboard"),
-             page.paragraph("Ranked by validation mean AUC. The test columns are for reading, with 95 % intervals by bootstrap "
-                            f"over patients. '=' marks cells whose paired difference from {best['cell']} has an interval that "
-                            "holds 0: the test part cannot tell them from it."), page.table(shown_board(board), "first board")]
+             page.paragraph(("Ranked by validation mean AUC. " if first else "No cell is ranked. ")
+                            + "The test columns are for reading, with 95 % intervals by bootstrap over patients."
+                            + (f" '=' marks cells whose paired difference from {best['cell']} has an interval that holds 0: "
+                               "the test part cannot tell them from it." if first else "")),
+             *([page.table(shown_board(listed), "first board" if first else "board")] if len(listed) else [])]
     if seeds is not None:
         parts += [page.heading("Over seeds"),
                   page.paragraph("Mean and standard deviation over training seeds, on one test part."),
@@ -72,6 +78,9 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
                                  "first, with 95 % intervals by bootstrap over the training part's patients; runs that differ "
                                  "in their seed alone show what training itself adds to that."),
                   page.table(with_intervals(banks, 2).replace("undefined", ""))]
+    if len(apart):
+        parts += [page.heading("Without a validation part"), *(page.paragraph(f"{line}.") for line in board_notes(apart)),
+                  page.table(shown_apart(apart), "board")]
     published, remark = beside_published(metrics)
     parts += [*drawn, page.heading("Beside published figures"), page.paragraph(remark)]
     if published is not None:
@@ -80,13 +89,26 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
 
 
 def board_notes(board: pd.DataFrame) -> list[str]:
-    """A line for each split on the board: images, patients, share of positives."""
+    """A line for each split on the board (images, patients, share of positives), and why some cells have no rank."""
     lines = []
     for split, cells in board.dropna(subset=["split"]).groupby("split"):
         first = cells.iloc[0]
         lines.append(f"split {split}: {int(first['n_images']):,} test images of {int(first['n_patients']):,} patients, "
                      f"{first['positive_share']:.1%} with a finding")
-    return lines
+    apart = parted(board)[1]["cell"]
+    return lines + ([f"no validation: {', '.join(apart)} trained on the validation patients too (valid_fraction 0); nothing "
+                     "was chosen on validation, so no rank"] if len(apart) else [])
+
+
+def parted(board: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A leaderboard without the cells that had no validation part, and these."""
+    apart = board["status"] == NO_VALIDATION
+    return board[~apart], board[apart]
+
+
+def shown_apart(apart: pd.DataFrame) -> pd.DataFrame:
+    """Cells without a validation part for reading: a list, not a ranking."""
+    return shown_board(apart).drop(columns=["rank", "valid AUC", "less the first (95 %)"])
 
 
 def shown_board(board: pd.DataFrame) -> pd.DataFrame:

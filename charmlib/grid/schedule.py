@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from charmlib import lease
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.results import load_metrics, valid_auc
 from charmlib.files import write_text
 from charmlib.grid import estimate
 from charmlib.grid.budget import Budget, hours
@@ -120,8 +120,10 @@ class Schedule:
             self.waiting.insert(0, job)
             return
         if outcome.ended is Ended.DONE:
-            score = load_metrics(folder)["valid"]["mean_auc"]
-            self._count(f"{cell}: valid AUC " + ("undefined" if score is None else f"{score:.4f}"))
+            metrics = load_metrics(folder)
+            score = valid_auc(metrics)
+            self._count(f"{cell}: no validation part" if metrics["valid"] is None else
+                        f"{cell}: valid AUC " + ("undefined" if score != score else f"{score:.4f}"))
         else:
             self._keep_error(folder, outcome)
             self._count(f"{cell} FAILED ({outcome.words or _WORDS[outcome.ended]}); see {folder}/error.txt")

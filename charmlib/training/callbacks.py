@@ -134,7 +134,8 @@ class EpochRecord(Callback):
     """One row of the history an epoch: losses, validation AUC, learning rate, time, and what the bank took.
 
     The training loss is the plain mean over the epoch's batches; fastai's smoothed one carries over from epoch to
-    epoch, which a resumed run could not repeat. Epochs before ``start`` are being skipped and get no row.
+    epoch, which a resumed run could not repeat. Epochs before ``start`` are being skipped and get no row. Without a
+    validation part its two figures are NaN.
 
     Beside the columns of ``history.csv`` a row holds ``bank_labels``: class -> filled slots with it, and ``no_finding`` last;
     empty without a bank. They end up in ``bank_history.csv``.
@@ -161,7 +162,7 @@ class EpochRecord(Callback):
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
         row = {"stage": self.stage, "epoch": self.epoch + self.before,
                "train_loss": torch.stack(self.losses).mean().item() if self.losses else float("nan"),
-               "valid_loss": float(values["valid_loss"]), "valid_auc": float(values.get("mean_auc", float("nan"))),
+               "valid_loss": _number(values["valid_loss"]), "valid_auc": _number(values.get("mean_auc")),
                "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,
                "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": "", "bank_labels": {}}
         bank = getattr(self.model, "bank", None)
@@ -177,28 +178,48 @@ class EpochRecord(Callback):
             self.on_row(row)
 
 
+def _number(value) -> float:
+    return float("nan") if value is None else float(value)
+
+
 class KeepBest(Callback):
     """Remembers the best epoch's weights in memory, and says when ``patience`` epochs brought nothing better.
 
     fastai's ``SaveModelCallback`` does this through files that it loads with pickles allowed.
+
+    Without a ``monitor`` (None: there is no validation part) every epoch replaces the one before, so the last one stays.
+
+    Raises
+    ------
+    ValueError
+        Without a monitor: an epoch left weights that are not finite, which no figure would show.
     """
 
     order = 60
 
-    def __init__(self, monitor: str = "valid_loss", patience: int = 0, *, start: int = 0):
+    def __init__(self, monitor: str | None = "valid_loss", patience: int = 0, *, start: int = 0):
         self.monitor, self.patience, self.start = monitor, patience, start
         self.best, self.waited, self.state = float("inf"), 0, None
 
     def after_epoch(self):
         if self.epoch < self.start:
             return
+        if self.monitor is None:
+            self._keep()
+            if not all(torch.isfinite(v).all() for name, v in self.state.items() if not name.startswith("bank.")):
+                raise ValueError(f"epoch {self.epoch + 1} left weights that are not finite, and without a validation part no "
+                                 "earlier epoch is chosen instead; lower the learning rate or check the labels")
+            return
         row = self.learn.epoch_record.rows[-1]
         value = -row["valid_auc"] if self.monitor == "valid_auc" else row["valid_loss"]
         if value < self.best:
             self.best, self.waited = value, 0
-            self.state = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+            self._keep()
         else:
             self.waited += 1
+
+    def _keep(self):
+        self.state = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
 
     @property
     def stop(self) -> bool:

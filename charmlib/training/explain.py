@@ -32,7 +32,8 @@ class Explanation:
     table : DataFrame
         One row a retrieved slot, best first: ``slot``, ``image`` (file name of a training image), ``patient``, ``labels``
         ('Effusion|Mass'), ``similarity`` (what ``bank_norm`` makes it: the cosine for 'both'), ``weight`` (the gate of 'gated'
-        included, before ``normalize_retrieved`` scales the sum) and ``step``, the training batch that wrote it. One image may fill several slots.
+        included, before ``normalize_retrieved`` scales the sum) and ``step``, the training batch that wrote it. One image may
+        fill several slots.
     pixels, retrieved : arrays (S, S) and (k, S, S) uint8
         The image, and those of the table as they are on disk; training had turned and mirrored them, and the slot holds
         the feature that the network of that step gave them. Black where a slot's image is not known.

@@ -13,7 +13,7 @@ from scipy.special import expit
 from charmlib.data.loaders import grey_to_network
 from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
 from charmlib.evaluation.evaluate import thresholds_at
-from charmlib.evaluation.results import choices, load_card, load_metrics, load_predictions
+from charmlib.evaluation.results import choices, has_valid, load_card, load_metrics, load_predictions
 from charmlib.training.checkpoint import load_model
 from charmlib.training.device import pick_device
 
@@ -21,6 +21,9 @@ from charmlib.training.device import pick_device
 def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youden", calibrated: bool = False, batch: int = 32,
             device: str = "auto", refused: Callable[[str], None] = print) -> pd.DataFrame:
     """A row an image: its path, run, operating point, ``p_<class>`` and ``call_<class>`` (0 or 1).
+
+    A run that was trained without a validation part has no operating point: its rows have probabilities and no calls, and
+    ``point`` is missing.
 
     The network reads each image by itself, with the memory bank as training left it, so neither the batch nor other images
     change a result by more than rounding.
@@ -40,12 +43,15 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     Raises
     ------
     FileNotFoundError, ValueError
-        Not a trained run, no images, or an unknown operating point.
+        Not a trained run, no images, or an unknown operating point; ``calibrated`` for a run without a validation part.
     """
     card = load_card(run)
+    validated = has_valid(card)
+    if calibrated and not validated:
+        raise ValueError(f"{run} was trained without a validation part, so it has no temperature: leave --calibrated out")
     if calibrated and card.get("temperature") is None:
         card |= choices(run, load_predictions(run, "valid"))  # a run from before it was kept
-    thresholds = card["thresholds"].get(point) or thresholds_at(run, point)
+    thresholds = (card["thresholds"].get(point) or thresholds_at(run, point)) if validated else {}
     files = find_radiographs(paths)
     chosen = pick_device(device)
     net, _ = load_model(run, chosen)
@@ -67,10 +73,11 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     values = np.concatenate(logits) if logits else np.empty((0, len(card["classes"])))
     probability = expit(values.astype(np.float64))
     shown = expit(values / card["temperature"]) if calibrated else probability
-    table = pd.DataFrame({"image": [str(path) for path in kept]}).assign(run=Path(run).resolve().name, point=point)
+    table = pd.DataFrame({"image": [str(path) for path in kept]}).assign(run=Path(run).resolve().name,
+                                                                           point=point if validated else pd.NA)
     for c, name in enumerate(card["classes"]):
         table[f"p_{name}"] = shown[:, c]
-    for c, name in enumerate(card["classes"]):
+    for c, name in enumerate(card["classes"] if validated else ()):
         threshold = thresholds.get(name)
         table[f"call_{name}"] = pd.array([pd.NA] * len(kept) if threshold is None else probability[:, c] >= threshold,
                                          dtype="Int8")

@@ -58,10 +58,19 @@ class MeanAUC(Metric):
 
 
 class Progress(ProgressCallback):
-    """fastai's bars, which read the loss once a second instead of once a batch."""
+    """fastai's bars, which read the loss once a second instead of once a batch, and none for a validation part without images.
+    """
 
     name = "progress"
     _read = 0.0
+
+    def before_validate(self):
+        if len(self.dl):
+            super().before_validate()
+
+    def after_validate(self):
+        if len(self.dl):
+            super().after_validate()
 
     def after_batch(self):
         self.pbar.update(self.iter + 1)

@@ -123,10 +123,13 @@ class Run:
     # -- training ---------------------------------------------------------------------------------------------------
 
     def dataloaders(self, stage: int = 2) -> ChestDataLoaders:
-        """fastai DataLoaders of a stage: 1 takes images with a finding only, 2 all."""
+        """fastai DataLoaders of a stage: 1 takes the images that ``stage1_images`` says, 2 all."""
         batch = self.params["stage1_batch" if stage == 1 else "stage2_batch"]
-        return chest_dataloaders(self.data, bs=batch, findings_only=stage == 1, mean=self.net.mean, std=self.net.std,
-                                 preload=self.params["preload"], device=self.device, path=self.folder)
+        return chest_dataloaders(self.data, bs=batch, findings_only=self._findings_only(stage), mean=self.net.mean,
+                                 std=self.net.std, preload=self.params["preload"], device=self.device, path=self.folder)
+
+    def _findings_only(self, stage: int) -> bool:
+        return stage == 1 and self.params["stage1_images"] == "findings"
 
     def learner(self, stage: int = 2):
         """A fastai Learner of a stage around the run's network, whose bank then has the stage's ``bank_momentum``."""
@@ -160,7 +163,8 @@ class Run:
 
         Writes ``params.yaml`` and ``split.csv``, then ``history.csv``, ``bank_history.csv`` and ``log.txt`` as it goes,
         ``resume.pt`` after each epoch, and at the end ``model.safetensors`` and ``model.json`` with the thresholds and the
-        temperature, both chosen on the validation part, and ``bank.csv``, the bank's slots.
+        temperature, both chosen on the validation part, and ``bank.csv``, the bank's slots. Without a validation part
+        (``valid_fraction`` 0) each stage ends with its last epoch's weights, and there are neither thresholds nor a temperature.
 
         With ``resume=False`` whatever an earlier run left in the folder is removed first.
 
@@ -186,7 +190,8 @@ class Run:
         runner.lr = self._lr = state["lr"] if state else self.find_lr()
         phases = plan(self.params, self._lr)
         self.log(f"training on {self.device} in {self.precision}, {self.data.source}, split {self.data.split.name} "
-                 f"{self.data.split.hash}" + (f", going on after {len(state['history'])} finished epochs" if state else ""))
+                 f"{self.data.split.hash}" + ("" if self.data.split.has_valid else ", no validation part: nothing is chosen")
+                 + (f", going on after {len(state['history'])} finished epochs" if state else ""))
         if self.params["use_momentum"] and state is None:
             self._note_warmup(phases)
         self.history = [{name: row[name] for name in HISTORY} for row in runner.run(phases, state)]
@@ -201,7 +206,7 @@ class Run:
         """Say so when the run is too short for its momentum: a larger one would then be the same run."""
         m = self.params["momentum"]
         needed = float("inf") if m >= 1 else max(0, math.ceil((10 * m - 1) / (1 - m)))
-        batches = {stage: max(1, len(self.data.rows("train", findings_only=stage == 1))
+        batches = {stage: max(1, len(self.data.rows("train", findings_only=self._findings_only(stage)))
                               // self.params[f"stage{stage}_batch"]) for stage in (1, 2)}
         steps = sum(phase.epochs * batches[phase.stage] for phase in phases)
         if steps <= needed:
@@ -233,8 +238,8 @@ class Run:
 
     def _runner(self) -> StageRunner:
         return StageRunner(self.learner, self.net, self.folder / "resume.pt", self._identity(),
-                           monitor=self.params["monitor"], seed=self.params["seed"], lr=self._lr, on_row=self._row,
-                           bars=person_watches())
+                           monitor=self.params["monitor"] if self.data.split.has_valid else None, seed=self.params["seed"],
+                           lr=self._lr, on_row=self._row, bars=person_watches())
 
     def _row(self, history: list[dict]) -> None:
         write_history(self.folder / "history.csv", history)
@@ -244,8 +249,9 @@ class Run:
             if row["bank_filled"] != "" else ""
         total = (self.params["stage1_frozen_epochs"] + self.params["stage1_epochs"] if row["stage"] == "1"
                  else self.params["stage2_epochs"])
-        self.log(f"stage {row['stage']} epoch {row['epoch'] + 1}/{total}: train {row['train_loss']:.4f}, "
-                 f"valid {row['valid_loss']:.4f}, AUC {row['valid_auc']:.4f}, {row['seconds']:.1f} s{bank}")
+        valid = f"valid {row['valid_loss']:.4f}, AUC {row['valid_auc']:.4f}, " if self.data.split.has_valid else ""
+        self.log(f"stage {row['stage']} epoch {row['epoch'] + 1}/{total}: train {row['train_loss']:.4f}, {valid}"
+                 f"{row['seconds']:.1f} s{bank}")
 
     def _read_history(self) -> list[dict]:
         path = self.folder / "history.csv"
@@ -318,9 +324,10 @@ class Run:
     @torch.no_grad()
     def logits(self, part: str, rows=None) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels (n, C) float32 of a whole part, in the order of its rows (or of the given rows)."""
-        data = self.data
-        images = ChestImages(data.images, data.labels, data.rows(part) if rows is None else rows, data.classes,
-                             data.index.frame["id"].tolist())
+        data, rows = self.data, self.data.rows(part) if rows is None else rows
+        if not len(rows):  # a split without a validation part
+            return np.empty((0, len(data.classes)), np.float32), np.empty((0, len(data.classes)), np.float32)
+        images = ChestImages(data.images, data.labels, rows, data.classes, data.index.frame["id"].tolist())
         dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device,
                      after_batch=[GreyToNetwork(self.net.mean, self.net.std)])
         self.net.eval()
@@ -361,6 +368,9 @@ class Run:
     def score(self) -> dict:
         """Score the whole validation and test parts; writes ``predictions.npz`` and returns the metrics.
 
+        Without a validation part its arrays are empty, ``valid`` of the metrics is None, and the test part has neither
+        operating points nor a scaled calibration.
+
         The metrics also go into a part file from which ``metrics.json`` is made when the run is finished (see
         :func:`charmlib.evaluation.finish.finish`).
 
@@ -386,7 +396,7 @@ class Run:
                     "accepted": self.net.bank.accepted.item() / max(self.net.bank.seen.item(), 1),
                     "enrichment": self._enrichment(history)}
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
-        valid, _ = score_part(parts["valid"], self.data.classes)
+        valid = score_part(parts["valid"], self.data.classes)[0] if self.data.split.has_valid else None
         test, samples = score_part(parts["test"], self.data.classes, prevalence=train,
                                    **choices(self.folder, Predictions(**parts["valid"], classes=self.data.classes)))
         save_resamples(self.folder, samples)

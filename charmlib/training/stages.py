@@ -61,7 +61,7 @@ class StageRunner:
     identity : dict
         What must agree between the file and this run (parameters, split hash, versions of the format).
     monitor, seed
-        See :mod:`charmlib.params`.
+        See :mod:`charmlib.params`; monitor None, for a split without a validation part, keeps each stage's last epoch.
     lr : float
         The rate that stage 1 found, kept for a resumed run.
     on_row : callable
@@ -71,7 +71,7 @@ class StageRunner:
     """
 
     def __init__(self, make_learner: Callable[[int], Learner], net: torch.nn.Module, resume_path: Path, identity: dict, *,
-                 monitor: str, seed: int, lr: float | None = None, on_row=None, bars: bool = False):
+                 monitor: str | None, seed: int, lr: float | None = None, on_row=None, bars: bool = False):
         self.make_learner, self.net, self.path, self.identity = make_learner, net, resume_path, identity
         self.monitor, self.seed, self.lr, self.on_row, self.bars = monitor, seed, lr, on_row, bars
         self.history: list[dict] = []
@@ -91,7 +91,8 @@ class StageRunner:
         return state
 
     def run(self, phases: list[Phase], state: dict | None = None) -> list[dict]:
-        """Train; returns the history. The network ends with the best epoch's weights of its last stage.
+        """Train; returns the history. The network ends with the best epoch's weights of its last stage (the last
+        epoch's without a monitor).
 
         Raises
         ------

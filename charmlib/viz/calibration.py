@@ -11,8 +11,9 @@ from charmlib.viz.style import FIRST, GUIDE, SECOND, heading, readable, small_pa
 
 
 @styled
-def plot_calibration(predictions, temperature: float = 1.0, *, bins: int = 10, title: str = "", note: str = ""):
-    """Bins of equally many images, as trained and at the temperature of the validation part; returns the figure.
+def plot_calibration(predictions, temperature: float | None = 1.0, *, bins: int = 10, title: str = "", note: str = ""):
+    """Bins of equally many images, as trained and at the temperature of the validation part (None: there was none); returns the
+    figure.
 
     Both axes are square-rooted, because most findings are rare. The number in a title is the expected calibration error
     (15 equal bins) as trained, and at the temperature.
@@ -21,7 +22,7 @@ def plot_calibration(predictions, temperature: float = 1.0, *, bins: int = 10, t
     for c, axis in enumerate(axes):
         y, score, _ = known(predictions.labels, predictions.logits, c)
         errors, top = [], 0.0
-        for t, colour, marker in ((1.0, FIRST, "o"), (temperature, SECOND, "s")):
+        for t, colour, marker in ((1.0, FIRST, "o"), (temperature, SECOND, "s"))[:1 if temperature is None else 2]:
             probability = expit(score.astype(np.float64) / t)
             mean, share, _ = reliability_curve(y, probability, bins=bins)
             axis.plot(mean, share, marker=marker, ms=3.5, lw=1.1, color=colour)
@@ -35,12 +36,13 @@ def plot_calibration(predictions, temperature: float = 1.0, *, bins: int = 10, t
             ticks = _ticks(top)
             getattr(axis, f"set_{which}ticks")(ticks, [f"{v:g}" for v in ticks])
             getattr(axis, f"{which}axis").minorticks_off()
-        axis.set_title(f"{readable(predictions.classes[c])}\n{errors[0]:.3f}, {errors[1]:.3f}" if len(y) else
+        axis.set_title(f"{readable(predictions.classes[c])}\n{', '.join(f'{e:.3f}' for e in errors)}" if len(y) else
                        f"{readable(predictions.classes[c])}\nno labels")
     legend.plot([], [], marker="o", ms=4, color=FIRST, label="as trained")
-    legend.plot([], [], marker="s", ms=4, color=SECOND, label=f"temperature {temperature:.2f}\n(from validation)")
+    if temperature is not None:
+        legend.plot([], [], marker="s", ms=4, color=SECOND, label=f"temperature {temperature:.2f}\n(from validation)")
     legend.plot([], [], color=GUIDE, label="perfect")
-    legend.legend(loc="center", title="finding\nECE of both")
+    legend.legend(loc="center", title="finding\nECE" + (" of both" if temperature is not None else ""))
     figure.supxlabel("mean probability of a bin", fontsize=9)
     figure.supylabel("share of positives in it", fontsize=9)
     heading(figure, title, note)

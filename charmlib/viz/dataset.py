@@ -19,13 +19,19 @@ from charmlib.viz.style import FIRST, GUIDE, OKABE_ITO, SECOND, heading, readabl
 
 PARTS = ("train", "valid", "test")
 _COLOURS = dict(zip(PARTS, (FIRST, OKABE_ITO[4], SECOND)))
+_SAID = dict(zip(PARTS, ("training", "validation", "test")))
 _OLDEST = 120  # the NIH table has ages up to 414
+
+
+def _parts(data) -> list[str]:
+    """The parts that have images: validation may have none."""
+    return [part for part in PARTS if data.split.counts[part]["images"]]
 
 
 def part_table(data) -> pd.DataFrame:
     """A row a part: images, patients, images a patient, findings, age, sex and view."""
     rows = []
-    for part in PARTS:
+    for part in _parts(data):
         frame = data.index.frame.iloc[data.split.rows(part)]
         finding = data.index.has_finding()[data.split.rows(part)]
         rows.append({"part": part, "images": f"{len(frame):,}", "patients": f"{frame['patient'].nunique():,}",
@@ -50,7 +56,7 @@ def finding_table(data) -> pd.DataFrame:
     """A row a class, the most frequent first: positives of each part, prevalence in training, and its group by frequency."""
     shares = _prevalence(data)["train"]
     group = {name: kind for kind, names in frequency_groups(shares).items() for name in names}
-    rows = [{"class": readable(name), **{part: f"{_positives(data, part)[name]:,}" for part in PARTS},
+    rows = [{"class": readable(name), **{part: f"{_positives(data, part)[name]:,}" for part in _parts(data)},
              "prevalence (train)": f"{shares[name]:.2%}", "group": group.get(name, "?")} for name in data.classes]
     return pd.DataFrame(rows).iloc[np.argsort([-shares[name] for name in data.classes])].reset_index(drop=True)
 
@@ -61,13 +67,14 @@ def _positives(data, part: str) -> dict[str, int]:
 
 
 def _prevalence(data) -> dict[str, dict[str, float]]:
-    return {part: prevalence(data.labels[data.split.rows(part)], data.classes) for part in PARTS}
+    return {part: prevalence(data.labels[data.split.rows(part)], data.classes) for part in _parts(data)}
 
 
 def _note(data) -> str:
     counts = data.split.counts
     return (f"{data.source}, split '{data.split.name}' ({data.split.hash[:8]}): "
-            + ", ".join(f"{counts[p]['images']:,} {p} images of {counts[p]['patients']:,} patients" for p in PARTS))
+            + ", ".join(f"{counts[p]['images']:,} {p} images of {counts[p]['patients']:,} patients" for p in _parts(data))
+            + ("" if data.split.has_valid else ", no validation part"))
 
 
 @styled
@@ -76,22 +83,22 @@ def plot_prevalence(data):
 
     A long tail is a straight line here. Dashed lines part head, medium and tail classes (5 % and 2 % of the training part).
     """
-    shares = _prevalence(data)
+    shares, parts = _prevalence(data), _parts(data)
     order = sorted(data.classes, key=lambda name: np.nan_to_num(shares["train"][name]))
     at = np.arange(len(order))
     figure, axis = plt.subplots(figsize=(8.6, 0.34 * len(order) + 1.6), layout="constrained")
-    for offset, part in zip((0.27, 0, -0.27), PARTS):
+    for offset, part in zip((0.27, 0, -0.27) if len(parts) == 3 else (0.135, -0.135), parts):
         axis.barh(at + offset, [shares[part][name] for name in order], height=0.25, color=_COLOURS[part], label=part)
-    counts = {part: _positives(data, part) for part in PARTS}
-    top = max(np.nanmax(list(shares[part].values()), initial=0.01) for part in PARTS)
+    counts = {part: _positives(data, part) for part in parts}
+    top = max(np.nanmax(list(shares[part].values()), initial=0.01) for part in parts)
     for i, name in enumerate(order):
-        axis.text(top * 1.25, i, " / ".join(f"{counts[part][name]:,}" for part in PARTS), va="center", fontsize=8)
+        axis.text(top * 1.25, i, " / ".join(f"{counts[part][name]:,}" for part in parts), va="center", fontsize=8)
     for border in (0.05, 0.02):
         axis.axvline(border, color=GUIDE, ls="--", lw=0.8)
         axis.text(border, len(order) - 0.35, f"{border:.0%}", color=GUIDE, fontsize=7.5, ha="center")
     axis.set_yticks(at, [readable(name) for name in order])
     axis.set(xscale="log", xlim=(None, top * 4.5), xlabel="share of images that are positive; at the right their number in "
-             "training / validation / test")
+             + " / ".join(_SAID[part] for part in parts))
     axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axis.grid(axis="y", visible=False)
     axis.legend(loc="lower right", bbox_to_anchor=(0.72, 0.02))
@@ -116,14 +123,15 @@ def plot_patients(data):
     bins = np.unique(np.geomspace(1, max(int(count.max()), 2) + 1, 24).astype(int))
     visits.hist(count, bins=bins, color=FIRST)
     visits.set(xscale="log", yscale="log", xlabel="images of one patient", ylabel="patients")
-    for i, part in enumerate(PARTS):
+    parts = _parts(data)
+    for i, part in enumerate(parts):
         left = 0.0
         for colour, (view, share) in zip(OKABE_ITO, frame.loc[frame["part"] == part, "view"].replace("", "unknown")
                                          .value_counts(normalize=True).sort_index().items()):
             views.barh(i, share, left=left, color=colour, label=view if i == 0 else None)
             views.text(left + share / 2, i, f"{view} {share:.0%}", ha="center", va="center", fontsize=8, color="white")
             left += share
-    views.set_yticks(range(len(PARTS)), PARTS)
+    views.set_yticks(range(len(parts)), parts)
     views.set(xlim=(0, 1), xlabel="share of the part's images by view")
     views.invert_yaxis()
     views.grid(visible=False)

@@ -20,7 +20,7 @@ from scipy.special import expit
 from charmlib.evaluation.compare import aligned, compare, verdict
 from charmlib.evaluation.evaluate import evaluate_run, run_folders, run_names
 from charmlib.evaluation.intervals import Interval, enough_patients, interval, operating_resamples
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.results import load_metrics, valid_auc
 from charmlib.evaluation.tables import point_note, split_note, with_intervals
 from charmlib.evaluation.walk import Walk
 from charmlib.viz.counts import plot_counts
@@ -44,7 +44,8 @@ class Explorer:
 
     Parameters
     ----------
-    runs : folders of runs, or of grids, whose cells are then all in; the best by validation comes first
+    runs : folders of runs, or of grids, whose cells are then all in; the best by validation comes first, those
+        without a validation part last
     image_of : callable, optional
         Image id -> (H, W) uint8, for a run's metrics: ``image_of(metrics, image_id)``. Without it, or where it raises
         OSError or KeyError, images are named and not shown.
@@ -58,7 +59,8 @@ class Explorer:
     def __init__(self, runs: Sequence[str | Path], image_of: Callable | None = None):
         folders = run_folders(runs)
         found = {name: (folder, load_metrics(folder)) for name, folder in zip(run_names(folders), folders)}
-        best_first = sorted(found, key=lambda name: -(found[name][1]["valid"]["mean_auc"] or 0))
+        best_first = sorted(found, key=lambda name: (found[name][1]["valid"] is None,
+                                                     -np.nan_to_num(valid_auc(found[name][1]))))
         self.folders = {name: found[name][0] for name in best_first}
         self.comparable = {name: (m["split"]["hash"], m["params"].get("labels", "real"), tuple(m["classes"]))
                            for name, (_, m) in found.items()}
@@ -86,17 +88,18 @@ class Explorer:
             plt.close(figure)
 
     def static(self) -> list[Figure]:
-        """Interval bands, counts at the operating point and the worst errors of the first run."""
+        """Interval bands, counts at the operating point (where it has one) and the worst errors of the first run."""
         name = next(iter(self.folders))
         metrics, test = self.scored(name)
         note = split_note(metrics)
         best = max(test.positives, key=test.positives.get)
         walk = Walk(test.labels, test.logits, test.classes.index(best))
-        row = metrics["test"]["operating"]["youden"].get(best)
+        operating = metrics["test"]["operating"].get("youden", {})
+        row = operating.get(best)
         at = walk.at_threshold(row["threshold"]) if row else int(walk.stations()[len(walk.stations()) // 2])
         return [plot_roc_bands(test, metrics["test"], title=name, note=note),
-                plot_counts(metrics["test"]["operating"]["youden"], title=name,
-                            note=f"{note}; {point_note(metrics['test'], 'youden')}"),
+                *([plot_counts(operating, title=name, note=f"{note}; {point_note(metrics['test'], 'youden')}")]
+                  if operating else []),
                 *(self._row(name, walk, walk.by_error(which, at)[:SHOWN],
                             f"{readable(best)}, {label} at p ≥ {_digits(walk.stand(at).threshold)}, the worst. {note}")
                   for label, which in _ORDERS.items() if which != "all")]
@@ -187,7 +190,7 @@ class _Board:
         points = list(self.metrics["test"]["operating"])
         kept = self.point.value
         self.point.options = [*points, _BY_HAND]
-        self.point.value = kept if kept in points else points[0]
+        self.point.value = kept if kept in points else self.point.options[0]
         alike = self.explorer.comparable
         same = [n for n in self.explorer.folders if n != self.run.value and alike[n] == alike[self.run.value]]
         kept = self.other.value
@@ -207,10 +210,10 @@ class _Board:
         self._new_other(redraw=False)
 
     def _go_to_point(self) -> None:
-        if self.point.value == _BY_HAND:
+        if self.point.value == _BY_HAND and self.at is not None:
             return
         row = self.metrics["test"]["operating"].get(self.point.value, {}).get(self.finding.value)
-        if row is None:  # validation had no positives of the finding
+        if row is None:  # validation had no positives of the finding, or the run had no validation part
             self.point.value = _BY_HAND
         target = self.walk.at_threshold(row["threshold"]) if row else int(self.stations[len(self.stations) // 2])
         self.slider.value = int(np.abs(self.stations - target).argmin())

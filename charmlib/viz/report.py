@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 
 from charmlib.evaluation.enrichment import enrichment_note, enrichment_table
 from charmlib.evaluation.published import beside_published
@@ -33,17 +34,21 @@ from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 
 def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "youden") -> dict[str, object]:
-    """Title -> figure: all that is drawn of a scored run. ``metrics`` needs not be finished (``cell`` may be missing)."""
+    """Title -> figure: all that is drawn of a scored run. ``metrics`` needs not be finished (``cell`` may be missing).
+
+    Without the counts for a run that has no operating point."""
     part, note, name = metrics["test"], split_note(metrics), metrics.get("cell", "")
     bank = (metrics.get("bank") or {}).get("enrichment")
+    counts = {f"Counts at the operating point '{point}'": plot_counts(
+        part["operating"][point], title=name, note=f"{note}; {point_note(part, point)}")} if point in part["operating"] else {}
+    temperature = part["calibration"].get("scaled", {}).get("temperature")
     return {
         "ROC curves": plot_roc(predictions, title=name, note=note),
         "ROC curves with interval bands": plot_roc_bands(predictions, part, point=point, title=name, note=note),
         "Precision and recall": plot_precision_recall(predictions, part, title=name, note=note),
         "AUC by class": plot_per_class(metrics, title=name, note=note),
-        f"Counts at the operating point '{point}'": plot_counts(
-            part["operating"][point], title=name, note=f"{note}; {point_note(part, point)}"),
-        "Calibration": plot_calibration(predictions, part["calibration"]["scaled"]["temperature"], title=name, note=note),
+        **counts,
+        "Calibration": plot_calibration(predictions, temperature, title=name, note=note),
         "Findings that come together (test part)": plot_cooccurrence(predictions.labels, predictions.classes, note=note),
         **({"What the memory bank holds": plot_enrichment(bank, title=name, note=note)} if bank else {}),
     }
@@ -79,6 +84,10 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
                   page.paragraph(f"{point_note(part, point)}; thresholds stay fixed in the resamples. Limits "
                                  "without width at 0 or 1 only say that no resample can show what the sample lacks."),
                   page.table(with_intervals(operating_table(part, point)))]
+    if not part["operating"]:
+        parts += [page.heading("Operating points"), page.paragraph(
+            "None: the run was trained without a validation part (valid_fraction 0), so there was nothing to choose "
+            "thresholds, a temperature or the best epoch on. It is never ranked beside runs that have one.")]
     parts += [page.heading("Calibration"), page.table(with_intervals(calibration_table(part), 4), "words"),
               page.heading("Beside published figures"), page.paragraph(remark)]
     if published is not None:
@@ -97,9 +106,9 @@ def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predicti
     folder.mkdir(parents=True, exist_ok=True)
     scores = class_table(metrics["test"], predictions.positives)
     calls = operating_table(metrics["test"], point)
-    write_whole(folder / "per_class.csv",
-                lambda temporary: with_origin(scores.merge(calls, on="class", how="left", suffixes=("", " at the point")),
-                                              metrics).assign(run=metrics["cell"], point=point).to_csv(temporary, index=False))
+    table = with_origin(scores.merge(calls, on="class", how="left", suffixes=("", " at the point")), metrics)
+    table = table.assign(run=metrics["cell"], point=point if len(calls) else pd.NA)
+    write_whole(folder / "per_class.csv", lambda temporary: table.to_csv(temporary, index=False))
     pictures = run_pictures(metrics, predictions, point=point)
     page_path = write_run_report(folder / "report.html", metrics, predictions, pictures)
     for figure in pictures.values():
@@ -113,8 +122,9 @@ def evaluation_text(metrics: Mapping, predictions: Predictions, point: str) -> s
     members = [f"mean of the probabilities of {', '.join(metrics['members'])}"] if "members" in metrics else []
     left_out = [f"left out of the means, having no positives or no negatives: {', '.join(part['undefined'])}"] \
         if part["undefined"] else []
+    calls = operating_table(part, point)
     return "\n".join([f"{metrics['cell']}: {split_note(metrics)}; {origin_note(metrics)}", *members,
                       with_intervals(class_table(part, predictions.positives)).to_string(index=False), *left_out,
-                      groups_note(part), f"\n{point_note(part, point)}:",
-                      with_intervals(operating_table(part, point)).to_string(index=False), "\ncalibration:",
+                      groups_note(part), f"\n{point_note(part, point)}" + (":" if len(calls) else ""),
+                      *([with_intervals(calls).to_string(index=False)] if len(calls) else []), "\ncalibration:",
                       with_intervals(calibration_table(part), 4).to_string(index=False)])

@@ -194,6 +194,53 @@ def test_a_patient_in_two_parts_is_refused_by_name(tmp_path):
         make_split(read_index(root), "official", valid_fraction=0.4)
 
 
+@pytest.mark.parametrize("name", ["official", "patient", "lists"])
+def test_without_validation_the_training_part_is_exactly_the_union(phantoms, tmp_path, name):
+    index = read_index(phantoms)
+    if name == "lists":
+        usual = make_split(index, "patient")
+        for p in ("train", "valid", "test"):
+            (tmp_path / f"{p}.txt").write_text("\n".join(index.frame["id"][usual.rows(p)]))
+        name = str(tmp_path)
+    usual, all_of_it = (make_split(index, name, valid_fraction=share) for share in (0.2, 0))
+    assert set(all_of_it.rows("train")) == set(usual.rows("train")) | set(usual.rows("valid"))
+    assert len(all_of_it.rows("train")) == usual.counts["train"]["images"] + usual.counts["valid"]["images"]
+    np.testing.assert_array_equal(all_of_it.rows("test"), usual.rows("test"))
+    assert all_of_it.hash != usual.hash and usual.has_valid and not all_of_it.has_valid
+    assert all_of_it.counts["valid"]["images"] == all_of_it.counts["valid"]["patients"] == 0
+    assert "valid: none, its patients are in the training part" in str(all_of_it) and "nan" not in str(all_of_it)
+    assert set(all_of_it.frame(index)["part"]) == {"train", "test"}
+
+
+def test_validation_is_empty_by_request_alone(phantoms, tmp_path):
+    index = read_index(phantoms)
+    usual = make_split(index, "patient")
+    for p in ("train", "test"):
+        (tmp_path / f"{p}.txt").write_text("\n".join(index.frame["id"][usual.rows(p)]))
+    with pytest.raises(SplitError, match="has no valid.txt"):
+        make_split(index, str(tmp_path))
+    assert make_split(index, str(tmp_path), valid_fraction=0).counts["train"] == usual.counts["train"]
+    (tmp_path / "valid.txt").write_text("")
+    with pytest.raises(SplitError, match="the valid part is empty"):
+        make_split(index, str(tmp_path))
+    (tmp_path / "test.txt").write_text("")
+    with pytest.raises(SplitError, match="the test part is empty"):
+        make_split(index, str(tmp_path), valid_fraction=0)
+
+
+def test_a_data_set_without_validation_is_shown_and_shuffled(phantoms, tmp_path):
+    from charmlib.viz.dataset import finding_table, part_table, write_dataset_page
+
+    data, shuffled = (open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0, labels=which)
+                      for which in ("real", "shuffled"))
+    assert part_table(data)["part"].tolist() == ["train", "test"] and "valid" not in finding_table(data).columns
+    assert data.note("valid").endswith("no validation part") and "test images of" in data.note("test")
+    page = write_dataset_page(tmp_path / "data.html", data).read_text()
+    assert "no validation part" in page and "nan" not in page.split("<img")[0] and page.count("data:image/png") == 4
+    rows = data.rows("train")
+    assert sorted(map(tuple, data.labels[rows])) == sorted(map(tuple, shuffled.labels[rows]))
+
+
 def test_limit_takes_so_many_a_part(phantoms):
     index = read_index(phantoms)
     split = make_split(index, "official", limit=20)

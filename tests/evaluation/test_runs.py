@@ -15,7 +15,7 @@ from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_fo
 from charmlib.evaluation.intervals import bootstrap
 from charmlib.evaluation.leaks import LeakError, refuse_leaks, split_of
 from charmlib.evaluation.results import Predictions, load_metrics, load_predictions, load_resamples
-from charmlib.evaluation.tables import class_table, operating_table, run_table, with_intervals
+from charmlib.evaluation.tables import class_table, operating_table, point_note, run_table, split_note, with_intervals
 from charmlib.evaluation.walk import Walk
 from charmlib.files import write_json
 
@@ -115,6 +115,25 @@ def test_a_split_is_found_in_the_grids_folder_and_only_if_it_is_the_runs(make_ru
 def test_splits_of_the_same_test_part_may_meet(make_run):
     """Another share of validation patients is another split hash and the same test part."""
     refuse_leaks([make_run("g/a"), make_run("g/b", valid_fraction=0.3)])
+
+
+def test_a_run_without_validation_is_compared_and_averaged_and_chooses_nothing(make_run):
+    run, other = make_run("g/apart", valid_fraction=0, patience=0), make_run("g/usual", seed=1)
+    refuse_leaks([run, other])
+    table = compare(load_predictions(run), load_predictions(other), resamples=20)
+    assert table[table["figure"] == "AUC"]["difference"].notna().any()
+    metrics, _ = evaluate_run(run, points=["youden"])
+    assert metrics["test"]["operating"] == {} and list(metrics["test"]["calibration"]) == ["as_trained"]
+    assert operating_table(metrics["test"], "youden").empty and "no operating point" in point_note(metrics["test"], "youden")
+    assert split_note(metrics).endswith("trained without a validation part")
+    assert "without" not in split_note(load_metrics(other))
+    usual, _ = evaluate_run(other)
+    runs = run_table([{**metrics, "cell": "apart"}, {**usual, "cell": "usual"}])
+    assert np.isnan(runs["valid AUC"][0]) and with_intervals(runs)["valid AUC"][0] == "" and runs["valid AUC"][1] > 0.5
+    for members in ([run, other], [other, run]):
+        mean, test = evaluate_ensemble(members, points=["sensitivity_0.80"])
+        assert mean["valid"] is None and mean["test"]["operating"] == {} and mean["test"]["mean_auc"] > 0.5
+        assert set(test.ids) == set(load_predictions(run).ids)
 
 
 def test_evaluate_gives_what_training_stored_and_mends_older_runs(make_run):

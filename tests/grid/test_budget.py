@@ -11,7 +11,7 @@ from charmlib.grid.budget import Budget, hours, seconds_of
 from charmlib.grid.cells import epochs_done
 from charmlib.grid.spec import load_grid
 from charmlib.params import ParameterError
-from tests.grid.conftest import CELLS, run
+from tests.grid.conftest import CELLS, run, small_grid
 
 
 @pytest.mark.parametrize("text, seconds", [("11h", 39600), ("1h30m", 5400), ("90m", 5400), ("45s", 45), ("2.5h", 9000),
@@ -77,6 +77,15 @@ def test_only_what_fits_is_started_longest_first(light, tmp_path):
     assert "1 of 3 cells are over, 2 left to run (at most 0.0" in first.stdout
     third = light("--budget", "6s", path=path, pace=1.0)  # 1 s for cells, less what the command needs itself
     assert third.returncode == 0 and "start pid" not in third.stdout, third.stdout
+
+
+def test_an_epoch_of_all_images_is_no_measure_of_one_of_the_findings(tmp_path, phantoms):
+    grid = load_grid(small_grid(tmp_path, phantoms, stage1_images=["findings", "all"]))
+    for cell, seconds in zip(grid.cells, (2.0, 5.0)):
+        (tmp_path / "out" / cell.id).mkdir(parents=True)
+        (tmp_path / "out" / cell.id / "history.csv").write_text(f"stage,epoch,seconds\n1,0,{seconds}\n")
+    pace = estimate.paces(tmp_path / "out", grid.cells)
+    assert [pace[cell.id].epoch("1") for cell in grid.cells] == [2.0, 5.0]
 
 
 def test_estimates_from_what_has_run(done, tmp_path):

@@ -1,10 +1,13 @@
 """What a leaderboard says of its cells, on finished runs."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
+from charmlib.cli import _board_text
 from charmlib.evaluation.compare import MEAN, compare
 from charmlib.evaluation.leaks import LeakError
 from charmlib.evaluation.results import load_predictions
@@ -12,7 +15,7 @@ from charmlib.grid import leaderboard, run_grid
 from charmlib.grid.board import over_seeds
 from charmlib.grid.cells import GridError
 from charmlib.grid.controls import run_controls
-from charmlib.grid.report import shown_board, write_report
+from charmlib.grid.report import board_notes, shown_board, write_report
 from charmlib.params import ParameterError
 from tests.conftest import TINY
 
@@ -68,6 +71,57 @@ def test_controls_quick_checks_and_other_splits_are_no_contestants(make_run):
     board = leaderboard(as_grid(make_run("g/wide", valid_fraction=0.3).parent)).set_index("cell")
     assert board["status"].to_dict() == {"real": "done", "shuffled": "control", "quick": "quick check", "wide": "done"}
     assert board["rank"].dropna().to_dict() == {"real": 1, "wide": 1} and board["same_as_first"].isna().all()
+
+
+@pytest.mark.parametrize("skill", [0.2, 3.0], ids=["worse", "better"])
+def test_a_cell_without_validation_is_listed_apart_and_never_ranked(make_run, skill):
+    for seed in (0, 1):
+        make_run(f"g/best_seed={seed}", skill=2.0, seed=seed)
+        make_run(f"g/near_seed={seed}", skill=1.0, seed=seed, k=1)
+    folder = as_grid(make_run("g/apart", skill=skill, valid_fraction=0, patience=0, seed=7).parent, ("k", "seed"))
+    board = leaderboard(folder)
+    assert board["cell"].iloc[-1] == "apart" and board["rank"].tolist()[:4] == [1, 2, 3, 4]
+    row = board.iloc[-1]
+    assert row["status"] == "no validation" and pd.isna(row["rank"]) and np.isnan(row["valid_mean_auc"])
+    assert row["ci_low"] < row["test_mean_auc"] < row["ci_high"] and row[["diff_first", "same_as_first"]].isna().all()
+    assert (row["test_mean_auc"] > board["test_mean_auc"][:4].max()) == (skill > 2)
+    pd.testing.assert_frame_equal(board[:4], leaderboard(as_grid_without(folder, "apart"))[:4], check_dtype=False)
+    assert over_seeds(board)["seeds"].sum() == 4  # of the four ranked cells
+    notes = board_notes(board)
+    assert notes[-1].startswith("no validation: apart trained on the validation patients") and notes[-1].endswith("so no rank")
+    shown = shown_board(board).iloc[-1]
+    assert shown["rank"] == "" and shown["valid AUC"] == "" and shown["status"] == "no validation"
+    page = write_report(folder, board).read_text()
+    assert "Classes of best" in page and "Classes of apart" not in page
+    ranking, apart = page.split("Without a validation part")
+    assert "<td>apart" not in ranking and "<td>apart</td>" in apart and "no validation: apart" in apart
+    said = _board_text(board)
+    assert said.index("best_seed=0") < said.index("no validation: apart") < said.rindex("apart") and "NaN" not in said
+
+
+def as_grid_without(folder, cell):
+    """The same grid in another folder, without a cell."""
+    other = folder.parent / "without"
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns(cell), dirs_exist_ok=True)
+    return as_grid(other, ("k", "seed"))
+
+
+def test_a_board_of_nothing_but_cells_without_validation_has_no_first(make_run):
+    make_run("g/one", valid_fraction=0, patience=0)
+    folder = as_grid(make_run("g/two", valid_fraction=0, patience=0, seed=1).parent)
+    board = leaderboard(folder)
+    assert board["rank"].isna().all() and board["same_as_first"].isna().all() and over_seeds(board) is None
+    page = write_report(folder, board).read_text()
+    assert "No cell is ranked." in page and "Classes of one" in page and "ranked first" not in page
+    assert page.count("class='scroll board'") == 1 and "class='scroll first board'" not in page
+    assert "one, two trained on the validation patients" in _board_text(board)
+
+
+def test_quick_checks_and_controls_without_validation_stay_what_they_are(make_run):
+    make_run("g/quick", limit=40, valid_fraction=0, patience=0)
+    board = leaderboard(as_grid(make_run("g/shuffled", labels="shuffled", valid_fraction=0, patience=0).parent))
+    assert dict(zip(board["cell"], board["status"])) == {"quick": "quick check", "shuffled": "control"}
+    assert board["rank"].isna().all()
 
 
 def test_a_board_never_mixes_runs_that_saw_one_anothers_test_images(make_run):

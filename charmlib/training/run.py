@@ -164,7 +164,7 @@ class Run:
         Writes ``params.yaml`` and ``split.csv``, then ``history.csv``, ``bank_history.csv`` and ``log.txt`` as it goes,
         ``resume.pt`` after each epoch, and at the end ``model.safetensors`` and ``model.json`` with the thresholds and the
         temperature, both chosen on the validation part, and ``bank.csv``, the bank's slots. Without a validation part
-        (``valid_fraction`` 0) each stage ends with its last epoch's weights, and there are neither thresholds nor a temperature.
+        (``valid_fraction`` 0) each stage ends with its last epoch's weights, and there is nothing chosen.
 
         With ``resume=False`` whatever an earlier run left in the folder is removed first.
 

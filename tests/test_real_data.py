@@ -171,3 +171,20 @@ def test_architectures_differ_less_than_seeds(shared):
 
     networks, seeds = row("resnet18_seed0", "densenet121_seed0"), row("densenet121_seed0", "densenet121_seed1")
     assert networks["low"] < 0 < networks["high"] and 0 < seeds["low"] < seeds["high"]
+
+
+def test_a_bank_drawn_at_random_from_real_images_is_not_enriched(shared):
+    """512 slots of the official training part, by patient: the groups' intervals hold 1, and those of a bank of rare findings
+    do not."""
+    from charmlib.evaluation.enrichment import enrichment
+
+    index = read_index(shared / "nih64")
+    rows = make_split(index, "official").rows("train")
+    labels, patients = index.labels()[rows], index.frame["patient"].to_numpy(str)[rows]
+    slots = np.random.default_rng(0).choice(len(rows), 512, replace=False)
+    found = enrichment(labels[slots], patients[slots], labels, patients, index.classes)
+    for figure in (found["no_finding"], *found["groups"].values()):
+        assert figure["interval"][0] < 1 < figure["interval"][1] and figure["interval"][2] == 0
+    hernia = np.flatnonzero(labels[:, index.classes.index("Hernia")] == 1)
+    found = enrichment(labels[hernia], patients[hernia], labels, patients, index.classes)
+    assert found["groups"]["tail"]["interval"][0] > 5 and found["classes"]["Hernia"]["prevalence"] < 0.01

@@ -16,7 +16,7 @@ from charmlib.grid.cells import IDENTITY, GridError, cell_status
 LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high",
         "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
 
-_NEEDS = {"momentum": "use_momentum", **dict.fromkeys(
+_NEEDS = {"momentum": "use_momentum", "attention": "use_attention", **dict.fromkeys(
     ("k", "threshold", "bank_size", "strategy", "rule", "retrieval", "bank_norm"), "use_bank")}
 """An axis says nothing about a cell whose part is switched off, and stays blank there."""
 

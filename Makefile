@@ -47,13 +47,14 @@ nih64: $(VENV)/.installed
 		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
 	$(BIN)/python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
 
-# what the README says of speed and survival, as files in benchmarks/results (25 minutes on two cores, which should be idle)
+# what the README says of speed and survival, as files in benchmarks/results (40 minutes on two cores, which should be idle)
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.loader $(SHARED)/nih_full
 	$(BIN)/python -m benchmarks.open_cache $(SHARED)
 	$(BIN)/python -m benchmarks.step $(SHARED)/nih_full
+	$(BIN)/python -m benchmarks.costs
 
 RUNS ?= runs
 explore: $(VENV)/.installed

@@ -52,13 +52,14 @@ memaug64: $(VENV)/.installed
 		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
 	$(BIN)/python benchmarks/keep_memaug.py runs/nih64_memaug benchmarks/results/nih64_memaug
 
-# what the README says of speed and survival, as files in benchmarks/results (25 minutes on two cores, which should be idle)
+# what the README says of speed and survival, as files in benchmarks/results (40 minutes on two cores, which should be idle)
 benchmarks: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m benchmarks.loader $(SHARED)/nih_full
 	$(BIN)/python -m benchmarks.open_cache $(SHARED)
 	$(BIN)/python -m benchmarks.step $(SHARED)/nih_full
+	$(BIN)/python -m benchmarks.costs
 
 RUNS ?= runs
 explore: $(VENV)/.installed

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
 
+from benchmarks.loops import PARTS, BareLoop, network
 from benchmarks.measure import save
 from charmlib.data.cache import open_images
 from charmlib.data.loaders import (
@@ -34,51 +34,12 @@ from charmlib.data.loaders import (
     FlipRotate,
     GreyToNetwork,
 )
-from charmlib.models import CharmNet
 from charmlib.nn import MultiScaleAttention, RareMemoryBank
 from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner
 from charmlib.training.run import peak_memory_mb
 
 SETTINGS = (("efficientnet_v2_s", 224, 16, 12), ("resnet50", 224, 16, 8), ("mobilenet_v2", 64, 64, 30))
-PARTS = ("use_momentum", "use_attention", "use_bank")
-
-
-class LayeredAttention(MultiScaleAttention):
-    """The published form: four convolutions one after another."""
-
-    def forward(self, features):
-        return torch.sigmoid(self.fuse(torch.cat([conv(features) for conv in self.scales], dim=1)))
-
-
-def network(arch: str, *, on: tuple[str, ...] = (), layered: bool = False) -> CharmNet:
-    torch.manual_seed(0)
-    net = CharmNet(arch, 14, weights="none", norm="imagenet", **{part: part in on for part in PARTS})
-    if layered and net.attention is not None:
-        net.attention.__class__ = LayeredAttention
-    return net
-
-
-class BareLoop:
-    """A step as one writes it without a library."""
-
-    def __init__(self, net: CharmNet, size: int, batch: int, device: torch.device, precision: str, layout: torch.memory_format):
-        self.net = net.to(device, memory_format=layout).train()
-        self.optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4, fused=True)
-        self.x = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
-        self.y = (torch.rand(batch, 14, device=device) < 0.1).float()
-        self.kind, self.half = device.type, precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.kind, enabled=self.half)
-
-    def __call__(self) -> None:
-        with torch.autocast(self.kind, torch.float16, enabled=self.half):
-            logits = self.net(self.x)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), self.y)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.net.update_momentum()
 
 
 def timed(run, device: torch.device) -> float:

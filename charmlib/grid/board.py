@@ -19,7 +19,7 @@ LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first",
 NO_VALIDATION = "no validation"
 """Status of a finished cell that was trained on the validation patients too (``valid_fraction`` 0)."""
 
-_NEEDS = {"momentum": "use_momentum", **dict.fromkeys(
+_NEEDS = {"momentum": "use_momentum", "attention": "use_attention", **dict.fromkeys(
     ("k", "threshold", "bank_size", "strategy", "rule", "retrieval", "bank_norm", "normalize_retrieved", "bank_momentum",
      "stage2_bank_momentum"), "use_bank")}
 """An axis says nothing about a cell whose part is switched off, and stays blank there."""

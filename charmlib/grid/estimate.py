@@ -12,8 +12,9 @@ from statistics import median
 from charmlib.grid.cells import cell_status
 from charmlib.grid.spec import Cell
 
-_COST = ("arch", "image_size", "use_momentum", "use_attention", "use_bank", "limit", "precision", "device", "split",
-         "valid_fraction", "stage1_images", "data_root", "stage1_batch", "stage2_batch", "compile")
+_COST = ("arch", "image_size", "use_momentum", "use_attention", "use_bank", "attention", "limit", "precision", "device",
+         "split", "valid_fraction", "stage1_images", "data_root", "stage1_batch", "stage2_batch", "compile",
+         "grad_checkpointing")
 """Cells that agree in these take about the same time an epoch."""
 _MARGIN = 1.15
 """Epochs scatter, and saving one is not in the history."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from charmlib.nn import ClassifierHead, MomentumEncoder, MultiScaleAttention, RareMemoryBank, split_backbone
+from charmlib.nn import ClassifierHead, MomentumEncoder, RareMemoryBank, make_attention, recompute, split_backbone
 from charmlib.nn.backbone import HALF, IMAGENET
 
 
@@ -38,8 +38,12 @@ class CharmNet(nn.Module):
         C.
     norm : {'auto', 'imagenet', 'half'}
         What the input was normalised with, kept as ``mean`` and ``std`` for the loaders. 'auto' asks the weights.
-    momentum, k, threshold, bank_size, strategy, rule, retrieval, bank_norm, normalize_retrieved, bank_momentum, dropout, hidden
+    attention, momentum, k, threshold, bank_size, strategy, rule, retrieval, bank_norm, normalize_retrieved, bank_momentum,
+    dropout, hidden
         See the parts.
+    grad_checkpointing : bool
+        Training keeps few activations of trunk and final block and computes the others again in the backward pass: less
+        memory, more time, the same bits. An attribute of the same name, which may be changed at any time.
 
     Raises
     ------
@@ -49,17 +53,18 @@ class CharmNet(nn.Module):
 
     def __init__(self, arch: str = "efficientnet_v2_s", classes: int = 14, *, weights: str | Path = "imagenet",
                  norm: str = "auto", use_momentum: bool = True, use_attention: bool = True, use_bank: bool = True,
-                 momentum: float = 0.99, k: int = 5, threshold: float = 0.2, bank_size: int = 512,
+                 attention: str = "layers", momentum: float = 0.99, k: int = 5, threshold: float = 0.2, bank_size: int = 512,
                  strategy: str = "rarity", rule: str = "rare", retrieval: str = "softmax", bank_norm: str = "both",
                  normalize_retrieved: bool = False, bank_momentum: float = 0.9, dropout: float = 0.3,
-                 hidden: int = 512):
+                 hidden: int = 512, grad_checkpointing: bool = False):
         super().__init__()
         backbone = split_backbone(arch, weights)
+        self.grad_checkpointing = grad_checkpointing
         self.arch, self.classes, self.features = arch, classes, backbone.features
         self.mean, self.std = _input_scale(norm, backbone, weights)
         self.trunk, self.final = backbone.trunk, backbone.final
         self.momentum = MomentumEncoder(self.final, momentum) if use_momentum else None
-        self.attention = MultiScaleAttention(self.features) if use_attention else None
+        self.attention = make_attention(attention, self.features) if use_attention else None
         self.bank = RareMemoryBank(self.features, classes, size=bank_size, k=k, threshold=threshold, strategy=strategy,
                                    rule=rule, retrieval=retrieval, bank_norm=bank_norm,
                                    normalize_retrieved=normalize_retrieved, bank_momentum=bank_momentum) if use_bank else None
@@ -67,8 +72,9 @@ class CharmNet(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> fused features z (B, D), before the bank."""
-        shared = self.trunk(x)
-        features = self.final(shared)  # (B, D, H, W)
+        again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        shared = recompute(self.trunk, x) if again else self.trunk(x)
+        features = recompute(self.final, shared) if again else self.final(shared)  # (B, D, H, W)
         attended = features if self.attention is None else features * self.attention(features)
         z = attended.mean((2, 3))
         if self.momentum is not None:

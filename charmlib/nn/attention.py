@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALES = (1, 3, 5)
+FORMS = ("layers", "filter")
 
 
 class MultiScaleAttention(nn.Module):
@@ -51,3 +52,46 @@ class MultiScaleAttention(nn.Module):
             total = total + F.pad(taps, [(max(SCALES) - size) // 2] * 4)
             bias = bias + share @ conv.bias
         return total, bias
+
+
+class FilterAttention(nn.Module):
+    """The attention map of :class:`MultiScaleAttention` with its one 5x5 filter as the parameters.
+
+    ``sigmoid(conv(features, weight) + bias)``: any attention of four layers is one of these, and this is one of four layers
+    (its 5x5 convolution can be any filter as soon as it has one channel). What differs is what is trained: 25 D + 1 weights
+    instead of some 4.4 D^2 (7.2 million for D = 1280), which AdamW, checkpoints and memory pay for, and so the path
+    that the optimizer takes; weight decay pulls at the filter itself, not at its factors.
+
+    The filter starts as the product of freshly drawn layers. From one seed both forms therefore start as the same
+    function, and leave the random numbers after them where they were.
+
+    Parameters
+    ----------
+    channels : int
+        D of the feature map.
+    reduction : int
+        Of the layers that are drawn.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 8):
+        super().__init__()
+        with torch.no_grad():
+            weight, bias = MultiScaleAttention(channels, reduction=reduction).filter()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)  # (1, D, 5, 5) and (1,)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D, H, W) -> (B, 1, H, W) in (0, 1)."""
+        return torch.sigmoid(F.conv2d(features, self.weight, self.bias, padding=max(SCALES) // 2))
+
+
+def make_attention(form: str, channels: int) -> nn.Module:
+    """The attention in one of its two forms, 'layers' or 'filter'.
+
+    Raises
+    ------
+    ValueError
+        Another form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"attention must be one of {', '.join(FORMS)}, got {form!r}")
+    return MultiScaleAttention(channels) if form == "layers" else FilterAttention(channels)

@@ -20,10 +20,10 @@ from charmlib.training.recording import MeanAUC, record_on_device
 
 def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net: CharmNet | None = None,
                   weights: str | Path = "imagenet", norm: str = "auto", use_momentum: bool = True,
-                  use_attention: bool = True, use_bank: bool = True, momentum: float = 0.99, k: int = 5,
-                  threshold: float = 0.2, bank_size: int = 512, strategy: str = "rarity", rule: str = "rare",
+                  use_attention: bool = True, use_bank: bool = True, attention: str = "layers", momentum: float = 0.99,
+                  k: int = 5, threshold: float = 0.2, bank_size: int = 512, strategy: str = "rarity", rule: str = "rare",
                   retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
-                  bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512,
+                  bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512, grad_checkpointing: bool = False,
                   loss: str | MultiLabelLoss = "bce", weight_decay: float = 0.01, precision: str = "auto",
                   seed: int | None = None, path: str | Path | None = None, cbs: Sequence = (), **learner) -> Learner:
     """A Learner whose ``lr_find``, ``fine_tune``, ``fit_one_cycle``, ``show_results`` and callbacks are fastai's own.
@@ -35,7 +35,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     ----------
     dls : ChestDataLoaders
         From :func:`charmlib.data.loaders.chest_dataloaders`; normalised as the network expects.
-    arch ... hidden
+    arch ... grad_checkpointing
         See :class:`charmlib.models.CharmNet`. ``net`` is one that is there already, and makes these unused.
     loss : str or MultiLabelLoss
         'bce', 'focal' or 'asl'.
@@ -53,9 +53,10 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     """
     if net is None:
         net = CharmNet(arch, len(dls.vocab), weights=weights, norm=norm, use_momentum=use_momentum,
-                       use_attention=use_attention, use_bank=use_bank, momentum=momentum, k=k, threshold=threshold,
-                       bank_size=bank_size, strategy=strategy, rule=rule, retrieval=retrieval, bank_norm=bank_norm,
-                       normalize_retrieved=normalize_retrieved, bank_momentum=bank_momentum, dropout=dropout, hidden=hidden)
+                       use_attention=use_attention, use_bank=use_bank, attention=attention, momentum=momentum, k=k,
+                       threshold=threshold, bank_size=bank_size, strategy=strategy, rule=rule, retrieval=retrieval,
+                       bank_norm=bank_norm, normalize_retrieved=normalize_retrieved, bank_momentum=bank_momentum,
+                       dropout=dropout, hidden=hidden, grad_checkpointing=grad_checkpointing)
     if net.classes != len(dls.vocab):
         raise ValueError(f"the network has {net.classes} classes, the data {len(dls.vocab)}")
     scale = next(t for t in dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))

@@ -83,7 +83,8 @@ class Run:
         precision = pick_precision(p["precision"], device)
         data = open_dataset(p)
         seed_everything(p["seed"], "weights")
-        net = CharmNet(classes=len(data.classes), weights=p["weights"], norm=p["norm"], **network_params(p))
+        net = CharmNet(classes=len(data.classes), weights=p["weights"], norm=p["norm"],
+                       grad_checkpointing=p["grad_checkpointing"], **network_params(p))
         place(net, device)
         if p["compile"]:
             compile_backbone(net, device)

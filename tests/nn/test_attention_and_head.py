@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from charmlib.nn import ClassifierHead, MultiScaleAttention
+from charmlib.nn import ClassifierHead, FilterAttention, MultiScaleAttention, make_attention
 
 
 def test_attention_is_the_written_formula():
@@ -48,6 +48,44 @@ def test_half_precision_features_get_a_half_precision_map_from_float32_weights()
 
 def test_attention_width_for_wide_features():
     assert MultiScaleAttention(1280).scales[2].out_channels == 160
+
+
+def test_the_filter_starts_as_the_layers_do_and_leaves_the_random_numbers_where_they_do():
+    torch.manual_seed(3)
+    layers, after = make_attention("layers", 24), torch.rand(1)
+    torch.manual_seed(3)
+    direct = make_attention("filter", 24)
+    assert torch.equal(after, torch.rand(1))
+    x = torch.randn(2, 24, 6, 5)
+    torch.testing.assert_close(direct(x), layers(x))
+    assert sum(p.numel() for p in direct.parameters()) == 25 * 24 + 1
+    assert [(n, p.shape, p.requires_grad) for n, p in direct.named_parameters()] == [("weight", (1, 24, 5, 5), True),
+                                                                                      ("bias", (1,), True)]
+
+
+def test_any_filter_is_one_of_four_layers():
+    """The same function class: layers that give a filter one channel of the 5x5 convolution give exactly it."""
+    torch.manual_seed(0)
+    layers, direct, x = MultiScaleAttention(16), FilterAttention(16), torch.randn(2, 16, 6, 5)
+    with torch.no_grad():
+        direct.weight.normal_(), direct.bias.normal_()
+        layers.fuse.weight.zero_()[0, 16] = 1  # the first of the 5x5 convolution's eight
+        layers.fuse.bias.zero_()
+        layers.scales[2].weight[0], layers.scales[2].bias[0] = direct.weight[0], direct.bias[0]
+    torch.testing.assert_close(direct(x), layers(x))
+
+
+def test_attention_logits_start_with_the_spread_of_the_layers():
+    """Over draws of their own, not of one seed."""
+    x = torch.randn(4, 64, 7, 7)
+    spread = [torch.stack([torch.logit(make_attention(form, 64)(x)).std() for _ in range(60)]).mean()
+              for form in ("layers", "filter")]
+    torch.testing.assert_close(*spread, rtol=0.15, atol=0)
+
+
+def test_an_unknown_form_of_attention_is_refused():
+    with pytest.raises(ValueError, match="layers, filter, got 'fliter'"):
+        make_attention("fliter", 16)
 
 
 def test_head_layers_in_the_published_order():

@@ -147,6 +147,38 @@ def test_preloaded_images_train_to_the_same_bits_and_scoring_does_not_load_them_
     assert preloaded == stages
 
 
+def test_checkpointed_gradients_train_to_the_same_bits(quiet, tiny):
+    run = Run.open(tiny, grad_checkpointing=True)
+    assert run.net.grad_checkpointing and not Run.open(tiny).net.grad_checkpointing
+    run.train()
+    same_run(run.folder, quiet)
+
+
+def test_a_run_from_before_a_parameter_was_there_is_one_with_its_default(quiet, tiny, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(quiet, old)
+    card = json.loads((old / "model.json").read_text())
+    assert card["params"].pop("attention") == "layers"
+    (old / "model.json").write_text(json.dumps(card))
+    kept = (old / "params.yaml").read_text()
+    (old / "params.yaml").write_text("".join(line for line in kept.splitlines(True) if not line.startswith("attention:")))
+    net, _ = load_model(old)
+    for name, value in bits(quiet)[0].items():
+        assert torch.equal(net.state_dict()[name], value), name
+    assert Run.load(old).params["attention"] == "layers"
+    Run.open({**tiny, "run_dir": str(old)}).train()  # the same settings: nothing to do
+    with pytest.raises(ValueError, match="attention 'layers' there, 'filter' here"):
+        Run.open({**tiny, "run_dir": str(old)}, attention="filter").train()
+
+
+def test_attention_as_a_filter_trains_and_loads(tiny):
+    run = Run.open(tiny, attention="filter")
+    run.train()
+    net, _ = load_model(run.folder)
+    assert net.state_dict()["attention.weight"].shape == (1, net.features, 5, 5)
+    assert torch.equal(net.attention.weight, run.net.attention.weight)
+
+
 def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):
     """Validation losses are prescribed: 5 3 4 4 ends stage 2 with patience 2, and epoch 2's weights stay."""
     from charmlib.training.callbacks import EpochRecord, KeepBest

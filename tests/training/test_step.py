@@ -80,8 +80,9 @@ def watched(learn):
     return watch.found
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_no_batch_waits_for_the_device(learn, half):
+@pytest.mark.parametrize("half, again", [(False, False), (True, False), (True, True)])
+def test_no_batch_waits_for_the_device(learn, half, again):
+    learn.model.grad_checkpointing = again
     if half:
         learn.add_cb(HalfPrecision())
     with learn.no_bar():

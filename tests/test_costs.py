@@ -116,7 +116,7 @@ def test_half_precision_and_checkpointing_need_less_memory_and_moments_are_in():
     assert single.held == half.held == pytest.approx(3 * weights, rel=0.03)
     # half the activations, and autocast's copies of the weights beside them
     assert half.peak - half.held == pytest.approx((single.peak - single.held + weights) / 2, rel=0.1)
-    assert again.peak - again.held < 0.5 * (single.peak - single.held)
+    assert again.peak - again.held < 0.6 * (single.peak - single.held)  # gradients of the weights stay
 
 
 def test_cases_are_what_they_are_called():

@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 
 from charmlib.evaluation.intervals import interval, mean_of_defined
-from charmlib.evaluation.metrics import frequency_groups
 from charmlib.evaluation.results import load_metrics, load_resamples
 from charmlib.files import write_json
 from charmlib.grid.board import leaderboard
 
 NONE = "no_memory"
+RARE = 4
+"""How many of the rarest findings stand by themselves."""
 
 
 def setting(cell: str) -> str:
@@ -31,14 +32,14 @@ def setting(cell: str) -> str:
 
 
 def against_none(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting: validation and test mean AUC over seeds, and the paired difference from no memory, also over the tail
-    classes. Resamples draw patients; the difference of two seeds is averaged within each resample, and its spread over seeds
-    stands beside it."""
+    """One row a setting: validation and test mean AUC over seeds, and the paired difference from no memory, also over the
+    rarest findings. Resamples draw patients; the differences of the seeds are averaged within each resample, and stand
+    beside it one by one."""
     cells: dict[str, dict[int, str]] = {}
     for cell in board["cell"]:
         cells.setdefault(setting(cell), {})[load_metrics(folder / cell)["params"]["seed"]] = cell
     first = load_metrics(folder / board["cell"].iloc[0])
-    tail = [first["classes"].index(name) for name in frequency_groups(first["train_prevalence"])["tail"]]
+    rare = [first["classes"].index(name) for name in rarest(first)]
     rows = []
     for name, by_seed in cells.items():
         metrics = {seed: load_metrics(folder / cell) for seed, cell in by_seed.items()}
@@ -46,7 +47,7 @@ def against_none(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
                "valid_mean_auc": np.mean([m["valid"]["mean_auc"] for m in metrics.values()]),
                "test_mean_auc": np.mean([m["test"]["mean_auc"] for m in metrics.values()])}
         if name != NONE:
-            for what, columns in (("difference", slice(None)), ("tail_difference", tail)):
+            for what, columns in (("difference", slice(None)), ("rare_difference", rare)):
                 samples, points = [], []
                 for seed, cell in by_seed.items():
                     ours, theirs = (load_resamples(folder / c).auc[:, columns] for c in (cell, cells[NONE][seed]))
@@ -57,6 +58,11 @@ def against_none(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
                         f"{what}_by_seed": " ".join(f"{p:+.4f}" for p in points)}
         rows.append(row)
     return pd.DataFrame(rows).sort_values("valid_mean_auc", ascending=False, ignore_index=True)
+
+
+def rarest(metrics: dict) -> list[str]:
+    """The findings with the fewest positives in the training part."""
+    return sorted(metrics["classes"], key=metrics["train_prevalence"].get)[:RARE]
 
 
 def _mean(metrics: dict, columns) -> float:
@@ -74,7 +80,7 @@ def main(folder: Path, target: Path) -> None:
     one = next(iter(metrics.values()))
     write_json(f"{target}.json", {
         "split": one["split"], "device": one["device"], "precision": one["precision"], "versions": one["versions"],
-        "train_prevalence": one["train_prevalence"], "tail": frequency_groups(one["train_prevalence"])["tail"],
+        "train_prevalence": one["train_prevalence"], "rarest": rarest(one),
         "seconds": {c: m["seconds"] for c, m in metrics.items()},
         "accepted": {c: m["bank"] and m["bank"]["accepted"] for c, m in metrics.items()}})
     print(table.round(4).to_string(index=False))

@@ -37,9 +37,10 @@ def bank_pictures(folder: Path, board: pd.DataFrame, table: pd.DataFrame, *, not
     board."""
     pictures = [("What the memory banks hold", plot_enrichment_map(table, note=note))]
     banks = _banks(folder, board)
-    axes = [a for a in board_axes(board) if a != "seed" and board[a].astype(str).nunique() > 1]
+    held = board[board["cell"].isin(banks.keys())]
+    axes = [a for a in board_axes(board) if a != "seed" and held[a].astype(str).nunique() > 1]
     histories: dict[str, list[pd.DataFrame]] = {}
-    for _, row in board[board["cell"].isin(banks.keys())].iterrows():
+    for _, row in held.iterrows():
         path = folder / row["cell"] / "bank_history.csv"
         if path.is_file():
             setting = ", ".join(f"{a} {row[a]}" for a in axes) or ("" if "seed" in board_axes(board) else row["cell"])

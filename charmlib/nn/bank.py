@@ -207,6 +207,7 @@ class RareMemoryBank(nn.Module):
         taken, slot = self.policy.place(self, keep & finite & torch.isfinite(score), score, ids)
 
         # Rows that are not stored repeat the first one that is; where none is, they rewrite what their slot holds.
+        renewed = taken & (self.slot_ids[slot] == ids) & (ids >= 0) & self.policy.refreshes
         first = taken.to(torch.uint8).argmax().view(1)
         row = torch.where(taken, torch.arange(batch, device=z.device), first)
         slot = torch.where(taken, slot, slot.index_select(0, first))
@@ -218,7 +219,7 @@ class RareMemoryBank(nn.Module):
         self.filled.copy_(torch.maximum(self.filled, torch.where(taken, slot + 1, 0).amax()))
         self.steps += 1
         self.seen += batch * finite
-        self.accepted += taken.sum()
+        self.accepted += (taken & ~renewed).sum()
 
     @torch.no_grad()
     def label_counts(self, findings: Sequence[int] | None = None) -> Tensor:

@@ -17,6 +17,8 @@ class Strategy(nn.Module):
     """
 
     needs_logits = needs_labels = False
+    refreshes = False
+    """Whether an image that is held keeps its slot and only brings it up to date."""
 
     def judge(self, bank, z: Tensor, logits: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -132,15 +134,16 @@ class Hard(Strategy):
     """The hardest: keeps the N samples with the highest loss, the easiest giving way to harder ones.
 
     The score is the binary cross-entropy of the prediction that the batch was trained on, mean over the classes whose label is
-    known. An image that the bank holds takes its new feature and its new loss into the slot that it has, so that no
-    slot keeps the loss of an early epoch. The threshold and the rule are not used.
+    known. An image that the bank holds first takes its new feature and its new loss into the slot that it has, so that no
+    slot keeps the loss of an early epoch; then the batch's other images compete with all slots. Images without an id (-1)
+    cannot be told from one another and may fill several slots. The threshold and the rule are not used.
 
     From the loss-aware bank that MemAug's authors added later. Differs from that code, which scores 0.6 loss + 0.4 (1 - mean
     |p - 0.5|), offers the highest 30 % of a batch only, never looks at a held sample again (so that losses of the first
     epochs stay), and adapts k to the confidence of a first prediction: k is fixed here.
     """
 
-    needs_logits = needs_labels = True
+    needs_logits = needs_labels = refreshes = True
 
     def judge(self, bank, z, logits, labels):
         known = ~torch.isnan(labels)
@@ -153,18 +156,19 @@ class Hard(Strategy):
         at_home, home = same.any(1), same.to(torch.uint8).argmax(1)
 
         number = torch.arange(bank.size, device=keep.device)
-        ease = torch.where(number < bank.filled, bank.slot_scores.double(), number.double() - 1e9)  # free slots first, in order
-        ease = ease.masked_fill(same.any(0), torch.inf)
+        ease = torch.where(same.any(0), score[same.to(torch.uint8).argmax(0)], bank.slot_scores).double()
+        ease = torch.where(number < bank.filled, ease, number.double() - 1e9)  # free slots first, in order
         rows = min(len(keep), bank.size)
         easiest = ease.topk(rows, largest=False).indices
 
         # Hardest newcomer to easiest slot, next to next: those that are harder than their slot's holder make up, with the
         # slots left, the N hardest of all.
-        wanting = score.masked_fill(~keep, -torch.inf).masked_fill(at_home, torch.inf)
-        position = torch.argsort(torch.argsort(wanting, descending=True, stable=True)) - at_home.sum()
-        slot = torch.where(at_home, home, easiest[position.clamp(0, rows - 1)])
-        fits = keep & (position + at_home.sum() < bank.size) & (score > ease[slot])
-        return at_home | fits, slot
+        new = keep & ~at_home
+        position = torch.argsort(torch.argsort(score.masked_fill(~new, -torch.inf), descending=True, stable=True))
+        rival = easiest[position.clamp(max=rows - 1)]
+        fits = new & (position < rows) & (score > ease[rival])
+        evicted = ((home[:, None] == rival) & fits).any(1)  # an image at home whose slot a harder one takes
+        return (at_home & ~evicted) | fits, torch.where(at_home, home, rival)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

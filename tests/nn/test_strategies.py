@@ -97,19 +97,16 @@ class ListBank:
             terms = [math.log1p(math.exp(-b)) if a == 1 else math.log1p(math.exp(b)) for a, b in zip(y, x) if not math.isnan(a)]
             rows.append((v, int(image), np.mean(terms)))
         home = {image: slot for slot, (_, image, _) in enumerate(self.slots)}
-        fresh = set()
         for row in rows:
             if row[1] in home:
                 self.slots[home[row[1]]] = row
-                fresh.add(home[row[1]])
         for row in sorted((r for r in rows if r[1] not in home), key=lambda r: -r[2]):
             if len(self.slots) < self.size:
                 self.slots.append(row)
                 continue
-            easiest = min((s for s in range(self.size) if s not in fresh), key=lambda s: self.slots[s][2], default=None)
-            if easiest is not None and row[2] > self.slots[easiest][2]:
+            easiest = min(range(self.size), key=lambda s: self.slots[s][2])
+            if row[2] > self.slots[easiest][2]:
                 self.slots[easiest] = row
-                fresh.add(easiest)
 
 
 def batches(count, batch=10, features=6, classes=4, images=40):
@@ -264,6 +261,9 @@ def test_hard_keeps_the_hardest_of_all_and_forgets_old_losses():
     assert sorted(bank.slot_ids.tolist()) == [0, 2, 3, 4]
     bank.write(z[:1], torch.tensor([9]), torch.zeros(1, 1), loss([0.5]))
     assert sorted(bank.slot_ids.tolist()) == [2, 3, 4, 9]
+    assert bank.accepted.item() == 5  # a held image that is brought up to date is not taken again
+    bank.write(z[:2], torch.tensor([4, 8]), torch.zeros(2, 1), loss([-5.0, 1.0]))  # easy by now, and in one batch with a harder
+    assert sorted(bank.slot_ids.tolist()) == [2, 3, 8, 9]
 
 
 def test_ranking_strategies_take_their_share_of_the_batch():

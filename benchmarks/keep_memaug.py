@@ -72,6 +72,9 @@ def _mean(metrics: dict, columns) -> float:
 
 def main(folder: Path, target: Path) -> None:
     board = leaderboard(folder)
+    waiting = board["cell"][board["status"] != "done"].tolist()
+    if waiting:
+        raise SystemExit(f"{folder}: {', '.join(waiting)} is not done; run the grid again first")
     board.to_csv(f"{target}_leaderboard.csv", index=False)
     table = against_none(folder, board)
     table.round(4).to_csv(f"{target}_against_none.csv", index=False)

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import chi2
 
 from charmlib.evaluation.intervals import LEVEL, RESAMPLES, SEED, Interval, draws, enough_patients, interval
 from charmlib.evaluation.metrics import frequency_groups, prevalence
 
 NO_FINDING = "No Finding"
+FEW = 15
+"""Patients in the bank with a finding, below which resampling them says too little of chance."""
 NONE = "no_finding"
 """The key and column of images without any finding, whether or not 'No Finding' is a class too."""
 
@@ -20,9 +23,11 @@ def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *
     """Share of the bank's slots with a finding over the finding's prevalence in the training part.
 
     1 is a bank that holds a finding as often as the training part does. Intervals are by bootstrap over the training part's
-    patients: a patient's slots and images enter a resample together, so numerator and denominator are of the same one. They
-    say how much hangs on single patients, with the bank as this one training filled it; what another seed would fill it with
-    is another question, which only further runs answer.
+    patients: a patient's slots and images enter a resample together, so numerator and denominator are of the same one. Where
+    fewer than :data:`FEW` patients in the bank have the finding (where no slot holds it, resamples have no spread at all), the
+    limits are moved out to those of the exact Poisson interval for that number of patients (Garwood 1936), each counting as
+    many slots as such patients have in the mean. They say how much hangs on single patients and chance, with the bank as this
+    one training filled it; what another seed would fill it with is another question, which only further runs answer.
 
     Parameters
     ----------
@@ -71,7 +76,7 @@ def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *
     if enough_patients(patients):
         found = np.concatenate([_ratio(*(weights.T @ count for count in counts))
                                 for weights in draws(len(names), resamples, seed, int(np.clip(2**24 // len(names), 8, 256)))])
-        limits = [interval(found[:, u]) for u in range(len(point))]
+        limits = [_moved_out(interval(found[:, u]), *exact) for u, exact in enumerate(_exact(counts))]
     else:
         limits = [Interval(float("nan"), float("nan"), 1.0)] * len(point)
     weight = np.ones(len(labels)) if offered is None else np.asarray(offered, np.float64)
@@ -85,6 +90,26 @@ def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *
             "patients": len(np.unique(at)), "classes": dict(zip((str(classes[c]) for c in findings), figures)),
             NONE: figures[many], "groups": {group: {"classes": members, **figures[many + 1 + g]}
                                             for g, (group, members) in enumerate(groups.items())}}
+
+
+def _exact(counts: np.ndarray) -> list[tuple[int, float, float]]:
+    """For each unit: patients in the bank with it, and the limits that an exact Poisson interval for their number gives."""
+    held, of, seen, images = counts.sum(1)
+    patients = (counts[0] > 0).sum(0)
+    in_bank = (counts[1] > 0).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slots_each = np.where(patients > 0, held / patients, of / in_bank)
+        scale = slots_each / of / (seen / images)
+    tail = (1 - LEVEL) / 2
+    low = np.where(patients > 0, chi2.ppf(tail, 2 * patients) / 2, 0.0)
+    high = chi2.ppf(1 - tail, 2 * patients + 2) / 2
+    return list(zip(patients.tolist(), (scale * low).tolist(), (scale * high).tolist()))
+
+
+def _moved_out(limits: Interval, patients: int, low: float, high: float) -> Interval:
+    if patients >= FEW or not np.isfinite(high):
+        return limits
+    return Interval(float(np.fmin(limits.low, low)), float(np.fmax(limits.high, high)), limits.undefined)
 
 
 def _units(labels: np.ndarray, columns: Sequence[Sequence[int]]) -> np.ndarray:
@@ -143,17 +168,20 @@ def enrichment_note(found: Mapping) -> str:
     """How the figures came about, in words."""
     return (f"{found['slots']:,} slots with images of {found['patients']:,} patients. Enrichment is the share of slots with a "
             f"finding over its prevalence in the training part, with {found['level']:.0%} intervals by bootstrap over its "
-            "patients. 'Expected' is what slots drawn at random from the images of their stage would have: where stage 1 "
-            "shows findings only, its slots are enriched without any choice.")
+            f"patients, not narrower than an exact Poisson interval where fewer than {FEW} of them have it. 'Expected' is what "
+            "slots drawn at random from the images of their stage would have: where stage 1 shows findings only, its slots are "
+            "enriched without any choice.")
 
 
 def compare_enrichment(cells: Mapping[str, Mapping]) -> pd.DataFrame:
     """One row a bank: cell, slots, then for each finding (the rarest first), 'no finding' and the groups its enrichment,
-    with the limits in 'NAME low' and 'NAME high'."""
+    with the limits in 'NAME low' and 'NAME high', and in 'NAME expected' that of slots drawn at random from what was on offer
+    (see :func:`enrichment`)."""
     rows = []
     for cell, found in cells.items():
         rows.append({"cell": cell, "slots": found["slots"]})
         for name, f in rows_of(found).items():
-            rows[-1] |= {name: f["enrichment"], f"{name} low": f["interval"][0], f"{name} high": f["interval"][1]}
+            rows[-1] |= {name: f["enrichment"], f"{name} low": f["interval"][0], f"{name} high": f["interval"][1],
+                         f"{name} expected": f["expected"]}
     table = pd.DataFrame(rows)
     return table.astype({c: float for c in table.columns[2:]})

@@ -96,6 +96,8 @@ def frequency_groups(prevalence: dict[str, float]) -> dict[str, list[str]]:
     """'head', 'medium' and 'tail' classes: prevalence in the training part above 5 %, 2 to 5 %, below 2 %."""
     groups: dict[str, list[str]] = {"head": [], "medium": [], "tail": []}
     for name, share in prevalence.items():
+        if share is None or share != share:  # a class whose label is known nowhere is in no group
+            continue
         groups["head" if share > 0.05 else "medium" if share >= 0.02 else "tail"].append(name)
     return groups
 

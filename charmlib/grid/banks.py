@@ -27,27 +27,32 @@ def bank_table(folder: Path, board: pd.DataFrame) -> pd.DataFrame | None:
     return table.sort_values([*order, "cell"], key=lambda c: c.astype(str), ignore_index=True)
 
 
+def without_expected(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for reading: what random slots would have is left for the groups and for no finding only."""
+    return table[[c for c in table.columns if not c.endswith(" expected") or c.startswith(("any ", "no finding"))]]
+
+
 def write_bank_table(out: Path, table: pd.DataFrame) -> None:
     """Write ``enrichment.csv``."""
     write_whole(out / "enrichment.csv", lambda temporary: table.to_csv(temporary, index=False))
 
 
 def bank_pictures(folder: Path, board: pd.DataFrame, table: pd.DataFrame, *, note: str = "") -> list[tuple[str, object]]:
-    """(title, figure): enrichment of every cell, and what filled the banks over time, a panel a setting in the order of the
-    board."""
+    """(title, figure): enrichment of every cell, and, for cells of one split, what filled the banks over time, a panel a
+    setting in the order of the board."""
     pictures = [("What the memory banks hold", plot_enrichment_map(table, note=note))]
     banks = _banks(folder, board)
     held = board[board["cell"].isin(banks.keys())]
-    axes = [a for a in board_axes(board) if a != "seed" and held[a].astype(str).nunique() > 1]
+    axes = [a for a in (*board_axes(board), "split") if a != "seed" and held[a].astype(str).nunique() > 1]
     histories: dict[str, list[pd.DataFrame]] = {}
     for _, row in held.iterrows():
         path = folder / row["cell"] / "bank_history.csv"
         if path.is_file():
             setting = ", ".join(f"{a} {row[a]}" for a in axes) or ("" if "seed" in board_axes(board) else row["cell"])
             histories.setdefault(setting or "all seeds", []).append(pd.read_csv(path))
-    if histories:
-        metrics, bank = next(iter(banks.values()))
-        shares = {**metrics["train_prevalence"], NONE: bank[NONE]["prevalence"]}
+    if histories and held["split"].nunique() == 1:  # one training part, so one prevalence of each finding
+        _, bank = next(iter(banks.values()))
+        shares = {**{name: f["prevalence"] for name, f in bank["classes"].items()}, NONE: bank[NONE]["prevalence"]}
         pictures.append(("What filled the memory banks", plot_bank_history(histories, shares, note=note)))
     return pictures
 

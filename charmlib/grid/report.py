@@ -12,7 +12,7 @@ from charmlib.evaluation.evaluate import evaluate_run
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
 from charmlib.files import write_whole
-from charmlib.grid.banks import bank_pictures, bank_table, write_bank_table
+from charmlib.grid.banks import bank_pictures, bank_table, without_expected, write_bank_table
 from charmlib.grid.board import NO_VALIDATION, board_axes, over_seeds
 from charmlib.viz import page
 from charmlib.viz.grid import heat_maps
@@ -76,8 +76,10 @@ def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str
         parts += [page.heading("Do the banks hold rare findings?"),
                   page.paragraph("Share of a bank's slots with a finding over its prevalence in the training part, the rarest "
                                  "first, with 95 % intervals by bootstrap over the training part's patients; runs that differ "
-                                 "in their seed alone show what training itself adds to that."),
-                  page.table(with_intervals(banks, 2).replace("undefined", ""))]
+                                 "in their seed alone show what training itself adds to that. 'Expected' is what slots drawn "
+                                 "at random would have, each from the images of its stage: a bank that still holds slots of "
+                                 "stage 1, which shows findings only, is enriched without any choice."),
+                  page.table(with_intervals(without_expected(banks), 2).replace("undefined", ""))]
     if len(apart):
         parts += [page.heading("Without a validation part"), *(page.paragraph(f"{line}.") for line in board_notes(apart)),
                   page.table(shown_apart(apart), "board")]

@@ -23,7 +23,8 @@ FOLDER = "params"
 
 
 def grid_files(grid: str | Path) -> tuple[str, dict[str, str]]:
-    """The grid file's place on Kaggle, and the text of each file that it needs by place, laid out as they lie here.
+    """The grid file's place on Kaggle, and the text of each file that it needs by place, laid out as they lie here: its
+    bases, and theirs.
 
     Raises
     ------
@@ -33,17 +34,26 @@ def grid_files(grid: str | Path) -> tuple[str, dict[str, str]]:
         A base is named by a path of this machine.
     """
     path = find_file(grid).resolve()
-    content = read_yaml(path)
+    files, waiting = {}, [path]
+    while waiting:
+        file = waiting.pop(0)
+        if file not in files:
+            files[file] = None
+            waiting += _bases(file)
+    above = os.path.commonpath([file.parent for file in files])
+    places = {file: f"{FOLDER}/{file.relative_to(above).as_posix()}" for file in files}
+    return places[path], {places[file]: find_file(file).read_text() for file in files}
+
+
+def _bases(file: Path) -> list[Path]:
+    """Where a grid or parameter file looks for what it is based on, also when what is found there ships with charmlib."""
+    content = read_yaml(file)
     entries = [content, *(entry for entry in content.get("cells") or [] if isinstance(entry, dict))]
     bases = [str(entry["base"]) for entry in entries if entry.get("base")]
     for base in bases:
         if Path(base).is_absolute():
-            raise KaggleError(f"{path}: base {base} is a path of this machine; name it relative to the grid file")
-    # where the grid looks for them, also when what is found is the file that ships with charmlib
-    files = list(dict.fromkeys([path, *(Path(os.path.normpath(path.parent / base)) for base in bases)]))
-    above = os.path.commonpath([file.parent for file in files])
-    places = {file: f"{FOLDER}/{file.relative_to(above).as_posix()}" for file in files}
-    return places[path], {places[file]: find_file(file).read_text() for file in files}
+            raise KaggleError(f"{file}: base {base} is a path of this machine; name it relative to the file")
+    return [Path(os.path.normpath(file.parent / base)) for base in bases]
 
 
 def shard_notebook(parameters: Mapping[str, Any], files: Mapping[str, str], *, gpu: bool = True,

@@ -24,7 +24,7 @@ class CharmNet(nn.Module):
 
     With all three switched off this is the plain network, with the bank alone it is MemAug. It works in any loop::
 
-        net.bank.expect(ids, labels)        # optional: lets slots know their image
+        net.bank.expect(ids, labels)        # lets slots know their image; the strategy 'hard' needs it, others do not
         loss(net(x), y).backward(); optimizer.step()
         net.update_momentum()                    # moves the momentum branch; leave it out when the scaler skipped the step
 

@@ -201,7 +201,8 @@ def by_rule(bank, score: Tensor) -> Tensor:
 
 
 def top_share(score: Tensor, share: float) -> Tensor:
-    """The ``share`` of a batch with the highest scores, as a quantile of the batch: at least one row, and all where all tie."""
+    """The ``share`` of a batch with the highest scores, those at or above its quantile: of small batches up to one row more
+    than the share, at least one, and all where all tie."""
     return score >= torch.quantile(score, 1 - min(share, 1.0))
 
 

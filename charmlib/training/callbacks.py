@@ -206,7 +206,7 @@ class KeepBest(Callback):
             return
         if self.monitor is None:
             self._keep()
-            if not all(torch.isfinite(v).all() for name, v in self.state.items() if not name.startswith("bank.")):
+            if not all(torch.isfinite(p).all() for p in self.model.parameters()):
                 raise ValueError(f"epoch {self.epoch + 1} left weights that are not finite, and without a validation part no "
                                  "earlier epoch is chosen instead; lower the learning rate or check the labels")
             return

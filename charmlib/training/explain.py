@@ -26,7 +26,7 @@ class Explanation:
     image, patient, part : str
         File name, patient, and 'train', 'valid', 'test', or '' where the split has left it out.
     labels : tuple of str
-        The image's own findings, ('No Finding',) without one.
+        The image's own findings, ('No Finding',) without one; empty where no label is known.
     probabilities : dict
         Class -> probability, uncalibrated.
     table : DataFrame
@@ -123,4 +123,6 @@ def rare_cases(run, count: int) -> list[str]:
 
 
 def _findings(labels: np.ndarray, classes: Sequence[str]) -> tuple[str, ...]:
+    if np.isnan(labels).all():
+        return ()
     return tuple(c for c, value in zip(classes, labels) if value == 1) or (NO_FINDING,)

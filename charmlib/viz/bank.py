@@ -59,13 +59,14 @@ def plot_enrichment(found: Mapping, *, title: str = "", note: str = ""):
 
 @styled
 def plot_enrichment_map(table: pd.DataFrame, *, title: str = "", note: str = ""):
-    """Banks in rows, findings in columns (the rarest first), enrichment in colour and number; returns the figure.
+    """Banks in rows, findings in columns (the rarest first), enrichment over what slots drawn at random would have, in colour
+    and number; returns the figure.
 
     ``table`` is :func:`charmlib.evaluation.enrichment.compare_enrichment`'s.
     """
     names = [c for c in table.columns if f"{c} low" in table]
-    values = table[names].to_numpy(float)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = table[names].to_numpy(float) / table[[f"{c} expected" for c in names]].to_numpy(float)
         colour = np.clip(np.log2(values), -3, 3)
     figure, axis = plt.subplots(figsize=(0.52 * len(names) + 2.6, 0.27 * len(table) + 2.0), layout="constrained")
     image = axis.imshow(colour, cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto")
@@ -78,7 +79,7 @@ def plot_enrichment_map(table: pd.DataFrame, *, title: str = "", note: str = "")
     axis.grid(False)
     bar = figure.colorbar(image, ax=axis, ticks=[-3, -2, -1, 0, 1, 2, 3], shrink=0.9)
     bar.set_ticklabels(["1/8 or less", "1/4", "1/2", "1", "2", "4", "8 or more"])
-    heading(figure, title, note)
+    heading(figure, title, f"Enrichment over that of slots drawn at random from what was on offer. {note}")
     return figure
 
 
@@ -140,7 +141,8 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
     figure.legend(handles, [f"{readable(c)} {p:.1%}" for c, p in shares.items()], loc="outside right center",
                   title="prevalence in training")
     left_out = f"; {len(given) - len(shown)} more settings are not drawn" if len(given) > len(shown) else ""
-    heading(figure, "", f"What filled the bank: along the lower edge, none{left_out}. {note}")
+    heading(figure, "", f"What filled the bank by the end of each epoch (the best epoch's is kept): along the lower edge, none"
+                        f"{left_out}. {note}")
     return figure
 
 

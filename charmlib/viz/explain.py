@@ -27,6 +27,10 @@ def plot_explanation(cases, *, note: str = ""):
         See :class:`charmlib.training.explain.Explanation`.
     """
     cases = list(cases) if isinstance(cases, Sequence) else [cases]
+    if not cases:
+        figure = plt.figure(figsize=(6, 0.8))
+        heading(figure, "", f"no case to show: no image here has a finding. {note}")
+        return figure
     columns = 1 + max((min(len(case.table), SLOTS) for case in cases), default=0)
     width, height = max(1.9 * columns, 6), (1.85 + _CAPTION) * len(cases) + 0.5
     figure, axes = plt.subplots(len(cases), columns, figsize=(width, height), squeeze=False)
@@ -37,7 +41,8 @@ def plot_explanation(cases, *, note: str = ""):
         axis.axis("off")
     for row, case in zip(axes, cases):
         likely = "\n".join(f"{readable(name)} {p:.2f}" for name, p in case.top[:2])
-        _image(row[0], case.pixels, f"{case.image}, {case.part or 'in no part'}\n{_lines(case.labels)}\nsays: {likely}")
+        own = _lines(case.labels) or "labels unknown"
+        _image(row[0], case.pixels, f"{case.image}, {case.part or 'in no part'}\n{own}\nsays: {likely}")
         for axis, pixels, (_, slot) in zip(row[1:], case.retrieved, case.table.head(SLOTS).iterrows()):
             labels = _lines(str(slot["labels"]).split("|")) or "labels unknown"
             _image(axis, pixels, f"{slot['image']}\n{labels}\nsimilarity {slot['similarity']:.3f}\nweight {slot['weight']:.3f}")

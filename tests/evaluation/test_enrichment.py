@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import poisson
 
-from charmlib.evaluation.enrichment import compare_enrichment, enrichment, enrichment_table, rows_of, training_shares
+from charmlib.evaluation.enrichment import FEW, compare_enrichment, enrichment, enrichment_table, rows_of, training_shares
 from charmlib.evaluation.intervals import interval
 
 CLASSES = ("Common", "Middle", "Rare", "No Finding")
@@ -50,6 +51,19 @@ def slow(slots, who, labels, patients, times):
     return out
 
 
+def poisson_limits(count):
+    """Garwood's limits by bisection of the Poisson distribution itself."""
+    def search(tail):
+        low, high = 0.0, 50.0
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if tail(middle) > 0 else (low, middle)
+        return low
+
+    under = search(lambda mean: 0.025 - poisson.sf(count - 1, mean)) if count else 0.0
+    return under, search(lambda mean: poisson.cdf(count, mean) - 0.025)
+
+
 def test_equals_the_slow_twin_in_every_resample():
     labels, patients = part()
     slots, who = bank(labels, patients)
@@ -64,12 +78,21 @@ def test_equals_the_slow_twin_in_every_resample():
     draws = np.random.default_rng(3).multinomial(len(names), np.full(len(names), 1 / len(names)), size=20)
     samples = np.array([slow(slots, who, labels, patients, dict(zip(names, times))) for times in draws])
     for u, figure in enumerate(order):
-        np.testing.assert_allclose(figure["interval"], interval(samples[:, u]), rtol=1e-12)
+        resampled, patients_with = interval(samples[:, u]), len({w for row, w in zip(slots, who) if units(row)[u] == 1})
+        if patients_with >= FEW:
+            np.testing.assert_allclose(figure["interval"], resampled, rtol=1e-12)
+        else:
+            exact = poisson_limits(patients_with)
+            known = [w for row, w in zip(slots, who) if units(row)[u] in (0, 1)]
+            each = figure["slots"] / patients_with if patients_with else len(known) / len(set(known))
+            scale = each / len(known) / figure["prevalence"]
+            np.testing.assert_allclose(figure["interval"][:2], (min(resampled[0], scale * exact[0]),
+                                                                max(resampled[1], scale * exact[1])), rtol=1e-9)
         assert figure["slots"] == sum(units(row)[u] == 1 for row in slots)
 
 
 def test_a_bank_that_is_the_training_part_is_not_enriched_and_one_of_the_rare_is():
-    labels, patients = part()
+    labels, patients = part(4000, 900)
     found = enrichment(labels, patients, labels, patients, CLASSES)
     for figure in rows_of(found).values():
         assert figure["enrichment"] == pytest.approx(1) and figure["interval"][:2] == pytest.approx((1, 1))
@@ -104,6 +127,22 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 0.85 <= np.mean(covered) <= 1
 
 
+@pytest.mark.parametrize("prevalence", [0.002, 0.005, 0.02])
+def test_intervals_cover_the_truth_for_rare_findings_too(prevalence):
+    """Of a finding that one slot in 512 would hold many random banks hold none: their interval must not be 0 to 0."""
+    covered, empty = [], 0
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        labels = (generator.random((8000, 1)) < prevalence).astype(float)
+        patients = np.repeat(np.arange(2000), 4).astype(str)
+        rows = generator.choice(8000, 512)
+        figure = enrichment(labels[rows], patients[rows], labels, patients, ["Rare"], resamples=200)["classes"]["Rare"]
+        covered.append(figure["interval"][0] <= 1 <= figure["interval"][1])
+        empty += figure["slots"] == 0
+    assert np.mean(covered) >= 0.93
+    assert empty > 5 or prevalence > 0.002
+
+
 def test_tables_are_sorted_by_prevalence_and_say_what_cannot_be_said():
     labels, patients = part()
     found = enrichment(*bank(labels, patients), labels, patients, CLASSES, resamples=50)
@@ -113,6 +152,7 @@ def test_tables_are_sorted_by_prevalence_and_say_what_cannot_be_said():
     assert table["prevalence"].head(3).is_monotonic_increasing
     both = compare_enrichment({"a": found, "b": found})
     assert both["cell"].tolist() == ["a", "b"] and both.columns[2:5].tolist() == ["Rare", "Rare low", "Rare high"]
+    assert (both["Rare expected"] == 1).all()
     one = enrichment(labels[:5], ["1"] * 5, labels[:5], ["1"] * 5, CLASSES)
     assert np.isnan(one["no_finding"]["interval"][0])
     assert pd.isna(enrichment_table(one)["enrichment"]).any()

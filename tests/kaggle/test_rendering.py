@@ -68,6 +68,25 @@ def test_every_shipped_grid_renders_with_all_its_files(tmp_path):
         assert there.name == load_grid(path).name and there.cells == load_grid(path).cells
 
 
+def test_bases_of_bases_travel_too(tmp_path):
+    """Under names that do not ship with charmlib, so that nothing else could be found in their place."""
+    (tmp_path / "here/low").mkdir(parents=True)
+    (tmp_path / "here/grid_chain.yaml").write_text("base: first_of_chain.yaml\naxes: {k: [1]}\n")
+    (tmp_path / "here/first_of_chain.yaml").write_text("base: low/last_of_chain.yaml\nseed: 3\n")
+    last = tmp_path / "here/low/last_of_chain.yaml"
+    last.write_text("bank_size: 7\n")
+    place, files = grid_files(tmp_path / "here/grid_chain.yaml")
+    assert len(files) == 3
+    for name, text in files.items():
+        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / name).write_text(text)
+    (cell,) = load_grid(tmp_path / "there" / place).cells
+    assert (cell.params["seed"], cell.params["bank_size"]) == (3, 7)
+    last.write_text(f"base: {tmp_path}/x.yaml\n")
+    with pytest.raises(KaggleError, match=r"last_of_chain\.yaml.*path of this machine"):
+        grid_files(tmp_path / "here/grid_chain.yaml")
+
+
 def test_a_grid_whose_bases_lie_elsewhere_keeps_its_layout(small):
     deeper = small.parent / "deep/er"
     deeper.mkdir(parents=True)
@@ -83,7 +102,7 @@ def test_a_base_that_ships_with_charmlib_goes_where_the_grid_looks_for_it(tmp_pa
     place, files = grid_files(tmp_path / "params/grid_mine.yaml")
     assert place == "params/grid_mine.yaml" and files["params/charm.yaml"] == (ROOT / "params/charm.yaml").read_text()
     (tmp_path / "params/grid_mine.yaml").write_text(f"base: {ROOT}/params/charm.yaml\naxes: {{k: [1]}}\n")
-    with pytest.raises(KaggleError, match="relative to the grid file"):
+    with pytest.raises(KaggleError, match="relative to the file"):
         grid_files(tmp_path / "params/grid_mine.yaml")
 
 

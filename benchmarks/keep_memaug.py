@@ -3,8 +3,8 @@
     python benchmarks/keep_memaug.py runs/nih64_memaug benchmarks/results/nih64_memaug
 
 writes ``<target>_leaderboard.csv``, ``<target>_against_none.csv`` (for each setting, the mean over its seeds of the paired
-difference in mean test AUC from no memory with the same seed), ``<target>_enrichment.csv``, ``<target>_*.png`` and
-``<target>.json`` (split, device, versions, seconds).
+difference in mean test AUC from no memory with the same seed), ``<target>_enrichment.csv`` and ``.png``,
+``<target>_history.png`` (what filled the banks) and ``<target>.json`` (split, device, versions, seconds).
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.results import load_metrics, load_resamples
+from charmlib.evaluation.tables import split_note
 from charmlib.files import write_json
+from charmlib.grid.banks import bank_pictures, bank_table
 from charmlib.grid.board import leaderboard
 
 NONE = "no_memory"
@@ -81,6 +88,10 @@ def main(folder: Path, target: Path) -> None:
     shutil.copyfile(folder / "enrichment.csv", f"{target}_enrichment.csv")
     metrics = {cell: load_metrics(folder / cell) for cell in board["cell"]}
     one = next(iter(metrics.values()))
+    pictures = bank_pictures(folder, board, bank_table(folder, board), note=split_note(one))
+    for name, (_, figure) in zip(("enrichment", "history"), pictures):
+        figure.savefig(f"{target}_{name}.png", dpi=80)
+        plt.close(figure)
     write_json(f"{target}.json", {
         "split": one["split"], "device": one["device"], "precision": one["precision"], "versions": one["versions"],
         "train_prevalence": one["train_prevalence"], "rarest": rarest(one),

@@ -1,6 +1,6 @@
 """What each part of CHARM costs: weights, operations, memory and time, for every backbone at 224 pixels.
 
-    python -m benchmarks.costs                      # about a quarter of an hour on two idle cores
+    python -m benchmarks.costs                      # about 8 minutes on two idle cores
     python -m benchmarks.costs --only mobilenet_v2  # one backbone, printed and not kept
     python -m benchmarks.costs --no-time            # without real steps, which need idle cores
 

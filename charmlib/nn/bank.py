@@ -205,9 +205,9 @@ class RareMemoryBank(nn.Module):
         finite = torch.isfinite(z).all()
         score, keep = self.policy.judge(self, z, logits, labels)
         taken, slot = self.policy.place(self, keep & finite & torch.isfinite(score), score, ids)
+        renewed = taken & (self.slot_ids[slot] == ids) & (ids >= 0) & self.policy.refreshes
 
         # Rows that are not stored repeat the first one that is; where none is, they rewrite what their slot holds.
-        renewed = taken & (self.slot_ids[slot] == ids) & (ids >= 0) & self.policy.refreshes
         first = taken.to(torch.uint8).argmax().view(1)
         row = torch.where(taken, torch.arange(batch, device=z.device), first)
         slot = torch.where(taken, slot, slot.index_select(0, first))

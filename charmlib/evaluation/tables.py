@@ -16,7 +16,8 @@ def split_note(metrics: Mapping) -> str:
     part = metrics["split"]["test"]
     shuffled = "SHUFFLED LABELS, a control: " if metrics["params"].get("labels") == "shuffled" else ""
     quick = "QUICK CHECK: " if metrics.get("quick_check") else ""
-    apart = "" if metrics["valid"] else "; trained without a validation part"
+    who = "a member was " if "members" in metrics else ""
+    apart = "" if metrics["valid"] else f"; {who}trained without a validation part"
     return (f"{shuffled}{quick}{metrics['data']['name']}, split '{metrics['split']['name']}' ({metrics['split']['hash'][:8]}): "
             f"{part['images']:,} test images of {part['patients']:,} patients, "
             f"{part['positive_share']:.1%} with a finding{apart}")

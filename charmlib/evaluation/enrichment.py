@@ -100,10 +100,10 @@ def _exact(counts: np.ndarray) -> list[tuple[int, float, float]]:
     with np.errstate(invalid="ignore", divide="ignore"):
         slots_each = np.where(patients > 0, held / patients, of / in_bank)
         scale = slots_each / of / (seen / images)
-    tail = (1 - LEVEL) / 2
-    low = np.where(patients > 0, chi2.ppf(tail, 2 * patients) / 2, 0.0)
-    high = chi2.ppf(1 - tail, 2 * patients + 2) / 2
-    return list(zip(patients.tolist(), (scale * low).tolist(), (scale * high).tolist()))
+        tail = (1 - LEVEL) / 2
+        low = scale * np.where(patients > 0, chi2.ppf(tail, 2 * patients) / 2, 0.0)
+        high = scale * chi2.ppf(1 - tail, 2 * patients + 2) / 2
+    return list(zip(patients.tolist(), low.tolist(), high.tolist()))
 
 
 def _moved_out(limits: Interval, patients: int, low: float, high: float) -> Interval:

@@ -74,7 +74,7 @@ def test_the_report_is_one_file_that_says_what_it_shows(done):
     _, out, _ = done
     board = leaderboard(out)
     page = (out / "report.html").read_text()
-    assert "http://" not in page and "https://" not in page and page.count("data:image/png;base64,") == 4
+    assert "http://" not in page and "https://" not in page and page.count("data:image/png;base64,") == 6
     for text in ("drawn phantoms", "test images of", "Research use only", *board["cell"]):
         assert text in page
 

@@ -40,7 +40,7 @@ def test_kills_of_runner_worker_child_and_kernel_end_in_the_same_bits(done, tmp_
     out = tmp_path / "out"
     cell, other = out / CELLS[0], out / CELLS[1]
     runner = start(path, out)
-    wait_for(lambda: epochs_done(cell) >= 1, runner=runner)
+    wait_for(lambda: epochs_done(cell) >= 1 and (cell / "resume.pt").is_file(), runner=runner)  # which is written last
     everyone = runner.children(recursive=True)
     assert any("ipykernel" in " ".join(p.cmdline()) for p in everyone)
     runner.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -203,7 +205,10 @@ def by_rule(bank, score: Tensor) -> Tensor:
 def top_share(score: Tensor, share: float) -> Tensor:
     """The ``share`` of a batch with the highest scores, those at or above its quantile: of small batches up to one row more
     than the share, at least one, and all where all tie."""
-    return score >= torch.quantile(score, 1 - min(share, 1.0))
+    place = (1 - min(share, 1.0)) * (len(score) - 1)
+    low = math.floor(place)
+    ordered = score.sort().values  # torch.quantile reads the device in older releases
+    return score >= torch.lerp(ordered[low], ordered[min(low + 1, len(score) - 1)], place - low)
 
 
 def ring(bank, keep: Tensor) -> tuple[Tensor, Tensor]:

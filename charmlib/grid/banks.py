@@ -18,7 +18,8 @@ def bank_table(folder: Path, board: pd.DataFrame) -> pd.DataFrame | None:
 
     Columns: cell, the grid's axes, slots, then as :func:`charmlib.evaluation.enrichment.compare_enrichment`.
     """
-    found = {cell: bank for cell, (_, bank) in _banks(folder, board).items()}
+    banks = {cell: load_metrics(folder / cell).get("bank") or {} for cell in board["cell"][board["split"].notna()]}
+    found = {cell: bank["enrichment"] for cell, bank in banks.items() if bank.get("enrichment")}
     if not found:
         return None
     axes = board_axes(board)
@@ -41,8 +42,7 @@ def bank_pictures(folder: Path, board: pd.DataFrame, table: pd.DataFrame, *, not
     """(title, figure): enrichment of every cell, and, for cells of one split, what filled the banks over time, a panel a
     setting in the order of the board."""
     pictures = [("What the memory banks hold", plot_enrichment_map(table, note=note))]
-    banks = _banks(folder, board)
-    held = board[board["cell"].isin(banks.keys())]
+    held = board[board["cell"].isin(table["cell"])]
     axes = [a for a in (*board_axes(board), "split") if a != "seed" and held[a].astype(str).nunique() > 1]
     histories: dict[str, list[pd.DataFrame]] = {}
     for _, row in held.iterrows():
@@ -51,13 +51,7 @@ def bank_pictures(folder: Path, board: pd.DataFrame, table: pd.DataFrame, *, not
             setting = ", ".join(f"{a} {row[a]}" for a in axes) or ("" if "seed" in board_axes(board) else row["cell"])
             histories.setdefault(setting or "all seeds", []).append(pd.read_csv(path))
     if histories and held["split"].nunique() == 1:  # one training part, so one prevalence of each finding
-        _, bank = next(iter(banks.values()))
+        bank = load_metrics(folder / held["cell"].iloc[0])["bank"]["enrichment"]
         shares = {**{name: f["prevalence"] for name, f in bank["classes"].items()}, NONE: bank[NONE]["prevalence"]}
         pictures.append(("What filled the memory banks", plot_bank_history(histories, shares, note=note)))
     return pictures
-
-
-def _banks(folder: Path, board: pd.DataFrame) -> dict[str, tuple[dict, dict]]:
-    """Cell -> its metrics and the enrichment of its bank, in the order of the board."""
-    found = {cell: load_metrics(folder / cell) for cell in board["cell"][board["split"].notna()]}
-    return {cell: (m, m["bank"]["enrichment"]) for cell, m in found.items() if (m.get("bank") or {}).get("enrichment")}

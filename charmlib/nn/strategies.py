@@ -37,7 +37,7 @@ class Rarity(Strategy):
     """
 
     def judge(self, bank, z, logits, labels):
-        score = angle(z) if bank.rule == "angle" else rarity(z, z.norm(dim=1).mean())
+        score = oddness(bank, z)
         return score, by_rule(bank, score)
 
 
@@ -99,8 +99,7 @@ class Hybrid(Strategy):
     weight = 0.5
 
     def judge(self, bank, z, logits, labels):
-        odd = angle(z) if bank.rule == "angle" else rarity(z, z.norm(dim=1).mean())
-        score = torch.lerp(odd, novelty(bank, z), self.weight)
+        score = torch.lerp(oddness(bank, z), novelty(bank, z), self.weight)
         return score, top_share(score, bank.threshold)
 
 
@@ -108,7 +107,7 @@ class Fifo(Strategy):
     """Everything, oldest out: the bank holds the last N features (MemAug). All scores are 0."""
 
     def judge(self, bank, z, logits, labels):
-        return z.new_zeros(len(z)), torch.ones(len(z), dtype=torch.bool, device=z.device)
+        return everything(z)
 
 
 class Reservoir(Strategy):
@@ -121,7 +120,7 @@ class Reservoir(Strategy):
     """
 
     def judge(self, bank, z, logits, labels):
-        return z.new_zeros(len(z)), torch.ones(len(z), dtype=torch.bool, device=z.device)
+        return everything(z)
 
     def place(self, bank, keep, score, ids):
         batch = torch.arange(len(keep), device=keep.device)
@@ -176,6 +175,16 @@ class Hard(Strategy):
 STRATEGIES: dict[str, type[Strategy]] = {
     "rarity": Rarity, "statistical": Statistical, "entropy": Entropy, "diversity": Diversity, "hybrid": Hybrid, "fifo": Fifo,
     "reservoir": Reservoir, "hard": Hard}
+
+
+def everything(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of 0 and all rows accepted, for strategies that judge nothing."""
+    return z.new_zeros(len(z)), torch.ones(len(z), dtype=torch.bool, device=z.device)
+
+
+def oddness(bank, z: Tensor) -> Tensor:
+    """Of each of a batch beside the others, (B,): by direction for the rule 'angle', else by length."""
+    return angle(z) if bank.rule == "angle" else rarity(z, z.norm(dim=1).mean())
 
 
 def rarity(z: Tensor, mean: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class KeepBest(Callback):
             return
         if self.monitor is None:
             self._keep()
-            if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            if not all(torch.isfinite(self.state[name]).all() for name, _ in self.model.named_parameters()):
                 raise ValueError(f"epoch {self.epoch + 1} left weights that are not finite, and without a validation part no "
                                  "earlier epoch is chosen instead; lower the learning rate or check the labels")
             return

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # brings the notebooks' parameters cells up to date after a change of charmlib/params.py
-.PHONY: demo test test-kaggle explore nih64 memaug64 benchmarks parameters lint lab clean
+.PHONY: demo test test-kaggle explore nih64 parts64 memaug64 benchmarks parameters lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; say PYTHON=...')"
@@ -46,6 +46,11 @@ nih64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64.yaml --out runs/nih64 \
 		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
 	$(BIN)/python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
+
+parts64: $(VENV)/.installed
+	$(BIN)/python -m charmlib grid run params/grid_nih64_parts.yaml --out runs/nih64_parts --workers 2 \
+		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
+	$(BIN)/python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
 
 memaug64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64_memaug.yaml --out runs/nih64_memaug --workers 2 \

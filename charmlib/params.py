@@ -44,8 +44,9 @@ _DECLARED = [
           ("nih14", "nih15", "own")),
     Param("data", "csv", str, "", "a label table of your own instead of the NIH one; '' finds the NIH one"),
     Param("data", "labels", str, "real", "shuffled is a control that must score 0.5; never ranked", ("real", "shuffled")),
-    Param("data", "split", str, "official", "official lists, random by patient, or a folder with train/valid/test.txt",
-          ("official", "patient"), also="a folder"),
+    Param("data", "split", str, "official",
+          "official lists, random by patient, fold:2/5 of a cross-validation, or a folder with train/valid/test.txt",
+          ("official", "patient"), also="fold:I/N or a folder"),
     Param("data", "valid_fraction", float, 0.1, "share of the train_val patients kept for validation; 0 trains on them all",
           low=0, high=0.5),
     Param("data", "image_size", int, 224, "pixels a side; the published runs use 224", low=16, high=1024),
@@ -58,18 +59,24 @@ _DECLARED = [
     Param("network", "weights", str, "imagenet", "where the backbone starts", ("imagenet", "none"), also="a file"),
     Param("network", "norm", str, "auto", "input scale; auto asks the weights, half is [-1, 1]",
           ("auto", "imagenet", "half")),
-    Param("network", "use_momentum", bool, True, "the momentum branch of CHARM"),
-    Param("network", "use_attention", bool, True, "the multi-scale attention of CHARM"),
+    Param("network", "use_momentum", bool, False, "the momentum branch of CHARM; it buys nothing in our measurements"),
+    Param("network", "use_attention", bool, False, "the multi-scale attention of CHARM; it costs accuracy in short training"),
     Param("network", "use_bank", bool, True, "the rare memory bank of CHARM and MemAug"),
     Param("network", "attention", str, "layers", "weights of the attention: four convolutions, or their one filter directly",
           ("layers", "filter")),
     Param("network", "momentum", float, 0.99, "m of the momentum encoder, and of nothing else", low=0, high=1),
-    Param("network", "k", int, 5, "slots retrieved for an image", low=1),
+    Param("network", "k", int, 128, "slots that answer an image; the published runs take 2 to 5 features", low=1),
     Param("network", "threshold", float, 0.2,
           "rarity above (rule published: below) which a feature is stored; share of the batch where scores are ranked", low=0),
-    Param("network", "bank_size", int, 512, "slots in the bank", low=1, high=65536),
-    Param("network", "strategy", str, "rarity", "what the bank judges a feature by",
-          ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard")),
+    Param("network", "bank_size", int, 1024, "slots in the bank; 512 as published", low=1, high=65536),
+    Param("network", "strategy", str, "balanced", "what the bank judges an image by; rarity as published",
+          ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard", "balanced")),
+    Param("network", "answer", str, "votes", "what slots give: their labels, as votes on the scores, or features, as published",
+          ("votes", "features")),
+    Param("network", "keys", str, "scales", "what voting slots are compared by: maps at strides 4, 8 and 16, or the feature z",
+          ("scales", "features")),
+    Param("network", "vote_weight", float, 2.0, "of the votes beside the head's logits", low=0),
+    Param("network", "vote_temperature", float, 0.15, "of similarities; a small one lets the nearest slots decide", low=1e-3),
     Param("network", "rule", str, "rare", "rare keeps the odd ones, published the usual ones, angle by direction",
           ("rare", "published", "angle")),
     Param("network", "retrieval", str, "softmax", "weights of the slots: softmax of cosines, raw cosines, or gated from 0",
@@ -117,6 +124,9 @@ DEFAULTS: dict[str, Any] = {p.name: p.default for p in _DECLARED}
 
 UNHASHED = ("run_dir", "cache_dir", "data_root", "workers", "device", "resume", "preload", "grad_checkpointing")
 """Parameters that say where and how a run happens, not what it is; they stay out of a cell's hash."""
+
+EARLIER: dict[str, Any] = {"answer": "features", "keys": "features"}
+"""What parameters were, by another name or none, in runs stored before they were declared, where that is not the default."""
 
 ARCHS = ("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "efficientnet_b0", "efficientnet_b1", "mobilenet_v2",
          "resnet18", "resnet50", "densenet121", "vgg16")
@@ -203,7 +213,7 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
         source = sources[i] if i < len(sources) else ""
         for name, value in layer.items():
             out[name] = coerce(name, value, source)
-    if out["use_bank"] and out["k"] > out["bank_size"]:
+    if out["use_bank"] and out["answer"] == "features" and out["k"] > out["bank_size"]:
         raise ParameterError(f"parameter 'k': {out['k']} is more than bank_size {out['bank_size']}; lower k.")
     if out["arch"] not in ARCHS and not out["arch"].startswith("timm:"):
         raise ParameterError(f"parameter 'arch': {out['arch']!r} is none of {', '.join(ARCHS)}, nor timm:NAME."
@@ -227,6 +237,11 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
     return out
 
 
+def stored(params: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of a run as it stored them: one that it is too old to have is what such a run was."""
+    return {**DEFAULTS, **EARLIER, **params}
+
+
 def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Names of the parameters that decide a result and differ; one that ``theirs`` does not know yet does not."""
     return [name for name in ours if name not in UNHASHED and ours[name] != theirs.get(name, ours[name])]
@@ -242,7 +257,7 @@ def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
     """
     out = dict(params)
     for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient"))):
-        if out[name] not in words:
+        if out[name] not in words and not (name == "split" and out[name].startswith("fold:")):
             path = Path(out[name]).expanduser()
             if not path.exists():
                 raise ParameterError(f"parameter '{name}': nothing at {path}; wanted {', '.join(words)} or an existing path.")

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "charmlib"
 ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz", "files", "processes", "watch"},
-           "evaluation": {"evaluation", "files"}, "viz": {"viz", "evaluation", "files"},
+           "evaluation": {"evaluation", "files", "params"}, "viz": {"viz", "evaluation", "files"},
            "grid": {"grid", "data", "evaluation", "viz", "files", "lease", "params", "processes", "watch"},
            "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "processes", "viz", "gpu_support",
                         "watch"},

@@ -33,7 +33,7 @@ def test_later_layers_win(tmp_path):
 
 def test_contradictions_are_refused():
     with pytest.raises(ParameterError, match="bank_size"):
-        resolve({"k": 5, "bank_size": 3})
+        resolve({"k": 5, "bank_size": 3, "answer": "features"})
     with pytest.raises(ParameterError, match="csv"):
         resolve({"classes": "own"})
     with pytest.raises(ParameterError, match="nothing would be trained"):

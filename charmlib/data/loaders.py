@@ -74,6 +74,10 @@ class ChestImages:
         self.images.take(rows, axis=0, out=images.numpy()[:, 0])
         return images, _pinned(torch.from_numpy(self.labels[rows]), pin), _pinned(torch.from_numpy(rows), pin)
 
+    def pixels(self, rows) -> Tensor:
+        """Images (n, 1, S, S) uint8 of any rows of the data set, of this part or not."""
+        return torch.from_numpy(self.images.take(np.asarray(rows), axis=0))[:, None]
+
     def send(self, images, labels, rows, device) -> tuple[tuple[TensorImage, TensorMultiCategory], Tensor]:
         """What :meth:`read` gave, on the device, and the rows there; never waits for a GPU."""
         rows = rows.to(device, non_blocking=True)

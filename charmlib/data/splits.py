@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,12 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
     ----------
     name : str
         'official': the NIH lists, with ``valid_fraction`` of the train_val patients as validation. 'patient': 70 / 10
-        / 20 per cent of the patients at random. Both use seed 85 whatever the run's seed. Otherwise a folder with
-        ``train.txt``, ``valid.txt`` and ``test.txt``.
+        / 20 per cent of the patients at random. 'fold:2/5': the second of five test parts that hold each patient once, for
+        cross-validation over all images, with ``valid_fraction`` of the other patients as validation. All of these use seed
+        85 whatever the run's seed. Otherwise a folder with ``train.txt``, ``valid.txt`` and ``test.txt``.
     valid_fraction : float
-        Of 'official', at most 0.5. 0 puts the validation part of any split (the patients that 'patient' would draw, the
-        images of ``valid.txt`` where there is one) into the training part; the test part stays as it is.
+        Of 'official' and folds, at most 0.5. 0 puts the validation part of any split (the patients that 'patient' would draw,
+        the images of ``valid.txt`` where there is one) into the training part; the test part stays as it is.
     limit : int
         At most so many images a part, drawn at random; 0 for all.
 
@@ -80,6 +82,8 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
         part = _official(index, valid_fraction)
     elif name == "patient":
         part = _by_patient(frame["patient"], (0.7, 0.1, 0.2))
+    elif fold := parse_fold(name):
+        part = _fold(frame["patient"], *fold, valid_fraction)
     else:
         part = _own_lists(index, Path(name), optional=("valid",) if valid_fraction == 0 else ())
         name = Path(name).name
@@ -131,9 +135,36 @@ def _by_patient(patients: pd.Series, shares: tuple[float, float, float]) -> np.n
     return patients.map(dict(zip(unique, names))).to_numpy(object)
 
 
+def parse_fold(name: str) -> tuple[int, int] | None:
+    """``'fold:2/5'`` as (2, 5); None for another split.
+
+    Raises
+    ------
+    SplitError
+        A fold that there is not, such as 'fold:6/5'.
+    """
+    if not str(name).startswith("fold:"):
+        return None
+    found = re.fullmatch(r"fold:(\d+)/(\d+)", name)
+    if not found or not 1 <= int(found[1]) <= int(found[2]) or int(found[2]) < 2:
+        raise SplitError(f"split {name!r}: wanted fold:I/N such as fold:2/5, with 1 <= I <= N and N at least 2")
+    return int(found[1]), int(found[2])
+
+
+def _fold(patients: pd.Series, number: int, folds: int, valid_fraction: float) -> np.ndarray:
+    unique = np.random.default_rng(SPLIT_SEED).permutation(np.array(sorted(set(patients)), dtype=object))
+    if len(unique) < folds:
+        raise SplitError(f"split 'fold:{number}/{folds}': {len(unique)} patients do not make {folds} folds")
+    test = np.array_split(unique, folds)[number - 1]
+    others = unique[~np.isin(unique, test)]
+    valid = np.random.default_rng([SPLIT_SEED, number]).permutation(others)[:max(1, round(valid_fraction * len(others)))]
+    parts = dict.fromkeys(others, "train") | dict.fromkeys(valid, "valid") | dict.fromkeys(test, "test")
+    return patients.map(parts).to_numpy(object)
+
+
 def _own_lists(index: Index, folder: Path, optional: Sequence[str] = ()) -> np.ndarray:
     if not folder.is_dir():
-        raise SplitError(f"split: no folder {folder}; wanted 'official', 'patient' or a folder with "
+        raise SplitError(f"split: no folder {folder}; wanted 'official', 'patient', fold:I/N or a folder with "
                          "train.txt, valid.txt and test.txt")
     part = np.full(len(index.frame), "", dtype=object)
     for p in PARTS:

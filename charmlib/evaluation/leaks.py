@@ -30,8 +30,11 @@ def split_of(run: str | Path) -> pd.DataFrame | None:
     return None
 
 
-def refuse_leaks(runs: Iterable[str | Path]) -> None:
+def refuse_leaks(runs: Iterable[str | Path], *, folds: bool = False) -> None:
     """Raise if test images of one run were in the training or validation part of another.
+
+    With ``folds``, runs of a cross-validation (``split`` 'fold:I/N' with one N) may stand beside each other, as each is only
+    read on its own test part.
 
     Raises
     ------
@@ -43,7 +46,8 @@ def refuse_leaks(runs: Iterable[str | Path]) -> None:
     drawn: dict[bool, str] = {}
     for run in runs:
         metrics = load_metrics(run)
-        found.setdefault(metrics["split"]["hash"], {"run": Path(run)})
+        name = metrics["split"]["name"]
+        found.setdefault(metrics["split"]["hash"], {"run": Path(run), "folds": name.startswith("fold:") and name.split("/")[1]})
         drawn.setdefault(bool(metrics["data"]["drawn"]), str(run))
     if len(drawn) > 1:
         raise LeakError(f"{drawn[True]} is on drawn phantoms, {drawn[False]} on radiographs: they cannot stand in one table")
@@ -57,6 +61,8 @@ def refuse_leaks(runs: Iterable[str | Path]) -> None:
         entry["test"] = set(frame["id"][frame["part"] == "test"])
         entry["seen"] = set(frame["id"][frame["part"].isin(["train", "valid"])])
     for one, other in permutations(found.values(), 2):
+        if folds and one["folds"] and one["folds"] == other["folds"]:
+            continue
         both = one["test"] & other["seen"]
         if both:
             raise LeakError(f"{len(both):,} of {len(one['test']):,} test images of {one['run']} were in the training or "

@@ -47,6 +47,8 @@ def _kind(metrics: dict) -> tuple[str | None, str]:
     if name == "patient":
         return "random patient", ("Random splits by patient: each is another draw of patients, so differences of about 0.01 "
                                   "say nothing, and none may be compared with official-split figures.")
+    if name.startswith("fold:"):
+        return None, f"Split '{name}' is a part of a cross-validation: no published figure belongs beside it."
     return None, f"Split '{name}' is your own: no published figure belongs beside it."
 
 

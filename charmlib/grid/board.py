@@ -20,8 +20,8 @@ NO_VALIDATION = "no validation"
 """Status of a finished cell that was trained on the validation patients too (``valid_fraction`` 0)."""
 
 _NEEDS = {"momentum": "use_momentum", "attention": "use_attention", **dict.fromkeys(
-    ("k", "threshold", "bank_size", "strategy", "rule", "retrieval", "bank_norm", "normalize_retrieved", "bank_momentum",
-     "stage2_bank_momentum"), "use_bank")}
+    ("k", "threshold", "bank_size", "strategy", "rule", "answer", "keys", "vote_weight", "vote_temperature", "retrieval",
+     "bank_norm", "normalize_retrieved", "bank_momentum", "stage2_bank_momentum"), "use_bank")}
 """An axis says nothing about a cell whose part is switched off, and stays blank there."""
 
 
@@ -69,7 +69,7 @@ def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.Data
     ranked = board["status"] == "done"
     order = board[ranked].groupby("split")["valid_mean_auc"].rank(ascending=False, method="first")
     board["rank"] = order.reindex(board.index).astype("Int64")
-    refuse_leaks(folder / cell for cell in board["cell"][board["split"].notna()])
+    refuse_leaks((folder / cell for cell in board["cell"][board["split"].notna()]), folds=True)
     board = _with_intervals(folder, board)
     board = board.sort_values(["split", "rank", "status", "cell"], na_position="last", ignore_index=True)
     apart = board["status"] == NO_VALIDATION

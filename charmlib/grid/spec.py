@@ -103,8 +103,13 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
         if not isinstance(entry, dict):
             raise ParameterError(f"{path}: cells[{i}] is {entry!r}, wanted a mapping of parameters.")
         values = {k: v for k, v in entry.items() if k not in ("name", "base")}
-        values = {k: fixed.get(k, coerce(k, v, f"{path}: cells[{i}]")) for k, v in values.items()}
-        cells.append(_cell(entry, values, fixed, entry.get("base", content.get("base")), path))
+        own = {k: _values(k, v, f"{path}: cells[{i}]") for k, v in values.items() if isinstance(v, list) and k not in fixed}
+        values = {k: fixed[k] if k in fixed else v if k in own else coerce(k, v, f"{path}: cells[{i}]")
+                  for k, v in values.items()}
+        for combination in itertools.product(*own.values()):  # an entry with lists is one cell for each combination
+            chosen = dict(zip(own, combination))
+            named = {**entry, "name": f"{entry['name']}_{cell_id(chosen)}"} if own and "name" in entry else entry
+            cells.append(_cell(named, values | chosen, fixed, entry.get("base", content.get("base")), path))
     if not cells:
         raise ParameterError(f"{path}: neither axes nor cells; nothing to run.")
     unique: dict[str, Cell] = {}

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from charmlib.nn import ClassifierHead, MomentumEncoder, RareMemoryBank, make_attention, recompute, split_backbone
+from charmlib.nn import (
+    ClassifierHead,
+    MomentumEncoder,
+    RareMemoryBank,
+    VotingBank,
+    make_attention,
+    recompute,
+    split_backbone,
+    split_scales,
+)
 from charmlib.nn.backbone import HALF, IMAGENET
+
+ANSWERS, KEYS = ("votes", "features"), ("scales", "features")
+GRID = 2
+"""Maps are averaged over so many cells a side: chest radiographs lie alike, so where something shows counts."""
 
 
 class CharmNet(nn.Module):
@@ -20,13 +35,15 @@ class CharmNet(nn.Module):
         q = final(f)                        (B, D, H, W)
         r = mean(q * attention(q))          region feature (B, D); mean(q) without attention
         z = r + mean(momentum(f))           fused feature;         r without the momentum branch
-        logits = head(z + bank's answer)                           head(z) without the bank
+        logits = head(z) + bank's votes     answer 'votes', in eval mode: its slots vote with their labels
+                 head(z + bank's answer)    answer 'features', as published; head(z) without the bank
 
     With all three switched off this is the plain network, with the bank alone it is MemAug. It works in any loop::
 
-        net.bank.expect(ids, labels)        # lets slots know their image; the strategy 'hard' needs it, others do not
+        net.bank.expect(ids, labels)        # which images the slots will hold; without it a voting bank stays empty
         loss(net(x), y).backward(); optimizer.step()
         net.update_momentum()                    # moves the momentum branch; leave it out when the scaler skipped the step
+        net.refresh_bank(images)                 # before scoring: votes by what the network now sees in the held images
 
     Everything that training changes is in ``state_dict``.
 
@@ -38,8 +55,14 @@ class CharmNet(nn.Module):
         C.
     norm : {'auto', 'imagenet', 'half'}
         What the input was normalised with, kept as ``mean`` and ``std`` for the loaders. 'auto' asks the weights.
+    answer : {'votes', 'features'}
+        What slots give: the vote of their labels (:class:`charmlib.nn.VotingBank`) or, as published, their features
+        (:class:`charmlib.nn.RareMemoryBank`).
+    keys : {'scales', 'features'}
+        What slots that vote are compared by: means over a 2 x 2 grid of the trunk's last maps at strides 4, 8 and 16, where
+        small and faint findings still show and which training hardly overfits; or the fused feature z.
     attention, momentum, k, threshold, bank_size, strategy, rule, retrieval, bank_norm, normalize_retrieved, bank_momentum,
-    dropout, hidden
+    vote_weight, vote_temperature, dropout, hidden
         See the parts.
     grad_checkpointing : bool
         Training keeps few activations of trunk and final block and computes the others again in the backward pass: less
@@ -52,11 +75,12 @@ class CharmNet(nn.Module):
     """
 
     def __init__(self, arch: str = "efficientnet_v2_s", classes: int = 14, *, weights: str | Path = "imagenet",
-                 norm: str = "auto", use_momentum: bool = True, use_attention: bool = True, use_bank: bool = True,
-                 attention: str = "layers", momentum: float = 0.99, k: int = 5, threshold: float = 0.2, bank_size: int = 512,
-                 strategy: str = "rarity", rule: str = "rare", retrieval: str = "softmax", bank_norm: str = "both",
-                 normalize_retrieved: bool = False, bank_momentum: float = 0.9, dropout: float = 0.3,
-                 hidden: int = 512, grad_checkpointing: bool = False):
+                 norm: str = "auto", use_momentum: bool = False, use_attention: bool = False, use_bank: bool = True,
+                 attention: str = "layers", momentum: float = 0.99, k: int = 128, threshold: float = 0.2,
+                 bank_size: int = 1024, strategy: str = "balanced", rule: str = "rare", answer: str = "votes",
+                 keys: str = "scales", vote_weight: float = 2.0, vote_temperature: float = 0.15, retrieval: str = "softmax",
+                 bank_norm: str = "both", normalize_retrieved: bool = False, bank_momentum: float = 0.9,
+                 dropout: float = 0.3, hidden: int = 512, grad_checkpointing: bool = False):
         super().__init__()
         backbone = split_backbone(arch, weights)
         self.grad_checkpointing = grad_checkpointing
@@ -65,26 +89,80 @@ class CharmNet(nn.Module):
         self.trunk, self.final = backbone.trunk, backbone.final
         self.momentum = MomentumEncoder(self.final, momentum) if use_momentum else None
         self.attention = make_attention(attention, self.features) if use_attention else None
-        self.bank = RareMemoryBank(self.features, classes, size=bank_size, k=k, threshold=threshold, strategy=strategy,
-                                   rule=rule, retrieval=retrieval, bank_norm=bank_norm,
-                                   normalize_retrieved=normalize_retrieved, bank_momentum=bank_momentum) if use_bank else None
+        if answer not in ANSWERS or keys not in KEYS:
+            raise ValueError(f"answer must be one of {', '.join(ANSWERS)} and keys one of {', '.join(KEYS)}, got {answer!r} "
+                             f"and {keys!r}")
+        self.pieces, scales = [self.trunk], []
+        if use_bank and answer == "votes" and keys == "scales":
+            self.pieces, scales = split_scales(self.trunk)
+        self.scaled = [channels > 0 for channels in scales]
+        common = {"size": bank_size, "k": k, "threshold": threshold, "strategy": strategy, "rule": rule,
+                  "bank_momentum": bank_momentum}
+        self.bank = None
+        if use_bank and answer == "features":
+            self.bank = RareMemoryBank(self.features, classes, retrieval=retrieval, bank_norm=bank_norm,
+                                       normalize_retrieved=normalize_retrieved, **common)
+        elif use_bank:
+            blocks = [GRID * GRID * channels for channels in scales if channels] or [self.features]
+            self.bank = VotingBank(sum(blocks), classes, blocks=blocks, weight=vote_weight, temperature=vote_temperature,
+                                   **common)
         self.head = ClassifierHead(self.features, classes, hidden=hidden, dropout=dropout)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> fused features z (B, D), before the bank."""
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised images (B, 3, H, W) -> fused features z (B, D), and what a voting bank compares (B, K); None without one.
+
+        Keys carry no gradient.
+        """
         again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-        shared = recompute(self.trunk, x) if again else self.trunk(x)
+        shared, maps = x, []
+        for i, piece in enumerate(self.pieces):
+            shared = recompute(piece, shared) if again else piece(shared)
+            if self.scaled and self.scaled[i]:
+                maps.append(F.adaptive_avg_pool2d(shared.detach(), GRID).flatten(1).float())
         features = recompute(self.final, shared) if again else self.final(shared)  # (B, D, H, W)
         attended = features if self.attention is None else features * self.attention(features)
         z = attended.mean((2, 3))
         if self.momentum is not None:
             z = z + self.momentum(shared).mean((2, 3))
-        return z
+        if not isinstance(self.bank, VotingBank):
+            return z, None
+        return z, torch.cat(maps, 1) if maps else z.detach().float()
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> fused features z (B, D), before the bank."""
+        return self.encode(x)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> logits (B, C)."""
-        z = self.embed(x)
+        z, keys = self.encode(x)
+        if keys is not None:
+            return self.bank(keys, self.head(z))
         return self.head(z) if self.bank is None else self.bank(z, self.head)
+
+    @torch.no_grad()
+    def refresh_bank(self, images: Callable[[Tensor], Tensor], batch: int = 256) -> None:
+        """Encode what a voting bank holds again, in eval mode, as scoring sees it; does nothing for other banks.
+
+        Slots are written in training, by earlier weights, from turned and mirrored images, under the norms of their batch.
+
+        Parameters
+        ----------
+        images : callable
+            ids (n,), as the bank was told them, -> normalised images (n, 3, H, W). Slots without an id stay as they are.
+        batch : int
+            Images at a time.
+        """
+        if not isinstance(self.bank, VotingBank):
+            return
+        slots = torch.nonzero(self.bank.slot_ids >= 0).flatten()
+        if not len(slots):
+            return
+        was = self.training
+        self.eval()
+        for some in slots.split(batch):
+            _, keys = self.encode(images(self.bank.slot_ids[some]))
+            self.bank.renew(some, keys)
+        self.train(was)
 
     @torch.no_grad()
     def update_momentum(self, skipped: Tensor | None = None) -> None:

@@ -50,7 +50,7 @@ class RareMemoryBank(nn.Module):
     threshold : float
         0 or more: of the score for the strategies 'rarity' and 'statistical'; the share of the batch that is kept for
         'entropy', 'diversity' and 'hybrid'; not used by the others.
-    strategy : {'rarity', 'statistical', 'entropy', 'diversity', 'hybrid', 'fifo', 'reservoir', 'hard'}
+    strategy : {'rarity', 'statistical', 'entropy', 'diversity', 'hybrid', 'fifo', 'reservoir', 'hard', 'balanced'}
         What a feature is judged by.
     rule : {'rare', 'published', 'angle'}
         Which rarity, and which side of the threshold: see :class:`charmlib.nn.strategies.Rarity`.
@@ -89,7 +89,7 @@ class RareMemoryBank(nn.Module):
         self.size, self.k, self.threshold = size, k, threshold
         self.strategy, self.rule, self.retrieval, self.bank_norm = strategy, rule, retrieval, bank_norm
         self.normalize_retrieved, self.bank_momentum = normalize_retrieved, bank_momentum
-        self.policy = STRATEGIES[strategy]()
+        self.policy = STRATEGIES[strategy](classes)
         self.gate = nn.Parameter(torch.zeros(())) if retrieval == "gated" else None
 
         self.register_buffer("slots", torch.zeros(size, features))
@@ -122,14 +122,7 @@ class RareMemoryBank(nn.Module):
         ValueError
             ``expect`` announced a batch of another size; the strategy needs logits or labels and was given none.
         """
-        expected, self._expected = self._expected, None
-        ids = labels = None
-        if expected is not None:
-            ids, labels = expected
-            ids = torch.as_tensor(ids)
-            if len(ids) != len(z):
-                raise ValueError(f"expect() announced {len(ids)} images, this batch has {len(z)}")
-            ids = ids.to(z.device)
+        ids, labels = self.announced(z)
         with torch.autocast(device_type=z.device.type, enabled=False):
             z = z.float()
             answer = z + self.answer(z, ids)
@@ -139,6 +132,23 @@ class RareMemoryBank(nn.Module):
             with torch.autocast(device_type=z.device.type, enabled=False):
                 self.write(z, ids, labels, None if predict is None else answer)
         return answer
+
+    def announced(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What :meth:`expect` was told of this batch, ids on its device and labels; used up by the call.
+
+        Raises
+        ------
+        ValueError
+            It was told of a batch of another size.
+        """
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return None, None
+        ids, labels = expected
+        ids = torch.as_tensor(ids)
+        if len(ids) != len(batch):
+            raise ValueError(f"expect() announced {len(ids)} images, this batch has {len(batch)}")
+        return ids.to(batch.device), labels
 
     def answer(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
         """What the bank adds to each query, (B, D): the weighted sum of its slots, scaled and gated as set up."""

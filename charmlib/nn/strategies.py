@@ -22,6 +22,9 @@ class Strategy(nn.Module):
     refreshes = False
     """Whether an image that is held keeps its slot and only brings it up to date."""
 
+    def __init__(self, classes: int):
+        super().__init__()
+
     def judge(self, bank, z: Tensor, logits: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
@@ -50,8 +53,8 @@ class Statistical(Strategy):
     Differs from the published code in the rule only, which there is 'published'.
     """
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, classes: int):
+        super().__init__(classes)
         self.register_buffer("mean_norm", torch.zeros(()))
 
     def judge(self, bank, z, logits, labels):
@@ -153,11 +156,10 @@ class Hard(Strategy):
 
     def place(self, bank, keep, score, ids):
         keep = keep & ~overtaken(ids, keep & (ids >= 0))  # the last of an image that a batch holds twice
-        same = (ids[:, None] == bank.slot_ids) & (keep & (ids >= 0))[:, None]  # (B, N)
-        at_home, home = same.any(1), same.to(torch.uint8).argmax(1)
+        at_home, home, again, row = held(bank, ids, keep)
 
         number = torch.arange(bank.size, device=keep.device)
-        ease = torch.where(same.any(0), score[same.to(torch.uint8).argmax(0)], bank.slot_scores).double()
+        ease = torch.where(again, score[row], bank.slot_scores).double()
         ease = torch.where(number < bank.filled, ease, number.double() - 1e9)  # free slots first, in order
         rows = min(len(keep), bank.size)
         easiest = ease.topk(rows, largest=False).indices
@@ -172,9 +174,62 @@ class Hard(Strategy):
         return (at_home & ~evicted) | fits, torch.where(at_home, home, rival)
 
 
+class Balanced(Strategy):
+    """As many slots for each finding as it can fill: the newest images of every class, rare classes whole.
+
+    An image stands with its rarest finding, by the positives seen so far, or with those that have none. Slots are shared out
+    evenly: each class keeps its newest images, and what a rare class cannot fill goes to the others. The score is the number
+    of the class that an image stands with, C for those without a finding. An image that the bank holds keeps its slot and
+    brings it up to date, so that no image fills two. Images of which no label is known are not taken. The threshold and the
+    rule are not used.
+
+    Not a published strategy: the rarity of CHARM and MemAug is that of a feature's length, and banks filled by it hold rare
+    findings no more often than the training part does. The nearest relative is class-balanced memory in continual learning
+    (Chrysakis and Moens, ICML 2020), which draws at random where this keeps the newest.
+    """
+
+    needs_labels = refreshes = True
+
+    def __init__(self, classes: int):
+        super().__init__(classes)
+        self.register_buffer("positives", torch.zeros(classes, dtype=torch.int64))
+
+    def judge(self, bank, z, logits, labels):
+        positive = labels == 1  # an unknown label (NaN) is none
+        self.positives += positive.sum(0) * torch.isfinite(z).all()
+        rarest = torch.where(positive, self.positives, torch.iinfo(torch.int64).max).argmin(1)
+        return torch.where(positive.any(1), rarest, positive.shape[1]).float(), ~torch.isnan(labels).all(1)
+
+    def place(self, bank, keep, score, ids):
+        keep = keep & ~overtaken(ids, keep & (ids >= 0))  # the last of an image that a batch holds twice
+        at_home, home, again, row = held(bank, ids, keep)
+        slots = torch.arange(bank.size, device=keep.device)
+
+        # Slots and newcomers together: which class each stands with, and how many steps ago it was written.
+        present = torch.cat([slots < bank.filled, keep & ~at_home])
+        shelf = torch.cat([torch.where(again, score[row], bank.slot_scores), score]).long()
+        age = torch.cat([torch.where(again, 0, bank.steps - bank.slot_steps), torch.zeros_like(ids)])
+        span = bank.steps + 2  # more than any age
+        absent = torch.iinfo(torch.int64).max // 4 // span
+
+        # How many newer ones of its class each has before it; those with the fewest stay, so that all classes get alike.
+        order = torch.argsort(torch.where(present, shelf, absent) * span + age, stable=True)
+        sorted_shelf = torch.where(present, shelf, absent)[order]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=keep.device) - torch.searchsorted(sorted_shelf, sorted_shelf)
+        best = torch.argsort(torch.where(present, rank, absent) * span + age, stable=True)[:bank.size]
+        stays = torch.zeros_like(present)
+        stays[best] = True
+        stays = stays & present
+
+        new, free = stays[bank.size:], torch.argsort(stays[:bank.size].to(torch.uint8), stable=True)
+        target = free[(torch.cumsum(new, 0) - 1).clamp(min=0, max=bank.size - 1)]
+        return new | (at_home & stays[home]), torch.where(at_home, home, target)
+
+
 STRATEGIES: dict[str, type[Strategy]] = {
     "rarity": Rarity, "statistical": Statistical, "entropy": Entropy, "diversity": Diversity, "hybrid": Hybrid, "fifo": Fifo,
-    "reservoir": Reservoir, "hard": Hard}
+    "reservoir": Reservoir, "hard": Hard, "balanced": Balanced}
 
 
 def everything(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,6 +283,12 @@ def ring(bank, keep: Tensor) -> tuple[Tensor, Tensor]:
     slot = (bank.pointer + rank) % bank.size
     bank.pointer.copy_((bank.pointer + count) % bank.size)
     return taken, slot
+
+
+def held(bank, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which of a batch's rows (B,) the bank holds and in which slot, and which slots (N,) that concerns and by which row."""
+    same = (ids[:, None] == bank.slot_ids) & (keep & (ids >= 0))[:, None]  # (B, N)
+    return same.any(1), same.to(torch.uint8).argmax(1), same.any(0), same.to(torch.uint8).argmax(0)
 
 
 def overtaken(target: Tensor, among: Tensor) -> Tensor:

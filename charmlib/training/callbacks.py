@@ -15,6 +15,7 @@ from fastai.callback.core import Callback, CancelFitException
 
 from charmlib import watch
 from charmlib.data.labels import NO_FINDING
+from charmlib.data.loaders import GreyToNetwork, grey_to_network
 from charmlib.files import write_whole
 
 HISTORY = ("stage", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "bank_filled", "bank_accepted")
@@ -31,6 +32,19 @@ class BankFeed(Callback):
         if bank is None or ids is None or len(ids) != len(self.xb[0]):
             return
         bank.expect(ids, self.yb[0] if len(self.yb) else None)
+
+
+class RefreshBank(Callback):
+    """Before each validation, has a bank that votes encode its images with the weights of the moment, as scoring sees them."""
+
+    def before_validate(self):
+        images = self.dls.train.dataset
+        if not getattr(images, "known", False) or not hasattr(self.model, "refresh_bank"):
+            return
+        scale = next(t for t in self.dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))
+        device = self.dls.device
+        self.model.refresh_bank(lambda ids: grey_to_network(images.pixels(ids.cpu().numpy()).to(device), scale.mean.to(device),
+                                                             scale.std.to(device)))
 
 
 class SignOfLife(Callback):

@@ -13,19 +13,18 @@ from charmlib.evaluation.finish import FORMAT
 from charmlib.evaluation.results import load_card
 from charmlib.files import write_json, write_whole
 from charmlib.models.charm import CharmNet
-from charmlib.params import DEFAULTS
+from charmlib.params import stored
 from charmlib.training.device import place
 
 _NETWORK = ("arch", "use_momentum", "use_attention", "use_bank", "attention", "momentum", "k", "threshold", "bank_size",
-            "strategy", "rule", "retrieval", "bank_norm", "normalize_retrieved", "bank_momentum", "dropout", "hidden")
+            "strategy", "rule", "answer", "keys", "vote_weight", "vote_temperature", "retrieval", "bank_norm",
+            "normalize_retrieved", "bank_momentum", "dropout", "hidden")
 
 
 def network_params(params: Mapping) -> dict:
-    """Those of the parameters that CharmNet takes, weights and norm apart.
-
-    One that the parameters are too old to have is its default, which is what such a run was.
-    """
-    return {name: params.get(name, DEFAULTS[name]) for name in _NETWORK}
+    """Those of the parameters that CharmNet takes, weights and norm apart; see :func:`charmlib.params.stored`."""
+    params = stored(params)
+    return {name: params[name] for name in _NETWORK}
 
 
 def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, thresholds: Mapping | None = None,
@@ -102,9 +101,10 @@ def fill(net: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -
 def differences(theirs: Mapping, ours: Mapping) -> str:
     """``'k 5 there, 3 here'`` for the first settings in which two runs differ; empty if they agree.
 
-    A parameter that ``theirs`` is too old to have is its default there.
+    A parameter that ``theirs`` is too old to have is what it was then.
     """
-    theirs = {**{k: DEFAULTS[k] for k in ours.keys() & DEFAULTS.keys()}, **theirs}
+    known = stored(theirs)
+    theirs = {**{k: known[k] for k in ours.keys() & known.keys()}, **theirs}
     keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     return ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys[:4])
 

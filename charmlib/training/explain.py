@@ -14,6 +14,8 @@ from charmlib.data.loaders import grey_to_network
 from charmlib.data.splits import PARTS
 from charmlib.evaluation.metrics import prevalence
 
+SHOWN = 8
+"""Slots in an explanation, at most."""
 COLUMNS = ("slot", "image", "patient", "labels", "similarity", "weight", "step")
 
 
@@ -30,9 +32,10 @@ class Explanation:
     probabilities : dict
         Class -> probability, uncalibrated.
     table : DataFrame
-        One row a retrieved slot, best first: ``slot``, ``image`` (file name of a training image), ``patient``, ``labels``
-        ('Effusion|Mass'), ``similarity`` (what ``bank_norm`` makes it: the cosine for 'both'), ``weight`` (the gate of 'gated'
-        included, before ``normalize_retrieved`` scales the sum) and ``step``, the training batch that wrote it. One image may
+        One row a slot that answered, best first, the first 8 of many: ``slot``, ``image`` (file name of a training image),
+        ``patient``, ``labels`` ('Effusion|Mass'), ``similarity`` (mean cosine of the keys of a bank that votes; else what
+        ``bank_norm`` makes it, the cosine for 'both'), ``weight`` (of its vote; of its feature the gate of 'gated' included,
+        before ``normalize_retrieved`` scales the sum) and ``step``, the training batch that wrote it. One image may
         fill several slots.
     pixels, retrieved : arrays (S, S) and (k, S, S) uint8
         The image, and those of the table as they are on disk; training had turned and mirrored them, and the slot holds
@@ -79,14 +82,18 @@ def explain(run, image: str) -> Explanation:
     grey = torch.from_numpy(pixels.copy())[None, None].to(run.device)
     ids, table = torch.tensor([row], device=run.device), pd.DataFrame(columns=list(COLUMNS))
     with torch.autocast("cuda", torch.float16, enabled=run.precision == "fp16"):
-        z = net.embed(grey_to_network(grey, mean, std))
         if net.bank is not None:
             net.bank.expect(ids)
-        logits = net.head(z if net.bank is None else net.bank(z))
+        x = grey_to_network(grey, mean, std)
+        logits = net(x)
+        z, keys = net.encode(x)
     note = "the network has no memory bank (use_bank is off)"
     if net.bank is not None:
-        table = _retrieved(run, z.float(), ids)
-        note = "" if len(table) else "the memory bank is empty: nothing was added to the image's own feature"
+        table = _retrieved(run, z.float() if keys is None else keys, ids)
+        voters = int((table["weight"] > 0).sum())
+        table = table.head(SHOWN)
+        note = f"the {len(table)} most similar of {voters} slots that vote" if keys is not None and len(table) else ""
+        note = note if len(table) else "the memory bank is empty: nothing was added to the image's own feature"
     positions = dict(zip(frame["id"], range(len(frame))))
     retrieved = [np.zeros_like(pixels) if pd.isna(name) else np.asarray(data.images[positions[name]])
                  for name in table["image"]]

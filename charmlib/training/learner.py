@@ -12,23 +12,25 @@ from fastai.learner import Learner
 from charmlib.data.loaders import ChestDataLoaders, GreyToNetwork
 from charmlib.models.charm import CharmNet
 from charmlib.nn.losses import MultiLabelLoss, make_loss
-from charmlib.training.callbacks import BankFeed, FollowStep, HalfPrecision, SeedEpoch, SignOfLife
+from charmlib.training.callbacks import BankFeed, FollowStep, HalfPrecision, RefreshBank, SeedEpoch, SignOfLife
 from charmlib.training.device import pick_precision, place
 from charmlib.training.optimizer import AdamW
 from charmlib.training.recording import MeanAUC, record_on_device
 
 
 def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net: CharmNet | None = None,
-                  weights: str | Path = "imagenet", norm: str = "auto", use_momentum: bool = True,
-                  use_attention: bool = True, use_bank: bool = True, attention: str = "layers", momentum: float = 0.99,
-                  k: int = 5, threshold: float = 0.2, bank_size: int = 512, strategy: str = "rarity", rule: str = "rare",
-                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
-                  bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512, grad_checkpointing: bool = False,
+                  weights: str | Path = "imagenet", norm: str = "auto", use_momentum: bool = False,
+                  use_attention: bool = False, use_bank: bool = True, attention: str = "layers", momentum: float = 0.99,
+                  k: int = 128, threshold: float = 0.2, bank_size: int = 1024, strategy: str = "balanced",
+                  rule: str = "rare", answer: str = "votes", keys: str = "scales", vote_weight: float = 2.0,
+                  vote_temperature: float = 0.15, retrieval: str = "softmax", bank_norm: str = "both",
+                  normalize_retrieved: bool = False, bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512,
+                  grad_checkpointing: bool = False,
                   loss: str | MultiLabelLoss = "bce", weight_decay: float = 0.01, precision: str = "auto",
                   seed: int | None = None, path: str | Path | None = None, cbs: Sequence = (), **learner) -> Learner:
     """A Learner whose ``lr_find``, ``fine_tune``, ``fit_one_cycle``, ``show_results`` and callbacks are fastai's own.
 
-    >>> learn = charm_learner(dls, 'efficientnet_v2_s', momentum=0.99, k=5, threshold=0.2)   # doctest: +SKIP
+    >>> learn = charm_learner(dls, 'efficientnet_v2_s', k=128, vote_weight=2)   # doctest: +SKIP
     >>> learn.fine_tune(20, learn.lr_find().valley, freeze_epochs=3)                          # doctest: +SKIP
 
     Parameters
@@ -54,7 +56,8 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     if net is None:
         net = CharmNet(arch, len(dls.vocab), weights=weights, norm=norm, use_momentum=use_momentum,
                        use_attention=use_attention, use_bank=use_bank, attention=attention, momentum=momentum, k=k,
-                       threshold=threshold, bank_size=bank_size, strategy=strategy, rule=rule, retrieval=retrieval,
+                       threshold=threshold, bank_size=bank_size, strategy=strategy, rule=rule, answer=answer, keys=keys,
+                       vote_weight=vote_weight, vote_temperature=vote_temperature, retrieval=retrieval,
                        bank_norm=bank_norm, normalize_retrieved=normalize_retrieved, bank_momentum=bank_momentum,
                        dropout=dropout, hidden=hidden, grad_checkpointing=grad_checkpointing)
     if net.classes != len(dls.vocab):
@@ -63,7 +66,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     if not torch.allclose(scale.mean.flatten().cpu(), torch.tensor(net.mean)):
         raise ValueError(f"the loaders normalise with mean {scale.mean.flatten().tolist()}, the network expects "
                          f"{list(net.mean)}: build them with mean=net.mean, std=net.std")
-    callbacks = [BankFeed(), FollowStep(), SignOfLife(), *cbs]
+    callbacks = [BankFeed(), RefreshBank(), FollowStep(), SignOfLife(), *cbs]
     if seed is not None:
         callbacks.append(SeedEpoch(seed))
     if pick_precision(precision, torch.device(dls.device)) == "fp16":

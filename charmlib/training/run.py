@@ -37,7 +37,7 @@ from charmlib.evaluation.results import (
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_json, write_text, write_whole
 from charmlib.models.charm import CharmNet
-from charmlib.params import UNHASHED, read_yaml, resolve, with_absolute_paths
+from charmlib.params import UNHASHED, read_yaml, resolve, stored, with_absolute_paths
 from charmlib.processes import die_with_parent
 from charmlib.training.callbacks import HISTORY, seed_everything, write_bank_history, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, network_params, save_model
@@ -107,7 +107,7 @@ class Run:
         wrong = set(changes) - set(UNHASHED)
         if wrong:
             raise ValueError(f"a trained run cannot be loaded with another {', '.join(sorted(wrong))}")
-        p = resolve(read_yaml(folder / "params.yaml"), {k: v for k, v in changes.items() if v not in ("", None)},
+        p = resolve(stored(read_yaml(folder / "params.yaml")), {k: v for k, v in changes.items() if v not in ("", None)},
                     {"run_dir": str(folder)})
         if not os.access(folder, os.W_OK):
             folder = _writable_copy(folder)

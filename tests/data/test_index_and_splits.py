@@ -291,3 +291,26 @@ def test_phantom_boxes_and_tables(phantoms):
     assert boxed == positives
     corner = boxes[["Bbox [x", "y"]].to_numpy() + boxes[["w", "h]"]].to_numpy()
     assert (boxes[["Bbox [x", "y"]].to_numpy() >= 0).all() and (corner <= 1024.01).all()
+
+
+def test_folds_test_every_patient_once_and_never_one_that_they_trained_on(phantoms):
+    index = read_index(phantoms)
+    tested, hashes = [], set()
+    for i in range(1, 6):
+        split = make_split(index, f"fold:{i}/5", valid_fraction=0.2)
+        parts = {p: set(index.frame["patient"][split.part == p]) for p in ("train", "valid", "test")}
+        assert set.union(*parts.values()) == set(index.frame["patient"])
+        assert sum(map(len, parts.values())) == index.frame["patient"].nunique()
+        assert len(parts["valid"]) == pytest.approx(0.2 * len(parts["train"] | parts["valid"]), abs=1)
+        assert split.name == f"fold:{i}/5" and (split.part != "").all()
+        again = make_split(index, f"fold:{i}/5", valid_fraction=0.2)
+        assert again.hash == split.hash
+        tested += sorted(parts["test"])
+        hashes.add(split.hash)
+    assert sorted(tested) == sorted(set(index.frame["patient"])) and len(hashes) == 5
+
+
+@pytest.mark.parametrize("name", ["fold:0/5", "fold:6/5", "fold:1/1", "fold:2", "fold:a/b", "fold:1/100000"])
+def test_folds_that_there_are_not(phantoms, name):
+    with pytest.raises(SplitError, match="fold"):
+        make_split(read_index(phantoms), name)

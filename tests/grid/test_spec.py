@@ -4,7 +4,7 @@ import pytest
 
 from charmlib.evaluation.published import published_charm_grid
 from charmlib.grid.spec import cell_id, load_grid
-from charmlib.params import PARAMS, ParameterError, load_params, resolve
+from charmlib.params import DEFAULTS, PARAMS, ParameterError, load_params, resolve
 
 PARAMS_DIR = Path(__file__).parents[2] / "params"
 
@@ -60,7 +60,7 @@ def test_shards_cover_the_grid_once(tmp_path):
     ("axes: [k]", "axes must be"), ("cells: [k]", "cells.0."), ("base: base.yaml", "nothing to run"),
     ("base: bas.yaml\naxes: {k: [2]}", "Did you mean 'base.yaml'"),
     ("axes: {k: [2]}\ncells: [{name: a/b}]", "cannot be a folder"),
-    ("axes: {bank_size: [3]}", "lower k"), ("axes: {arch: [resnet51]}", "Did you mean 'resnet50'"),
+    ("cells: [{bank_size: 3, k: 5, answer: features}]", "lower k"), ("axes: {arch: [resnet51]}", "Did you mean 'resnet50'"),
     ("axes: {weights: [/none/such.pt]}", "norm"), ("cells: [{weights: /none/such.pt, norm: half}]", "nothing at /none/such"),
     ("axes: {split: [lists/mine]}", "nothing at"), ("axes: {run_dir: [x]}", "own folder"),
     ("axes: {k: [2]}\ncells: [{k: 2, name: k2, seed: 1}]", "two different cells")])
@@ -96,7 +96,7 @@ def test_published_yaml_pins_all_that_a_changed_default_could_move():
 
 def test_our_grids():
     charm = load_grid(PARAMS_DIR / "grid_charm.yaml")
-    assert len([c for c in charm.cells if c.id != "plain"]) == 36 and charm.cells[-1].id == "plain"
+    assert len(charm.cells) == 36 + 2 and [c.id for c in charm.cells[-2:]] == ["plain", "ours"]
     assert all(c.params["stage1_lr"] > 0 for c in charm.cells)  # a finder in each cell would be a fourth axis
     demo = load_grid(PARAMS_DIR / "grid_demo.yaml")
     assert len(demo.cells) == 8 and set(demo.axes) == {"momentum", "k", "threshold"}
@@ -111,3 +111,31 @@ def test_every_parameter_file_resolves(path):
 @pytest.mark.parametrize("path", sorted(PARAMS_DIR.rglob("grid_*.yaml")), ids=lambda p: p.stem)
 def test_every_grid_file_resolves(path):
     assert load_grid(path).cells
+
+
+def test_an_entry_with_lists_is_a_cell_for_each_combination(tmp_path):
+    path = grid_file(tmp_path, "cells: [{name: a, split: ['fold:1/2', 'fold:2/2'], seed: [1, 2], k: 4}, {k: [2, 3]}]\n")
+    cells = load_grid(path).cells
+    assert [c.id for c in cells] == ["a_split=fold-1-2_seed=1", "a_split=fold-1-2_seed=2", "a_split=fold-2-2_seed=1",
+                                     "a_split=fold-2-2_seed=2", "k2", "k3"]
+    assert cells[1].params["split"] == "fold:1/2" and cells[1].params["seed"] == 2 and cells[1].params["k"] == 4
+    assert [c.id for c in load_grid(path, ["seed=3", "k=9"]).cells] == ["a_split=fold-1-2", "a_split=fold-2-2", "k9"]
+    with pytest.raises(ParameterError, match=r"cells\[0\].*value twice"):
+        load_grid(grid_file(tmp_path, "cells: [{k: [2, 2]}]"))
+
+
+def test_the_parts_differ_by_their_parts_only():
+    """The judged comparison: what differs from the plain network is CHARM's own, never epochs, rates, loss or data."""
+    grid = load_grid(PARAMS_DIR / "grid_nih64_parts.yaml", ["weights=none"])
+    by_name = {}
+    for cell in grid.cells:
+        by_name.setdefault(cell.id.partition("_split=")[0], []).append(cell.params)
+    assert all(sorted(p["split"] for p in cells) == [f"fold:{i}/5" for i in range(1, 6)] for cells in by_name.values())
+    plain, ours = by_name["plain"][0], by_name["charm"][0]
+    own = {"use_momentum", "use_attention", "use_bank", "momentum", "k", "threshold", "bank_size", "strategy", "rule", "answer",
+           "keys", "vote_weight", "vote_temperature", "retrieval", "bank_norm", "attention"}
+    for name, cells in by_name.items():
+        assert {k for k in plain if plain[k] != cells[0][k]} <= own, name
+    network = [p.name for p in PARAMS.values() if p.group == "network" and p.name not in ("arch", "weights", "norm")]
+    assert {k: ours[k] for k in network} == {k: DEFAULTS[k] for k in network}  # the judged CHARM is the default one
+    assert sum(plain[k] for k in ("use_momentum", "use_attention", "use_bank")) == 0

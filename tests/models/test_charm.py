@@ -3,7 +3,8 @@ import torch
 
 from charmlib.models import CharmNet
 
-SMALL = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 16, "k": 2, "hidden": 16}
+SMALL = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "use_momentum": True, "use_attention": True,
+         "bank_size": 16, "k": 2, "hidden": 16}
 
 
 def make(**changes):
@@ -12,7 +13,7 @@ def make(**changes):
 
 
 def test_forward_is_the_written_pipeline():
-    net = make(threshold=0.0).train()
+    net = make(answer="features", strategy="rarity", threshold=0.0).train()
     net(torch.randn(8, 3, 32, 32))  # fills the bank
     net.eval()
     x = torch.randn(4, 3, 32, 32)
@@ -52,7 +53,7 @@ def test_a_bare_loop_trains_it():
     y = torch.stack([(x.mean((1, 2, 3)) > 0).float()] * 5, 1)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(40):
         net.bank.expect(torch.arange(16), y)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(net(x), y)
         optimizer.zero_grad()
@@ -61,7 +62,7 @@ def test_a_bare_loop_trains_it():
         net.update_momentum()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
-    assert net.momentum.updates.item() == 25 and net.bank.steps.item() == 25
+    assert net.momentum.updates.item() == 40 and net.bank.steps.item() == 40
     assert set(net.bank.slot_ids[: net.bank.filled].tolist()) <= set(range(16))
 
 
@@ -85,3 +86,31 @@ def test_auto_norm_refuses_to_guess_for_a_file(tmp_path):
     with pytest.raises(ValueError, match="norm: imagenet"):
         make(weights=tmp_path / "w.pt", norm="auto")
     assert make(weights=tmp_path / "w.pt", norm="half").mean == net.mean
+
+
+def test_votes_are_added_in_eval_mode_only_by_keys_of_three_scales():
+    net = make(use_momentum=False, use_attention=False)
+    x, y = torch.randn(8, 3, 64, 64), (torch.rand(8, 5) < 0.5).float()
+    net.bank.expect(torch.arange(8), y)
+    torch.manual_seed(1)
+    got = net.train()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, net.head(net.final(net.trunk(x)).mean((2, 3))), rtol=1e-4, atol=1e-4)
+    assert net.bank.filled.item() == 8
+    net.eval()
+    z, keys = net.encode(x)
+    out, maps = x, []
+    for piece, scaled in zip(net.pieces, net.scaled):
+        out = piece(out)
+        if scaled:
+            maps.append(torch.nn.functional.adaptive_avg_pool2d(out, 2).flatten(1))
+    torch.testing.assert_close(keys, torch.cat(maps, 1))
+    assert net.bank.blocks == [m.shape[1] for m in maps] and len(maps) == 3 and not keys.requires_grad
+    torch.testing.assert_close(net(x), net.head(z) + net.bank.weight * net.bank.votes(keys))
+    assert make(keys="features").bank.blocks == [net.features]
+
+
+@pytest.mark.parametrize("wrong", [{"answer": "labels"}, {"keys": "maps"}])
+def test_other_answers_and_keys_are_refused(wrong):
+    with pytest.raises(ValueError, match="answer must be one of votes, features"):
+        make(**wrong)

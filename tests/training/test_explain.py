@@ -12,7 +12,8 @@ from charmlib.viz.explain import plot_explanation
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
-SHORT = {"stage1_epochs": 1, "stage2_epochs": 1, "k": 3}
+FEATURES = {"answer": "features", "strategy": "rarity"}
+SHORT = {"stage1_epochs": 1, "stage2_epochs": 1, "k": 3, **FEATURES}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_a_gated_bank_shows_its_weights_as_used_and_an_empty_or_absent_one_says_
     import matplotlib.pyplot as plt
 
     image = run.cases(1)[0]
-    empty = Run.open({**TINY, "data_root": str(phantoms), "run_dir": str(tmp_path / "a"), "retrieval": "gated"})
+    empty = Run.open({**TINY, **FEATURES, "data_root": str(phantoms), "run_dir": str(tmp_path / "a"), "retrieval": "gated"})
     told = empty.explain(image)
     assert "is empty" in told.note and told.table.empty and told.retrieved.shape == (0, 32, 32)
     empty.net.bank.train()(torch.randn(64, empty.net.features) * torch.linspace(0.1, 3, 64)[:, None])

@@ -255,8 +255,9 @@ def test_weights_lie_channels_last_and_files_do_not_notice(learn, tmp_path):
     net = learn.model
     weights = [p for p in net.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
-    params = {**NET, "use_momentum": True, "use_attention": True, "use_bank": True, "momentum": 0.99, "strategy": "rarity",
-              "rule": "rare", "retrieval": "softmax", "bank_norm": "both", "dropout": 0.3}
+    params = {**NET, "use_momentum": True, "use_attention": True, "use_bank": True, "momentum": 0.99,
+              "strategy": "balanced", "rule": "rare", "answer": "votes", "keys": "scales", "retrieval": "softmax",
+              "bank_norm": "both", "dropout": 0.3}
     path = save_model(net, tmp_path, classes=learn.dls.vocab, params=params)
     assert all(v.is_contiguous() for v in load_file(path).values())
     again, _ = load_model(tmp_path)

@@ -1,0 +1,122 @@
+"""Hold the configurations of a cross-validated grid against each other, out of fold, and keep what is worth keeping.
+
+    python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
+
+writes ``<target>.csv`` (one row a configuration: mean AUC over all images and within folds, with intervals, and the paired
+differences from the plain network, from CHARM as published and from CHARM), ``<target>_per_class.csv``, ``<target>.png``
+(CHARM less the plain network, by class) and ``<target>.json`` (splits, device, versions, seconds).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from charmlib.evaluation.compare import aligned
+from charmlib.evaluation.folds import auc_within_folds, out_of_fold
+from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
+from charmlib.evaluation.metrics import auc_by_class
+from charmlib.evaluation.results import load_metrics
+from charmlib.files import write_json
+
+PLAIN, OURS, PUBLISHED = "plain", "charm", "published"
+RAREST = ("Hernia", "Pneumonia", "Edema", "Emphysema")
+
+
+def configurations(folder: Path) -> dict[str, list[Path]]:
+    """Name -> its runs, one a fold, of a grid whose cells are called NAME_split=fold-I-N.
+
+    Raises
+    ------
+    SystemExit
+        A fold of a configuration is not done.
+    """
+    found: dict[str, list[Path]] = {}
+    for cell in sorted(p for p in folder.glob("*_split=fold-*") if p.is_dir()):
+        if not (cell / "metrics.json").is_file():
+            raise SystemExit(f"{cell} is not done; run the grid again first")
+        found.setdefault(cell.name.partition("_split=")[0], []).append(cell)
+    return {name: found[name] for name in sorted(found, key=lambda n: (n != PLAIN, n != OURS, n != PUBLISHED, n))}
+
+
+def table(runs: dict[str, list[Path]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of ``<target>.csv`` and ``<target>_per_class.csv``. Resamples draw patients, the same for all configurations."""
+    first, *others = (out_of_fold(cells) for cells in runs.values())
+    parts = dict(zip(runs, aligned(first, *others)))
+    classes = first.classes
+    columns = {"mean": range(len(classes)), "rare": [classes.index(name) for name in RAREST]}
+    values = {n: np.array(list(auc_by_class(p.labels, p.logits, classes).values())) for n, p in parts.items()}
+    samples = {n: bootstrap(p.labels, p.logits, p.patients).auc for n, p in parts.items()}
+    rows, by_class = [], []
+    for name, cells in runs.items():
+        within = np.array(list(auc_within_folds(cells).values()))
+        row = {"configuration": name, "folds": len(cells)}
+        for what, which in columns.items():
+            which = list(which)
+            low, high, _ = interval(mean_of_defined(samples[name][:, which]))
+            row |= {f"{what}_auc": values[name][which].mean(), f"{what}_low": low, f"{what}_high": high,
+                    f"{what}_auc_within_folds": within[which].mean()}
+            for other in (PLAIN, PUBLISHED, OURS):
+                if other != name and other in runs:
+                    drawn = mean_of_defined(samples[name][:, which]) - mean_of_defined(samples[other][:, which])
+                    low, high, _ = interval(drawn)
+                    row |= {f"{what}_less_{other}": values[name][which].mean() - values[other][which].mean(),
+                            f"{what}_less_{other}_low": low, f"{what}_less_{other}_high": high}
+        rows.append(row)
+        for c, label in enumerate(classes):
+            low, high, _ = interval(samples[name][:, c] - samples[PLAIN][:, c])
+            positive = first.labels[:, c] == 1
+            by_class.append({"configuration": name, "class": label, "images": int(positive.sum()),
+                             "patients": len(set(first.patients[positive])), "auc": values[name][c],
+                             "within_folds": within[c], "less_plain": values[name][c] - values[PLAIN][c], "low": low,
+                             "high": high})
+    return pd.DataFrame(rows), pd.DataFrame(by_class)
+
+
+def picture(by_class: pd.DataFrame, note: str):
+    """CHARM less the plain network by class, rarest first, with intervals."""
+    ours = by_class[by_class["configuration"] == OURS].sort_values("images", ascending=False)
+    figure, axis = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    at = np.arange(len(ours))
+    axis.errorbar(ours["less_plain"], at, xerr=[ours["less_plain"] - ours["low"], ours["high"] - ours["less_plain"]], fmt="o",
+                  color="#1b6ca8", ecolor="#8fb8d9", elinewidth=3, capsize=0)
+    axis.axvline(0, color="0.4", linewidth=1)
+    axis.set_yticks(at, [f"{name.replace('_', ' ')} ({images})" for name, images in zip(ours["class"], ours["images"])])
+    axis.set_xlabel("AUC of CHARM less that of the plain network, out of fold (95 % over patients)")
+    axis.set_title(note, fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main(folder: Path, target: Path) -> None:
+    runs = configurations(folder)
+    rows, by_class = table(runs)
+    rows.round(4).to_csv(f"{target}.csv", index=False)
+    by_class.round(4).to_csv(f"{target}_per_class.csv", index=False)
+    metrics = {cell.name: load_metrics(cell) for cells in runs.values() for cell in cells}
+    one = next(iter(metrics.values()))
+    patients = sum(load_metrics(cell)["split"]["test"]["patients"] for cell in runs[PLAIN])
+    images = sum(load_metrics(cell)["split"]["test"]["images"] for cell in runs[PLAIN])
+    note = f"{images:,} radiographs of {patients:,} patients, {len(runs[PLAIN])} folds, {one['params']['image_size']} pixels"
+    figure = picture(by_class, note)
+    figure.savefig(f"{target}.png", dpi=100)
+    write_json(f"{target}.json", {
+        "splits": {m["split"]["name"]: m["split"] for m in metrics.values()}, "seed": one["params"]["seed"],
+        "device": one["device"], "precision": one["precision"], "versions": one["versions"],
+        "seconds": {name: m["seconds"] for name, m in metrics.items()},
+        "params": {name: load_metrics(cells[0])["params"] | {"split": "fold:I/N"} for name, cells in runs.items()}})
+    with pd.option_context("display.width", 200):
+        print(note)
+        print(rows.round(4).T.to_string())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

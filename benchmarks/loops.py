@@ -9,6 +9,8 @@ from charmlib.models import CharmNet
 from charmlib.nn import MultiScaleAttention
 
 PARTS = ("use_momentum", "use_attention", "use_bank")
+PUBLISHED = {"answer": "features", "strategy": "rarity", "bank_size": 512, "k": 5}
+"""The published bank, whose costs are measured; today's default one votes."""
 
 
 class LayeredAttention(MultiScaleAttention):
@@ -21,7 +23,8 @@ class LayeredAttention(MultiScaleAttention):
 def network(arch: str, *, on: tuple[str, ...] = (), layered: bool = False, attention: str = "layers") -> CharmNet:
     """The network with the parts of ``PARTS`` that are on; ``layered`` computes the attention as it was published."""
     torch.manual_seed(0)
-    net = CharmNet(arch, 14, weights="none", norm="imagenet", attention=attention, **{part: part in on for part in PARTS})
+    net = CharmNet(arch, 14, weights="none", norm="imagenet", attention=attention, **{part: part in on for part in PARTS},
+                   **PUBLISHED)
     if layered and net.attention is not None:
         net.attention.__class__ = LayeredAttention
     return net

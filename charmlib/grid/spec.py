@@ -68,7 +68,8 @@ def _text(value: Any) -> str:
 def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
     """Read a grid file and lay ``name=value`` assignments over it.
 
-    An assignment to an axis pins it; a list in YAML form (``k=[2,3]``) replaces it. Every cell is resolved here, so
+    An assignment to an axis pins it; a list in YAML form (``k=[2,3]``) replaces it, or the list of an entry of ``cells``.
+    Every cell is resolved here, so
     whatever is wrong with any of them is an error before the first one runs.
 
     Raises
@@ -82,14 +83,17 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
         if key not in KEYS:
             raise ParameterError(f"{path}: unknown key '{key}'.{nearest(key, KEYS)} A grid file has {', '.join(KEYS)}.")
     axes = _axes(content.get("axes") or {}, path)
+    entries = content.get("cells") or []
+    listed = {name for entry in entries if isinstance(entry, dict) for name, value in entry.items() if isinstance(value, list)}
     fixed: dict[str, Any] = {}
+    replaced: dict[str, list] = {}
     for pair in assignments:
         name, eq, text = pair.partition("=")
         if not eq:
             raise ParameterError(f"-p {pair!r}: wanted name=value.")
         name, values = name.strip(), _list_or_none(text)
         if values is not None:
-            axes[name] = _values(name, values, f"-p {name}")
+            (replaced if name in listed and name not in axes else axes)[name] = _values(name, values, f"-p {name}")
             fixed.pop(name, None)
             continue
         fixed[name] = coerce(name, text.strip(), "-p")
@@ -99,11 +103,12 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
         raise ParameterError("run_dir cannot be set for a grid: each cell has its own folder. Use --out.")
     cells = [_cell({}, dict(zip(axes, combination)), fixed, content.get("base"), path)
              for combination in itertools.product(*axes.values())] if axes else []
-    for i, entry in enumerate(content.get("cells") or []):
+    for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise ParameterError(f"{path}: cells[{i}] is {entry!r}, wanted a mapping of parameters.")
         values = {k: v for k, v in entry.items() if k not in ("name", "base")}
-        own = {k: _values(k, v, f"{path}: cells[{i}]") for k, v in values.items() if isinstance(v, list) and k not in fixed}
+        own = {k: replaced.get(k) or _values(k, v, f"{path}: cells[{i}]") for k, v in values.items()
+               if isinstance(v, list) and k not in fixed}
         values = {k: fixed[k] if k in fixed else v if k in own else coerce(k, v, f"{path}: cells[{i}]")
                   for k, v in values.items()}
         for combination in itertools.product(*own.values()):  # an entry with lists is one cell for each combination

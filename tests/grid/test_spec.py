@@ -120,6 +120,7 @@ def test_an_entry_with_lists_is_a_cell_for_each_combination(tmp_path):
                                      "a_split=fold-2-2_seed=2", "k2", "k3"]
     assert cells[1].params["split"] == "fold:1/2" and cells[1].params["seed"] == 2 and cells[1].params["k"] == 4
     assert [c.id for c in load_grid(path, ["seed=3", "k=9"]).cells] == ["a_split=fold-1-2", "a_split=fold-2-2", "k9"]
+    assert [c.id for c in load_grid(path, ["seed=[7]", "split=[patient]"]).cells] == ["a_split=patient_seed=7", "k2", "k3"]
     with pytest.raises(ParameterError, match=r"cells\[0\].*value twice"):
         load_grid(grid_file(tmp_path, "cells: [{k: [2, 2]}]"))
 

@@ -15,6 +15,11 @@ class LeakError(ValueError):
     """Runs that must not stand in one table or ensemble; names them and the images."""
 
 
+def one_cross_validation(one: str, other: str) -> bool:
+    """Whether two splits, by name, are folds 'fold:I/N' of one N: each tests what the other trains on, as is meant."""
+    return one.startswith("fold:") and other.startswith("fold:") and one.split("/")[1] == other.split("/")[1]
+
+
 def split_of(run: str | Path) -> pd.DataFrame | None:
     """id, patient and part of a run's images, from ``split.csv`` in its folder or its grid's; None where neither is its.
 
@@ -46,8 +51,7 @@ def refuse_leaks(runs: Iterable[str | Path], *, folds: bool = False) -> None:
     drawn: dict[bool, str] = {}
     for run in runs:
         metrics = load_metrics(run)
-        name = metrics["split"]["name"]
-        found.setdefault(metrics["split"]["hash"], {"run": Path(run), "folds": name.startswith("fold:") and name.split("/")[1]})
+        found.setdefault(metrics["split"]["hash"], {"run": Path(run), "name": metrics["split"]["name"]})
         drawn.setdefault(bool(metrics["data"]["drawn"]), str(run))
     if len(drawn) > 1:
         raise LeakError(f"{drawn[True]} is on drawn phantoms, {drawn[False]} on radiographs: they cannot stand in one table")
@@ -61,7 +65,7 @@ def refuse_leaks(runs: Iterable[str | Path], *, folds: bool = False) -> None:
         entry["test"] = set(frame["id"][frame["part"] == "test"])
         entry["seen"] = set(frame["id"][frame["part"].isin(["train", "valid"])])
     for one, other in permutations(found.values(), 2):
-        if folds and one["folds"] and one["folds"] == other["folds"]:
+        if folds and one_cross_validation(one["name"], other["name"]):
             continue
         both = one["test"] & other["seen"]
         if both:

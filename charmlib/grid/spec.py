@@ -69,8 +69,7 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
     """Read a grid file and lay ``name=value`` assignments over it.
 
     An assignment to an axis pins it; a list in YAML form (``k=[2,3]``) replaces it, or the list of an entry of ``cells``.
-    Every cell is resolved here, so
-    whatever is wrong with any of them is an error before the first one runs.
+    Every cell is resolved here, so whatever is wrong with any of them is an error before the first one runs.
 
     Raises
     ------

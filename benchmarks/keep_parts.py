@@ -3,13 +3,15 @@
     python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
 
 writes ``<target>.csv`` (one row a configuration: mean AUC over all images and within folds, with intervals, and the paired
-differences from the plain network, from CHARM as published and from CHARM), ``<target>_per_class.csv``, ``<target>.png``
-(CHARM less the plain network, by class) and ``<target>.json`` (splits, device, versions, seconds).
+differences from the plain network, from CHARM as published and from CHARM), ``<target>_per_class.csv``,
+``<target>_views.csv`` (the same among images of one view position, which by itself tells much of what a patient has),
+``<target>.png`` (CHARM less the plain network, by class) and ``<target>.json`` (splits, device, versions, seconds).
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from charmlib.data.index import read_index
 from charmlib.evaluation.compare import aligned
 from charmlib.evaluation.folds import auc_within_folds, out_of_fold
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
@@ -81,6 +84,25 @@ def table(runs: dict[str, list[Path]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), pd.DataFrame(by_class)
 
 
+def by_view(runs: dict[str, list[Path]], views: pd.Series) -> pd.DataFrame:
+    """Mean AUC of each configuration and its paired difference from the plain network among the images of each view; ``views``
+    maps image ids to PA or AP."""
+    first, *others = (out_of_fold(cells) for cells in runs.values())
+    parts, rows = dict(zip(runs, aligned(first, *others))), []
+    for view in sorted(views.dropna().unique()):
+        these = views.reindex(first.ids).to_numpy() == view
+        some = {n: replace(p, ids=p.ids[these], patients=p.patients[these], labels=p.labels[these], logits=p.logits[these])
+                for n, p in parts.items()}
+        samples = {n: mean_of_defined(bootstrap(p.labels, p.logits, p.patients).auc) for n, p in some.items()}
+        means = {n: np.nanmean(list(auc_by_class(p.labels, p.logits, p.classes).values())) for n, p in some.items()}
+        for name in runs:
+            low, high, _ = interval(samples[name] - samples[PLAIN])
+            rows.append({"view": view, "images": int(these.sum()), "patients": len(set(first.patients[these])),
+                         "configuration": name, "mean_auc": means[name], "less_plain": means[name] - means[PLAIN], "low": low,
+                         "high": high})
+    return pd.DataFrame(rows)
+
+
 def picture(by_class: pd.DataFrame, note: str):
     """CHARM less the plain network by class, rarest first, with intervals."""
     ours = by_class[by_class["configuration"] == OURS].sort_values("images", ascending=False)
@@ -101,6 +123,8 @@ def main(folder: Path, target: Path) -> None:
     rows, by_class = table(runs)
     rows.round(4).to_csv(f"{target}.csv", index=False)
     by_class.round(4).to_csv(f"{target}_per_class.csv", index=False)
+    frame = read_index(load_metrics(runs[PLAIN][0])["params"]["data_root"]).frame
+    by_view(runs, frame.set_index("id")["view"]).round(4).to_csv(f"{target}_views.csv", index=False)
     metrics = {cell.name: load_metrics(cell) for cells in runs.values() for cell in cells}
     one = next(iter(metrics.values()))
     patients = sum(load_metrics(cell)["split"]["test"]["patients"] for cell in runs[PLAIN])

@@ -260,7 +260,7 @@ def _prepare(grid: Grid, folder: Path, say) -> dict[str, str]:
 
 
 def _refuse_leaking_splits(frames: Mapping[str, pd.DataFrame], names: Mapping[str, str]) -> None:
-    """Refuse a grid whose cells could not stand on one leaderboard, before any is trained. Folds of one cross-validation may."""
+    """Refuse a grid whose cells could not stand on one leaderboard before any is trained; folds of a cross-validation may."""
     for (one, a), (other, b) in itertools.permutations(frames.items(), 2):
         if one_cross_validation(names[one], names[other]):
             continue

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.keep_parts import RAREST, configurations, table
+from benchmarks.keep_parts import RAREST, by_view, configurations, table
+from charmlib.data.index import read_index
 from charmlib.evaluation.compare import compare
 from charmlib.evaluation.folds import auc_within_folds, out_of_fold
 from charmlib.evaluation.leaks import LeakError, refuse_leaks
@@ -54,7 +55,7 @@ def test_folds_stand_in_one_leaderboard_and_nowhere_else(make_run):
         refuse_leaks([runs[0], make_run("other", split="fold:2/4")], folds=True)
 
 
-def test_the_table_of_parts_pairs_out_of_fold(make_run, tmp_path):
+def test_the_table_of_parts_pairs_out_of_fold(make_run, phantoms, tmp_path):
     cells = {name: folds(make_run, name, skill=skill, seed=seed, **own)
              for name, skill, seed, own in (("published", 0.3, 1, {"rule": "published"}), ("charm", 1.0, 2, {}),
                                             ("plain", 0.6, 3, {"use_bank": False}))}
@@ -73,6 +74,12 @@ def test_the_table_of_parts_pairs_out_of_fold(make_run, tmp_path):
     ours = by_class[by_class["configuration"] == "charm"].set_index("class")
     assert ours.loc["Effusion", "less_plain"] == pytest.approx(auc.loc["Effusion", "difference"])
     assert ours.loc["Effusion", "low"] == pytest.approx(auc.loc["Effusion", "low"])
+
+    frame = read_index(phantoms).frame
+    views = by_view(runs, frame.set_index("id")["view"]).set_index(["view", "configuration"])
+    assert set(views.index.get_level_values(0)) == set(frame["view"])
+    assert views["images"].groupby("view").first().sum() == len(frame)
+    assert (views.xs("charm", level=1)["less_plain"] > 0).all() and (views.xs("plain", level=1)["less_plain"] == 0).all()
 
     (tmp_path / "charm_split=fold-2-3/metrics.json").unlink()
     with pytest.raises(SystemExit, match="fold-2-3 is not done"):

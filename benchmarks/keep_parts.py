@@ -6,6 +6,9 @@ writes ``<target>.csv`` (one row a configuration: mean AUC over all images and w
 differences from the plain network, from CHARM as published and from CHARM), ``<target>_per_class.csv``,
 ``<target>_views.csv`` (the same among images of one view position, which by itself tells much of what a patient has),
 ``<target>.png`` (CHARM less the plain network, by class) and ``<target>.json`` (splits, device, versions, seconds).
+
+Beside the grid's configurations stand three that need no training, since votes leave training alone: CHARM's own networks with
+no memory, with a memory of one scale, and with one that is not class-balanced.
 """
 
 from __future__ import annotations
@@ -21,16 +24,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 
+from charmlib import Run
 from charmlib.data.index import read_index
+from charmlib.data.loaders import grey_to_network
 from charmlib.evaluation.compare import aligned
-from charmlib.evaluation.folds import auc_within_folds, out_of_fold
+from charmlib.evaluation.folds import auc_within_folds, out_of_fold, pooled
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import auc_by_class
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.results import Predictions, load_metrics, load_predictions
 from charmlib.files import write_json
+from charmlib.nn import VotingBank
 
 PLAIN, OURS, PUBLISHED = "plain", "charm", "published"
+NO_VOTES, ONE_SCALE, NOT_BALANCED = "charm_without_votes", "charm_one_scale", "charm_not_balanced"
 RAREST = ("Hernia", "Pneumonia", "Edema", "Emphysema")
 
 
@@ -50,25 +58,60 @@ def configurations(folder: Path) -> dict[str, list[Path]]:
     return {name: found[name] for name in sorted(found, key=lambda n: (n != PLAIN, n != OURS, n != PUBLISHED, n))}
 
 
-def table(runs: dict[str, list[Path]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of ``<target>.csv`` and ``<target>_per_class.csv``. Resamples draw patients, the same for all configurations."""
-    first, *others = (out_of_fold(cells) for cells in runs.values())
-    parts = dict(zip(runs, aligned(first, *others)))
+def other_memories(cell: Path) -> dict[str, Predictions]:
+    """What a trained run of CHARM scores on its test part with another memory: none, one whose keys are the fused feature only
+    (of the same images), and one of training images drawn at random.
+
+    In training mode votes do nothing, so these are the networks that runs with such memories would have trained, but for the
+    epoch that validation picked.
+    """
+    run = Run.load(cell, workers=0)
+    net, bank, labels = run.net.eval(), run.net.bank, torch.from_numpy(run.data.labels)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (net.mean, net.std))
+
+    @torch.no_grad()
+    def encode(rows):
+        found = [net.encode(grey_to_network(torch.from_numpy(run.data.images.take(some, axis=0))[:, None], mean, std))
+                 for some in np.array_split(np.asarray(rows), max(1, len(rows) // 256))]
+        return [torch.cat(part) for part in zip(*found)]
+
+    def memory(rows, keys, blocks):
+        other = VotingBank(keys.shape[1], bank.slot_labels.shape[1], size=len(rows), k=bank.k, weight=bank.weight,
+                           temperature=bank.temperature, blocks=blocks).eval()
+        other.slots.copy_(keys)
+        other.slot_labels.copy_(labels[rows])
+        other.filled.fill_(len(rows))
+        return other
+
+    held = bank.slot_ids[:bank.filled].numpy()
+    drawn = np.random.default_rng(run.params["seed"]).permutation(run.data.rows("train"))[:len(held)]
+    z, keys = encode(run.data.rows("test"))
+    with torch.no_grad():
+        plain = net.head(z)
+        scores = {NO_VOTES: plain, ONE_SCALE: memory(held, encode(held)[0], ())(z, plain),
+                  NOT_BALANCED: memory(drawn, encode(drawn)[1], bank.blocks)(keys, plain)}
+    return {name: replace(load_predictions(cell), logits=logits.numpy()) for name, logits in scores.items()}
+
+
+def table(parts: dict[str, list[Predictions]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of ``<target>.csv`` and ``<target>_per_class.csv`` from the predictions of each configuration's folds. Resamples
+    draw patients, the same for all configurations."""
+    first, *others = map(pooled, parts.values())
+    whole = dict(zip(parts, aligned(first, *others)))
     classes = first.classes
-    columns = {"mean": range(len(classes)), "rare": [classes.index(name) for name in RAREST]}
-    values = {n: np.array(list(auc_by_class(p.labels, p.logits, classes).values())) for n, p in parts.items()}
-    samples = {n: bootstrap(p.labels, p.logits, p.patients).auc for n, p in parts.items()}
+    columns = {"mean": list(range(len(classes))), "rare": [classes.index(name) for name in RAREST]}
+    values = {n: np.array(list(auc_by_class(p.labels, p.logits, classes).values())) for n, p in whole.items()}
+    samples = {n: bootstrap(p.labels, p.logits, p.patients).auc for n, p in whole.items()}
     rows, by_class = [], []
-    for name, cells in runs.items():
-        within = np.array(list(auc_within_folds(cells).values()))
-        row = {"configuration": name, "folds": len(cells)}
+    for name, folds in parts.items():
+        within = np.array(list(auc_within_folds(folds).values()))
+        row = {"configuration": name, "folds": len(folds)}
         for what, which in columns.items():
-            which = list(which)
             low, high, _ = interval(mean_of_defined(samples[name][:, which]))
             row |= {f"{what}_auc": values[name][which].mean(), f"{what}_low": low, f"{what}_high": high,
                     f"{what}_auc_within_folds": within[which].mean()}
             for other in (PLAIN, PUBLISHED, OURS):
-                if other != name and other in runs:
+                if other != name and other in parts:
                     drawn = mean_of_defined(samples[name][:, which]) - mean_of_defined(samples[other][:, which])
                     low, high, _ = interval(drawn)
                     row |= {f"{what}_less_{other}": values[name][which].mean() - values[other][which].mean(),
@@ -84,18 +127,18 @@ def table(runs: dict[str, list[Path]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), pd.DataFrame(by_class)
 
 
-def by_view(runs: dict[str, list[Path]], views: pd.Series) -> pd.DataFrame:
+def by_view(folds: dict[str, list[Predictions]], views: pd.Series) -> pd.DataFrame:
     """Mean AUC of each configuration and its paired difference from the plain network among the images of each view; ``views``
     maps image ids to PA or AP."""
-    first, *others = (out_of_fold(cells) for cells in runs.values())
-    parts, rows = dict(zip(runs, aligned(first, *others))), []
+    first, *others = map(pooled, folds.values())
+    parts, rows = dict(zip(folds, aligned(first, *others))), []
     for view in sorted(views.dropna().unique()):
         these = views.reindex(first.ids).to_numpy() == view
         some = {n: replace(p, ids=p.ids[these], patients=p.patients[these], labels=p.labels[these], logits=p.logits[these])
                 for n, p in parts.items()}
         samples = {n: mean_of_defined(bootstrap(p.labels, p.logits, p.patients).auc) for n, p in some.items()}
         means = {n: np.nanmean(list(auc_by_class(p.labels, p.logits, p.classes).values())) for n, p in some.items()}
-        for name in runs:
+        for name in parts:
             low, high, _ = interval(samples[name] - samples[PLAIN])
             rows.append({"view": view, "images": int(these.sum()), "patients": len(set(first.patients[these])),
                          "configuration": name, "mean_auc": means[name], "less_plain": means[name] - means[PLAIN], "low": low,
@@ -120,11 +163,16 @@ def picture(by_class: pd.DataFrame, note: str):
 
 def main(folder: Path, target: Path) -> None:
     runs = configurations(folder)
-    rows, by_class = table(runs)
+    for cells in runs.values():
+        out_of_fold(cells)  # refuses what is no cross-validation
+    parts = {name: [load_predictions(cell) for cell in cells] for name, cells in runs.items()}
+    others = [other_memories(cell) for cell in runs[OURS]]
+    parts |= {name: [other[name] for other in others] for name in others[0]}
+    rows, by_class = table(parts)
     rows.round(4).to_csv(f"{target}.csv", index=False)
     by_class.round(4).to_csv(f"{target}_per_class.csv", index=False)
     frame = read_index(load_metrics(runs[PLAIN][0])["params"]["data_root"]).frame
-    by_view(runs, frame.set_index("id")["view"]).round(4).to_csv(f"{target}_views.csv", index=False)
+    by_view(parts, frame.set_index("id")["view"]).round(4).to_csv(f"{target}_views.csv", index=False)
     metrics = {cell.name: load_metrics(cell) for cells in runs.values() for cell in cells}
     one = next(iter(metrics.values()))
     patients = sum(load_metrics(cell)["split"]["test"]["patients"] for cell in runs[PLAIN])

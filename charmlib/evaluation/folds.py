@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,7 @@ from charmlib.params import UNHASHED
 
 
 def out_of_fold(runs: Iterable[str | Path]) -> Predictions:
-    """The test predictions of the runs of all folds, one after another.
-
-    Scores of different networks are pooled as they are, so an AUC over them also pays for differences in calibration between
-    folds; :func:`auc_within_folds` does not. Each configuration of a comparison pays alike.
+    """The test predictions of the runs of all folds as one part; see :func:`pooled`.
 
     Parameters
     ----------
@@ -53,12 +50,20 @@ def out_of_fold(runs: Iterable[str | Path]) -> Predictions:
     patients = [set(p.patients.tolist()) for p in parts]
     if sum(map(len, patients)) != len(set.union(*patients)):
         raise ValueError(f"a patient is in the test part of two of {', '.join(map(str, runs))}: not folds of the same data")
+    return pooled(parts)
+
+
+def pooled(parts: Sequence[Predictions]) -> Predictions:
+    """The predictions of several folds, one after another.
+
+    Scores of different networks are pooled as they are, so an AUC over them also pays for differences in calibration between
+    folds; :func:`auc_within_folds` does not. Each configuration of a comparison pays alike.
+    """
     return Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "patients", "labels", "logits")),
                        parts[0].classes)
 
 
-def auc_within_folds(runs: Iterable[str | Path]) -> dict[str, float]:
+def auc_within_folds(parts: Sequence[Predictions]) -> dict[str, float]:
     """Class -> mean over folds of the AUC within each; a fold without positives of a class has no say in it."""
-    parts = [load_predictions(run) for run in runs]
     values = [list(auc_by_class(p.labels, p.logits, p.classes).values()) for p in parts]
     return dict(zip(parts[0].classes, np.nanmean(np.array(values, dtype=float), axis=0).tolist()))

@@ -28,7 +28,7 @@ def test_every_image_is_scored_once(make_run, phantoms):
         at = [int(np.flatnonzero(whole.ids == i)[0]) for i in part.ids]
         np.testing.assert_array_equal(whole.logits[at], part.logits)
         assert (whole.patients[at] == part.patients).all()
-    within = auc_within_folds(runs)
+    within = auc_within_folds([load_predictions(run) for run in runs])
     one = [auc_by_class(p.labels, p.logits, p.classes)["Effusion"] for p in map(load_predictions, runs)]
     assert within["Effusion"] == pytest.approx(np.nanmean(one))
 
@@ -61,7 +61,8 @@ def test_the_table_of_parts_pairs_out_of_fold(make_run, phantoms, tmp_path):
                                             ("plain", 0.6, 3, {"use_bank": False}))}
     runs = configurations(tmp_path)
     assert list(runs) == ["plain", "charm", "published"] and {n: sorted(c) for n, c in runs.items()} == cells
-    rows, by_class = table(runs)
+    parts = {name: [load_predictions(run) for run in found] for name, found in runs.items()}
+    rows, by_class = table(parts)
     rows = rows.set_index("configuration")
     paired = compare(out_of_fold(cells["plain"]), out_of_fold(cells["charm"]))
     auc = paired[paired["figure"] == "AUC"].set_index("class")
@@ -76,7 +77,7 @@ def test_the_table_of_parts_pairs_out_of_fold(make_run, phantoms, tmp_path):
     assert ours.loc["Effusion", "low"] == pytest.approx(auc.loc["Effusion", "low"])
 
     frame = read_index(phantoms).frame
-    views = by_view(runs, frame.set_index("id")["view"]).set_index(["view", "configuration"])
+    views = by_view(parts, frame.set_index("id")["view"]).set_index(["view", "configuration"])
     assert set(views.index.get_level_values(0)) == set(frame["view"])
     assert views["images"].groupby("view").first().sum() == len(frame)
     assert (views.xs("charm", level=1)["less_plain"] > 0).all() and (views.xs("plain", level=1)["less_plain"] == 0).all()

@@ -243,8 +243,9 @@ def stored(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Names of the parameters that decide a result and differ; one that ``theirs`` does not know yet does not."""
-    return [name for name in ours if name not in UNHASHED and ours[name] != theirs.get(name, ours[name])]
+    """Names of the parameters that decide a result and differ; one that ``theirs`` does not know yet does not, unless it is
+    known what such a run was."""
+    return [name for name in ours if name not in UNHASHED and ours[name] != theirs.get(name, EARLIER.get(name, ours[name]))]
 
 
 def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:

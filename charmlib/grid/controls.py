@@ -25,6 +25,7 @@ from charmlib.params import (
     load_params,
     parse_assignments,
     resolve,
+    stored,
     with_absolute_paths,
 )
 
@@ -52,7 +53,8 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     run = Path(path).resolve() if Path(path).is_dir() else None
     path = run / "params.yaml" if run else find_file(path)
     finished = load_metrics(run) if run else None
-    params = resolve(load_params(path), parse_assignments(assignments), sources=(str(path), "-p"))
+    given = load_params(path)
+    params = resolve(stored(given) if run else given, parse_assignments(assignments), sources=(str(path), "-p"))
     with_absolute_paths(params)  # refuses what is not there
     del params["run_dir"]
     if params["labels"] != "real":

@@ -12,6 +12,7 @@ from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.results import load_metrics, load_resamples, valid_auc
 from charmlib.files import write_whole
 from charmlib.grid.cells import IDENTITY, GridError, cell_status
+from charmlib.params import EARLIER
 
 LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high",
         "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
@@ -20,9 +21,20 @@ NO_VALIDATION = "no validation"
 """Status of a finished cell that was trained on the validation patients too (``valid_fraction`` 0)."""
 
 _NEEDS = {"momentum": "use_momentum", "attention": "use_attention", **dict.fromkeys(
-    ("k", "threshold", "bank_size", "strategy", "rule", "answer", "keys", "vote_weight", "vote_temperature", "retrieval",
-     "bank_norm", "normalize_retrieved", "bank_momentum", "stage2_bank_momentum"), "use_bank")}
-"""An axis says nothing about a cell whose part is switched off, and stays blank there."""
+    ("k", "threshold", "bank_size", "strategy", "rule", "answer", "keys", "vote_weight", "vote_temperature",
+     "vote_ridge", "retrieval", "bank_norm", "normalize_retrieved", "bank_momentum", "stage2_bank_momentum"), "use_bank")}
+_ANSWERS = {**dict.fromkeys(("keys", "vote_weight", "vote_temperature", "vote_ridge"), "votes"),
+            **dict.fromkeys(("retrieval", "bank_norm", "normalize_retrieved"), "features")}
+_STRATEGIES = {"rule", "threshold"}
+
+
+def _says_something(axis: str, params) -> bool:
+    """Whether an axis has a meaning in a cell: not where its part is switched off, its kind of answer is not given, or the
+    strategy does not look at it."""
+    answer = params.get("answer", EARLIER["answer"])
+    if not params.get(_NEEDS.get(axis), True) or _ANSWERS.get(axis, answer) != answer:
+        return False
+    return axis not in _STRATEGIES or params.get("strategy") != "balanced"
 
 
 def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.DataFrame:
@@ -49,7 +61,7 @@ def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.Data
         row = {"rank": pd.NA, "cell": cell, "status": cell_status(folder / cell)}
         m = load_metrics(folder / cell) if row["status"] == "done" else None
         params = m["params"] if m else params
-        row |= {name: None if not params.get(_NEEDS.get(name), True) else params[name] for name in axes}
+        row |= {name: params[name] if _says_something(name, params) else None for name in axes}
         if m:
             drawn = " (drawn phantoms)" if m["data"]["drawn"] else ""
             row |= {"valid_mean_auc": valid_auc(m), "test_mean_auc": m["test"]["mean_auc"],

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charmlib.nn import (
@@ -17,13 +16,11 @@ from charmlib.nn import (
     make_attention,
     recompute,
     split_backbone,
-    split_scales,
 )
 from charmlib.nn.backbone import HALF, IMAGENET
+from charmlib.nn.scales import GRID, cells, find_scales, maps_of
 
 ANSWERS, KEYS = ("votes", "features"), ("scales", "features")
-GRID = 2
-"""Maps are averaged over so many cells a side: chest radiographs lie alike, so where something shows counts."""
 
 
 class CharmNet(nn.Module):
@@ -35,10 +32,11 @@ class CharmNet(nn.Module):
         q = final(f)                        (B, D, H, W)
         r = mean(q * attention(q))          region feature (B, D); mean(q) without attention
         z = r + mean(momentum(f))           fused feature;         r without the momentum branch
-        logits = head(z) + bank's votes     answer 'votes', in eval mode: its slots vote with their labels
+        logits = head(z), and the bank's    answer 'votes', in eval mode: its slots vote with their labels
                  head(z + bank's answer)    answer 'features', as published; head(z) without the bank
 
-    With all three switched off this is the plain network, with the bank alone it is MemAug. It works in any loop::
+    With all three switched off this is the plain network; with the bank alone and ``answer='features'`` it is MemAug. It works
+    in any loop::
 
         net.bank.expect(ids, labels)        # which images the slots will hold; without it a voting bank stays empty
         loss(net(x), y).backward(); optimizer.step()
@@ -62,7 +60,7 @@ class CharmNet(nn.Module):
         What slots that vote are compared by: means over a 2 x 2 grid of the trunk's last maps at strides 4, 8 and 16, where
         small and faint findings still show and which training hardly overfits; or the fused feature z.
     attention, momentum, k, threshold, bank_size, strategy, rule, retrieval, bank_norm, normalize_retrieved, bank_momentum,
-    vote_weight, vote_temperature, dropout, hidden
+    vote_weight, vote_temperature, vote_ridge, dropout, hidden
         See the parts.
     grad_checkpointing : bool
         Training keeps few activations of trunk and final block and computes the others again in the backward pass: less
@@ -76,11 +74,11 @@ class CharmNet(nn.Module):
 
     def __init__(self, arch: str = "efficientnet_v2_s", classes: int = 14, *, weights: str | Path = "imagenet",
                  norm: str = "auto", use_momentum: bool = False, use_attention: bool = False, use_bank: bool = True,
-                 attention: str = "layers", momentum: float = 0.99, k: int = 128, threshold: float = 0.2,
-                 bank_size: int = 1024, strategy: str = "balanced", rule: str = "rare", answer: str = "votes",
-                 keys: str = "scales", vote_weight: float = 2.0, vote_temperature: float = 0.15, retrieval: str = "softmax",
-                 bank_norm: str = "both", normalize_retrieved: bool = False, bank_momentum: float = 0.9,
-                 dropout: float = 0.3, hidden: int = 512, grad_checkpointing: bool = False):
+                 attention: str = "layers", momentum: float = 0.99, k: int = 5, threshold: float = 0.2,
+                 bank_size: int = 3072, strategy: str = "balanced", rule: str = "rare", answer: str = "votes",
+                 keys: str = "scales", vote_weight: float = 0.5, vote_temperature: float = 0.8, vote_ridge: float = 3.0,
+                 retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
+                 bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512, grad_checkpointing: bool = False):
         super().__init__()
         backbone = split_backbone(arch, weights)
         self.grad_checkpointing = grad_checkpointing
@@ -92,10 +90,9 @@ class CharmNet(nn.Module):
         if answer not in ANSWERS or keys not in KEYS:
             raise ValueError(f"answer must be one of {', '.join(ANSWERS)} and keys one of {', '.join(KEYS)}, got {answer!r} "
                              f"and {keys!r}")
-        self.pieces, scales = [self.trunk], []
+        self.ends, channels = [], []
         if use_bank and answer == "votes" and keys == "scales":
-            self.pieces, scales = split_scales(self.trunk)
-        self.scaled = [channels > 0 for channels in scales]
+            self.ends, channels = find_scales(self.trunk)
         common = {"size": bank_size, "k": k, "threshold": threshold, "strategy": strategy, "rule": rule,
                   "bank_momentum": bank_momentum}
         self.bank = None
@@ -103,9 +100,9 @@ class CharmNet(nn.Module):
             self.bank = RareMemoryBank(self.features, classes, retrieval=retrieval, bank_norm=bank_norm,
                                        normalize_retrieved=normalize_retrieved, **common)
         elif use_bank:
-            blocks = [GRID * GRID * channels for channels in scales if channels] or [self.features]
+            blocks = [GRID * GRID * width for width in channels] or [self.features]
             self.bank = VotingBank(sum(blocks), classes, blocks=blocks, weight=vote_weight, temperature=vote_temperature,
-                                   **common)
+                                   ridge=vote_ridge, **common)
         self.head = ClassifierHead(self.features, classes, hidden=hidden, dropout=dropout)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -114,19 +111,19 @@ class CharmNet(nn.Module):
         Keys carry no gradient.
         """
         again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-        shared, maps = x, []
-        for i, piece in enumerate(self.pieces):
-            shared = recompute(piece, shared) if again else piece(shared)
-            if self.scaled and self.scaled[i]:
-                maps.append(F.adaptive_avg_pool2d(shared.detach(), GRID).flatten(1).float())
-        features = recompute(self.final, shared) if again else self.final(shared)  # (B, D, H, W)
+
+        def run(part, x):
+            return recompute(part, x) if again else part(x)
+
+        shared, maps = maps_of(self.trunk, self.ends, x, run) if self.ends else (run(self.trunk, x), [])
+        features = run(self.final, shared)  # (B, D, H, W)
         attended = features if self.attention is None else features * self.attention(features)
         z = attended.mean((2, 3))
         if self.momentum is not None:
             z = z + self.momentum(shared).mean((2, 3))
         if not isinstance(self.bank, VotingBank):
             return z, None
-        return z, torch.cat(maps, 1) if maps else z.detach().float()
+        return z, cells([m.detach() for m in maps]) if maps else z.detach().float()
 
     def embed(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> fused features z (B, D), before the bank."""
@@ -162,6 +159,7 @@ class CharmNet(nn.Module):
         for some in slots.split(batch):
             _, keys = self.encode(images(self.bank.slot_ids[some]))
             self.bank.renew(some, keys)
+        self.bank.solve()
         self.train(was)
 
     @torch.no_grad()

@@ -7,9 +7,23 @@ from charmlib.nn.head import ClassifierHead
 from charmlib.nn.losses import AsymmetricLoss, BCELoss, FocalLoss, make_loss
 from charmlib.nn.momentum import MomentumEncoder
 from charmlib.nn.recompute import recompute
-from charmlib.nn.scales import split_scales
+from charmlib.nn.scales import find_scales
 from charmlib.nn.votes import VotingBank
 
-__all__ = ["AsymmetricLoss", "BCELoss", "Backbone", "ClassifierHead", "FilterAttention", "FocalLoss", "MomentumEncoder",
-           "MultiScaleAttention", "RareMemoryBank", "VotingBank", "make_attention", "make_loss", "recompute", "split_backbone",
-           "split_scales"]
+__all__ = [
+           "AsymmetricLoss",
+           "BCELoss",
+           "Backbone",
+           "ClassifierHead",
+           "FilterAttention",
+           "FocalLoss",
+           "MomentumEncoder",
+           "MultiScaleAttention",
+           "RareMemoryBank",
+           "VotingBank",
+           "find_scales",
+           "make_attention",
+           "make_loss",
+           "recompute",
+           "split_backbone",
+]

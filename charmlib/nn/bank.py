@@ -202,7 +202,8 @@ class RareMemoryBank(nn.Module):
         if self.policy.needs_logits and logits is None:
             raise ValueError(f"strategy '{self.strategy}' judges by predictions: call bank(z, predict=head)")
         if self.policy.needs_labels and labels is None:
-            raise ValueError(f"strategy '{self.strategy}' judges by the loss: call bank.expect(ids, labels) before the batch")
+            raise ValueError(f"strategy '{self.strategy}' {self.policy.by}: call bank.expect(ids, labels) before the batch, or "
+                             "choose one that needs no labels, such as 'rarity'")
         z, batch = z.detach(), len(z)
         if ids is None:
             ids = torch.full((batch,), -1, device=z.device)

@@ -1,42 +1,59 @@
-"""Where a trunk's maps change their size: the scales that memory keys are made of."""
+"""A trunk's maps at several scales: what memory keys, and a reading beside the head, are made of."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 STRIDES = (4, 8, 16)
 """In pixels of the input. Finer maps are little more than the image; the coarsest is the final block's matter."""
-_PROBE = 64
+GRID = 2
+"""Maps are averaged over so many cells a side: chest radiographs lie alike, so where something shows counts."""
+_PROBE = 224
 
 
-def split_scales(trunk: nn.Module, strides: tuple[int, ...] = STRIDES) -> tuple[list[nn.Module], list[int]]:
-    """A trunk as pieces, one after another what the trunk does, cut behind its last map at each of some strides.
+def find_scales(trunk: nn.Module, strides: tuple[int, ...] = STRIDES) -> tuple[list[int], list[int]]:
+    """Behind which blocks of a trunk its last maps at some strides lie: how many blocks each is made by, and its channels.
 
-    The pieces share the trunk's blocks. Beside each stands how many channels the map behind it has, 0 where it is at none of
-    the strides (what is left of the trunk). A trunk that is no ``nn.Sequential``, or has none of the strides, is one piece
-    with its own channels.
+    A trunk that is no plain ``nn.Sequential``, that has none of the strides, or whose blocks do not give maps (B, C, H, W) is
+    taken as one block with its own channels.
     """
-    blocks = list(trunk.children()) if isinstance(trunk, nn.Sequential) else [trunk]
-    last: dict[int, tuple[int, int]] = {}  # stride -> block, channels
-    was = trunk.training
+    blocks = list(trunk.children()) if type(trunk) is nn.Sequential else [trunk]
+    last: dict[int, tuple[int, int]] = {}  # stride -> blocks, channels
+    was = {module: module.training for module in trunk.modules()}
     trunk.eval()
     with torch.no_grad():
         like = next(trunk.parameters())
         x = torch.zeros(1, 3, _PROBE, _PROBE, device=like.device, dtype=like.dtype)
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(blocks, start=1):
             x = block(x)
-            last[round(_PROBE / x.shape[-1])] = i, x.shape[1]
-    trunk.train(was)
-    cuts = [last[stride] for stride in strides if stride in last]
-    if not cuts:
-        return [trunk], [x.shape[1]]
-    pieces, start = [], 0
-    for end, _ in cuts:
-        pieces.append(nn.Sequential(*blocks[start:end + 1]))
-        start = end + 1
-    channels = [c for _, c in cuts]
-    if start < len(blocks):
-        pieces.append(nn.Sequential(*blocks[start:]))
-        channels.append(0)
-    return pieces, channels
+            if x.dim() == 4:
+                last[round(_PROBE / x.shape[-1])] = i, x.shape[1]
+    for module, mode in was.items():
+        module.training = mode
+    found = [last[stride] for stride in strides if stride in last] or [(len(blocks), x.shape[1])]
+    return [end for end, _ in found], [channels for _, channels in found]
+
+
+def maps_of(trunk: nn.Module, ends: list[int], x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A trunk's output for ``x`` and its maps behind blocks number ``ends``, as :func:`find_scales` counts them.
+
+    ``run(part, x)`` is asked for the output of each part of the trunk in turn.
+    """
+    if type(trunk) is not nn.Sequential:
+        out = run(trunk, x)
+        return out, [out]
+    blocks, maps, start = list(trunk.children()), [], 0
+    for end in ends:
+        x = run(nn.Sequential(*blocks[start:end]), x)
+        maps.append(x)
+        start = end
+    return run(nn.Sequential(*blocks[start:]), x) if start < len(blocks) else x, maps
+
+
+def cells(maps: list[Tensor], grid: int = GRID) -> Tensor:
+    """Maps (B, C_i, H_i, W_i) -> their means over a grid of cells, one map after another (B, grid * grid * sum C_i), float32."""
+    return torch.cat([F.adaptive_avg_pool2d(m, grid).flatten(1).float() for m in maps], 1)

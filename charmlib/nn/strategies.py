@@ -19,6 +19,8 @@ class Strategy(nn.Module):
     """
 
     needs_logits = needs_labels = False
+    by = ""
+    """What it needs the labels for, in words."""
     refreshes = False
     """Whether an image that is held keeps its slot and only brings it up to date."""
 
@@ -148,6 +150,7 @@ class Hard(Strategy):
     """
 
     needs_logits = needs_labels = refreshes = True
+    by = "judges by the loss"
 
     def judge(self, bank, z, logits, labels):
         known = ~torch.isnan(labels)
@@ -189,6 +192,7 @@ class Balanced(Strategy):
     """
 
     needs_labels = refreshes = True
+    by = "shares slots out by class"
 
     def __init__(self, classes: int):
         super().__init__(classes)

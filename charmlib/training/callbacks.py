@@ -35,16 +35,33 @@ class BankFeed(Callback):
 
 
 class RefreshBank(Callback):
-    """Before each validation, has a bank that votes encode its images with the weights of the moment, as scoring sees them."""
+    """After each epoch of training, before it is validated, has a bank that votes encode its images with the weights of the
+    moment, as scoring sees them: in the batches and the precision of validation.
+
+    Validating, scoring or predicting without training leaves the bank alone: what it holds was encoded then, and the learner's
+    data may be other data.
+    """
+
+    def before_fit(self):
+        self.trained = False
+
+    def before_train(self):
+        self.trained = True
 
     def before_validate(self):
         images = self.dls.train.dataset
-        if not getattr(images, "known", False) or not hasattr(self.model, "refresh_bank"):
+        if not self.trained or not getattr(images, "known", False) or not hasattr(self.model, "refresh_bank"):
             return
+        self.trained = False
         scale = next(t for t in self.dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))
         device = self.dls.device
-        self.model.refresh_bank(lambda ids: grey_to_network(images.pixels(ids.cpu().numpy()).to(device), scale.mean.to(device),
-                                                             scale.std.to(device)))
+
+        def encoded(ids):
+            grey = images.pixels(ids.cpu().numpy()).to(device)
+            return grey_to_network(grey, scale.mean.to(device), scale.std.to(device))
+
+        with torch.autocast(torch.device(device).type, torch.float16, enabled=hasattr(self.learn, "half_precision")):
+            self.model.refresh_bank(encoded, batch=self.dls.valid.bs)
 
 
 class SignOfLife(Callback):

@@ -17,8 +17,8 @@ from charmlib.params import stored
 from charmlib.training.device import place
 
 _NETWORK = ("arch", "use_momentum", "use_attention", "use_bank", "attention", "momentum", "k", "threshold", "bank_size",
-            "strategy", "rule", "answer", "keys", "vote_weight", "vote_temperature", "retrieval", "bank_norm",
-            "normalize_retrieved", "bank_momentum", "dropout", "hidden")
+            "strategy", "rule", "answer", "keys", "vote_weight", "vote_temperature", "vote_ridge", "retrieval",
+            "bank_norm", "normalize_retrieved", "bank_momentum", "dropout", "hidden")
 
 
 def network_params(params: Mapping) -> dict:

@@ -14,8 +14,6 @@ from charmlib.data.loaders import grey_to_network
 from charmlib.data.splits import PARTS
 from charmlib.evaluation.metrics import prevalence
 
-SHOWN = 8
-"""Slots in an explanation, at most."""
 COLUMNS = ("slot", "image", "patient", "labels", "similarity", "weight", "step")
 
 
@@ -32,14 +30,14 @@ class Explanation:
     probabilities : dict
         Class -> probability, uncalibrated.
     table : DataFrame
-        One row a slot that answered, best first, the first 8 of many: ``slot``, ``image`` (file name of a training image),
-        ``patient``, ``labels`` ('Effusion|Mass'), ``similarity`` (mean cosine of the keys of a bank that votes; else what
+        One row a slot that answered, best first: ``slot``, ``image`` (file name of a training image), ``patient``, ``labels`` ('Effusion|Mass'), ``similarity`` (mean cosine of the keys of a bank that votes; else what
         ``bank_norm`` makes it, the cosine for 'both'), ``weight`` (of its vote; of its feature the gate of 'gated' included,
         before ``normalize_retrieved`` scales the sum) and ``step``, the training batch that wrote it. One image may
         fill several slots.
     pixels, retrieved : arrays (S, S) and (k, S, S) uint8
-        The image, and those of the table as they are on disk; training had turned and mirrored them, and the slot holds
-        the feature that the network of that step gave them. Black where a slot's image is not known.
+        The image, and those of the table as they are on disk, which is how a bank that votes compares them. Of other banks
+        the slot holds the feature that the network of its step gave the image, turned and mirrored. Black where a slot's
+        image is not known.
     note : str
         What to know: that there is no bank, or that it is empty.
     """
@@ -90,10 +88,7 @@ def explain(run, image: str) -> Explanation:
     note = "the network has no memory bank (use_bank is off)"
     if net.bank is not None:
         table = _retrieved(run, z.float() if keys is None else keys, ids)
-        voters = int((table["weight"] > 0).sum())
-        table = table.head(SHOWN)
-        note = f"the {len(table)} most similar of {voters} slots that vote" if keys is not None and len(table) else ""
-        note = note if len(table) else "the memory bank is empty: nothing was added to the image's own feature"
+        note = "" if len(table) else "the memory bank is empty: it did not answer"
     positions = dict(zip(frame["id"], range(len(frame))))
     retrieved = [np.zeros_like(pixels) if pd.isna(name) else np.asarray(data.images[positions[name]])
                  for name in table["image"]]

@@ -21,16 +21,16 @@ from charmlib.training.recording import MeanAUC, record_on_device
 def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net: CharmNet | None = None,
                   weights: str | Path = "imagenet", norm: str = "auto", use_momentum: bool = False,
                   use_attention: bool = False, use_bank: bool = True, attention: str = "layers", momentum: float = 0.99,
-                  k: int = 128, threshold: float = 0.2, bank_size: int = 1024, strategy: str = "balanced",
-                  rule: str = "rare", answer: str = "votes", keys: str = "scales", vote_weight: float = 2.0,
-                  vote_temperature: float = 0.15, retrieval: str = "softmax", bank_norm: str = "both",
-                  normalize_retrieved: bool = False, bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512,
-                  grad_checkpointing: bool = False,
+                  k: int = 5, threshold: float = 0.2, bank_size: int = 3072, strategy: str = "balanced",
+                  rule: str = "rare", answer: str = "votes", keys: str = "scales", vote_weight: float = 0.5,
+                  vote_temperature: float = 0.8, vote_ridge: float = 3.0, retrieval: str = "softmax",
+                  bank_norm: str = "both", normalize_retrieved: bool = False, bank_momentum: float = 0.9,
+                  dropout: float = 0.3, hidden: int = 512, grad_checkpointing: bool = False,
                   loss: str | MultiLabelLoss = "bce", weight_decay: float = 0.01, precision: str = "auto",
                   seed: int | None = None, path: str | Path | None = None, cbs: Sequence = (), **learner) -> Learner:
     """A Learner whose ``lr_find``, ``fine_tune``, ``fit_one_cycle``, ``show_results`` and callbacks are fastai's own.
 
-    >>> learn = charm_learner(dls, 'efficientnet_v2_s', k=128, vote_weight=2)   # doctest: +SKIP
+    >>> learn = charm_learner(dls, 'efficientnet_v2_s', bank_size=4096, vote_weight=0.5)           # doctest: +SKIP
     >>> learn.fine_tune(20, learn.lr_find().valley, freeze_epochs=3)                          # doctest: +SKIP
 
     Parameters
@@ -57,7 +57,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
         net = CharmNet(arch, len(dls.vocab), weights=weights, norm=norm, use_momentum=use_momentum,
                        use_attention=use_attention, use_bank=use_bank, attention=attention, momentum=momentum, k=k,
                        threshold=threshold, bank_size=bank_size, strategy=strategy, rule=rule, answer=answer, keys=keys,
-                       vote_weight=vote_weight, vote_temperature=vote_temperature, retrieval=retrieval,
+                       vote_weight=vote_weight, vote_temperature=vote_temperature, vote_ridge=vote_ridge, retrieval=retrieval,
                        bank_norm=bank_norm, normalize_retrieved=normalize_retrieved, bank_momentum=bank_momentum,
                        dropout=dropout, hidden=hidden, grad_checkpointing=grad_checkpointing)
     if net.classes != len(dls.vocab):
@@ -73,6 +73,6 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
         callbacks.append(HalfPrecision())
     place(net, torch.device(dls.device))
     learn = Learner(dls, net, loss_func=make_loss(loss) if isinstance(loss, str) else loss, opt_func=AdamW,
-                    splitter=CharmNet.parameter_groups, metrics=[MeanAUC(dls.vocab)], cbs=callbacks, wd=weight_decay,
+                    splitter=lambda net: net.parameter_groups(), metrics=[MeanAUC(dls.vocab)], cbs=callbacks, wd=weight_decay,
                     path=path, model_dir=".", **learner)
     return record_on_device(learn)

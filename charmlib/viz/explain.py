@@ -47,8 +47,9 @@ def plot_explanation(cases, *, note: str = ""):
             labels = _lines(str(slot["labels"]).split("|")) or "labels unknown"
             _image(axis, pixels, f"{slot['image']}\n{labels}\nsimilarity {slot['similarity']:.3f}\nweight {slot['weight']:.3f}")
     slots = max((len(case.table) for case in cases), default=0)
-    words = [f"the first {SLOTS} of {slots} retrieved training images" if slots > SLOTS else "left: the image; then what the "
-             "memory answered with", *dict.fromkeys(case.note for case in cases if case.note), note]
+    told = (f"the {SLOTS} most similar of {slots} training images that the memory answered with" if slots > SLOTS else
+            "what the memory answered with")
+    words = [f"left: the image; then {told}", *dict.fromkeys(case.note for case in cases if case.note), note]
     heading(figure, "", ". ".join(filter(None, words)))
     return figure
 

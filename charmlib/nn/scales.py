@@ -38,7 +38,8 @@ def find_scales(trunk: nn.Module, strides: tuple[int, ...] = STRIDES) -> tuple[l
     return [end for end, _ in found], [channels for _, channels in found]
 
 
-def maps_of(trunk: nn.Module, ends: list[int], x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+def maps_of(trunk: nn.Module, ends: list[int], x: Tensor,
+            run: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
     """A trunk's output for ``x`` and its maps behind blocks number ``ends``, as :func:`find_scales` counts them.
 
     ``run(part, x)`` is asked for the output of each part of the trunk in turn.
@@ -55,5 +56,5 @@ def maps_of(trunk: nn.Module, ends: list[int], x: Tensor, run: Callable[[nn.Modu
 
 
 def cells(maps: list[Tensor], grid: int = GRID) -> Tensor:
-    """Maps (B, C_i, H_i, W_i) -> their means over a grid of cells, one map after another (B, grid * grid * sum C_i), float32."""
+    """Maps (B, C_i, H_i, W_i) -> means over a grid of cells, one map after another (B, grid * grid * sum C_i), float32."""
     return torch.cat([F.adaptive_avg_pool2d(m, grid).flatten(1).float() for m in maps], 1)

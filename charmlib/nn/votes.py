@@ -62,7 +62,8 @@ class VotingBank(RareMemoryBank):
     """
 
     def __init__(self, features: int, classes: int, *, size: int = 3072, k: int = 5, weight: float = 0.5,
-                 temperature: float = 0.8, ridge: float = 3.0, blocks: Sequence[int] = (), strategy: str = "balanced", **options):
+                 temperature: float = 0.8, ridge: float = 3.0, blocks: Sequence[int] = (), strategy: str = "balanced",
+                 **options):
         super().__init__(features, classes, size=size, k=min(k, size), strategy=strategy, **options)
         self.blocks = list(blocks) or [features]
         if sum(self.blocks) != features:
@@ -115,7 +116,7 @@ class VotingBank(RareMemoryBank):
         return kernel @ self.coefficients, self.coefficients.any(0)
 
     def kernel(self, similarity: Tensor) -> Tensor:
-        """How much slots so similar have to say, in (0, 1]."""
+        """How much slots so similar have to say: (0, 1]."""
         return torch.exp((similarity - 1) / self.temperature)
 
     @torch.no_grad()

@@ -30,10 +30,11 @@ class Explanation:
     probabilities : dict
         Class -> probability, uncalibrated.
     table : DataFrame
-        One row a slot that answered, best first: ``slot``, ``image`` (file name of a training image), ``patient``, ``labels`` ('Effusion|Mass'), ``similarity`` (mean cosine of the keys of a bank that votes; else what
-        ``bank_norm`` makes it, the cosine for 'both'), ``weight`` (of its vote; of its feature the gate of 'gated' included,
-        before ``normalize_retrieved`` scales the sum) and ``step``, the training batch that wrote it. One image may
-        fill several slots.
+        One row a slot that answered, best first: ``slot``, ``image`` (file name of a training image), ``patient``,
+        ``labels`` ('Effusion|Mass'), ``similarity`` (mean cosine of the keys of a bank that votes; else what ``bank_norm``
+        makes it, the cosine for 'both'), ``weight`` (of its labels, 0 to 1, in a bank that votes, which asks all slots and
+        names the k most similar; else of its feature, the gate of 'gated' included, before ``normalize_retrieved`` scales the
+        sum) and ``step``, the training batch that wrote it. One image may fill several slots.
     pixels, retrieved : arrays (S, S) and (k, S, S) uint8
         The image, and those of the table as they are on disk, which is how a bank that votes compares them. Of other banks
         the slot holds the feature that the network of its step gave the image, turned and mirrored. Black where a slot's
@@ -88,7 +89,8 @@ def explain(run, image: str) -> Explanation:
     note = "the network has no memory bank (use_bank is off)"
     if net.bank is not None:
         table = _retrieved(run, z.float() if keys is None else keys, ids)
-        note = "" if len(table) else "the memory bank is empty: it did not answer"
+        note = f"all {int(net.bank.filled):,} slots voted" if keys is not None else ""
+        note = note if len(table) else "the memory bank is empty: it did not answer"
     positions = dict(zip(frame["id"], range(len(frame))))
     retrieved = [np.zeros_like(pixels) if pd.isna(name) else np.asarray(data.images[positions[name]])
                  for name in table["image"]]

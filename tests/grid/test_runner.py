@@ -254,11 +254,11 @@ def test_a_board_whose_cells_set_the_split_and_switch_parts_off(tmp_path):
     from charmlib.grid.spec import load_grid
 
     (tmp_path / "grid_x.yaml").write_text("axes: {k: [2]}\ncells: [{name: plain, use_bank: off, split: patient},"
-                                          " {name: own, split: patient, strategy: rarity, rule: angle}, {name: other, split: patient,"
-                                          " answer: features, retrieval: gated}]\n")
+                                          " {name: own, split: patient, strategy: rarity, rule: angle},"
+                                          " {name: other, split: patient, answer: features, retrieval: gated}]\n")
     board = leaderboard(tmp_path, load_grid(tmp_path / "grid_x.yaml")).set_index("cell")
     assert board.columns.is_unique and set(board["status"]) == {"pending"}
-    assert pd.isna(board.loc["plain", "k"]) and board.loc["own", "k"] == 128 and board.loc["own", "rule"] == "angle"
+    assert pd.isna(board.loc["plain", "k"]) and board.loc["own", "k"] == 5 and board.loc["own", "rule"] == "angle"
     assert pd.isna(board.loc["own", "retrieval"]) and board.loc["other", "retrieval"] == "gated"  # votes retrieve no features
     assert pd.isna(board.loc["other", "rule"])  # the balanced strategy has none
 

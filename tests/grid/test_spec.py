@@ -134,7 +134,7 @@ def test_the_parts_differ_by_their_parts_only():
     assert all(sorted(p["split"] for p in cells) == [f"fold:{i}/5" for i in range(1, 6)] for cells in by_name.values())
     plain, ours = by_name["plain"][0], by_name["charm"][0]
     own = {"use_momentum", "use_attention", "use_bank", "momentum", "k", "threshold", "bank_size", "strategy", "rule", "answer",
-           "keys", "vote_weight", "vote_temperature", "retrieval", "bank_norm", "attention"}
+           "keys", "vote_weight", "vote_temperature", "vote_ridge", "retrieval", "bank_norm", "attention"}
     for name, cells in by_name.items():
         assert {k for k in plain if plain[k] != cells[0][k]} <= own, name
     network = [p.name for p in PARAMS.values() if p.group == "network" and p.name not in ("arch", "weights", "norm")]

@@ -99,14 +99,15 @@ def test_votes_are_added_in_eval_mode_only_by_keys_of_three_scales():
     assert net.bank.filled.item() == 8
     net.eval()
     z, keys = net.encode(x)
-    out, maps = x, []
-    for piece, scaled in zip(net.pieces, net.scaled):
-        out = piece(out)
-        if scaled:
-            maps.append(torch.nn.functional.adaptive_avg_pool2d(out, 2).flatten(1))
+    blocks = list(net.trunk)
+    maps = [torch.nn.functional.adaptive_avg_pool2d(torch.nn.Sequential(*blocks[:end])(x), 2).flatten(1) for end in net.ends]
     torch.testing.assert_close(keys, torch.cat(maps, 1))
     assert net.bank.blocks == [m.shape[1] for m in maps] and len(maps) == 3 and not keys.requires_grad
-    torch.testing.assert_close(net(x), net.head(z) + net.bank.weight * net.bank.votes(keys))
+    votes, heard = net.bank.votes(keys)
+    prior = torch.logit(net.bank.shares.clamp(1e-4, 1 - 1e-4))
+    want = torch.where(heard, (net.head(z) + prior + votes) / 2, net.head(z))
+    torch.testing.assert_close(net(x), want)
+    assert heard.any()
     assert make(keys="features").bank.blocks == [net.features]
 
 

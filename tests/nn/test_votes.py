@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from charmlib.nn import VotingBank, split_backbone, split_scales
+from charmlib.nn import VotingBank, find_scales, split_backbone
+from charmlib.nn.scales import maps_of
 from charmlib.nn.votes import FLOOR
 from tests.nn.test_bank import NoReading
 
@@ -30,44 +31,48 @@ def cosine(a, b):
     return a @ b / max(math.sqrt(a @ a), 1e-12) / max(math.sqrt(b @ b), 1e-12)
 
 
+def similar(bank, key, j, mean):
+    parts, start = [], 0
+    for width in bank.blocks:
+        parts.append(cosine((key - mean)[start:start + width], (bank.slots[j].double().numpy() - mean)[start:start + width]))
+        start += width
+    return np.mean(parts)
+
+
 def by_hand(bank, key, image):
-    """One vote after the other, in float64."""
+    """One slot after the other, in float64: the regression as gradient descent would find it, then the votes."""
     used = range(int(bank.filled))
     slots, labels = bank.slots.double().numpy(), bank.slot_labels.numpy()
     mean = sum(slots[j] for j in used) / len(used)
-    key = key.double().numpy()
-    similar = []
-    for j in used:
-        if image >= 0 and bank.slot_ids[j] == image:
-            continue
-        parts, start = [], 0
-        for width in bank.blocks:
-            parts.append(cosine((key - mean)[start:start + width], (slots[j] - mean)[start:start + width]))
-            start += width
-        similar.append((np.mean(parts), j))
-    voters = sorted(similar, reverse=True)[:bank.k]
-    weights = {j: math.exp(s / bank.temperature) for s, j in voters}
+
+    def kernel(a, j):
+        return math.exp((similar(bank, a, j, mean) - 1) / bank.temperature)
+
+    matrix = np.array([[kernel(slots[i], j) for j in used] for i in used])
     out = []
     for c in range(labels.shape[1]):
-        known = sum(w for j, w in weights.items() if labels[j, c] >= 0)
-        share = sum(w for j, w in weights.items() if labels[j, c] == 1) / known if known else 0
-        everyone = [labels[j, c] for j in used if labels[j, c] >= 0]
-        out.append(math.log(share + FLOOR) - math.log(np.mean(everyone) + FLOOR) if known else 0.0)
+        known = [labels[j, c] for j in used if labels[j, c] >= 0]
+        base = np.mean(known) if known else 0
+        target = np.array([(labels[j, c] - base) if labels[j, c] >= 0 else 0 for j in used]) / (base * (1 - base) + FLOOR)
+        a = np.linalg.inv(matrix + bank.ridge * np.eye(len(used))) @ target
+        out.append(sum(a[j] * kernel(key.double().numpy(), j) for j in used if image < 0 or bank.slot_ids[j] != image))
     return out
 
 
 @pytest.mark.parametrize("size", [24, 12])
-@pytest.mark.parametrize("k", [1, 5, 100])
-@pytest.mark.parametrize("temperature", [0.05, 0.15, 2.0])
-def test_equals_votes_counted_by_hand(size, k, temperature):
-    bank = filled(size=size, k=k, temperature=temperature, weight=1.5)
+@pytest.mark.parametrize("ridge", [0.01, 3.0])
+@pytest.mark.parametrize("temperature", [0.05, 0.8, 5.0])
+def test_equals_the_regression_by_hand(size, ridge, temperature):
+    bank = filled(size=size, temperature=temperature, ridge=ridge, weight=0.4)
     keys, ids = torch.randn(9, 6) * 2 + 3, torch.tensor([0, 3, 5, 7, -1, -1, 40, 41, 19])
     want = np.array([by_hand(bank, key, int(i)) for key, i in zip(keys, ids)])
-    np.testing.assert_allclose(bank.votes(keys, ids), want, rtol=2e-4, atol=2e-4)
+    votes, heard = bank.votes(keys, ids)
+    np.testing.assert_allclose(votes, want, rtol=2e-3, atol=2e-3)
     logits = torch.randn(9, 3)
     bank.expect(ids)
-    np.testing.assert_allclose(bank(keys, logits), logits.numpy() + 1.5 * want, rtol=2e-4, atol=1e-3)
-    assert np.abs(want).max() > 0.1
+    prior = torch.logit(bank.shares).numpy()
+    np.testing.assert_allclose(bank(keys, logits), 0.6 * logits.numpy() + 0.4 * (prior + want), rtol=2e-3, atol=3e-3)
+    assert heard.all() and np.abs(want).max() > 0.01
 
 
 def test_training_passes_the_logits_through_and_remembers_the_batch():
@@ -78,27 +83,59 @@ def test_training_passes_the_logits_through_and_remembers_the_batch():
     bank(keys, logits)  # nobody said whose these are
     assert bank.filled.item() == 4 and bank.steps.item() == 1
     bank.eval()(keys, logits).sum().backward()
-    assert keys.grad is None and logits.grad.eq(1).all()
+    assert keys.grad is None and logits.grad.eq(0.5).all()  # the head's half
 
 
-def test_an_empty_bank_and_a_weight_of_0_change_nothing():
+def test_an_empty_bank_a_weight_of_0_and_a_class_that_nobody_has_change_nothing():
     keys, logits = torch.randn(4, 6), torch.randn(4, 3)
     assert torch.equal(VotingBank(6, 3, size=8, k=2).eval()(keys, logits), logits)
     assert torch.equal(filled(weight=0.0)(torch.randn(4, 6), logits), logits)
+    bank = VotingBank(6, 3, size=8, k=2)
+    bank.write(torch.randn(8, 6), torch.arange(8), torch.tensor([[0.0, 1.0, i % 2] for i in range(8)]))
+    out = bank.eval()(keys, logits)
+    assert torch.equal(out[:, :2], logits[:, :2]) and (out[:, 2] != logits[:, 2]).all()
 
 
-def test_k_1_is_the_nearest_slots_word():
-    bank = filled(k=1, temperature=1e-3)
-    for j in range(int(bank.filled)):
-        votes = bank.votes(bank.slots[j:j + 1])[0]
-        for c, label in enumerate(bank.slot_labels[j].tolist()):
-            assert votes[c] == 0 if label < 0 else (votes[c] > 0) == (label == 1)
+def test_a_small_ridge_and_a_narrow_kernel_give_the_slots_own_labels():
+    bank = filled(temperature=1e-2, ridge=1e-3)
+    votes, _ = bank.votes(bank.slots[:20])
+    known = bank.slot_labels[:20] >= 0
+    assert ((votes > 0) == (bank.slot_labels[:20] == 1))[known].all()
 
 
-def test_a_bank_that_holds_more_of_a_class_does_not_speak_for_it():
-    """Twice as many slots of everything, or all slots voting alike, and the evidence is 0 whatever the prevalence."""
-    bank = filled(k=100, temperature=1e6)
-    assert bank.votes(torch.randn(5, 6)).abs().max() < 0.02
+def test_slots_that_say_the_same_share_one_vote():
+    """Nine copies of one positive are hardly more than one where the ridge is small; a count of votes would give nine."""
+    near, far = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.2], [-1.0, -0.2], [-0.9, 0.1], [0.0, 1.0], [0.0, -1.0]])
+    said = []
+    for copies in (1, 9):
+        bank = VotingBank(2, 1, size=32, ridge=1e-3)
+        keys = torch.cat([near.expand(copies, 2), far])
+        # unequal shares, so hold the votes against the class's own variance
+        labels = torch.cat([torch.ones(copies, 1), torch.zeros(5, 1)])
+        bank.write(keys, torch.arange(len(keys)), labels)
+        bank.eval()
+        base = labels.mean()
+        votes, _ = bank.votes(near)
+        said.append(float(votes * (base * (1 - base) + FLOOR) + base))
+    assert said == pytest.approx([1.0, 1.0], abs=0.02)
+
+
+def test_the_prior_is_the_share_of_late_batches_and_the_bank_knows_it_from_the_first():
+    bank = VotingBank(4, 3, size=8)
+    first = torch.tensor([[1.0, 0.0, torch.nan]] * 5 + [[0.0, 0.0, torch.nan]] * 5)
+    bank.write(torch.randn(10, 4), torch.arange(10), first)
+    torch.testing.assert_close(bank.shares, torch.tensor([0.5, 0.0, 0.0]))
+    for _ in range(600):
+        bank.write(torch.randn(10, 4), torch.arange(10), torch.tensor([[0.0, 1.0, 1.0]] * 10))
+    assert bank.shares[0] < 0.01 and (bank.shares[1:] > 0.99).all()
+
+
+def test_training_and_back_solves_again():
+    bank = filled()
+    before = bank.coefficients.clone()
+    bank.train().write(torch.randn(4, 6), torch.arange(50, 54), torch.ones(4, 3))
+    assert torch.equal(bank.coefficients, before)
+    assert not torch.equal(bank.eval().coefficients, before)
 
 
 def test_eval_is_frozen_and_state_dict_carries_all():
@@ -126,7 +163,8 @@ def test_nothing_reads_the_device():
 
 
 def test_refusals():
-    for wrong in ({"weight": -1.0}, {"temperature": 0.0}, {"blocks": (2, 2)}, {"k": 0}, {"strategy": "best"}):
+    for wrong in ({"weight": -1.0}, {"weight": 1.5}, {"temperature": 0.0}, {"ridge": 0.0},
+                  {"blocks": (2, 2)}, {"k": 0}, {"strategy": "best"}):
         with pytest.raises(ValueError):
             VotingBank(6, 3, **{"size": 8, "k": 2, **wrong})
     bank = filled()
@@ -156,24 +194,23 @@ def test_a_balanced_bank_holds_every_rare_image_and_no_image_twice():
 
 
 @pytest.mark.parametrize(("arch", "channels"), [
-    ("mobilenet_v2", [24, 32, 96, 0]), ("efficientnet_v2_s", [48, 64, 160, 0]), ("resnet50", [256, 512, 1024]),
-    ("densenet121", [256, 512, 1024, 0]), ("vgg16", [256, 512, 512]), ("timm:test_convnext", None)])
-def test_scales_are_the_trunk_in_pieces(arch, channels):
+    ("mobilenet_v2", [24, 32, 96]), ("efficientnet_v2_s", [48, 64, 160]), ("resnet50", [256, 512, 1024]),
+    ("densenet121", [256, 512, 1024]), ("vgg16", [256, 512, 512]), ("timm:test_convnext", None),
+    ("timm:efficientformerv2_s0", None), ("timm:coatnet_nano_rw_224", None)])
+def test_scales_are_the_trunks_maps(arch, channels):
     trunk = split_backbone(arch, "none").trunk.eval()
-    pieces, found = split_scales(trunk)
+    ends, found = find_scales(trunk)
     assert channels is None or found == channels
-    x = out = torch.randn(2, 3, 64, 64)
+    x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         want = trunk(x)
-        for piece, width in zip(pieces, found):
-            out = piece(out)
-            if width:
-                assert out.shape[1] == width and 64 // out.shape[-1] in (4, 8, 16)
-    assert torch.equal(out, want)
-    assert [id(p) for piece in pieces for p in piece.parameters()] == [id(p) for p in trunk.parameters()]
+        out, maps = maps_of(trunk, ends, x, lambda part, x: part(x))
+    assert torch.equal(out, want) and [m.shape[1] for m in maps] == found
+    assert all(224 // m.shape[-1] in (4, 8, 16) for m in maps) and not trunk.training
 
 
-def test_a_trunk_without_these_strides_is_one_piece():
+def test_a_trunk_without_these_strides_is_one_block():
     for trunk in (nn.Sequential(nn.Conv2d(3, 7, 3, padding=1)), nn.Conv2d(3, 7, 2, 2)):
-        pieces, channels = split_scales(trunk)
-        assert pieces == [trunk] and channels == [7] and trunk.training
+        assert find_scales(trunk) == ([1], [7]) and trunk.training
+        out, maps = maps_of(trunk, [1], torch.randn(2, 3, 8, 8), lambda part, x: part(x))
+        assert len(maps) == 1 and maps[0] is out

@@ -51,6 +51,9 @@ parts64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64_parts.yaml --out runs/nih64_parts --workers 2 \
 		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
 	$(BIN)/python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
+	$(BIN)/python -m charmlib grid run params/grid_nih64_parts_official.yaml --out runs/nih64_parts_official --workers 2 \
+		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
+	cp runs/nih64_parts_official/leaderboard.csv benchmarks/results/nih64_parts_official.csv
 
 memaug64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64_memaug.yaml --out runs/nih64_memaug --workers 2 \

@@ -2,13 +2,17 @@
 
     python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
 
-writes ``<target>.csv`` (one row a configuration: mean AUC over all images and within folds, with intervals, and the paired
-differences from the plain network, from CHARM as published and from CHARM), ``<target>_per_class.csv``,
+writes ``<target>.csv`` (one row a configuration: mean AUC over all images and within folds, with intervals, the paired
+differences from the plain network, from CHARM as published and from CHARM, log loss and Brier score of its uncalibrated
+probabilities, mean over classes), ``<target>_per_class.csv``,
 ``<target>_views.csv`` (the same among images of one view position, which by itself tells much of what a patient has),
 ``<target>.png`` (CHARM less the plain network, by class) and ``<target>.json`` (splits, device, versions, seconds).
 
 Beside the grid's configurations stand three that need no training, since votes leave training alone: CHARM's own networks with
 no memory, with a memory of one scale, and with one that is not class-balanced.
+
+Intervals are of drawing patients, with the networks of one seed: another training is another source of chance, which they do
+not hold.
 """
 
 from __future__ import annotations
@@ -77,10 +81,12 @@ def other_memories(cell: Path) -> dict[str, Predictions]:
 
     def memory(rows, keys, blocks):
         other = VotingBank(keys.shape[1], bank.slot_labels.shape[1], size=len(rows), k=bank.k, weight=bank.weight,
-                           temperature=bank.temperature, blocks=blocks).eval()
+                           temperature=bank.temperature, ridge=bank.ridge, blocks=blocks).eval()
         other.slots.copy_(keys)
         other.slot_labels.copy_(labels[rows])
         other.filled.fill_(len(rows))
+        other.shares.copy_(bank.shares)
+        other.solve()
         return other
 
     held = bank.slot_ids[:bank.filled].numpy()
@@ -93,6 +99,21 @@ def other_memories(cell: Path) -> dict[str, Predictions]:
     return {name: replace(load_predictions(cell), logits=logits.numpy()) for name, logits in scores.items()}
 
 
+def in_order(folds: list[Predictions]) -> list[Predictions]:
+    """Each fold's predictions with images in the order of their ids, as all configurations have them."""
+    order = [np.argsort(p.ids) for p in folds]
+    return [replace(p, ids=p.ids[o], patients=p.patients[o], labels=p.labels[o], logits=p.logits[o])
+            for p, o in zip(folds, order)]
+
+
+def losses(p: Predictions) -> dict[str, float]:
+    """Log loss and Brier score of the probabilities as they come, mean over classes and images whose label is known."""
+    logits, labels, known = p.logits.astype(np.float64), p.labels, ~np.isnan(p.labels)
+    log_loss = np.logaddexp(0, logits) - np.nan_to_num(labels) * logits
+    brier = (1 / (1 + np.exp(-logits)) - np.nan_to_num(labels)) ** 2
+    return {"log_loss": log_loss[known].mean(), "brier": brier[known].mean()}
+
+
 def table(parts: dict[str, list[Predictions]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of ``<target>.csv`` and ``<target>_per_class.csv`` from the predictions of each configuration's folds. Resamples
     draw patients, the same for all configurations."""
@@ -102,27 +123,31 @@ def table(parts: dict[str, list[Predictions]]) -> tuple[pd.DataFrame, pd.DataFra
     columns = {"mean": list(range(len(classes))), "rare": [classes.index(name) for name in RAREST]}
     values = {n: np.array(list(auc_by_class(p.labels, p.logits, classes).values())) for n, p in whole.items()}
     samples = {n: bootstrap(p.labels, p.logits, p.patients).auc for n, p in whole.items()}
+    inside = {n: np.array(list(auc_within_folds(folds).values())) for n, folds in parts.items()}
+    # Folds share no patient, so each is drawn by itself; the draws of one fold are the same for all configurations.
+    drawn_inside = {n: np.nanmean([bootstrap(p.labels, p.logits, p.patients, seed=i).auc
+                                   for i, p in enumerate(in_order(folds))], axis=0) for n, folds in parts.items()}
     rows, by_class = [], []
     for name, folds in parts.items():
-        within = np.array(list(auc_within_folds(folds).values()))
-        row = {"configuration": name, "folds": len(folds)}
+        p = whole[name]
+        row = {"configuration": name, "folds": len(folds), **losses(p)}
         for what, which in columns.items():
-            low, high, _ = interval(mean_of_defined(samples[name][:, which]))
-            row |= {f"{what}_auc": values[name][which].mean(), f"{what}_low": low, f"{what}_high": high,
-                    f"{what}_auc_within_folds": within[which].mean()}
-            for other in (PLAIN, PUBLISHED, OURS):
-                if other != name and other in parts:
-                    drawn = mean_of_defined(samples[name][:, which]) - mean_of_defined(samples[other][:, which])
-                    low, high, _ = interval(drawn)
-                    row |= {f"{what}_less_{other}": values[name][which].mean() - values[other][which].mean(),
-                            f"{what}_less_{other}_low": low, f"{what}_less_{other}_high": high}
+            for where, value, sample in (("", values, samples), ("_within_folds", inside, drawn_inside)):
+                low, high, _ = interval(mean_of_defined(sample[name][:, which]))
+                row |= {f"{what}_auc{where}": value[name][which].mean(), f"{what}{where}_low": low, f"{what}{where}_high": high}
+                for other in (PLAIN, PUBLISHED, OURS):
+                    if other != name and other in parts:
+                        drawn = mean_of_defined(sample[name][:, which]) - mean_of_defined(sample[other][:, which])
+                        low, high, _ = interval(drawn)
+                        row |= {f"{what}{where}_less_{other}": value[name][which].mean() - value[other][which].mean(),
+                                f"{what}{where}_less_{other}_low": low, f"{what}{where}_less_{other}_high": high}
         rows.append(row)
         for c, label in enumerate(classes):
             low, high, _ = interval(samples[name][:, c] - samples[PLAIN][:, c])
             positive = first.labels[:, c] == 1
             by_class.append({"configuration": name, "class": label, "images": int(positive.sum()),
                              "patients": len(set(first.patients[positive])), "auc": values[name][c],
-                             "within_folds": within[c], "less_plain": values[name][c] - values[PLAIN][c], "low": low,
+                             "within_folds": inside[name][c], "less_plain": values[name][c] - values[PLAIN][c], "low": low,
                              "high": high})
     return pd.DataFrame(rows), pd.DataFrame(by_class)
 

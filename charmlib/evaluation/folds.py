@@ -9,7 +9,7 @@ import numpy as np
 
 from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.results import Predictions, load_metrics, load_predictions
-from charmlib.params import UNHASHED
+from charmlib.params import UNHASHED, stored
 
 
 def out_of_fold(runs: Iterable[str | Path]) -> Predictions:
@@ -32,7 +32,7 @@ def out_of_fold(runs: Iterable[str | Path]) -> Predictions:
         name = metrics["split"]["name"]
         if not name.startswith("fold:"):
             raise ValueError(f"{run} is of split '{name}', wanted fold:I/N: only folds hold every image once")
-        params = {k: v for k, v in metrics["params"].items() if k not in (*UNHASHED, "split")}
+        params = {k: v for k, v in stored(metrics["params"]).items() if k not in (*UNHASHED, "split")}
         first = first or (run, params, name.split("/")[1])
         wrong = [k for k in params if params[k] != first[1].get(k)]
         if wrong or name.split("/")[1] != first[2]:
@@ -57,7 +57,7 @@ def pooled(parts: Sequence[Predictions]) -> Predictions:
     """The predictions of several folds, one after another.
 
     Scores of different networks are pooled as they are, so an AUC over them also pays for differences in calibration between
-    folds; :func:`auc_within_folds` does not. Each configuration of a comparison pays alike.
+    folds, one configuration perhaps more than another; :func:`auc_within_folds` does not. Look at both.
     """
     return Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "patients", "labels", "logits")),
                        parts[0].classes)

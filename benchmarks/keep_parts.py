@@ -70,7 +70,7 @@ def other_memories(cell: Path) -> dict[str, Predictions]:
     epoch that validation picked.
     """
     run = Run.load(cell, workers=0)
-    net, bank, labels = run.net.eval(), run.net.bank, torch.from_numpy(run.data.labels)
+    net, bank, labels = run.net.eval(), run.net.bank, torch.from_numpy(run.data.labels.copy())
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (net.mean, net.std))
 
     @torch.no_grad()

@@ -25,16 +25,12 @@ _NEEDS = {"momentum": "use_momentum", "attention": "use_attention", **dict.fromk
      "vote_ridge", "retrieval", "bank_norm", "normalize_retrieved", "bank_momentum", "stage2_bank_momentum"), "use_bank")}
 _ANSWERS = {**dict.fromkeys(("keys", "vote_weight", "vote_temperature", "vote_ridge"), "votes"),
             **dict.fromkeys(("retrieval", "bank_norm", "normalize_retrieved"), "features")}
-_STRATEGIES = {"rule", "threshold"}
 
 
 def _says_something(axis: str, params) -> bool:
-    """Whether an axis has a meaning in a cell: not where its part is switched off, its kind of answer is not given, or the
-    strategy does not look at it."""
+    """Whether an axis has a meaning in a cell: not where its part is switched off, or its kind of answer is not given."""
     answer = params.get("answer", EARLIER["answer"])
-    if not params.get(_NEEDS.get(axis), True) or _ANSWERS.get(axis, answer) != answer:
-        return False
-    return axis not in _STRATEGIES or params.get("strategy") != "balanced"
+    return bool(params.get(_NEEDS.get(axis), True)) and _ANSWERS.get(axis, answer) == answer
 
 
 def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.DataFrame:

@@ -40,6 +40,7 @@ from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.results import Predictions, load_metrics, load_predictions
 from charmlib.files import write_json
 from charmlib.nn import VotingBank
+from charmlib.params import UNHASHED
 
 PLAIN, OURS, PUBLISHED = "plain", "charm", "published"
 NO_VOTES, ONE_SCALE, NOT_BALANCED = "charm_without_votes", "charm_one_scale", "charm_not_balanced"
@@ -186,6 +187,12 @@ def picture(by_class: pd.DataFrame, note: str):
     return figure
 
 
+def what_it_is(params: dict) -> dict:
+    """A configuration's parameters without the folders and files of this machine."""
+    kept = {name: value for name, value in params.items() if name not in UNHASHED}
+    return kept | {"split": "fold:I/N", "weights": Path(kept["weights"]).name}
+
+
 def main(folder: Path, target: Path) -> None:
     runs = configurations(folder)
     for cells in runs.values():
@@ -209,7 +216,7 @@ def main(folder: Path, target: Path) -> None:
         "splits": {m["split"]["name"]: m["split"] for m in metrics.values()}, "seed": one["params"]["seed"],
         "device": one["device"], "precision": one["precision"], "versions": one["versions"],
         "seconds": {name: m["seconds"] for name, m in metrics.items()},
-        "params": {name: load_metrics(cells[0])["params"] | {"split": "fold:I/N"} for name, cells in runs.items()}})
+        "params": {name: what_it_is(load_metrics(cells[0])["params"]) for name, cells in runs.items()}})
     with pd.option_context("display.width", 200):
         print(note)
         print(rows.round(4).T.to_string())

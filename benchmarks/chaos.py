@@ -26,10 +26,10 @@ import pandas as pd
 import psutil
 import yaml
 
-from charmlib import lease
 from charmlib.data.phantom import make_phantoms
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_json
+from charmlib.grid import lease
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {"image_size": 32, "arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 64, "hidden": 16,
@@ -136,7 +136,7 @@ def differences(quiet: Path, chaos: Path) -> list[str]:
     boards = [pd.read_csv(f / "leaderboard.csv").drop(columns=["seconds", "overhead_seconds"]) for f in (quiet, chaos)]
     found = [] if boards[0].equals(boards[1]) else ["leaderboard.csv"]
     for cell in boards[0]["cell"]:
-        one, other = (load_metrics(folder / cell) for folder in (quiet, chaos))
+        one, other = (RunFolder(folder / cell).metrics for folder in (quiet, chaos))
         for metrics in (one, other):
             for key in ("seconds", "peak_memory_mb"):
                 metrics.pop(key)

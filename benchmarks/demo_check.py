@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from charmlib.data.dataset import open_dataset
 from charmlib.evaluation.metrics import mean_auc
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_json
 
 FLOOR, MARGIN = 0.75, 0.10
@@ -41,7 +41,7 @@ def thumbnail_auc(data) -> float:
 def main(folder: Path) -> int:
     board = pd.read_csv(folder / "leaderboard.csv")
     best = board[board["rank"] == 1].iloc[0]
-    metrics = load_metrics(folder / best["cell"])
+    metrics = RunFolder(folder / best["cell"]).metrics
     kept = folder / "thumbnails.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     if known.get("split") != metrics["split"]["hash"]:

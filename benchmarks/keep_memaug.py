@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from charmlib.evaluation.intervals import interval, mean_of_defined
-from charmlib.evaluation.results import load_metrics, load_resamples
+from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import split_note
 from charmlib.files import write_json
 from charmlib.grid.banks import bank_pictures, bank_table
@@ -44,12 +44,12 @@ def against_none(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
     beside it one by one."""
     cells: dict[str, dict[int, str]] = {}
     for cell in board["cell"]:
-        cells.setdefault(setting(cell), {})[load_metrics(folder / cell)["params"]["seed"]] = cell
-    first = load_metrics(folder / board["cell"].iloc[0])
+        cells.setdefault(setting(cell), {})[RunFolder(folder / cell).metrics["params"]["seed"]] = cell
+    first = RunFolder(folder / board["cell"].iloc[0]).metrics
     rare = [first["classes"].index(name) for name in rarest(first)]
     rows = []
     for name, by_seed in cells.items():
-        metrics = {seed: load_metrics(folder / cell) for seed, cell in by_seed.items()}
+        metrics = {seed: RunFolder(folder / cell).metrics for seed, cell in by_seed.items()}
         row = {"setting": name, "seeds": len(by_seed),
                "valid_mean_auc": np.mean([m["valid"]["mean_auc"] for m in metrics.values()]),
                "test_mean_auc": np.mean([m["test"]["mean_auc"] for m in metrics.values()])}
@@ -57,9 +57,9 @@ def against_none(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
             for what, columns in (("difference", slice(None)), ("rare_difference", rare)):
                 samples, points = [], []
                 for seed, cell in by_seed.items():
-                    ours, theirs = (load_resamples(folder / c).auc[:, columns] for c in (cell, cells[NONE][seed]))
+                    ours, theirs = (RunFolder(folder / c).resamples.auc[:, columns] for c in (cell, cells[NONE][seed]))
                     samples.append(mean_of_defined(ours) - mean_of_defined(theirs))
-                    points.append(_mean(metrics[seed], columns) - _mean(load_metrics(folder / cells[NONE][seed]), columns))
+                    points.append(_mean(metrics[seed], columns) - _mean(RunFolder(folder / cells[NONE][seed]).metrics, columns))
                 low, high, _ = interval(np.mean(samples, axis=0))
                 row |= {what: np.mean(points), f"{what}_low": low, f"{what}_high": high,
                         f"{what}_by_seed": " ".join(f"{p:+.4f}" for p in points)}
@@ -86,7 +86,7 @@ def main(folder: Path, target: Path) -> None:
     table = against_none(folder, board)
     table.round(4).to_csv(f"{target}_against_none.csv", index=False)
     shutil.copyfile(folder / "enrichment.csv", f"{target}_enrichment.csv")
-    metrics = {cell: load_metrics(folder / cell) for cell in board["cell"]}
+    metrics = {cell: RunFolder(folder / cell).metrics for cell in board["cell"]}
     one = next(iter(metrics.values()))
     pictures = bank_pictures(folder, board, bank_table(folder, board), note=split_note(one))
     for name, (_, figure) in zip(("enrichment", "history"), pictures):

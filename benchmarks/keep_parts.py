@@ -37,7 +37,7 @@ from charmlib.evaluation.compare import aligned
 from charmlib.evaluation.folds import auc_within_folds, out_of_fold, pooled
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import auc_by_class
-from charmlib.evaluation.results import Predictions, load_metrics, load_predictions
+from charmlib.evaluation.runs import Predictions, RunFolder
 from charmlib.files import write_json
 from charmlib.nn import VotingBank
 from charmlib.params import UNHASHED
@@ -97,7 +97,7 @@ def other_memories(cell: Path) -> dict[str, Predictions]:
         plain = net.head(z)
         scores = {NO_VOTES: plain, ONE_SCALE: memory(held, encode(held)[0], ())(z, plain),
                   NOT_BALANCED: memory(drawn, encode(drawn)[1], bank.blocks)(keys, plain)}
-    return {name: replace(load_predictions(cell), logits=logits.numpy()) for name, logits in scores.items()}
+    return {name: replace(RunFolder(cell).test, logits=logits.numpy()) for name, logits in scores.items()}
 
 
 def in_order(folds: list[Predictions]) -> list[Predictions]:
@@ -197,18 +197,18 @@ def main(folder: Path, target: Path) -> None:
     runs = configurations(folder)
     for cells in runs.values():
         out_of_fold(cells)  # refuses what is no cross-validation
-    parts = {name: [load_predictions(cell) for cell in cells] for name, cells in runs.items()}
+    parts = {name: [RunFolder(cell).test for cell in cells] for name, cells in runs.items()}
     others = [other_memories(cell) for cell in runs[OURS]]
     parts |= {name: [other[name] for other in others] for name in others[0]}
     rows, by_class = table(parts)
     rows.round(4).to_csv(f"{target}.csv", index=False)
     by_class.round(4).to_csv(f"{target}_per_class.csv", index=False)
-    frame = read_index(load_metrics(runs[PLAIN][0])["params"]["data_root"]).frame
+    frame = read_index(RunFolder(runs[PLAIN][0]).metrics["params"]["data_root"]).frame
     by_view(parts, frame.set_index("id")["view"]).round(4).to_csv(f"{target}_views.csv", index=False)
-    metrics = {cell.name: load_metrics(cell) for cells in runs.values() for cell in cells}
+    metrics = {cell.name: RunFolder(cell).metrics for cells in runs.values() for cell in cells}
     one = next(iter(metrics.values()))
-    patients = sum(load_metrics(cell)["split"]["test"]["patients"] for cell in runs[PLAIN])
-    images = sum(load_metrics(cell)["split"]["test"]["images"] for cell in runs[PLAIN])
+    patients = sum(RunFolder(cell).metrics["split"]["test"]["patients"] for cell in runs[PLAIN])
+    images = sum(RunFolder(cell).metrics["split"]["test"]["images"] for cell in runs[PLAIN])
     note = f"{images:,} radiographs of {patients:,} patients, {len(runs[PLAIN])} folds, {one['params']['image_size']} pixels"
     figure = picture(by_class, note)
     figure.savefig(f"{target}.png", dpi=100)
@@ -216,7 +216,7 @@ def main(folder: Path, target: Path) -> None:
         "splits": {m["split"]["name"]: m["split"] for m in metrics.values()}, "seed": one["params"]["seed"],
         "device": one["device"], "precision": one["precision"], "versions": one["versions"],
         "seconds": {name: m["seconds"] for name, m in metrics.items()},
-        "params": {name: what_it_is(load_metrics(cells[0])["params"]) for name, cells in runs.items()}})
+        "params": {name: what_it_is(RunFolder(cells[0]).metrics["params"]) for name, cells in runs.items()}})
     with pd.option_context("display.width", 200):
         print(note)
         print(rows.round(4).T.to_string())

@@ -22,7 +22,7 @@ import pandas as pd
 
 from charmlib.evaluation.compare import compare, verdict
 from charmlib.evaluation.evaluate import evaluate_run
-from charmlib.evaluation.results import load_predictions
+from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import class_table, operating_table, with_intervals
 from charmlib.files import write_json
 from charmlib.grid.board import leaderboard
@@ -45,7 +45,7 @@ def main(folder: Path, target: Path) -> None:
     calls.round(4).to_csv(f"{target}_operating.csv", index=False)
     pairs = []
     for cell in list(scored)[1:]:
-        table = compare(test, load_predictions(folder / cell))
+        table = compare(test, RunFolder(folder / cell).test)
         print(f"{cell} less {first}: {verdict(table, first, cell)}")
         pairs.append(table.assign(first_run=first, second_run=cell))
     pd.concat(pairs).round(4).to_csv(f"{target}_paired.csv", index=False)

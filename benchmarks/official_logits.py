@@ -24,16 +24,16 @@ import pandas as pd
 import sklearn
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from charmlib.data.labels import NIH14
 from charmlib.evaluation.compare import compare, verdict
 from charmlib.evaluation.controls import column_scores
 from charmlib.evaluation.ensemble import mean_ensemble
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc, prevalence
-from charmlib.evaluation.results import Predictions
+from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.score import score_part
 from charmlib.evaluation.tables import class_table, with_intervals
 from charmlib.files import write_json
+from charmlib.nih import NIH14
 from charmlib.viz.per_class import plot_per_class
 from charmlib.viz.precision_recall import plot_precision_recall
 from charmlib.viz.roc import plot_roc_bands

@@ -22,7 +22,7 @@ import yaml
 
 from benchmarks.measure import median_ratio, save
 from charmlib.data.phantom import make_phantoms
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import run_grid
 
 BARE = "import torch, fastai.vision.learner"
@@ -52,7 +52,7 @@ def main() -> None:
             run_grid(folder / "grid_one.yaml", out=folder / f"round{i}", say=lambda line: None)
             if i:  # the first of each fills the caches of the disk
                 bare.append(seconds)
-                overhead.append(load_metrics(folder / f"round{i}" / "k2")["seconds"]["overhead"])
+                overhead.append(RunFolder(folder / f"round{i}" / "k2").metrics["seconds"]["overhead"])
     figures = {"bare_import_seconds": bare, "overhead_seconds": overhead, "ratio": round(median_ratio(overhead, bare), 2),
                "asked": 3.0, "settings": SETTINGS}
     path = save("overhead", torch.device("cpu"), "fp32", figures)

@@ -151,16 +151,16 @@ def compare(first, second, point, out):
     from charmlib.evaluation.compare import verdict
     from charmlib.evaluation.evaluate import thresholds_at
     from charmlib.evaluation.leaks import refuse_leaks
-    from charmlib.evaluation.results import load_metrics, load_predictions
+    from charmlib.evaluation.runs import RunFolder
     from charmlib.evaluation.tables import split_note, with_intervals, with_origin
     from charmlib.files import write_whole
 
     if first.resolve() == second.resolve():
         raise click.UsageError(f"{first} is named twice; compare two runs")
     refuse_leaks([first, second])
-    metrics = load_metrics(first)
+    metrics = RunFolder(first).metrics
     thresholds = [thresholds_at(run, point) for run in (first, second)]
-    table = paired(load_predictions(first), load_predictions(second), thresholds=thresholds if all(thresholds) else None)
+    table = paired(RunFolder(first).test, RunFolder(second).test, thresholds=thresholds if all(thresholds) else None)
     click.echo(f"{split_note(metrics)}\nfirst: {first}, second: {second}; " + (
         f"each at its own operating point '{point}', chosen on validation\n" if all(thresholds) else
         "no operating points: trained without a validation part was "
@@ -289,7 +289,7 @@ def grid_merge(out, folders):
 def grid_status(folder):
     """Say which cells are done, failed, started or pending, and who works on them."""
     from charmlib.grid.board import leaderboard
-    from charmlib.lease import holder
+    from charmlib.grid.lease import holder
 
     board = leaderboard(folder, write=False)
     click.echo(_board_text(board))

@@ -12,11 +12,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from charmlib import lease
+LEASE = ".lease"
+TOKEN = "CHARM_LEASE_TOKEN"
+"""Environment variable with the token of the lease under which this process writes."""
+FOLDER = "CHARM_LEASE_FOLDER"
+"""Environment variable with the folder that the token is for."""
 
 
 class DiskFull(OSError):
     """No space for a file; names the folder and what to do. What was there before is still there."""
+
+
+class LeaseLost(RuntimeError):
+    """This process no longer holds the lease of the folder, and must not write there."""
+
+
+def read_lease(folder: Path) -> dict:
+    """The lease of a folder, see :mod:`charmlib.grid.lease`; empty if there is none or it is damaged."""
+    try:
+        return json.loads((folder / LEASE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def check_lease(path: str | Path, environment=os.environ) -> None:
+    """Refuse to write into a leased folder if this process's lease was lost.
+
+    Raises
+    ------
+    LeaseLost
+        The lease has another token, or is gone.
+    """
+    token, folder = environment.get(TOKEN), environment.get(FOLDER)
+    if not token or Path(path).resolve().parent != Path(folder):
+        return
+    found = read_lease(Path(folder)).get("token")
+    if found != token:
+        raise LeaseLost(f"{path} was not written: the lease of {folder} "
+                        + ("was taken over by another process" if found else "is gone")
+                        + ". Nothing is lost; its holder goes on from the last finished epoch.")
 
 
 def sync(path: str | Path) -> None:
@@ -35,7 +69,7 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     ------
     DiskFull
         No space is left; the file that was there before stays.
-    charmlib.lease.LeaseLost
+    charmlib.files.LeaseLost
         The folder is leased, and no longer to this process.
     """
     path = Path(path)
@@ -45,7 +79,7 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes its files private
-        lease.check(path)
+        check_lease(path)
         os.replace(temporary, path)
     except DiskFull:
         raise

@@ -63,8 +63,9 @@ def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int
     import numpy as np
 
     from charmlib.data.dataset import open_dataset
-    from charmlib.evaluation import results
+    from charmlib.evaluation.intervals import save_resamples
     from charmlib.evaluation.metrics import prevalence
+    from charmlib.evaluation.runs import FORMAT, chosen_on_validation, save_predictions
     from charmlib.evaluation.score import score_part
     from charmlib.files import write_json
     from charmlib.params import resolve
@@ -81,16 +82,16 @@ def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int
         parts[part] = {"ids": frame["id"].to_numpy(str), "patients": frame["patient"].to_numpy(str), "labels": labels,
                        "logits": logits}
     folder.mkdir(parents=True)
-    results.save_predictions(folder / "predictions.npz", parts, data.classes)
+    save_predictions(folder / "predictions.npz", parts, data.classes)
     valid = parts["valid"]
-    chosen = results.chosen_on_validation(valid["labels"], valid["logits"], data.classes)
-    write_json(folder / "model.json", {"format": 1, "classes": data.classes, "params": params, **chosen})
+    chosen = chosen_on_validation(valid["labels"], valid["logits"], data.classes)
+    write_json(folder / "model.json", {"format": FORMAT, "classes": data.classes, "params": params, **chosen})
     train = prevalence(data.labels[data.rows("train")], data.classes)
     validated = score_part(valid, data.classes)[0] if data.split.has_valid else None
     test, samples = score_part(parts["test"], data.classes, prevalence=train, **chosen)
-    results.save_resamples(folder, samples)
+    save_resamples(folder / "resamples.npz", samples)
     write_json(folder / "metrics.json", {
-        "format": 1, "cell": folder.name, "hash": None, "params": params, "data": {"name": data.source, "drawn": not real},
+        "format": FORMAT, "cell": folder.name, "hash": None, "params": params, "data": {"name": data.source, "drawn": not real},
         "split": {"name": data.split.name, "hash": data.split.hash, **data.split.counts}, "classes": data.classes,
         "train_prevalence": train, "valid": validated, "test": test, "bank": None,
         "seconds": {"train": 1.0, "score": 1.0, "overhead": 1.0}, "device": "cpu", "precision": "fp32",

@@ -181,14 +181,13 @@ def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, ti
     from scipy.special import expit
 
     from charmlib import Run
-    from charmlib.evaluation.finish import finish
-    from charmlib.evaluation.results import load_card, load_predictions
+    from charmlib.evaluation.runs import RunFolder, finish
 
     run = Run.open(tiny)
     run.train()
     run.score()
     finish(run.folder)
-    test = load_predictions(run.folder)
+    test = RunFolder(run.folder).test
     files = {p.name: p for p in phantoms.rglob("*.png")}
     (tmp_path / "in").mkdir()
     for name in test.ids[:40]:
@@ -200,7 +199,7 @@ def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, ti
     assert "TRAINED ON DRAWN PHANTOMS" in done.stdout
     table = pd.read_csv(tmp_path / "p.csv")
     table.index = table["image"].map(lambda p: Path(p).name)
-    thresholds = load_card(run.folder)["thresholds"]["youden"]
+    thresholds = RunFolder(run.folder).card["thresholds"]["youden"]
     for c, name in enumerate(test.classes):
         want = expit(test.logits[:40, c].astype(float))
         np.testing.assert_allclose(table.loc[test.ids[:40], f"p_{name}"], want, atol=1e-5)
@@ -212,7 +211,7 @@ def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, ti
     done = charm("predict", run.folder, tmp_path / "in" / test.ids[0], "--out", tmp_path / "q.csv", "--calibrated")
     assert done.returncode == 0
     scaled, plain = pd.read_csv(tmp_path / "q.csv").iloc[0], table.loc[test.ids[0]]
-    temperature = load_card(run.folder)["temperature"]
+    temperature = RunFolder(run.folder).card["temperature"]
     logit = np.log(plain["p_Effusion"] / (1 - plain["p_Effusion"]))
     assert scaled["p_Effusion"] == pytest.approx(expit(logit / temperature), abs=1e-6)
     done = charm("predict", run.folder, tmp_path / "in", "--out", tmp_path / "new/r.csv", "--point", "sensitivity_0.55")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from charmlib.data.reader import ImageReader
-from charmlib.evaluation.results import load_metrics, load_predictions
+from charmlib.evaluation.runs import RunFolder
 from charmlib.viz.explorer import SHOWN, Explorer, _Board
 from tests.test_notebooks import papermill, pictures
 
@@ -92,7 +92,7 @@ def test_choosing_run_finding_and_order(board, runs):
     assert board.point.value == "youden"  # a new finding starts at a point of validation
     board.finding.value = findings[1]
     board.run.value = "one"
-    assert board.finding.value == findings[1] and np.array_equal(board.test.logits, load_predictions(runs[0]).logits)
+    assert board.finding.value == findings[1] and np.array_equal(board.test.logits, RunFolder(runs[0]).test.logits)
     board.order.value = "missed findings"
     assert len(board.places) == board.walk.stand(board.at).fn and board.walk.y[board.places].all()
     board.slider.value = 0  # nothing is called: all are missed
@@ -117,12 +117,12 @@ def test_runs_of_one_name_and_controls_with_other_labels(make_run):
 
 def test_two_runs_are_compared_only_on_the_same_split(board, runs):
     assert list(board.other.options) == ["(none)", "one"]  # three has another split
-    assert load_metrics(runs[2])["split"]["hash"] != load_metrics(runs[0])["split"]["hash"]
+    assert RunFolder(runs[2]).metrics["split"]["hash"] != RunFolder(runs[0]).metrics["split"]["hash"]
     curve = board.curve.value
     board.other.value = "one"
     assert "resamples agree in sign" in board.said.value and board.curve.value != curve
     board.order.value = "the two runs differ most"
-    mine, theirs = (load_predictions(r).logits[:, board.c] for r in (runs[1], runs[0]))
+    mine, theirs = (RunFolder(r).test.logits[:, board.c] for r in (runs[1], runs[0]))
     ranks = [np.argsort(np.argsort(v[board.walk.rows])) for v in (mine, theirs)]
     assert abs(ranks[0] - ranks[1])[board.places[0]] == abs(ranks[0] - ranks[1]).max()
     board.other.value = "(none)"
@@ -223,7 +223,7 @@ def test_who_counts_as_a_person(monkeypatch):
     """papermill by hand once got a person's progress bars, because a kernel is a kernel to `get_ipython`."""
     import IPython
 
-    from charmlib.viz.person import person_watches
+    from charmlib.session import person_watches
 
     class ZMQInteractiveShell:
         class kernel:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from charmlib import Run
-from charmlib.evaluation.finish import finish
+from charmlib.evaluation.runs import finish
 from charmlib.files import DiskFull, remove_temporaries, write_json, write_text, write_whole
 
 

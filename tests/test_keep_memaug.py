@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.keep_memaug import against_none, rarest, setting
 from charmlib.evaluation.compare import compare
-from charmlib.evaluation.results import load_metrics, load_predictions
+from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import MEAN
 
 
@@ -16,14 +16,14 @@ def test_differences_are_those_of_each_seed_in_the_mean(make_run, tmp_path):
     table = against_none(tmp_path, pd.DataFrame({"cell": cells})).set_index("setting")
     assert list(table.index.sort_values()) == ["fifo", "no_memory"] and set(table["seeds"]) == {2}
 
-    pairs = [compare(*(load_predictions(tmp_path / f"{name}_seed={seed}") for name in ("no_memory", "strategy=fifo")))
+    pairs = [compare(*(RunFolder(tmp_path / f"{name}_seed={seed}").test for name in ("no_memory", "strategy=fifo")))
              for seed in (1, 2)]
     means = [t[(t["class"] == MEAN) & (t["figure"] == "AUC")].iloc[0] for t in pairs]
     row = table.loc["fifo"]
     assert row["difference"] == pytest.approx(np.mean([m["difference"] for m in means]))
     assert row["difference_by_seed"] == " ".join(f"{m['difference']:+.4f}" for m in means)
     assert min(m["low"] for m in means) < row["difference_low"] < row["difference"] < row["difference_high"]
-    metrics = load_metrics(tmp_path / cells[0])
+    metrics = RunFolder(tmp_path / cells[0]).metrics
     rare = rarest(metrics)
     assert len(rare) == 4 and max(metrics["train_prevalence"][c] for c in rare) <= min(
         p for c, p in metrics["train_prevalence"].items() if c not in rare)

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "charmlib"
-ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "viz", "files", "processes", "watch"},
-           "evaluation": {"evaluation", "files", "params"}, "viz": {"viz", "evaluation", "files"},
-           "grid": {"grid", "data", "evaluation", "viz", "files", "lease", "params", "processes", "watch"},
-           "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "processes", "viz", "gpu_support",
-                        "watch"},
-           "kaggle": {"kaggle", "grid", "data", "params", "files"}}
+ALLOWED = {"nn": {"nn"}, "models": {"models", "nn"}, "data": {"data", "params", "files", "session", "nih"},
+           "evaluation": {"evaluation", "files", "params", "session", "nih"},
+           "viz": {"viz", "evaluation", "files", "session", "nih", "data"},
+           "grid": {"grid", "data", "evaluation", "viz", "files", "params", "session"},
+           "training": {"training", "models", "nn", "data", "evaluation", "files", "params", "session", "viz", "gpu_support",
+                        "nih"},
+           "kaggle": {"kaggle", "grid", "data", "params", "files", "nih"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -25,7 +25,7 @@ def test_the_full_metadata_reads_as_published(shared, tmp_path):
     import pandas as pd
 
     from charmlib.data.index import Report, _read_labels, _read_meta
-    from charmlib.data.labels import NIH14
+    from charmlib.nih import NIH14
 
     with gzip.open(shared / "nih_meta/Data_Entry_2017_v2020.csv.gz", "rt") as file:
         raw = pd.read_csv(file, dtype=str, keep_default_na=False)

@@ -49,7 +49,7 @@ def test_drawn_maps_say_so():
 def test_all_curves_with_their_auc_in_the_legend():
     from sklearn.metrics import roc_auc_score
 
-    from charmlib.evaluation.results import Predictions
+    from charmlib.evaluation.runs import Predictions
 
     g = np.random.default_rng(0)
     labels = (g.random((200, 14)) < 0.3).astype(float)

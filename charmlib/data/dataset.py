@@ -10,7 +10,8 @@ import numpy as np
 from charmlib.data.cache import ImageCache, open_images
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import resolve_data_root
-from charmlib.data.splits import PARTS, SPLIT_SEED, Split, make_split
+from charmlib.data.splits import SPLIT_SEED, Split, make_split
+from charmlib.nih import PARTS
 
 
 @dataclass

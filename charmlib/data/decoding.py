@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.data.images import fit, open_grey
-from charmlib.processes import PARENT, die_with_parent, with_this_package
+from charmlib.session import PARENT, die_with_parent, with_this_package
 
 PIXELS, ROWS = "pixels.npy", "rows.npy"
 ROW = np.dtype([("state", "u1"), ("bytes", "<i8"), ("width", "<i4"), ("height", "<i4"), ("source_crc", "<u4"),

@@ -16,11 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from charmlib.data.labels import NIH14, NIH15, NO_FINDING, canonical
-from charmlib.data.paths import TABLES
+from charmlib.nih import NIH14, NIH15, NO_FINDING, PHANTOM_MARK, TABLES, canonical
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-PHANTOM_MARK = "PHANTOM.json"
 _META = {"id": ("Image Index", "ImageID", "image_id", "image", "id", "path", "filename"),
          "patient": ("Patient ID", "PatientID", "patient_id", "patient"),
          "age": ("Patient Age", "PatientAge", "age"),

@@ -152,7 +152,7 @@ class ChestDL(TfmdDL):
 
     def show_batch(self, b=None, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings; returns the figure, or the decoded batch with ``show=False``."""
-        from charmlib.viz.images import show_images
+        from charmlib.data.show import show_images
 
         b = self.one_batch() if b is None else b
         x, y = self.decode(b)[:2]
@@ -161,7 +161,7 @@ class ChestDL(TfmdDL):
 
     def show_results(self, b, out, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings, and below them what the network calls at probability 0.5."""
-        from charmlib.viz.images import show_images
+        from charmlib.data.show import show_images
 
         x, y = self.decode(b)[:2]
         titles = ["\n".join(self._names(truth)) + "\n-> " + ", ".join(self._names(call))

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from charmlib import watch
-from charmlib.viz.person import person_watches
+from charmlib import session
+from charmlib.session import person_watches
 
 _AT_ONCE = 16  # items a task: one future an item would cost a gigabyte for a million of them
 _EVERY = 20.0  # seconds between lines where no person watches
@@ -40,7 +40,7 @@ def for_each(do: Callable, items: Sequence, workers: int, verb: str, say: Callab
         try:
             for count in pool.map(work, chunks):
                 done += count
-                watch.alive()
+                session.alive()
                 bar.update(count)
                 if not watched and time.monotonic() - last > _EVERY:
                     last = time.monotonic()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-TABLES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv", "sample_labels.csv")
-KAGGLE_DATASETS = (("nih-chest-xrays", "data"), ("khanfashee", "nih-chest-x-ray-14-224x224-resized"),
-                   ("nih-chest-xrays", "sample"))
+from charmlib.nih import KAGGLE_DATASETS, TABLES
 
 
 def _has_table(folder: Path) -> bool:

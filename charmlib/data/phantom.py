@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from charmlib.data.index import PHANTOM_MARK
-from charmlib.data.labels import NIH14, NO_FINDING
+from charmlib.nih import NIH14, NO_FINDING, PHANTOM_MARK
 
 _NIH_COUNTS = dict(zip(NIH14, (11559, 2776, 13317, 19894, 5782, 6331, 1431, 5302, 4667, 2303, 2516, 1686, 3385, 227)))
 PREVALENCE = {name: 0.16 * (count / 19894) ** 0.4 for name, count in _NIH_COUNTS.items()}
@@ -248,7 +247,7 @@ def draw_phantom(findings=(), *, size: int = 64, seed: int = 0, anatomy_seed: in
     Parameters
     ----------
     findings : iterable of str
-        Names of :data:`charmlib.data.labels.NIH14`.
+        Names of :data:`charmlib.nih.NIH14`.
     size : int
         Pixels a side.
     seed, anatomy_seed : int

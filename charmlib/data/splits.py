@@ -12,13 +12,10 @@ import numpy as np
 import pandas as pd
 
 from charmlib.data.index import Index, read_list
+from charmlib.nih import PARTS, TEST_LISTS, TRAIN_LISTS
 
-PARTS = ("train", "valid", "test")
 SPLIT_SEED = 85
 """Splits do not follow the run's seed, so that runs of several seeds share one test set and can be compared."""
-
-TRAIN_LISTS = ("train_val_list.txt", "train_val_list_NIH.txt")
-TEST_LISTS = ("test_list.txt", "test_list_NIH.txt")
 
 
 class SplitError(ValueError):

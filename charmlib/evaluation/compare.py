@@ -20,7 +20,7 @@ from charmlib.evaluation.intervals import (
 )
 from charmlib.evaluation.metrics import ap_by_class, auc_by_class, mean_over_classes
 from charmlib.evaluation.operating import at_thresholds
-from charmlib.evaluation.results import Predictions
+from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.tables import MEAN
 
 

@@ -10,8 +10,8 @@ from scipy.stats import chi2
 
 from charmlib.evaluation.intervals import LEVEL, RESAMPLES, SEED, Interval, draws, enough_patients, interval
 from charmlib.evaluation.metrics import frequency_groups, prevalence
+from charmlib.nih import NO_FINDING
 
-NO_FINDING = "No Finding"
 FEW = 15
 """Patients in the bank with a finding, below which resampling them says too little of chance."""
 NONE = "no_finding"

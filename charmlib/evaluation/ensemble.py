@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from charmlib.evaluation.compare import aligned
-from charmlib.evaluation.results import Predictions
+from charmlib.evaluation.runs import Predictions
 
 
 def mean_ensemble(members: Sequence[Predictions]) -> Predictions:

@@ -9,7 +9,7 @@ from charmlib.evaluation.ensemble import mean_ensemble
 from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.operating import choose_thresholds
-from charmlib.evaluation.results import Predictions, choices, chosen_on_validation, load_metrics, load_predictions
+from charmlib.evaluation.runs import Predictions, RunFolder, chosen_on_validation
 from charmlib.evaluation.score import score_part
 
 
@@ -48,9 +48,8 @@ def evaluate_run(run: str | Path, *, points: Sequence[str] = ()) -> tuple[dict, 
 
     ``points`` are further operating points (such as 'sensitivity_0.95'), chosen on the run's validation predictions.
     """
-    metrics, test, valid = load_metrics(run), load_predictions(run), load_predictions(run, "valid")
-    chosen = choices(run, valid)
-    return {**metrics, "test": _score(test, valid, chosen, points, metrics.get("train_prevalence"))}, test
+    run = RunFolder(run)
+    return {**run.metrics, "test": _score(run.test, run.valid, run.choices, points, run.metrics["train_prevalence"])}, run.test
 
 
 def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
@@ -66,10 +65,11 @@ def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ())
         The runs are not of the same images, classes and labels.
     """
     refuse_leaks(runs)
-    test, valids = mean_ensemble([load_predictions(run) for run in runs]), [load_predictions(run, "valid") for run in runs]
+    members = [RunFolder(run) for run in runs]
+    test, valids = mean_ensemble([member.test for member in members]), [member.valid for member in members]
     valid = next((v for v in valids if not len(v.ids)), None) or mean_ensemble(valids)
     chosen = chosen_on_validation(valid.labels, valid.logits, valid.classes)
-    each = [load_metrics(run) for run in runs]
+    each = [member.metrics for member in members]
 
     def together(values) -> str:
         return ", ".join(dict.fromkeys(map(str, values)))
@@ -78,14 +78,14 @@ def evaluate_ensemble(runs: Sequence[str | Path], *, points: Sequence[str] = ())
             "params": {**each[0]["params"], "seed": together(m["params"]["seed"] for m in each)},
             "device": together(m["device"] for m in each), "precision": together(m["precision"] for m in each),
             "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes)} if len(valid.ids) else None,
-            "test": _score(test, valid, chosen, points, each[0].get("train_prevalence"))}, test
+            "test": _score(test, valid, chosen, points, each[0]["train_prevalence"])}, test
 
 
 def thresholds_at(run: str | Path, point: str) -> dict[str, float | None]:
     """A run's thresholds at any operating point: stored by training, or chosen now on its validation predictions. Empty for a
     run that was trained without a validation part."""
-    valid = load_predictions(run, "valid")
-    return _with_points(choices(run, valid)["thresholds"], valid, [point]).get(point, {})
+    run = RunFolder(run)
+    return _with_points(run.choices["thresholds"], run.valid, [point]).get(point, {})
 
 
 def _with_points(thresholds: dict, valid: Predictions, points: Sequence[str]) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.evaluation.metrics import auc_by_class
-from charmlib.evaluation.results import Predictions, load_metrics, load_predictions
+from charmlib.evaluation.runs import Predictions, RunFolder
 from charmlib.params import UNHASHED, stored
 
 
@@ -28,7 +28,7 @@ def out_of_fold(runs: Iterable[str | Path]) -> Predictions:
     runs = [Path(run) for run in runs]
     found, first = {}, None
     for run in runs:
-        metrics = load_metrics(run)
+        metrics = RunFolder(run).metrics
         name = metrics["split"]["name"]
         if not name.startswith("fold:"):
             raise ValueError(f"{run} is of split '{name}', wanted fold:I/N: only folds hold every image once")
@@ -44,7 +44,7 @@ def out_of_fold(runs: Iterable[str | Path]) -> Predictions:
     if not runs or len(found) != int(first[2]):
         there = ", ".join(sorted(found)) or "none"
         raise ValueError(f"a cross-validation needs a finished run of each fold; there are {there}")
-    parts = [load_predictions(run) for run in found.values()]
+    parts = [RunFolder(run).test for run in found.values()]
     if len({p.classes for p in parts}) > 1:
         raise ValueError(f"the folds {', '.join(map(str, runs))} have other classes or another order of them")
     patients = [set(p.patients.tolist()) for p in parts]

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from scipy.sparse import csr_array
 
 from charmlib.evaluation.metrics import known
 from charmlib.evaluation.operating import COUNTS, called, figures
+from charmlib.evaluation.runs import Predictions, write_arrays
 
 RESAMPLES, SEED, LEVEL = 1000, 85, 0.95
 
@@ -72,6 +74,21 @@ def bootstrap(labels, scores, patients, *, resamples: int = RESAMPLES, seed: int
                 auc[rows, c], ap[rows, c] = found
             start = rows.stop
     return Resamples(auc, ap)
+
+
+def save_resamples(path: str | Path, samples: Resamples | None) -> None:
+    """Keep the bootstrap of a test part, which a leaderboard reads again; nothing is written for None."""
+    if samples is not None:
+        write_arrays(path, auc=samples.auc, ap=samples.ap, seed=SEED)
+
+
+def read_resamples(path: str | Path, test: Predictions) -> Resamples | None:
+    """The bootstrap of a test part: from its file, or made from the predictions; None for a single patient."""
+    if Path(path).is_file():
+        with np.load(path, allow_pickle=False) as file:
+            if file["seed"] == SEED:
+                return Resamples(file["auc"], file["ap"])
+    return bootstrap(test.labels, test.logits, test.patients) if enough_patients(test.patients) else None
 
 
 def operating_resamples(labels, logits, patients, thresholds: Sequence[float | None], *, resamples: int = RESAMPLES,

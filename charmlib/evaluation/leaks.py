@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from charmlib.evaluation.results import load_metrics, load_predictions
+from charmlib.evaluation.runs import RunFolder
 
 
 class LeakError(ValueError):
@@ -27,7 +27,7 @@ def split_of(run: str | Path) -> pd.DataFrame | None:
     test part must be the images that the run was scored on.
     """
     folder = Path(run).resolve()
-    scored = set(load_predictions(folder).ids.tolist())
+    scored = set(RunFolder(folder).test.ids.tolist())
     for path in (p for place in (folder, folder.parent) for p in sorted(place.glob("split*.csv"))):
         frame = pd.read_csv(path, dtype=str)
         if set(frame["id"][frame["part"] == "test"]) == scored:
@@ -50,7 +50,7 @@ def refuse_leaks(runs: Iterable[str | Path], *, folds: bool = False) -> None:
     found: dict[str, dict] = {}
     drawn: dict[bool, str] = {}
     for run in runs:
-        metrics = load_metrics(run)
+        metrics = RunFolder(run).metrics
         found.setdefault(metrics["split"]["hash"], {"run": Path(run), "name": metrics["split"]["name"]})
         drawn.setdefault(bool(metrics["data"]["drawn"]), str(run))
     if len(drawn) > 1:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from charmlib.evaluation.results import valid_auc
+from charmlib.evaluation.runs import valid_auc
 
 MEAN = "mean of classes"
 
@@ -84,8 +84,6 @@ def point_note(part: Mapping, point: str) -> str:
 
 def groups_note(part: Mapping) -> str:
     """Which classes the frequency groups hold, and their borders."""
-    if "groups" not in part:
-        return "No frequency groups: the run was made before the prevalence of its training part was kept."
     return "By prevalence in the training part: " + "; ".join(
         f"{name} ({border}): {', '.join(part['groups'][name]['classes'])}"
         for name, border in (("head", "above 5 %"), ("medium", "2 to 5 %"), ("tail", "below 2 %")) if name in part["groups"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from charmlib.evaluation.enrichment import NONE, compare_enrichment
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_whole
 from charmlib.grid.board import board_axes
 from charmlib.viz.bank import plot_bank_history, plot_enrichment_map
@@ -18,7 +18,7 @@ def bank_table(folder: Path, board: pd.DataFrame) -> pd.DataFrame | None:
 
     Columns: cell, the grid's axes, slots, then as :func:`charmlib.evaluation.enrichment.compare_enrichment`.
     """
-    banks = {cell: load_metrics(folder / cell).get("bank") or {} for cell in board["cell"][board["split"].notna()]}
+    banks = {cell: RunFolder(folder / cell).metrics.get("bank") or {} for cell in board["cell"][board["split"].notna()]}
     found = {cell: bank["enrichment"] for cell, bank in banks.items() if bank.get("enrichment")}
     if not found:
         return None
@@ -51,7 +51,7 @@ def bank_pictures(folder: Path, board: pd.DataFrame, table: pd.DataFrame, *, not
             setting = ", ".join(f"{a} {row[a]}" for a in axes) or ("" if "seed" in board_axes(board) else row["cell"])
             histories.setdefault(setting or "all seeds", []).append(pd.read_csv(path))
     if histories and held["split"].nunique() == 1:  # one training part, so one prevalence of each finding
-        bank = load_metrics(folder / held["cell"].iloc[0])["bank"]["enrichment"]
+        bank = RunFolder(folder / held["cell"].iloc[0]).metrics["bank"]["enrichment"]
         shares = {**{name: f["prevalence"] for name, f in bank["classes"].items()}, NONE: bank[NONE]["prevalence"]}
         pictures.append(("What filled the memory banks", plot_bank_history(histories, shares, note=note)))
     return pictures

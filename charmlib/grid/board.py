@@ -9,7 +9,7 @@ import yaml
 
 from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.leaks import refuse_leaks
-from charmlib.evaluation.results import load_metrics, load_resamples, valid_auc
+from charmlib.evaluation.runs import RunFolder, valid_auc
 from charmlib.files import write_whole
 from charmlib.grid.cells import IDENTITY, GridError, cell_status
 from charmlib.params import EARLIER
@@ -55,7 +55,7 @@ def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.Data
     rows = []
     for cell, params in cells.items():
         row = {"rank": pd.NA, "cell": cell, "status": cell_status(folder / cell)}
-        m = load_metrics(folder / cell) if row["status"] == "done" else None
+        m = RunFolder(folder / cell).metrics if row["status"] == "done" else None
         params = m["params"] if m else params
         row |= {name: params[name] if _says_something(name, params) else None for name in axes}
         if m:
@@ -93,7 +93,7 @@ def _with_intervals(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
     board = board.astype({"same_as_first": object})
     means = {}
     for i, row in board[board["split"].notna()].iterrows():
-        samples = load_resamples(folder / row["cell"])
+        samples = RunFolder(folder / row["cell"]).resamples
         if samples is not None:
             means[i] = mean_of_defined(samples.auc)
             board.loc[i, ["ci_low", "ci_high"]] = interval(means[i])[:2]

@@ -9,9 +9,9 @@ from enum import IntEnum
 from pathlib import Path
 
 import charmlib
-from charmlib import lease
-from charmlib.evaluation.finish import PART_FILE
+from charmlib.evaluation.runs import PART_FILE
 from charmlib.files import remove_temporaries
+from charmlib.grid import lease
 from charmlib.params import UNHASHED
 
 NOTEBOOKS = ("train", "test")

@@ -18,11 +18,12 @@ from pathlib import Path
 import nbformat
 
 import charmlib
-from charmlib import lease, watch
-from charmlib.files import DiskFull, is_disk_full, remove_temporaries, write_json, write_text
+from charmlib import session
+from charmlib.files import DiskFull, LeaseLost, is_disk_full, remove_temporaries, write_json, write_text
+from charmlib.grid import lease
 from charmlib.grid.cells import ALIVE, IDENTITY, RUNNING, Ended, finished, read_identity
 from charmlib.grid.estimate import epoch_seconds
-from charmlib.processes import PARENT, die_with_parent, end_children
+from charmlib.session import PARENT, die_with_parent, end_children
 
 _BETWEEN = "between"
 """Tag of the cell that clears away what the train notebook defined before the test notebook starts."""
@@ -38,7 +39,7 @@ def run_cell(cell: dict) -> None:
 
     Both run in one kernel, cleared in between: a second start and a second import of torch cost as much as a short epoch.
     """
-    from charmlib.evaluation.finish import finish
+    from charmlib.evaluation.runs import finish
     from charmlib.params import UNHASHED, coerce
 
     folder, notebooks = Path(cell["folder"]), Path(cell["notebooks"])
@@ -141,7 +142,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: leave(Ended.STOPPED))
     held.keep(lost=lambda: leave(Ended.LEASE_LOST))
     os.environ.update(held.environment)
-    os.environ.update({"CHARM_CELL": cell["id"], "CHARM_BATCH": "1", watch.ALIVE: str(folder / ALIVE)})
+    os.environ.update({session.CELL: cell["id"], session.BATCH: "1", session.ALIVE: str(folder / ALIVE)})
     try:
         remove_temporaries(folder)
         (folder / "error.txt").unlink(missing_ok=True)
@@ -164,9 +165,9 @@ def _how(problem: Exception) -> Ended:
     if isinstance(problem, DeadKernelError):
         return Ended.CRASHED
     name, text = getattr(problem, "ename", type(problem).__name__), str(getattr(problem, "evalue", problem))
-    if name == watch.OutOfTime.__name__:
+    if name == session.OutOfTime.__name__:
         return Ended.OUT_OF_TIME
-    if name == lease.LeaseLost.__name__:
+    if name == LeaseLost.__name__:
         return Ended.LEASE_LOST
     if name == DiskFull.__name__ or is_disk_full(problem) or (name == "OSError" and "No space left on device" in text):
         return Ended.DISK_FULL

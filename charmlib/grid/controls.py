@@ -13,7 +13,7 @@ from charmlib.evaluation.compare import compare, verdict
 from charmlib.evaluation.controls import column_scores
 from charmlib.evaluation.intervals import Interval, bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc
-from charmlib.evaluation.results import load_metrics, load_predictions, load_resamples
+from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_whole
 from charmlib.grid.cells import GridError, cell_status
 from charmlib.grid.runner import Means, run_loaded
@@ -52,7 +52,7 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     """
     run = Path(path).resolve() if Path(path).is_dir() else None
     path = run / "params.yaml" if run else find_file(path)
-    finished = load_metrics(run) if run else None
+    finished = RunFolder(run).metrics if run else None
     given = load_params(path)
     params = resolve(stored(given) if run else given, parse_assignments(assignments), sources=(str(path), "-p"))
     with_absolute_paths(params)  # refuses what is not there
@@ -89,18 +89,18 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     remarks = [f"shuffled labels: the {LEVEL:.0%} interval {low:.4f} to {high:.4f} {'holds' if held else 'does NOT hold'} 0.5"]
     network = run or (folder / "network" if "network" in settings else None)
     if network and "plain" in settings:
-        plain, ours = load_predictions(folder / "plain"), load_predictions(network)
+        plain, ours = RunFolder(folder / "plain").test, RunFolder(network).test
         remarks.append(f"network less plain: {verdict(compare(plain, ours), 'the plain network', 'the network')}")
     return table, held, remarks
 
 
 def _limits(folder: Path, level: float = 0.95) -> Interval:
-    samples = load_resamples(folder)
+    samples = RunFolder(folder).resamples
     return interval(mean_of_defined(samples.auc), level) if samples else Interval(float("nan"), float("nan"), 1.0)
 
 
 def _trained(folder: Path, name: str) -> dict:
-    metrics = load_metrics(folder)
+    metrics = RunFolder(folder).metrics
     split = metrics["split"]
     return {**_row({"shuffled": "shuffled labels (must be 0.5)", "plain": "plain network"}.get(name, name),
                    metrics["test"]["mean_auc"], _limits(folder), split["name"], split["hash"], split["test"]),

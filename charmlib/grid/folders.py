@@ -7,8 +7,8 @@ import time
 import uuid
 from pathlib import Path
 
-from charmlib import lease
-from charmlib.files import sync
+from charmlib.files import LEASE, sync
+from charmlib.grid import lease
 from charmlib.grid.cells import ALIVE, GridError, cell_status, epochs_done
 
 _HALF = ".half"
@@ -32,7 +32,7 @@ def bring_cell(source: Path, target: Path) -> bool:
     half.mkdir(parents=True)
     try:
         for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.startswith(lease.NAME) and file.name != ALIVE:
+            if file.is_file() and not file.name.startswith(LEASE) and file.name != ALIVE:
                 shutil.copyfile(file, half / file.name)
                 sync(half / file.name)
         sync(half)

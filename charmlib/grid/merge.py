@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_text, write_whole
 from charmlib.grid.board import leaderboard
 from charmlib.grid.cells import GridError, cell_status, read_identity
@@ -97,7 +97,7 @@ def _stamps(place: Path, record: dict):
         refuse_at_work(folder)
         data = tuple(str(cell["params"].get(name)) for name in _DATA)
         if cell_status(folder) == "done":
-            m = load_metrics(folder)
+            m = RunFolder(folder).metrics
             yield _Stamp(place, cell["id"], data, m["split"]["hash"], m.get("code") or "",
                          {name: m["versions"][name] for name in _VERSIONS})
         elif known := read_identity(folder):

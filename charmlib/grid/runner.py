@@ -14,13 +14,12 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from charmlib import lease
 from charmlib.data.dataset import open_dataset
 from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.leaks import one_cross_validation
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_text, write_whole
-from charmlib.grid import estimate
+from charmlib.grid import estimate, lease
 from charmlib.grid.board import leaderboard
 from charmlib.grid.budget import KAGGLE_WEEK, Budget, hours, seconds_of
 from charmlib.grid.cells import (
@@ -215,7 +214,7 @@ def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
     seconds = _seconds_left(grid, grid, folder)
     for cell, left in zip(grid.cells, seconds):
         status = cell_status(folder / cell.id)
-        if status == "done" and changes(load_metrics(folder / cell.id)["params"], cell.params):
+        if status == "done" and changes(RunFolder(folder / cell.id).metrics["params"], cell.params):
             status = "done with other settings (refused without --rerun-changed)"
         say(f"{cell.id}: {status}" + (f", at most {hours(left)} left" if left else ""))
     say(f"{len(grid.cells)} cells in {folder}; nothing was run")
@@ -294,7 +293,7 @@ def _todo(grid: Grid, folder: Path, hashes: dict[str, str], rerun_changed: bool,
 def _hash_of(folder: Path) -> str | None:
     """The hash that a finished or started cell was made under; None for one that has nothing to lose."""
     if cell_status(folder) == "done":
-        return load_metrics(folder)["hash"] or "a run by hand"
+        return RunFolder(folder).metrics["hash"] or "a run by hand"
     if (folder / "resume.pt").is_file() or (folder / "model.json").is_file() or lease.holder(folder):
         return read_identity(folder).get("hash")
     return None

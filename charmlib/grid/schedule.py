@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from charmlib import lease
-from charmlib.evaluation.results import load_metrics, valid_auc
+from charmlib.evaluation.runs import RunFolder, valid_auc
 from charmlib.files import write_text
-from charmlib.grid import estimate
+from charmlib.grid import estimate, lease
 from charmlib.grid.budget import Budget, hours
 from charmlib.grid.cells import Ended, GridError, epochs_done, finished
 from charmlib.grid.cluster import Cluster
@@ -120,7 +119,7 @@ class Schedule:
             self.waiting.insert(0, job)
             return
         if outcome.ended is Ended.DONE:
-            metrics = load_metrics(folder)
+            metrics = RunFolder(folder).metrics
             score = valid_auc(metrics)
             self._count(f"{cell}: no validation part" if metrics["valid"] is None else
                         f"{cell}: valid AUC " + ("undefined" if score != score else f"{score:.4f}"))

@@ -13,7 +13,7 @@ from statistics import median
 
 from charmlib.grid.cells import GridError, cell_status
 from charmlib.grid.spec import Cell
-from charmlib.processes import with_this_package
+from charmlib.session import with_this_package
 
 KAGGLE_WORKING, KAGGLE_LIMIT = Path("/kaggle/working"), 20e9
 """What a Kaggle session may keep; its disk says more."""

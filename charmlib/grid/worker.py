@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from charmlib.files import LEASE
 from charmlib.grid.cells import RUNNING, Ended, GridError, code_hash, find_notebooks, notebook_code
-from charmlib.lease import NAME as LEASE
-from charmlib.processes import end_children, with_this_package
-from charmlib.watch import DEADLINE, SCORING
+from charmlib.session import DEADLINE, SCORING, end_children, with_this_package
 
 _LOOK = 0.25
 """Seconds between two looks at a cell's process."""

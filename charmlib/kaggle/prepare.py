@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from charmlib.data.paths import KAGGLE_DATASETS
 from charmlib.files import write_json, write_text
 from charmlib.grid.budget import KAGGLE_WEEK, seconds_of
 from charmlib.grid.spec import Grid, load_grid
@@ -16,6 +15,7 @@ from charmlib.kaggle.errors import KaggleError
 from charmlib.kaggle.metadata import CODE_FILE, NO_GPU, T4, check_source, check_user, kernel_metadata, slug_of
 from charmlib.kaggle.render import grid_files, shard_notebook
 from charmlib.kaggle.state import READY, VOID, Kernel, Settings, State, load_state, new_state
+from charmlib.nih import KAGGLE_DATASETS
 
 SESSION_HOURS = 12
 _ON_KAGGLE = "/kaggle/"

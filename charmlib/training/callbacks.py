@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-from charmlib import watch
-from charmlib.data.labels import NO_FINDING
+from charmlib import session
 from charmlib.data.loaders import GreyToNetwork, grey_to_network
 from charmlib.files import write_whole
+from charmlib.nih import NO_FINDING
 
 HISTORY = ("stage", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "bank_filled", "bank_accepted")
 
@@ -70,7 +70,7 @@ class SignOfLife(Callback):
     order = 70
 
     def after_batch(self):
-        watch.alive()
+        session.alive()
 
 
 class FollowStep(Callback):
@@ -265,7 +265,7 @@ class SaveProgress(Callback):
 
     Raises
     ------
-    charmlib.watch.OutOfTime
+    charmlib.session.OutOfTime
         There is not.
     """
 
@@ -287,7 +287,7 @@ class SaveProgress(Callback):
         self.save(self.epoch + 1, over)
         self.longest = max(self.longest, time.monotonic() - self.clock)
         if not over:
-            watch.stop_unless(self.margin * self.longest, "the next epoch")
+            session.stop_unless(self.margin * self.longest, "the next epoch")
         if stop:
             raise CancelFitException
 

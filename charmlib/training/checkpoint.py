@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from charmlib.evaluation.finish import FORMAT
-from charmlib.evaluation.results import load_card
+from charmlib.evaluation.runs import FORMAT, RunFolder
 from charmlib.files import write_json, write_whole
 from charmlib.models.charm import CharmNet
 from charmlib.params import stored
@@ -73,7 +72,7 @@ def load_model(folder: str | Path, device="cpu") -> tuple[CharmNet, dict]:
     ValueError
         The checkpoint does not fit; names what is missing, unknown or of another shape.
     """
-    card = load_card(folder)
+    card = RunFolder(folder).card
     net = CharmNet(classes=len(card["classes"]), weights="none", norm="half", **network_params(card["params"]))
     net.mean, net.std = tuple(card["norm"]["mean"]), tuple(card["norm"]["std"])
     load_weights(net, folder)

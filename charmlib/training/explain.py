@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from charmlib.data.labels import NO_FINDING
 from charmlib.data.loaders import grey_to_network
-from charmlib.data.splits import PARTS
 from charmlib.evaluation.metrics import prevalence
+from charmlib.nih import NO_FINDING, PARTS
 
 COLUMNS = ("slot", "image", "patient", "labels", "similarity", "weight", "step")
 

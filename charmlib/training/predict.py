@@ -13,7 +13,7 @@ from scipy.special import expit
 from charmlib.data.loaders import grey_to_network
 from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
 from charmlib.evaluation.evaluate import thresholds_at
-from charmlib.evaluation.results import choices, has_valid, load_card, load_metrics, load_predictions
+from charmlib.evaluation.runs import RunFolder
 from charmlib.training.checkpoint import load_model
 from charmlib.training.device import pick_device
 
@@ -45,18 +45,16 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     FileNotFoundError, ValueError
         Not a trained run, no images, or an unknown operating point; ``calibrated`` for a run without a validation part.
     """
-    card = load_card(run)
-    validated = has_valid(card)
+    card = RunFolder(run).card
+    validated = bool(card["thresholds"])
     if calibrated and not validated:
         raise ValueError(f"{run} was trained without a validation part, so it has no temperature: leave --calibrated out")
-    if calibrated and card.get("temperature") is None:
-        card |= choices(run, load_predictions(run, "valid"))  # a run from before it was kept
     thresholds = (card["thresholds"].get(point) or thresholds_at(run, point)) if validated else {}
     files = find_radiographs(paths)
     chosen = pick_device(device)
     net, _ = load_model(run, chosen)
     mean, std = (torch.tensor(v, device=chosen).view(1, -1, 1, 1) for v in (net.mean, net.std))
-    aspect = card["params"].get("aspect", "stretch")
+    aspect = card["params"]["aspect"]
     kept, logits = [], []
     for start in range(0, len(files), batch):
         images = []
@@ -86,11 +84,9 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
 
 def origin(run: str | Path) -> str:
     """What a run's network was trained on, in one line; shouts where its calls can mean nothing."""
-    card = load_card(run)
-    params, data = card["params"], card.get("data")
-    if data is None:  # a run from before the card kept it
-        data = load_metrics(run)["data"] if (Path(run) / "metrics.json").is_file() else {"name": "?", "drawn": False}
+    card = RunFolder(run).card
+    params, data = card["params"], card["data"]
     shout = "TRAINED ON DRAWN PHANTOMS, its calls say nothing of radiographs: " if data["drawn"] else ""
-    shout += "TRAINED ON SHUFFLED LABELS, its calls say nothing: " if params.get("labels") == "shuffled" else ""
+    shout += "TRAINED ON SHUFFLED LABELS, its calls say nothing: " if params["labels"] == "shuffled" else ""
     return (f"{shout}{Path(run).resolve().name}: {card['arch']}, trained on {data['name']}, split '{params['split']}', at "
             f"{params['image_size']} pixels. Research use only.")

@@ -18,34 +18,26 @@ import torch
 import yaml
 
 import charmlib
-from charmlib import watch
+from charmlib import session
 from charmlib.data.dataset import ChestData, open_dataset
-from charmlib.data.labels import same_order
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.enrichment import enrichment, training_shares
-from charmlib.evaluation.finish import PART_FILE
+from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
-from charmlib.evaluation.results import (
-    Predictions,
-    choices,
-    chosen_on_validation,
-    load_card,
-    save_predictions,
-    save_resamples,
-)
+from charmlib.evaluation.runs import PART_FILE, RunFolder, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_json, write_text, write_whole
 from charmlib.models.charm import CharmNet
+from charmlib.nih import same_order
 from charmlib.params import UNHASHED, read_yaml, resolve, stored, with_absolute_paths
-from charmlib.processes import die_with_parent
+from charmlib.session import die_with_parent, person_watches
 from charmlib.training.callbacks import HISTORY, seed_everything, write_bank_history, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, network_params, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
 from charmlib.training.explain import Explanation, explain, rare_cases
 from charmlib.training.learner import charm_learner
 from charmlib.training.stages import StageRunner, plan
-from charmlib.viz.person import person_watches
 
 
 class Run:
@@ -75,7 +67,7 @@ class Run:
         charmlib.params.ParameterError
             A parameter that is unknown, ill-typed or out of range.
         """
-        if "CHARM_CELL" in os.environ:  # ipykernel's own look at its parent knows process 1 only, in older releases
+        if session.in_grid():  # ipykernel's own look at its parent knows process 1 only, in older releases
             die_with_parent(int(os.environ.get("JPY_PARENT_PID", os.getppid())))
         p = with_absolute_paths(resolve(dict(params or {}), changes))
         p["data_root"] = str(resolve_data_root(p["data_root"]))
@@ -146,7 +138,7 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._lr is None and self.trained():
-            self._lr = load_card(self.folder)["stage1_lr"]
+            self._lr = RunFolder(self.folder).card["stage1_lr"]
         if self._lr is None:
             kept = self._runner().saved(self.params["resume"])
             self._lr = kept["lr"] if kept else None
@@ -185,7 +177,7 @@ class Run:
         runner = self._runner()
         state = runner.saved(self.params["resume"])  # refuses a folder of other settings before writing to it
         write_text(self.folder / "params.yaml", yaml.safe_dump(self.params, sort_keys=False))
-        if "CHARM_CELL" not in os.environ:  # a grid keeps one for all its cells
+        if not session.in_grid():  # a grid keeps one for all its cells
             frame = self.data.split.frame(self.data.index)
             write_whole(self.folder / "split.csv", lambda temporary: frame.to_csv(temporary, index=False))
         runner.lr = self._lr = state["lr"] if state else self.find_lr()
@@ -224,7 +216,7 @@ class Run:
         """
         if not self.params["resume"] or not (self.folder / "model.json").is_file():
             return False
-        theirs = {k: v for k, v in load_card(self.folder)["params"].items() if k not in UNHASHED}
+        theirs = {k: v for k, v in RunFolder(self.folder).card["params"].items() if k not in UNHASHED}
         if wrong := differences(theirs, self._identity()):
             raise ValueError(f"{self.folder} holds a trained run with other settings ({wrong}). Name another run_dir, or say "
                              "resume=False to train anew.")
@@ -334,7 +326,7 @@ class Run:
         self.net.eval()
         out, labels = [], []
         for x, y in dl:
-            watch.alive()
+            session.alive()
             with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
                 out.append(self.net(x.as_subclass(torch.Tensor)).float())
             labels.append(y.as_subclass(torch.Tensor))
@@ -373,15 +365,15 @@ class Run:
         operating points nor a scaled calibration.
 
         The metrics also go into a part file from which ``metrics.json`` is made when the run is finished (see
-        :func:`charmlib.evaluation.finish.finish`).
+        :func:`charmlib.evaluation.runs.finish`).
 
         Raises
         ------
-        charmlib.watch.OutOfTime
+        charmlib.session.OutOfTime
             A deadline is set, and scoring would not fit.
         """
         history = self.history or self._read_history()
-        watch.stop_unless(watch.scoring_seconds(guess=max((row["seconds"] for row in history), default=0.0)), "scoring")
+        session.stop_unless(session.scoring_seconds(guess=max((row["seconds"] for row in history), default=0.0)), "scoring")
         start = time.monotonic()
         parts = {}
         for part in ("valid", "test"):
@@ -399,14 +391,14 @@ class Run:
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
         valid = score_part(parts["valid"], self.data.classes)[0] if self.data.split.has_valid else None
         test, samples = score_part(parts["test"], self.data.classes, prevalence=train,
-                                   **choices(self.folder, Predictions(**parts["valid"], classes=self.data.classes)))
-        save_resamples(self.folder, samples)
+                                   **RunFolder(self.folder).choices)
+        save_resamples(self.folder / "resamples.npz", samples)
         metrics = {
             "params": self.params, "data": self._source(),
             "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
             "classes": list(self.data.classes),
             "train_prevalence": train, "valid": valid, "test": test,
-            "bank": bank, "stage1_lr": load_card(self.folder)["stage1_lr"],
+            "bank": bank, "stage1_lr": RunFolder(self.folder).card["stage1_lr"],
             "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": None, "overhead": None},
             "peak_memory_mb": peak_memory_mb(), "device": device_name(self.device), "precision": self.precision,
             "versions": versions(), "quick_check": self.params["limit"] > 0,

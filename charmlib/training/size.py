@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
-from charmlib.data.labels import NIH14, NIH15
 from charmlib.models.charm import CharmNet
+from charmlib.nih import NIH14, NIH15
 from charmlib.training.checkpoint import network_params
 
 

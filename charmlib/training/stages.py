@@ -10,7 +10,7 @@ import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 
-from charmlib import watch
+from charmlib import session
 from charmlib.training.callbacks import EpochRecord, KeepBest, RestoreScaler, SaveProgress, SeedEpoch
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 
@@ -96,7 +96,7 @@ class StageRunner:
 
         Raises
         ------
-        charmlib.watch.OutOfTime
+        charmlib.session.OutOfTime
             A deadline is set, and the next epoch would not fit; everything finished is saved.
         """
         done = phases.index(next(p for p in phases if p.name == state["phase"])) if state else -1
@@ -124,7 +124,7 @@ class StageRunner:
                 start = state["epochs"]
                 best = state["best"]
                 fill(self.net, state["model"], str(self.path))
-            watch.stop_unless(longest, f"{phase.name}")
+            session.stop_unless(longest, f"{phase.name}")
             best, longest = self._fit(learner, phase, start, best, state if i == done else None)
             if i + 1 == len(phases) or phases[i + 1].stage != phase.stage:
                 fill(self.net, best["state"], "the best epoch")

@@ -11,13 +11,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from charmlib.data.show import show_images
 from charmlib.evaluation.metrics import frequency_groups, prevalence
+from charmlib.nih import PARTS
 from charmlib.viz import page
 from charmlib.viz.cooccurrence import plot_cooccurrence
-from charmlib.viz.images import show_images
 from charmlib.viz.style import FIRST, GUIDE, OKABE_ITO, SECOND, heading, readable, styled
 
-PARTS = ("train", "valid", "test")
 _COLOURS = dict(zip(PARTS, (FIRST, OKABE_ITO[4], SECOND)))
 _SAID = dict(zip(PARTS, ("training", "validation", "test")))
 _OLDEST = 120  # the NIH table has ages up to 414

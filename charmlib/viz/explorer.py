@@ -17,15 +17,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import expit
 
+from charmlib.data.show import show_images
 from charmlib.evaluation.compare import aligned, compare, verdict
 from charmlib.evaluation.evaluate import evaluate_run, run_folders, run_names
 from charmlib.evaluation.intervals import Interval, enough_patients, interval, operating_resamples
-from charmlib.evaluation.results import load_metrics, valid_auc
+from charmlib.evaluation.runs import RunFolder, valid_auc
 from charmlib.evaluation.tables import point_note, split_note, with_intervals
 from charmlib.evaluation.walk import Walk
+from charmlib.session import person_watches
 from charmlib.viz.counts import plot_counts
-from charmlib.viz.images import show_images
-from charmlib.viz.person import person_watches
 from charmlib.viz.roc import plot_roc_bands
 from charmlib.viz.style import FIRST, GUIDE, RC, SECOND, readable
 
@@ -58,7 +58,7 @@ class Explorer:
 
     def __init__(self, runs: Sequence[str | Path], image_of: Callable | None = None):
         folders = run_folders(runs)
-        found = {name: (folder, load_metrics(folder)) for name, folder in zip(run_names(folders), folders)}
+        found = {name: (folder, RunFolder(folder).metrics) for name, folder in zip(run_names(folders), folders)}
         best_first = sorted(found, key=lambda name: (found[name][1]["valid"] is None,
                                                      -np.nan_to_num(valid_auc(found[name][1]))))
         self.folders = {name: found[name][0] for name in best_first}

@@ -10,7 +10,7 @@ import pandas as pd
 
 from charmlib.evaluation.enrichment import enrichment_note, enrichment_table
 from charmlib.evaluation.published import beside_published
-from charmlib.evaluation.results import Predictions
+from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.tables import (
     calibration_table,
     class_table,

@@ -19,7 +19,7 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
 
     Parameters
     ----------
-    predictions : charmlib.evaluation.results.Predictions
+    predictions : charmlib.evaluation.runs.Predictions
     title, note : str
         ``note`` stands under the title: split, images, patients.
     """

@@ -7,9 +7,9 @@ from PIL import Image
 
 from charmlib.data.dataset import open_dataset
 from charmlib.data.index import read_index
-from charmlib.data.labels import NIH14, canonical, same_order
 from charmlib.data.paths import resolve_data_root
 from charmlib.data.splits import SplitError, make_split
+from charmlib.nih import NIH14, canonical, same_order
 
 
 def png(path):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from charmlib.data.index import read_index
-from charmlib.data.labels import NIH14
 from charmlib.data.phantom import PREVALENCE, draw_phantom, make_phantoms
 from charmlib.data.splits import make_split
+from charmlib.nih import NIH14
 
 
 @pytest.mark.parametrize("finding", NIH14)

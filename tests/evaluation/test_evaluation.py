@@ -20,7 +20,7 @@ from charmlib.evaluation.published import (
     published_per_class,
     published_results,
 )
-from charmlib.evaluation.results import load_metrics, load_predictions
+from charmlib.evaluation.runs import RunFolder
 
 
 def test_unknown_labels_are_left_out_class_by_class(cohort):
@@ -104,18 +104,18 @@ def test_the_published_tables_ship_with_the_package():
 
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="test notebook"):
-        load_predictions(tmp_path)
+        _ = RunFolder(tmp_path).test
     with pytest.raises(FileNotFoundError, match="not finished"):
-        load_metrics(tmp_path)
+        _ = RunFolder(tmp_path).metrics
     (tmp_path / "predictions.npz").write_text("garbage")
     with pytest.raises(ValueError, match="predictions.npz is damaged"):
-        load_predictions(tmp_path)
+        _ = RunFolder(tmp_path).test
     (tmp_path / "metrics.json").write_text('{"format": ')
     with pytest.raises(ValueError, match="damaged"):
-        load_metrics(tmp_path)
+        _ = RunFolder(tmp_path).metrics
     (tmp_path / "metrics.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
-        load_metrics(tmp_path)
+        _ = RunFolder(tmp_path).metrics
 
 
 def test_json_has_no_nan(tmp_path):

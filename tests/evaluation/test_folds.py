@@ -10,7 +10,7 @@ from charmlib.evaluation.compare import compare
 from charmlib.evaluation.folds import auc_within_folds, out_of_fold
 from charmlib.evaluation.leaks import LeakError, refuse_leaks
 from charmlib.evaluation.metrics import auc_by_class
-from charmlib.evaluation.results import load_predictions
+from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import MEAN
 
 
@@ -24,12 +24,12 @@ def test_every_image_is_scored_once(make_run, phantoms):
     listed = pd.read_csv(phantoms / "Data_Entry_2017.csv")["Image Index"]
     assert sorted(whole.ids) == sorted(listed)
     for run in runs:
-        part = load_predictions(run)
+        part = RunFolder(run).test
         at = [int(np.flatnonzero(whole.ids == i)[0]) for i in part.ids]
         np.testing.assert_array_equal(whole.logits[at], part.logits)
         assert (whole.patients[at] == part.patients).all()
-    within = auc_within_folds([load_predictions(run) for run in runs])
-    one = [auc_by_class(p.labels, p.logits, p.classes)["Effusion"] for p in map(load_predictions, runs)]
+    within = auc_within_folds([RunFolder(run).test for run in runs])
+    one = [auc_by_class(p.labels, p.logits, p.classes)["Effusion"] for p in (RunFolder(run).test for run in runs)]
     assert within["Effusion"] == pytest.approx(np.nanmean(one))
 
 
@@ -61,7 +61,7 @@ def test_the_table_of_parts_pairs_out_of_fold(make_run, phantoms, tmp_path):
                                             ("plain", 0.6, 3, {"use_bank": False}))}
     runs = configurations(tmp_path)
     assert list(runs) == ["plain", "charm", "published"] and {n: sorted(c) for n, c in runs.items()} == cells
-    parts = {name: [load_predictions(run) for run in found] for name, found in runs.items()}
+    parts = {name: [RunFolder(run).test for run in found] for name, found in runs.items()}
     rows, by_class = table(parts)
     rows = rows.set_index("configuration")
     paired = compare(out_of_fold(cells["plain"]), out_of_fold(cells["charm"]))

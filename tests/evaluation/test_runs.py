@@ -14,7 +14,7 @@ from charmlib.evaluation.ensemble import mean_ensemble
 from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_folders
 from charmlib.evaluation.intervals import bootstrap
 from charmlib.evaluation.leaks import LeakError, refuse_leaks, split_of
-from charmlib.evaluation.results import Predictions, load_metrics, load_predictions, load_resamples
+from charmlib.evaluation.runs import Predictions, RunFolder
 from charmlib.evaluation.tables import class_table, operating_table, point_note, run_table, split_note, with_intervals
 from charmlib.evaluation.walk import Walk
 from charmlib.files import write_json
@@ -120,42 +120,35 @@ def test_splits_of_the_same_test_part_may_meet(make_run):
 def test_a_run_without_validation_is_compared_and_averaged_and_chooses_nothing(make_run):
     run, other = make_run("g/apart", valid_fraction=0, patience=0), make_run("g/usual", seed=1)
     refuse_leaks([run, other])
-    table = compare(load_predictions(run), load_predictions(other), resamples=20)
+    table = compare(RunFolder(run).test, RunFolder(other).test, resamples=20)
     assert table[table["figure"] == "AUC"]["difference"].notna().any()
     metrics, _ = evaluate_run(run, points=["youden"])
     assert metrics["test"]["operating"] == {} and list(metrics["test"]["calibration"]) == ["as_trained"]
     assert operating_table(metrics["test"], "youden").empty and "no operating point" in point_note(metrics["test"], "youden")
     assert split_note(metrics).endswith("trained without a validation part")
-    assert "without" not in split_note(load_metrics(other))
+    assert "without" not in split_note(RunFolder(other).metrics)
     usual, _ = evaluate_run(other)
     runs = run_table([{**metrics, "cell": "apart"}, {**usual, "cell": "usual"}])
     assert np.isnan(runs["valid AUC"][0]) and with_intervals(runs)["valid AUC"][0] == "" and runs["valid AUC"][1] > 0.5
     for members in ([run, other], [other, run]):
         mean, test = evaluate_ensemble(members, points=["sensitivity_0.80"])
         assert mean["valid"] is None and mean["test"]["operating"] == {} and mean["test"]["mean_auc"] > 0.5
-        assert set(test.ids) == set(load_predictions(run).ids)
+        assert set(test.ids) == set(RunFolder(run).test.ids)
 
 
-def test_evaluate_gives_what_training_stored_and_mends_older_runs(make_run):
+def test_evaluate_gives_what_training_stored(make_run):
     run = make_run("g/a")
     metrics, test = evaluate_run(run, points=["sensitivity_0.70"])
-    stored = load_metrics(run)["test"]
+    stored = RunFolder(run).metrics["test"]
     assert metrics["test"]["auc"] == stored["auc"] and metrics["test"]["mean_auc_low"] == stored["mean_auc_low"]
     write_json(run / "anew.json", metrics["test"]["operating"])
     assert json.loads((run / "anew.json").read_text())["f1"] == stored["operating"]["f1"]
     assert {"youden", "f1", "sensitivity_0.90", "sensitivity_0.70"} == set(metrics["test"]["operating"])
-    old = json.loads((run / "model.json").read_text())
-    (run / "model.json").write_text(json.dumps({**old, "temperature": None, "thresholds": {"youden":
-                                                                                           old["thresholds"]["youden"]}}))
-    old_run = json.loads((run / "metrics.json").read_text())
-    for key in ("intervals", "operating", "calibration", "groups"):
-        del old_run["test"][key]
-    (run / "metrics.json").write_text(json.dumps(old_run))
     (run / "resamples.npz").unlink()
     again, _ = evaluate_run(run)
     write_json(run / "again.json", again["test"]["operating"])
     assert json.loads((run / "again.json").read_text())["f1"] == stored["operating"]["f1"]
-    assert np.array_equal(load_resamples(run).auc, bootstrap(test.labels, test.logits, test.patients).auc, equal_nan=True)
+    assert np.array_equal(RunFolder(run).resamples.auc, bootstrap(test.labels, test.logits, test.patients).auc, equal_nan=True)
     (run / "model.json").unlink()
     assert evaluate_run(run)[0]["test"]["auc"] == again["test"]["auc"]
     mean, both = evaluate_ensemble([run, make_run("g/b", seed=4)])
@@ -173,8 +166,8 @@ def test_folders_of_runs_are_found(make_run, tmp_path):
 
 def test_tables_fold_intervals_and_say_what_is_undefined(make_run):
     run = make_run("g/a")
-    part = load_metrics(run)["test"]  # as read from JSON: no NaN, but null
-    test = load_predictions(run)
+    part = RunFolder(run).metrics["test"]  # as read from JSON: no NaN, but null
+    test = RunFolder(run).test
     table = class_table(part, dict(zip(test.classes, (test.labels == 1).sum(0).tolist())))
     mean = table["class"].iloc[0]
     assert mean == (f"mean of {14 - len(part['undefined'])} of 14 classes" if part["undefined"] else MEAN)
@@ -186,7 +179,7 @@ def test_tables_fold_intervals_and_say_what_is_undefined(make_run):
         assert text.loc[name, "AUC"] == "undefined"
     calls = operating_table(part, "youden")
     assert (calls[["TP", "FP", "FN", "TN"]].sum(axis=1) == len(test.ids)).all()
-    row = run_table([load_metrics(run)]).iloc[0]
+    row = run_table([RunFolder(run).metrics]).iloc[0]
     assert row["images"] == len(test.ids) and row["patients"] == len(set(test.patients)) and 0 < row["positive share"] < 1
 
 

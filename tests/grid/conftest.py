@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import run_grid
 from tests.conftest import TINY
 
@@ -25,7 +25,7 @@ SHORT = {"stage1_frozen_epochs": 0, "stage1_epochs": 2, "stage2_epochs": 2}
 # What a real pair of notebooks leaves, without torch: each "epoch" takes a moment, saves, and minds the deadline.
 _TRAIN = '''import json, os, time
 from pathlib import Path
-from charmlib import watch
+from charmlib import session
 from charmlib.files import write_json, write_text
 folder = Path(run_dir)
 with open(folder / "log.txt", "a") as log:
@@ -33,7 +33,7 @@ with open(folder / "log.txt", "a") as log:
 epochs = json.loads((folder / "resume.pt").read_text()) if (folder / "resume.pt").is_file() else 0
 while epochs < stage1_epochs:
     time.sleep(PACE)
-    watch.alive()
+    session.alive()
     epochs += 1
     rows = "".join(f"1,{i},0.5,0.5,0.6,0.001,{PACE},,\\n" for i in range(epochs))
     head = "stage,epoch,train_loss,valid_loss,valid_auc,lr,seconds,bank_filled,bank_accepted\\n"
@@ -42,12 +42,12 @@ while epochs < stage1_epochs:
     with open(folder / "log.txt", "a") as log:
         print(f"epoch {epochs} pid {os.getpid()}", file=log)
     if epochs < stage1_epochs:
-        watch.stop_unless(1.2 * PACE, "the next epoch")
+        session.stop_unless(1.2 * PACE, "the next epoch")
 write_json(folder / "model.json", {"format": 1})
 '''
 _TEST = '''import json, shutil
 from pathlib import Path
-from charmlib.evaluation.finish import PART_FILE
+from charmlib.evaluation.runs import PART_FILE
 from charmlib.files import write_json
 for name in ("predictions.npz", "resamples.npz"):
     shutil.copy(Path(FINISHED) / name, run_dir)
@@ -156,7 +156,7 @@ def family(process: psutil.Process, word: str) -> list[psutil.Process]:
 
 def same_results(ours: Path, theirs: Path) -> None:
     """Both cells have the same bits in ``metrics.json``, apart from times and memory."""
-    a, b = load_metrics(ours), load_metrics(theirs)
+    a, b = RunFolder(ours).metrics, RunFolder(theirs).metrics
     for m in (a, b):
         for key in ("seconds", "peak_memory_mb"):
             m.pop(key)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import run_grid
 from charmlib.grid.cells import GridError, epochs_done
 from charmlib.grid.cluster import gpus
@@ -111,7 +111,7 @@ def cluster(hosts, tmp_path):
                       "--host", hosts[machine], "--local-directory", str(tmp_path / machine), "--no-dashboard", *options)
 
     yield Cluster()
-    from charmlib.processes import end_children
+    from charmlib.session import end_children
 
     for process in processes:
         end_children(process.pid, itself=True)
@@ -130,7 +130,7 @@ def test_a_grid_on_machines_that_a_network_joins(done, cluster, tmp_path):
     board = run_grid(path, out=tmp_path / "out", scheduler_file=str(cluster.file), say=said.append)
     assert board["status"].tolist() == ["done"] * 2
     for cell in CELLS:
-        ours, theirs = load_metrics(tmp_path / "out" / cell), load_metrics(quiet / cell)
+        ours, theirs = RunFolder(tmp_path / "out" / cell).metrics, RunFolder(quiet / cell).metrics
         assert ours["hash"] == theirs["hash"]
         assert ours["split"] == theirs["split"]  # not the scores' bits: these workers compute with other threads
         assert len((tmp_path / "out" / cell / "history.csv").read_text().splitlines()) == 5

@@ -10,7 +10,7 @@ import yaml
 from charmlib.cli import _board_text
 from charmlib.evaluation.compare import MEAN, compare
 from charmlib.evaluation.leaks import LeakError
-from charmlib.evaluation.results import load_predictions
+from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import leaderboard, run_grid
 from charmlib.grid.board import over_seeds
 from charmlib.grid.cells import GridError
@@ -37,7 +37,7 @@ def test_cells_that_cannot_be_told_from_the_first_are_marked(make_run):
     board = leaderboard(folder).set_index("cell")
     first = board.index[board["rank"] == 1][0]
     for cell in set(runs) - {first}:
-        want = compare(load_predictions(runs[first]), load_predictions(runs[cell])).set_index(["figure", "class"])
+        want = compare(RunFolder(runs[first]).test, RunFolder(runs[cell]).test).set_index(["figure", "class"])
         want = want.loc[("AUC", MEAN)]
         row = board.loc[cell]
         assert (row["diff_first"], row["diff_low"], row["diff_high"]) == pytest.approx(

@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from charmlib import lease
-from charmlib.grid import Grid, merge_grids
+from charmlib.grid import Grid, lease, merge_grids
 from charmlib.grid.cells import GridError, cell_status, tidy
 from charmlib.grid.earlier import bring_earlier
 from charmlib.grid.folders import bring_cell, remove_cell

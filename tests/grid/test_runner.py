@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from charmlib.evaluation.results import load_metrics
+from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import leaderboard, run_grid
 from charmlib.grid.cells import GridError, cell_hash, cell_status, find_notebooks, notebook_code
 from charmlib.grid.worker import child_environment, nanny_environment
@@ -35,7 +35,7 @@ def test_a_grid_leaves_all_its_files(done):
         assert {p.name for p in (out / cell).iterdir() } == {
             "params.yaml", "train.ipynb", "test.ipynb", "model.safetensors", "model.json", "history.csv", "predictions.npz",
             "resamples.npz", "metrics.json", "report.html", "log.txt", "bank_history.csv", "bank.csv"}
-        metrics = load_metrics(out / cell)
+        metrics = RunFolder(out / cell).metrics
         assert metrics["cell"] == cell and len(metrics["hash"]) == 16 and metrics["seconds"]["overhead"] > 0
         params = yaml.safe_load((out / cell / "params.yaml").read_text())
         assert resolve(params) == params and params["run_dir"] == str(out / cell)
@@ -51,7 +51,7 @@ def test_validation_ranks_and_the_test_score_is_beside(done):
     board = leaderboard(out)
     assert board["valid_mean_auc"].is_monotonic_decreasing
     for _, row in board.iterrows():
-        metrics = load_metrics(out / row["cell"])
+        metrics = RunFolder(out / row["cell"]).metrics
         assert (row["valid_mean_auc"], row["test_mean_auc"]) == (metrics["valid"]["mean_auc"], metrics["test"]["mean_auc"])
         assert row["ci_low"] <= row["test_mean_auc"] <= row["ci_high"] and "drawn" in row["split"]
         assert row["n_images"] == metrics["split"]["test"]["images"]
@@ -88,7 +88,7 @@ def test_a_finished_cell_of_other_settings_is_refused_by_name_then_rerun_when_as
     with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.9_k1_t0\.1.*--rerun-changed"):
         run_grid(path, ["seed=7"], out=mine)
     board = run_grid(path, ["seed=7"], out=mine, rerun_changed=True)
-    assert load_metrics(mine / "m0.9_k1_t0.1")["params"]["seed"] == 7
+    assert RunFolder(mine / "m0.9_k1_t0.1").metrics["params"]["seed"] == 7
     assert set(board["cell"]) == {"m0.9_k1_t0.1", "m0.9_k2_t0.1"}  # the other cell stays on the board
 
 
@@ -123,7 +123,7 @@ def test_a_half_done_cell_never_goes_on_under_other_settings(done, tmp_path):
     mine = tmp_path / "out"
     shutil.copytree(out, mine)
     cell = mine / "m0.9_k1_t0.1"
-    (cell / "cell.json").write_text(json.dumps({"id": cell.name, "hash": load_metrics(cell)["hash"]}))
+    (cell / "cell.json").write_text(json.dumps({"id": cell.name, "hash": RunFolder(cell).metrics["hash"]}))
     (cell / "metrics.json").unlink()
     with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.9_k1_t0\.1"):
         run_grid(path, ["k=1", "seed=7"], out=mine)
@@ -229,7 +229,7 @@ def test_the_nannys_thread_and_malloc_settings_do_not_reach_a_cell(monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["charmlib.grid", "charmlib.grid.runner", "charmlib.grid.report", "charmlib.params",
-                                    "charmlib.data.dataset", "charmlib.data.phantom", "charmlib.evaluation.results",
+                                    "charmlib.data.dataset", "charmlib.data.phantom", "charmlib.evaluation.runs",
                                     "charmlib.viz.roc", "charmlib.cli"])
 def test_grid_files_and_pictures_never_import_torch(module):
     code = f"import sys, {module}; bad = [m for m in ('torch', 'fastai') if m in sys.modules]; sys.exit(str(bad) if bad else 0)"

@@ -14,7 +14,8 @@ import pandas as pd
 import psutil
 import pytest
 
-from charmlib import lease
+from charmlib.files import LeaseLost
+from charmlib.grid import lease
 from charmlib.grid.cells import epochs_done
 from tests.grid.conftest import CELLS, family, run, same_results, start, wait_for
 
@@ -227,7 +228,7 @@ def test_a_machine_that_slept_loses_its_lease_after_a_while(tmp_path, monkeypatc
         monkeypatch.setenv(name, value)
     from charmlib.files import write_text
 
-    with pytest.raises(lease.LeaseLost, match="taken over by another"):
+    with pytest.raises(LeaseLost, match="taken over by another"):
         write_text(tmp_path / "metrics.json", "{}")
     assert not (tmp_path / "metrics.json").exists() and not list(tmp_path.glob("*.tmp"))
     mine.release()
@@ -248,14 +249,14 @@ def test_a_lease_guards_its_folder_by_any_path(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     write_text(tmp_path / "link/a.txt", "mine")
     (tmp_path / "cell/.lease").unlink()
-    with pytest.raises(lease.LeaseLost, match="is gone"):
+    with pytest.raises(LeaseLost, match="is gone"):
         write_text(tmp_path / "link/a.txt", "no longer")
     assert (tmp_path / "cell/a.txt").read_text() == "mine"
 
 
 def test_a_cells_process_ends_also_when_its_parent_was_killed_before_it_could_look(done, tmp_path):
     """Killed a tenth of a second after it started the cell, the parent left it running for good."""
-    code = ("import json, os, subprocess, sys, time; from charmlib.processes import with_this_package\n"
+    code = ("import json, os, subprocess, sys, time; from charmlib.session import with_this_package\n"
             "child = subprocess.Popen([sys.executable, '-m', 'charmlib.grid.child'], stdin=subprocess.PIPE, text=True,\n"
             "                         env=with_this_package(os.environ))\n"
             "print(child.pid, flush=True); time.sleep(60)")
@@ -279,7 +280,7 @@ def test_time_between_sessions_is_not_a_cells_overhead(tmp_path):
 
 def test_of_many_that_want_a_lease_one_gets_it(tmp_path):
     """Twelve processes at once, over a lease whose holder is dead."""
-    code = ("import sys, time; from charmlib import lease\n"
+    code = ("import sys, time; from charmlib.grid import lease\n"
             "try: lease.take(sys.argv[1]); print('mine', flush=True); time.sleep(6)\n"
             "except lease.Busy: print('busy', flush=True)")
     dead = subprocess.run([sys.executable, "-c", code.replace("time.sleep(6)", "pass"), str(tmp_path)], capture_output=True,

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from charmlib import Run
-from charmlib.evaluation.finish import finish
-from charmlib.evaluation.results import load_metrics, load_predictions
+from charmlib.evaluation.runs import RunFolder, finish
 from charmlib.viz.explain import plot_explanation
 from tests.conftest import TINY
 
@@ -34,7 +33,7 @@ def run(folder):
 def test_slots_similarities_and_weights_by_hand(run, norm):
     """The k most similar slots, one dot product at a time."""
     run.net.bank.bank_norm = norm
-    image = load_predictions(run.folder).ids[5]
+    image = RunFolder(run.folder).test.ids[5]
     told = run.explain(image)
     row = run.data.index.frame.index[run.data.index.frame["id"] == image][0]
     x, _ = run.dataloaders(2).test_dl([run.data.index.frame.loc[row, "path"]]).one_batch()
@@ -57,7 +56,7 @@ def test_slots_similarities_and_weights_by_hand(run, norm):
 
 
 def test_probabilities_are_those_of_the_scores(run):
-    test = load_predictions(run.folder)
+    test = RunFolder(run.folder).test
     for i in (0, 7):
         told = run.explain(str(test.ids[i]))
         np.testing.assert_allclose(list(told.probabilities.values()), 1 / (1 + np.exp(-test.logits[i])), rtol=1e-3)
@@ -123,7 +122,7 @@ def test_the_picture_names_images_labels_similarity_and_weight(run):
 
 def test_metrics_keep_the_enrichment_of_the_last_bank(run):
     """Shares counted by hand from bank.csv and the split."""
-    bank = load_metrics(run.folder)["bank"]
+    bank = RunFolder(run.folder).metrics["bank"]
     assert {"filled", "accepted", "enrichment"} == set(bank)
     held, kept = bank["enrichment"], pd.read_csv(run.folder / "bank.csv")
     assert held["slots"] == len(kept) == bank["filled"] and held["patients"] == kept["patient"].nunique()

@@ -11,8 +11,7 @@ import torch
 
 from charmlib import Run, charm_learner
 from charmlib.evaluation.evaluate import evaluate_run, thresholds_at
-from charmlib.evaluation.finish import finish
-from charmlib.evaluation.results import load_card, load_metrics, load_predictions
+from charmlib.evaluation.runs import RunFolder, finish
 from charmlib.params import ParameterError
 from charmlib.training.checkpoint import load_model, load_resume
 from charmlib.training.predict import predict
@@ -59,7 +58,7 @@ def test_it_takes_all_images_and_ends_with_its_last_epoch(trained, phantoms, tmp
         assert torch.equal(value, load_model(trained)[0].state_dict()[name]), name
     said = capsys.readouterr().out
     assert "no validation part: nothing is chosen" in said and "stage 1 epoch 3/3" in said and "nan" not in said
-    card = load_card(run.folder)
+    card = RunFolder(run.folder).card
     assert card["thresholds"] == {} and card["temperature"] is None
 
 
@@ -137,11 +136,11 @@ def test_a_plain_fastai_learner_trains_without_validation(phantoms, tmp_path):
 
 
 def test_it_is_scored_on_the_test_part_alone(trained):
-    metrics, valid = load_metrics(trained), load_predictions(trained, "valid")
+    metrics, valid = RunFolder(trained).metrics, RunFolder(trained).valid
     assert metrics["valid"] is None and metrics["split"]["valid"]["images"] == 0
     assert metrics["test"]["operating"] == {} and list(metrics["test"]["calibration"]) == ["as_trained"]
     assert valid.ids.shape == (0,) and valid.labels.shape == valid.logits.shape == (0, 14)
-    assert len(load_predictions(trained).ids) == metrics["split"]["test"]["images"] > 0
+    assert len(RunFolder(trained).test.ids) == metrics["split"]["test"]["images"] > 0
     assert json.loads((trained / "metrics.json").read_text())["split"]["valid"]["positive_share"] is None
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from charmlib import Run
-from charmlib.evaluation.finish import finish
-from charmlib.evaluation.results import load_metrics, load_predictions
+from charmlib.evaluation.runs import RunFolder, finish
 from charmlib.params import ParameterError
 from charmlib.training import stages
 from charmlib.training.checkpoint import load_model, load_resume
@@ -101,21 +100,21 @@ def test_each_stage_has_its_bank_momentum(tiny):
 
 def test_a_run_that_ends_in_time_after_each_epoch_ends_in_the_same_bits(quiet, tiny, monkeypatch):
     """There is always time for one more epoch and never for two; nor, at first, for scoring."""
-    from charmlib import watch
+    from charmlib import session
 
     kept = []
     for _ in range(20):
         answers = iter([60.0, 0.0])  # before the first epoch, then after it
-        monkeypatch.setattr(watch, "time_left", lambda answers=answers: next(answers, 0.0))
+        monkeypatch.setattr(session, "time_left", lambda answers=answers: next(answers, 0.0))
         try:
             Run.open(tiny).train()
-        except watch.OutOfTime as stop:
+        except session.OutOfTime as stop:
             assert "stopped before" in str(stop) and "The same command goes on from here" in str(stop)
             kept.append(len(pd.read_csv(Path(tiny["run_dir"]) / "history.csv")))
             continue
         break
     assert kept == sorted(kept) and set(kept) == {1, 2, 3, 4}
-    with pytest.raises(watch.OutOfTime, match="stopped before scoring"):
+    with pytest.raises(session.OutOfTime, match="stopped before scoring"):
         Run.load(tiny["run_dir"]).score()
     assert not (Path(tiny["run_dir"]) / "predictions.npz").exists()
     monkeypatch.undo()
@@ -300,7 +299,7 @@ def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
     shutil.copytree(quiet, folder)
     run = Run.load(folder)
     metrics = run.score()
-    p = load_predictions(folder)
+    p = RunFolder(folder).test
     assert set(p.ids) == set((phantoms / "test_list.txt").read_text().split()) and p.classes == run.data.classes
     with np.load(folder / "predictions.npz", allow_pickle=False) as file:
         assert set(file.files) == {"classes", *(f"{a}_{b}" for a in ("valid", "test")
@@ -315,7 +314,7 @@ def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
     np.testing.assert_allclose(alone, p.logits[3], rtol=1e-3, atol=1e-4)
     assert not (folder / "metrics.json").exists()
     finish(folder)
-    kept = load_metrics(folder)
+    kept = RunFolder(folder).metrics
     for key in ("format", "cell", "hash", "params", "split", "classes", "valid", "test", "bank", "seconds", "peak_memory_mb",
                 "device", "versions", "quick_check"):
         assert key in kept, key
@@ -410,4 +409,4 @@ def test_own_classes_end_to_end(phantoms, tmp_path, tiny):
     with pytest.warns(UserWarning, match="Never"):
         metrics = run.score()
     assert metrics["test"]["undefined"] == ["Never"] and np.isfinite(metrics["test"]["mean_auc"])
-    assert np.isnan(load_predictions(run.folder).labels).any()
+    assert np.isnan(RunFolder(run.folder).test.labels).any()

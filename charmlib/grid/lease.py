@@ -20,11 +20,7 @@ from pathlib import Path
 
 import psutil
 
-NAME = ".lease"
-TOKEN = "CHARM_LEASE_TOKEN"
-"""Environment variable with the token, for the processes that write on a holder's behalf."""
-FOLDER = "CHARM_LEASE_FOLDER"
-"""Environment variable with the folder that the token is for."""
+from charmlib.files import FOLDER, LEASE, TOKEN, LeaseLost, check_lease, read_lease
 
 _KEYS = {"token", "host", "place", "pid", "born", "folder", "number"}
 RENEW, PATIENCE = 5.0, 60.0
@@ -33,10 +29,6 @@ RENEW, PATIENCE = 5.0, 60.0
 
 class Busy(RuntimeError):
     """Another living process holds the lease; the message says which."""
-
-
-class LeaseLost(RuntimeError):
-    """This process no longer holds the lease, and must not write."""
 
 
 class Lease:
@@ -52,8 +44,8 @@ class Lease:
         def renew():
             while not self._over.wait(RENEW):
                 try:
-                    check(self.folder / NAME, self.environment)
-                    os.utime(self.folder / NAME)
+                    check_lease(self.folder / LEASE, self.environment)
+                    os.utime(self.folder / LEASE)
                 except LeaseLost:
                     return lost()
                 except OSError:  # a disk that is away for a moment; should another take the lease, the next turn sees it
@@ -71,7 +63,7 @@ class Lease:
         self._over.set()
         with alone(self.folder):
             if _read(self.folder).get("token") == self.token:
-                (self.folder / NAME).unlink(missing_ok=True)
+                (self.folder / LEASE).unlink(missing_ok=True)
 
 
 def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
@@ -89,13 +81,13 @@ def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
     token = uuid.uuid4().hex
     mine = {"token": token, "host": platform.node(), "place": _place(), "pid": os.getpid(), "born": _born(os.getpid()),
             "folder": str(folder), "number": folder.stat().st_ino}
-    temporary = folder / f"{NAME}.{token}.tmp"
+    temporary = folder / f"{LEASE}.{token}.tmp"
     with alone(folder) as sure:
         if words := holder(folder, patience=patience):
             raise Busy(f"{folder.name} is being worked on by {words}")
         try:
             temporary.write_text(json.dumps(mine))
-            os.replace(temporary, folder / NAME)
+            os.replace(temporary, folder / LEASE)
         finally:
             temporary.unlink(missing_ok=True)
     if not sure:  # no locks here: the last of several writers wins, and each looks who that was
@@ -115,7 +107,7 @@ def holder(folder: str | Path, *, patience: float = PATIENCE) -> str:
     if held["place"] == _place():
         return words if abs(_born(held["pid"]) - held["born"]) < 5 else ""
     try:
-        age = _now(folder) - (folder / NAME).stat().st_mtime
+        age = _now(folder) - (folder / LEASE).stat().st_mtime
     except FileNotFoundError:
         return ""
     return words if age < patience else ""
@@ -127,24 +119,6 @@ def _is_copy(folder: Path, held: dict) -> bool:
     A shared folder may have another path on another machine, or (not on NFS) another number, but not both.
     """
     return held["folder"] != str(folder.resolve()) and held["number"] != folder.stat().st_ino
-
-
-def check(path: str | Path, environment=os.environ) -> None:
-    """Refuse a write into a leased folder by a process whose lease was lost.
-
-    Raises
-    ------
-    LeaseLost
-        The lease has another token, or is gone.
-    """
-    token, folder = environment.get(TOKEN), environment.get(FOLDER)
-    if not token or Path(path).resolve().parent != Path(folder):
-        return
-    found = _read(Path(folder)).get("token")
-    if found != token:
-        raise LeaseLost(f"{path} was not written: the lease of {folder} "
-                        + ("was taken over by another process" if found else "is gone")
-                        + ". Nothing is lost; its holder goes on from the last finished epoch.")
 
 
 @contextmanager
@@ -165,16 +139,13 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 def _read(folder: Path) -> dict:
-    try:
-        held = json.loads((folder / NAME).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return held if held.keys() >= _KEYS else {}  # written in one piece, so else it is damage; whoever held it will notice
+    held = read_lease(folder)
+    return held if held.keys() >= _KEYS else {}  # written in one piece, so anything else is damage
 
 
 def _now(folder: Path) -> float:
     """The file system's time, which on a shared folder need not be this machine's; where one may only read, this one's."""
-    probe = folder / f"{NAME}.{uuid.uuid4().hex}.tmp"
+    probe = folder / f"{LEASE}.{uuid.uuid4().hex}.tmp"
     try:
         probe.touch()
         return probe.stat().st_mtime

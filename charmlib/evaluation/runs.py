@@ -1,0 +1,233 @@
+"""The folder of a run: the names of its files, and what they hold, read once. Light: every cell's process imports it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from charmlib import session
+from charmlib.files import write_json, write_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from charmlib.evaluation.intervals import Resamples
+
+FORMAT = 2
+"""Of ``model.json`` and ``metrics.json``; files of another number are refused."""
+PART_FILE = "scored.json"
+"""The scores of the test notebook, from which ``metrics.json`` is made when the run is done."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One part of ``predictions.npz``: ids, patients (n,), labels and logits (n, C), and the names of the C classes."""
+
+    ids: np.ndarray
+    patients: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+    classes: tuple[str, ...]
+
+    @property
+    def positives(self) -> dict[str, int]:
+        """Class -> number of positive images."""
+        return dict(zip(self.classes, (self.labels == 1).sum(0).tolist()))
+
+
+class RunFolder:
+    """The files of one run. Each is read on first use and kept, so make a new one to see what has changed.
+
+    Attributes
+    ----------
+    status : 'done', 'failed', 'started' (has finished epochs to resume from) or 'pending'
+    card : dict
+        ``model.json``: classes, architecture, parameters, normalisation, thresholds and temperature chosen on validation.
+    metrics : dict
+        ``metrics.json``, which marks a finished run.
+    history : list of dict
+        Rows of ``history.csv``, as text; empty before the first epoch has ended.
+    test, valid : Predictions
+        The parts of ``predictions.npz``; ``valid`` is empty for a run without a validation part.
+    resamples : Resamples or None
+        The bootstrap of the test part over patients; None for a single patient.
+    choices : dict
+        ``thresholds`` and ``temperature``, both chosen on the validation part.
+
+    Raises (on use)
+    ---------------
+    FileNotFoundError
+        The file is missing; says which step writes it.
+    ValueError
+        The file is damaged or of another format.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.name = self.path.name
+        self.params_file, self.split_file = self.path / "params.yaml", self.path / "split.csv"
+        self.weights_file, self.card_file = self.path / "model.safetensors", self.path / "model.json"
+        self.resume_file, self.history_file = self.path / "resume.pt", self.path / "history.csv"
+        self.bank_file, self.bank_history_file = self.path / "bank.csv", self.path / "bank_history.csv"
+        self.predictions_file, self.resamples_file = self.path / "predictions.npz", self.path / "resamples.npz"
+        self.scored_file, self.metrics_file = self.path / PART_FILE, self.path / "metrics.json"
+        self.log_file, self.error_file = self.path / "log.txt", self.path / "error.txt"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is finished."""
+        return self.metrics_file.is_file()
+
+    @property
+    def trained(self) -> bool:
+        """Whether training has ended."""
+        return self.card_file.is_file()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there are finished epochs to resume from."""
+        return self.resume_file.is_file() or self.trained
+
+    @property
+    def status(self) -> str:
+        if self.done:
+            return "done"
+        return "failed" if self.error_file.is_file() else "started" if self.resumable else "pending"
+
+    @cached_property
+    def card(self) -> dict:
+        return _json(self.card_file, "no checkpoint: {} is not there (was the run trained to its end?)", "train the run again")
+
+    @cached_property
+    def metrics(self) -> dict:
+        return _json(self.metrics_file, "no {}: the run is not finished", "remove it and run the cell again")
+
+    @cached_property
+    def history(self) -> list[dict[str, str]]:
+        import csv
+
+        if not self.history_file.is_file():
+            return []
+        with open(self.history_file, newline="") as file:
+            return list(csv.DictReader(file))
+
+    @cached_property
+    def test(self) -> Predictions:
+        return self._predictions("test")
+
+    @cached_property
+    def valid(self) -> Predictions:
+        return self._predictions("valid")
+
+    def _predictions(self, part: str) -> Predictions:
+        import numpy as np
+
+        path = self.predictions_file
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}: score the run with the test notebook first")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return Predictions(*(file[f"{part}_{key}"] for key in ("ids", "patients", "labels", "logits")),
+                                   tuple(str(c) for c in file["classes"]))
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged or no prediction file ({type(error).__name__}); score again") from error
+
+    @cached_property
+    def resamples(self) -> Resamples | None:
+        from charmlib.evaluation.intervals import read_resamples
+
+        return read_resamples(self.resamples_file, self.test)
+
+    @cached_property
+    def choices(self) -> dict:
+        if self.trained:
+            return {key: self.card[key] for key in ("thresholds", "temperature")}
+        return chosen_on_validation(self.valid.labels, self.valid.logits, self.valid.classes)  # fetched without its checkpoint
+
+
+def _json(path: Path, missing: str, remedy: str) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(missing.format(path))
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {content.get('format')!r}, this charmlib reads {FORMAT}; {remedy}")
+    return content
+
+
+def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str]) -> None:
+    """Write ``{valid,test}_{ids,patients,labels,logits}`` and ``classes``; no pickles. Valid may be empty arrays."""
+    import numpy as np
+
+    write_arrays(path, classes=np.array(list(classes)),
+                 **{f"{part}_{key}": value for part, values in parts.items() for key, value in values.items()})
+
+
+def write_arrays(path: str | Path, **arrays) -> None:
+    """An .npz file, whole or not at all."""
+    import numpy as np
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    write_whole(path, write)
+
+
+def chosen_on_validation(labels, logits, classes: Sequence[str]) -> dict:
+    """``thresholds`` (operating point -> class -> probability) and the calibration's ``temperature`` from validation data.
+
+    Parameters
+    ----------
+    labels, logits : arrays of shape (n_samples, n_classes)
+        The validation part. Without samples there are no thresholds and the temperature is None.
+    """
+    from charmlib.evaluation.calibration import fit_temperature
+    from charmlib.evaluation.operating import choose_thresholds
+
+    if not len(labels):
+        return {"thresholds": {}, "temperature": None}
+    return {"thresholds": choose_thresholds(labels, logits, classes), "temperature": fit_temperature(labels, logits)}
+
+
+def valid_auc(metrics: Mapping) -> float:
+    """Mean AUC on the validation part; NaN if it is undefined or there is no such part."""
+    auc = (metrics["valid"] or {}).get("mean_auc")
+    return float("nan") if auc is None else auc
+
+
+def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None, code: str | None = None,
+           wall: float | None = None) -> Path | None:
+    """Turn the scores of the test notebook into ``metrics.json``, the mark of a finished run, and remove ``resume.pt``.
+
+    In a grid the runner calls this with the cell's name and hash, the hash of the notebooks' code and the wall time in
+    seconds; the notebook's own call then returns None.
+
+    Raises
+    ------
+    FileNotFoundError
+        The run has not been scored.
+    """
+    folder = RunFolder(run)
+    if session.in_grid() and hash is None:
+        print("scored; the grid's runner writes metrics.json")
+        return None
+    if not folder.scored_file.is_file():
+        raise FileNotFoundError(f"no {folder.scored_file}: score the run with the test notebook first")
+    metrics = json.loads(folder.scored_file.read_text())
+    if wall is not None:
+        metrics["seconds"]["overhead"] = round(wall - metrics["seconds"]["train"] - metrics["seconds"]["score"], 3)
+    write_json(folder.metrics_file, {"format": FORMAT, "cell": cell or folder.name, "hash": hash, "code": code, **metrics})
+    folder.scored_file.unlink()
+    folder.resume_file.unlink(missing_ok=True)
+    return folder.metrics_file

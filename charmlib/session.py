@@ -1,0 +1,129 @@
+"""How this process is run: by a person or a program, until when, watched by whom, and started by which process.
+
+A grid's runner tells the processes of a cell through the environment variables below.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+import charmlib
+
+CELL = "CHARM_CELL"  # id of the grid cell that this process works on
+BATCH = "CHARM_BATCH"  # set where a program runs the notebook
+PARENT = "CHARM_PARENT"  # number of the process that started this one
+ALIVE = "CHARM_ALIVE"  # file to touch as work goes on
+DEADLINE = "CHARM_DEADLINE"  # Unix time at which the cell must have ended
+SCORING = "CHARM_SCORING_SECONDS"  # expected seconds of scoring, where they are known
+
+_EVERY = 1.0  # seconds between two touches
+_last = 0.0
+
+
+class OutOfTime(RuntimeError):
+    """The time budget is spent; what was finished is saved, and the same command goes on from there."""
+
+
+def in_grid() -> bool:
+    """Whether this process works on a cell of a grid."""
+    return CELL in os.environ
+
+
+def alive() -> None:
+    """Report progress, to be called for each batch: touches the file that the runner watches, once a second at most."""
+    global _last
+    now = time.monotonic()
+    if now - _last < _EVERY or not (path := os.environ.get(ALIVE)):
+        return
+    _last = now
+    Path(path).touch()
+
+
+def time_left() -> float:
+    """Seconds until the deadline; infinite without one."""
+    deadline = os.environ.get(DEADLINE)
+    return float(deadline) - time.time() if deadline else float("inf")
+
+
+def stop_unless(seconds: float, what: str) -> None:
+    """Stop if fewer than ``seconds`` are left for ``what`` comes next.
+
+    Raises
+    ------
+    OutOfTime
+        Names the step that does not fit.
+    """
+    left = time_left()
+    if left < seconds:
+        raise OutOfTime(f"stopped before {what}, which takes about {seconds:.0f} s: the time budget has {max(left, 0):.0f} s "
+                        "left. The same command goes on from here.")
+
+
+def scoring_seconds(guess: float) -> float:
+    """Seconds that scoring takes: measured on the grid's finished cells, else the guess."""
+    return float(os.environ.get(SCORING) or guess)
+
+
+def person_watches() -> bool:
+    """True in JupyterLab, VS Code, Kaggle's editor and under Voilà; False in scripts, under papermill and in Kaggle's batch.
+
+    An interactive frontend lets the kernel ask for input; papermill and nbconvert do not. Voilà does not either, but serves a
+    person.
+    """
+    if os.environ.get(BATCH) or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
+        return False
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    shell = get_ipython()
+    if type(shell).__name__ != "ZMQInteractiveShell":
+        return False
+    return os.environ.get("SERVER_SOFTWARE", "").startswith("voila") or bool(getattr(shell.kernel, "_allow_stdin", True))
+
+
+def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a child process: ``python -m charmlib...`` is this package, and this process its parent."""
+    home = Path(charmlib.__file__).parents[1]
+    environment = {**environment, PARENT: str(os.getpid())}
+    if not (home / "pyproject.toml").is_file():
+        return environment
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [str(home), environment.get("PYTHONPATH")]))}
+
+
+def die_with_parent(parent: int) -> None:
+    """Let the operating system end this process with its parent, so that it never runs on unnoticed.
+
+    Ends at once if ``parent`` is gone already. Linux only; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def end_children(pid: int | None = None, *, itself: bool = False) -> None:
+    """Kill all descendants of a process (this one by default) and wait until they are gone.
+
+    ``itself`` kills the process first, so that it starts no more.
+    """
+    try:
+        parent = psutil.Process(pid)
+        family = parent.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for process in [parent, *family] if itself else family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=10)

@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "charmlib"
 GROUND = {"nih", "params", "param_sources", "systems", "session", "files", "gpu_support"}
 ALLOWED = {"nn": {"nn"}, "models": {"models", "nn", "systems"}, "data": {"data"} | GROUND,
-           "evaluation": {"evaluation"} | GROUND, "viz": {"viz", "data", "evaluation"} | GROUND, "grid": {"grid", "data", "evaluation", "viz"} | GROUND,
+           "evaluation": {"evaluation"} | GROUND, "viz": {"viz", "data", "evaluation"} | GROUND,
+           "grid": {"grid", "data", "evaluation", "viz"} | GROUND,
            "training": {"training", "models", "nn", "data", "evaluation", "viz"} | GROUND,
            "kaggle": {"kaggle", "grid", "data"} | GROUND}
 PLANS = "charmlib.training.recipes"  # imports no torch, so a grid may plan with it

@@ -396,8 +396,13 @@ def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
     assert 0 < run.quick_check(40) < 1
 
 
-def test_thresholds_and_temperature_are_those_of_the_validation_part(quiet):
-    run, card = Run.load(quiet), json.loads((quiet / "model.json").read_text())
+def test_thresholds_and_temperature_are_those_of_the_validation_part(quiet, tmp_path):
+    """Those that training chose, and those that scoring uses."""
+    run = Run.load(shutil.copytree(quiet, tmp_path / "scored"))
+    card, test = json.loads((run.folder / "model.json").read_text()), run.score()["test"]
+    assert {point: {name: row["threshold"] for name, row in rows.items()} for point, rows in test["operating"].items()} == {
+        point: {name: value for name, value in of.items() if value is not None} for point, of in card["thresholds"].items()}
+    assert test["calibration"]["scaled"]["temperature"] == card["temperature"]
     for part in ("valid", "test"):
         logits, labels = run.logits(part)
         chosen = choose_thresholds(labels, logits, run.data.classes), fit_temperature(labels, logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -88,7 +89,8 @@ def done(tmp_path_factory):
     it said."""
     from charmlib.data.phantom import make_phantoms
 
-    folder = tmp_path_factory.getbasetemp().parent / "done"  # shared by the processes of pytest-xdist
+    base = tmp_path_factory.getbasetemp()  # with pytest-xdist each process has one, below that of the whole run
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "done"
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -21,7 +21,7 @@ from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
 CELLS = ("m0.5_k1_t0.1", "m0.5_k2_t0.1")
-# Every axis decides a result: k and threshold where slots answer with features, a momentum of 0.5 after nine steps.
+# Every axis decides a result: k and threshold where slots answer with features, a momentum of 0.5 after eight steps.
 SHORT = {"stage1_frozen_epochs": 0, "stage1_epochs": 2, "stage2_epochs": 2, "answer": "features", "strategy": "rarity"}
 
 # What a real pair of notebooks leaves, without torch: each "epoch" takes a moment, saves, and minds the deadline.

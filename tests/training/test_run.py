@@ -82,7 +82,7 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(quiet, tiny, monkeypatch
 @pytest.mark.slow
 def test_a_bank_that_answers_with_features_resumes_in_the_same_bits(tiny, tmp_path, monkeypatch):
     """Its slots and its gate are part of training, which a voting bank leaves alone. Killed inside each stage."""
-    mine = {**tiny, "answer": "features", "strategy": "rarity", "retrieval": "gated", "use_momentum": False}
+    mine = {**tiny, "answer": "features", "strategy": "rarity", "retrieval": "gated"}
     quiet = tmp_path / "quiet"
     Run.open(mine, run_dir=str(quiet)).train()
     assert load_model(quiet)[0].bank.gate != 0

@@ -91,7 +91,7 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
 @click.option("--rerun-changed", is_flag=True, help="Replace a finished run that was made with other settings.")
 def run(params_yaml, assignments, out, rerun_changed):
     """Train and test one cell from PARAMS_YAML."""
-    from charmlib.grid.single import run_single
+    from charmlib.grid.runner import run_single
 
     folder = run_single(params_yaml, assignments, out=out, rerun_changed=rerun_changed, say=_say)
     click.echo(f"done: {folder}/metrics.json, {folder}/test.ipynb")
@@ -187,8 +187,8 @@ def controls(params_or_run, assignments, out, workers):
     table, held, remarks = run_controls(params_or_run, assignments, out=out, workers=workers, say=_say)
     click.echo("\n".join([with_intervals(table, 4).to_string(index=False), *remarks]))
     if not held:
-        raise SystemExit("the 99 % interval of the shuffled control does not hold 0.5: labels reach the network by another way "
-                         "than the images, or this is the one honest run in a hundred (try another seed)")
+        raise SystemExit("the 99 % interval of the shuffled control does not contain 0.5: labels reach the network by another "
+                         "way than the images, or this is the one honest run in a hundred (try another seed)")
 
 
 @cli.command()
@@ -279,7 +279,7 @@ def grid_run(grid_yaml, assignments, **how):
 @click.argument("folders", nargs=-1, required=True, type=_RUN, metavar="DIR...")
 def grid_merge(out, folders):
     """Put the cells of shards, or of several sessions, into OUT, with leaderboard and report."""
-    from charmlib.grid.merge import merge_grids
+    from charmlib.grid.bring import merge_grids
 
     click.echo(_board_text(merge_grids(out, folders, say=_say)))
 
@@ -346,7 +346,7 @@ def _board_text(board) -> str:
     listed, apart = parted(board)
     lines = [*board_notes(listed), shown_board(listed).to_string(index=False)] if len(listed) else []
     if board["same_as_first"].eq(True).any():
-        lines.append("= cannot be told from the first: the 95 % interval of the paired difference holds 0")
+        lines.append("= cannot be told from the first: the 95 % interval of the paired difference contains 0")
     seeds = over_seeds(board)
     if seeds is not None:
         lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]

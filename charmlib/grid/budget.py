@@ -1,25 +1,39 @@
-"""A time budget: how long is left, and whether something still fits."""
+"""A time budget, and the time that cells take by the histories in a grid's folder."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 
+from charmlib.evaluation.runs import RunFolder
+from charmlib.grid.spec import Cell
 from charmlib.params import ParameterError
 
 KAGGLE_WEEK = 30
 """GPU hours a week of a free account; a session with two cards counts once."""
 
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+_REPORT_SHARE, _REPORT_LEAST, _REPORT_TIMES = 0.005, 5.0, 3.0
+"""Time for the last report: share of the budget, seconds, and multiples of the time for the tables alone."""
+_COST = ("arch", "image_size", "use_momentum", "use_attention", "use_bank", "attention", "limit", "precision", "device",
+         "split", "valid_fraction", "stage1_images", "data_root", "stage1_batch", "stage2_batch", "compile",
+         "grad_checkpointing")
+"""Cells that agree in these take about the same time an epoch."""
+_MARGIN = 1.15
+"""Epochs scatter, and the history does not count the time to save one."""
 
 
 def seconds_of(text: str | float, option: str = "--budget") -> float:
-    """``11h``, ``1h30m``, ``90m`` or ``45s`` as seconds; a number is seconds already, but no text: ``11`` may mean hours.
+    """``11h``, ``1h30m``, ``90m`` or ``45s`` as seconds; a number is in seconds. A text needs units: ``11`` may mean hours.
 
     Raises
     ------
     ParameterError
-        Not a time, or not more than 0.
+        Not a time, or not above 0.
     """
     if isinstance(text, str):
         found = re.fullmatch(r"(?:(?:\d+\.?\d*|\.\d+)[dhms])+", text.strip().lower())
@@ -39,24 +53,92 @@ def hours(seconds: float) -> str:
 
 
 class Budget:
-    """So many seconds from now on, less what the report at the end takes; endless without a number."""
-
-    _REPORT_SHARE, _REPORT_LEAST, _REPORT_TIMES = 0.005, 5.0, 3.0
+    """Seconds from now on, less the time for the report at the end; endless without a number."""
 
     def __init__(self, seconds: float | None = None):
-        self.seconds = seconds
-        self.end = time.time() + seconds if seconds else float("inf")
-        self._report = self._REPORT_LEAST
+        self.seconds, self.end = seconds, time.time() + (seconds or float("inf"))
+        self._report = max(_REPORT_LEAST, _REPORT_SHARE * (seconds or 0.0))
 
     def saw_report(self, seconds: float) -> None:
-        """The tables alone took so long; the last page, with pictures, gets a few times that."""
-        self._report = max(self._report, self._REPORT_TIMES * seconds)
+        """The tables alone took this long; the last report, with pictures, gets a multiple."""
+        self._report = max(self._report, _REPORT_TIMES * seconds)
 
     @property
     def deadline(self) -> float | None:
-        """The Unix time by which cells must have ended, so that the report still fits; None for no budget."""
-        return None if self.seconds is None else self.end - max(self._report, self._REPORT_SHARE * self.seconds)
+        """Unix time at which cells must have ended for the report to fit; None without a budget."""
+        return None if self.seconds is None else self.end - self._report
 
     def left(self) -> float:
         """Seconds for cells."""
-        return float("inf") if self.seconds is None else self.deadline - time.time()
+        return self.end - self._report - time.time()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Median seconds of an epoch by phase (``frozen``, ``1``, ``2``) and of scoring, and the overhead; None if unknown."""
+
+    epochs: Mapping[str, float]
+    scoring: float | None
+    overhead: float | None
+
+    def epoch(self, phase: str) -> float | None:
+        """Of this phase, else of the slowest phase with finished epochs; None if there is none."""
+        return self.epochs.get(phase, max(self.epochs.values(), default=None))
+
+
+def kind(params: Mapping, row: Mapping) -> str:
+    """The phase that a row of the history belongs to."""
+    return "frozen" if row["stage"] == "1" and int(row["epoch"]) < params["stage1_frozen_epochs"] else row["stage"]
+
+
+def paces(folder: Path, cells: Iterable[Cell]) -> dict[str, Pace]:
+    """The pace of each cell: from cells of about its cost if any have run, else from all that have."""
+    epochs, totals, costs = [], [], {}
+    for cell in cells:
+        run = RunFolder(folder / cell.id)
+        cost = costs[cell.id] = tuple(cell.params[name] for name in _COST)
+        epochs += [(cost, kind(cell.params, row), float(row["seconds"])) for row in run.history]
+        totals += [(cost, run.metrics["seconds"])] if run.done else []
+
+    def pace(cost: tuple) -> Pace:
+        alike = [epoch for epoch in epochs if epoch[0] == cost] or epochs
+        finished = [s for c, s in totals if c == cost] or [s for _, s in totals]
+        return Pace({phase: median(s for _, p, s in alike if p == phase) for phase in {p for _, p, _ in alike}},
+                    median(s["score"] for s in finished) if finished else None,
+                    min(s["overhead"] or 0.0 for s in finished) if finished else None)  # the least: of an uninterrupted one
+
+    known = {cost: pace(cost) for cost in set(costs.values())}
+    return {cell: known[cost] for cell, cost in costs.items()}
+
+
+def next_step(cell: Cell, run: RunFolder, pace: Pace) -> float:
+    """Seconds from a cell's start to its next result: one epoch and its save, or its scores. 0 if unknown."""
+    before = pace.overhead or 0.0
+    if run.trained:
+        return (before + (pace.scoring or pace.epoch("2") or 0.0)) * _MARGIN
+    phase = next((phase for phase, n in _left(cell, run.history).items() if n), "2")
+    epoch = pace.epoch(phase)
+    return 0.0 if epoch is None else (before + epoch) * _MARGIN
+
+
+def remaining(cell: Cell, run: RunFolder, pace: Pace) -> float | None:
+    """Seconds that a cell still needs at most (early stopping may end it sooner); 0 when finished, None if unknown."""
+    if run.done:
+        return 0.0
+    if pace.epoch("2") is None:
+        return None
+    counts = {} if run.trained else _left(cell, run.history)
+    train = sum(n * pace.epoch(phase) for phase, n in counts.items())
+    return train + (pace.scoring or pace.epoch("2")) + (pace.overhead or 0.0)
+
+
+def _left(cell: Cell, done: Sequence[Mapping]) -> dict[str, int]:
+    """Epochs still to run, by phase in order."""
+    counts = {"frozen": cell.params["stage1_frozen_epochs"], "1": cell.params["stage1_epochs"],
+              "2": cell.params["stage2_epochs"]}
+    if any(row["stage"] == "2" for row in done):  # stage 1 may have ended early
+        counts["frozen"] = counts["1"] = 0
+    for row in done:
+        phase = kind(cell.params, row)
+        counts[phase] = max(0, counts[phase] - 1)
+    return counts

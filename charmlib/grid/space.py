@@ -1,4 +1,4 @@
-"""Whether a grid fits on its disk, before hours are spent on it."""
+"""Disk space: whether a grid fits, checked before hours are spent on it."""
 
 from __future__ import annotations
 
@@ -11,66 +11,63 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from charmlib.grid.cells import GridError, cell_status
+from charmlib.evaluation.runs import RunFolder
+from charmlib.grid.cells import GridError
 from charmlib.grid.spec import Cell
 from charmlib.session import with_this_package
 
 KAGGLE_WORKING, KAGGLE_LIMIT = Path("/kaggle/working"), 20e9
-"""What a Kaggle session may keep; its disk says more."""
+"""The folder that a Kaggle session keeps, and how many bytes of it; its disk claims more."""
 
 _PLENTY = 1.5e9, 8e9
-"""Bytes a finished cell, and one in training, that no network here needs: with so much free nothing is computed."""
+"""More bytes than any network here needs for a finished cell, and for one in training: sizes are not computed above that."""
 _REST = 12e6
-"""Bytes of a finished cell that are not its checkpoint: notebooks, predictions, report."""
+"""Bytes of a finished cell without its checkpoint: notebooks, predictions, report."""
 
 
 def refuse_without_space(cells: Sequence[Cell], folder: Path, at_once: int, *, say: Callable[[str], None] = print) -> None:
-    """Say what cells that are to run will take, and whether that is there.
+    """Say how many bytes the unfinished cells need and how many are free.
 
     Raises
     ------
     GridError
-        Not even one cell can be trained in the space that is left.
+        The free space is too small to train a single cell.
     """
-    todo = [cell for cell in cells if cell_status(folder / cell.id) != "done"]
-    free = free_bytes(folder)
-    at_once = min(at_once, len(todo))
-    if not todo or free > len(todo) * _PLENTY[0] + at_once * _PLENTY[1]:
+    runs = [RunFolder(folder / cell.id) for cell in cells]
+    todo = sum(not run.done for run in runs)
+    at_once, free = min(at_once, todo), free_bytes(folder)
+    if not todo or free > todo * _PLENTY[0] + at_once * _PLENTY[1]:
         return
-    kept, training = _sizes(cells, folder)
-    need = len(todo) * kept + at_once * training
-    words = (f"{len(todo)} cells need about {_gb(need)} in {folder} ({_gb(kept)} a finished cell, {_gb(training)} more while "
+    kept = [_bytes(run.path, "*") for run in runs if run.done]
+    resumes = [run.resume_file.stat().st_size for run in runs if run.resume_file.is_file()]
+    computed = (0, 0) if kept and resumes else computed_sizes([cell.params for cell in cells])
+    cell = median(kept) if kept else computed[0] + _REST
+    training = 2 * (max(resumes) if resumes else computed[1])  # twice while a new resume file is written
+    need = todo * cell + at_once * training
+    words = (f"{todo} cells need about {_gb(need)} in {folder} ({_gb(cell)} a finished cell, {_gb(training)} more while "
              f"one trains, {at_once} at once); {_gb(free)} are free")
-    if free < kept + training:
+    if free < cell + training:
         raise GridError(f"{words}: not even one fits. Make room, or name another --out.")
-    if free < need:
-        say(f"WARNING: {words}, so the grid will stop at a full disk, losing nothing. Run a part of it elsewhere (--shard).")
-    else:
-        say(words)
+    say(words if free >= need else f"WARNING: {words}, so the grid will stop at a full disk, losing nothing. Run a part of it "
+        "elsewhere (--shard).")
 
 
 def free_bytes(folder: Path, *, working: Path = KAGGLE_WORKING, limit: float = KAGGLE_LIMIT) -> float:
-    """What may still be written there: the disk's free space, on Kaggle no more than its limit for results leaves."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    """Free bytes of the folder's disk; on Kaggle at most what its limit for results leaves."""
+    there = existing(folder.absolute())
     free = float(shutil.disk_usage(there).free)
     if working.is_dir() and there.resolve().is_relative_to(working.resolve()):
-        used = sum(f.stat().st_size for f in working.rglob("*") if f.is_file() and not f.is_symlink())
-        free = min(free, limit - used)
+        free = min(free, limit - _bytes(working, "**/*"))
     return free
 
 
-def _sizes(cells: Sequence[Cell], folder: Path) -> tuple[float, float]:
-    """Bytes of a finished cell, and on top of them while one trains (its resume file, twice while a new one is written)."""
-    kept = [_bytes(folder / c.id, "*") for c in cells if cell_status(folder / c.id) == "done"]
-    resumes = [_bytes(folder / c.id, "resume.pt") for c in cells if (folder / c.id / "resume.pt").is_file()]
-    if kept and resumes:
-        return median(kept), 2 * max(resumes)
-    model, resume = computed_sizes([c.params for c in cells])
-    return (median(kept) if kept else model + _REST), 2 * (max(resumes) if resumes else resume)
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def computed_sizes(params: Sequence[dict]) -> tuple[int, int]:
-    """Bytes of the largest checkpoint and resume file of these parameters, by a process that may import torch."""
+    """Bytes of the largest checkpoint and resume file of these parameters, computed by a process that imports torch."""
     asked = subprocess.run([sys.executable, "-m", "charmlib.training.size"], input=json.dumps(list(params)), text=True,
                            capture_output=True, env=with_this_package(os.environ))
     if asked.returncode:
@@ -80,7 +77,7 @@ def computed_sizes(params: Sequence[dict]) -> tuple[int, int]:
 
 
 def _bytes(folder: Path, pattern: str) -> int:
-    return sum(f.stat().st_size for f in folder.glob(pattern) if f.is_file())
+    return sum(f.stat().st_size for f in folder.glob(pattern) if f.is_file() and not f.is_symlink())
 
 
 def _gb(size: float) -> str:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from charmlib.params import ParameterError, coerce, find_file, load_params, nearest, read_yaml, resolve, with_absolute_paths
+from charmlib.params import (
+    ParameterError,
+    coerce,
+    find_file,
+    load_params,
+    nearest,
+    parse_assignments,
+    read_yaml,
+    resolve,
+    with_absolute_paths,
+)
 
 KEYS = ("name", "base", "axes", "cells")
 _SHORT = {"momentum": "m", "k": "k", "threshold": "t"}
@@ -28,16 +38,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file, expanded. ``axes`` are those of the file, then what else its extra cells set differently."""
+    """A grid file, expanded. ``axes`` are those of the file, then the parameters in which its extra cells differ."""
 
     name: str
     path: Path
     cells: tuple[Cell, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str, ...] = ()
 
     def shard(self, part: int, parts: int) -> Grid:
         """Every ``parts``-th cell from the ``part``-th on (1-based): shards of about equal length."""
-        return Grid(self.name, self.path, self.cells[part - 1::parts], self.axes)
+        return replace(self, cells=self.cells[part - 1::parts])
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -46,7 +56,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     Raises
     ------
     ParameterError
-        It is something else.
+        The text has another form.
     """
     part, slash, parts = str(text).partition("/")
     if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
@@ -56,20 +66,16 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def cell_id(values: Mapping[str, Any]) -> str:
     """``m0.99_k5_t0.2`` for the three axes of CHARM, ``name=value`` for others, joined by ``_``."""
-    short = [f"{letter}{_text(values[name])}" for name, letter in _SHORT.items() if name in values]
-    long = [f"{name}={_text(value)}" for name, value in values.items() if name not in _SHORT]
-    return "_".join(short + long) or "base"
-
-
-def _text(value: Any) -> str:
-    return re.sub(r"[^\w.+-]", "-", str(value)).strip("-")
+    texts = {name: re.sub(r"[^\w.+-]", "-", str(value)).strip("-") for name, value in values.items()}
+    short = [f"{letter}{texts[name]}" for name, letter in _SHORT.items() if name in texts]
+    return "_".join(short + [f"{name}={text}" for name, text in texts.items() if name not in _SHORT]) or "base"
 
 
 def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
     """Read a grid file and lay ``name=value`` assignments over it.
 
     An assignment to an axis pins it; a list in YAML form (``k=[2,3]``) replaces it, or the list of an entry of ``cells``.
-    Every cell is resolved here, so whatever is wrong with any of them is an error before the first one runs.
+    Every cell is resolved here, so an error in any of them is raised before the first one runs.
 
     Raises
     ------
@@ -77,73 +83,91 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
         Names the file, the key or cell, and the nearest valid name.
     """
     path = find_file(path)
-    content = read_yaml(path)
+    content = {"axes": None, "cells": None, "base": None, "name": None} | read_yaml(path)
     for key in content:
         if key not in KEYS:
             raise ParameterError(f"{path}: unknown key '{key}'.{nearest(key, KEYS)} A grid file has {', '.join(KEYS)}.")
-    axes = _axes(content.get("axes") or {}, path)
-    entries = content.get("cells") or []
-    listed = {name for entry in entries if isinstance(entry, dict) for name, value in entry.items() if isinstance(value, list)}
-    fixed: dict[str, Any] = {}
-    replaced: dict[str, list] = {}
-    for pair in assignments:
-        name, eq, text = pair.partition("=")
-        if not eq:
-            raise ParameterError(f"-p {pair!r}: wanted name=value.")
-        name, values = name.strip(), _list_or_none(text)
-        if values is not None:
-            (replaced if name in listed and name not in axes else axes)[name] = _values(name, values, f"-p {name}")
-            fixed.pop(name, None)
-            continue
-        fixed[name] = coerce(name, text.strip(), "-p")
-        if name in axes:
-            axes[name] = [fixed[name]]
-    if "run_dir" in fixed or "run_dir" in axes:
-        raise ParameterError("run_dir cannot be set for a grid: each cell has its own folder. Use --out.")
-    cells = [_cell({}, dict(zip(axes, combination)), fixed, content.get("base"), path)
-             for combination in itertools.product(*axes.values())] if axes else []
+    axes, entries = content["axes"] or {}, content["cells"] or []
+    if not isinstance(axes, dict):
+        raise ParameterError(f"{path}: axes must be 'name: [values]' lines, found {axes!r}.")
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise ParameterError(f"{path}: cells[{i}] is {entry!r}, wanted a mapping of parameters.")
-        values = {k: v for k, v in entry.items() if k not in ("name", "base")}
-        own = {k: replaced.get(k) or _values(k, v, f"{path}: cells[{i}]") for k, v in values.items()
-               if isinstance(v, list) and k not in fixed}
-        values = {k: fixed[k] if k in fixed else v if k in own else coerce(k, v, f"{path}: cells[{i}]")
-                  for k, v in values.items()}
-        for combination in itertools.product(*own.values()):  # an entry with lists is one cell for each combination
-            chosen = dict(zip(own, combination))
-            named = {**entry, "name": f"{entry['name']}_{cell_id(chosen)}"} if own and "name" in entry else entry
-            cells.append(_cell(named, values | chosen, fixed, entry.get("base", content.get("base")), path))
+    axes = {name: _values(name, values, f"{path}: axes") for name, values in axes.items()}
+    fixed, lists = _assigned(assignments)
+    in_entries = {name for entry in entries for name, value in entry.items() if isinstance(value, list)} - axes.keys()
+    axes |= {name: values for name, values in lists.items() if name not in in_entries}
+    if "run_dir" in fixed or "run_dir" in axes:
+        raise ParameterError("run_dir cannot be set for a grid: each cell has its own folder. Use --out.")
+    cells = _cells(axes, f"{path}: axes", content["base"], path, fixed, {}) if axes else []
+    for i, entry in enumerate(entries):
+        cells += _cells(entry, f"{path}: cells[{i}]", content["base"], path, fixed, lists)
     if not cells:
         raise ParameterError(f"{path}: neither axes nor cells; nothing to run.")
     unique: dict[str, Cell] = {}
     for cell in cells:
-        other = unique.setdefault(cell.id, cell)
-        if other.params != cell.params:
+        if unique.setdefault(cell.id, cell).params != cell.params:
             raise ParameterError(f"{path}: two different cells would be called '{cell.id}'; give one of them a name.")
-    names = list(axes)
-    for name in dict.fromkeys(a for cell in unique.values() for a in cell.axes if a not in axes):
-        if len({str(cell.params[name]) for cell in unique.values()}) > 1:
-            names.append(name)
-    return Grid(str(content.get("name") or path.stem.removeprefix("grid_")), path, tuple(unique.values()),
-                tuple(dict.fromkeys(names)))
+    names = [name for cell in unique.values() for name in cell.axes
+             if len({str(other.params[name]) for other in unique.values()}) > 1]
+    return Grid(str(content["name"] or path.stem.removeprefix("grid_")), path, tuple(unique.values()),
+                tuple(dict.fromkeys([*axes, *names])))
 
 
-def _cell(entry, values, fixed, base, path: Path) -> Cell:
+def _assigned(assignments: Iterable[str]) -> tuple[dict[str, Any], dict[str, list]]:
+    """Single values and lists of ``name=value`` assignments; the last one of a name counts."""
+    fixed, lists = {}, {}
+    for pair in assignments:
+        name, _, text = (part.strip() for part in pair.partition("="))
+        fixed.pop(name, None)
+        if not text.startswith("["):
+            fixed |= parse_assignments([pair])
+            continue
+        try:
+            lists[name] = _values(name, yaml.safe_load(text), f"-p {name}")
+        except yaml.YAMLError as error:
+            raise ParameterError(f"-p: {text!r} is not a YAML list: {error}") from error
+    return fixed, lists
+
+
+def _cells(entry: Mapping, source: str, base: str | None, path: Path, fixed: Mapping, lists: Mapping) -> list[Cell]:
+    """The cells of the axes or of one entry: one for each combination of its lists."""
+    name, base = entry.get("name"), entry.get("base", base)
+    values, own = {}, {}
+    for key, value in entry.items():
+        if key in fixed:
+            values[key] = fixed[key]
+        elif isinstance(value, list):
+            own[key] = values[key] = lists.get(key) or _values(key, value, source)
+        elif key not in ("name", "base"):
+            values[key] = coerce(key, value, source)
     below = load_params(path.parent / base) if base else {}
-    params = resolve(below, values, fixed, sources=(str(base), str(path), "-p"))
-    with_absolute_paths(params)  # refuses what is not there
-    name = entry.get("name")
-    if name is not None and not re.fullmatch(r"[\w.=+-]+", str(name)):
-        raise ParameterError(f"{path}: the cell name {name!r} cannot be a folder; use letters, digits and . _ = + -")
+    cells = []
+    for combination in itertools.product(*own.values()):
+        chosen = dict(zip(own, combination))
+        id_ = cell_id(values | chosen) if name is None else f"{name}_{cell_id(chosen)}" if own else str(name)
+        if not re.fullmatch(r"[\w.=+-]+", id_):
+            raise ParameterError(f"{path}: the cell name {name!r} cannot be a folder; use letters, digits and . _ = + -")
+        cells.append(Cell(id_, _resolved(below, values | chosen, fixed, sources=(str(base), str(path), "-p")), values | chosen))
+    return cells
+
+
+def read_cell(path: str | Path, assignments: Iterable[str] = (), id_: str = "") -> Cell:
+    """A parameter file with assignments as a cell without axes.
+
+    Raises
+    ------
+    ParameterError
+        As :func:`charmlib.params.load_params` and :func:`charmlib.params.resolve`.
+    """
+    return Cell(id_, _resolved(load_params(path), parse_assignments(assignments), sources=(str(path), "-p")), {})
+
+
+def _resolved(*layers: Mapping, sources: tuple[str, ...]) -> dict[str, Any]:
+    params = resolve(*layers, sources=sources)
+    with_absolute_paths(params)  # refuses missing files
     del params["run_dir"]
-    return Cell(str(name or cell_id(values)), params, dict(values))
-
-
-def _axes(axes: Any, path: Path) -> dict[str, list]:
-    if not isinstance(axes, dict):
-        raise ParameterError(f"{path}: axes must be 'name: [values]' lines, found {axes!r}.")
-    return {name: _values(name, values, f"{path}: axes") for name, values in axes.items()}
+    return params
 
 
 def _values(name: str, values: Any, source: str) -> list:
@@ -153,13 +177,3 @@ def _values(name: str, values: Any, source: str) -> list:
     if len(set(out)) != len(out):
         raise ParameterError(f"{source}: axis '{name}' has a value twice: {values}.")
     return out
-
-
-def _list_or_none(text: str) -> list | None:
-    if not text.strip().startswith("["):
-        return None
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ParameterError(f"-p: {text!r} is not a YAML list: {error}") from error
-    return value if isinstance(value, list) else None

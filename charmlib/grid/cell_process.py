@@ -1,0 +1,178 @@
+"""The process that runs one cell: ``python -m charmlib.grid.cell_process`` with the cell as JSON on standard input.
+
+Papermill executes both notebooks here, in one kernel, so that a crash or a kill stays in this process and its kernel. The
+process holds the lease of the cell's folder; its exit status is a :class:`charmlib.grid.cells.Ended`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import nbformat
+
+import charmlib
+from charmlib import session
+from charmlib.files import DiskFull, LeaseLost, is_disk_full, remove_temporaries, write_json, write_text
+from charmlib.grid import lease
+from charmlib.grid.cells import NOTEBOOKS, CellFolder, Ended
+from charmlib.session import PARENT, die_with_parent, end_children
+
+_BETWEEN = "between"
+"""Tag of the cell that clears away what the train notebook defined before the test notebook starts."""
+_CLEAR = """import matplotlib.pyplot
+matplotlib.pyplot.close("all")
+get_ipython().run_line_magic("reset", "-f")
+import gc
+_ = gc.collect()"""
+
+
+def run_cell(job: dict) -> None:
+    """Execute train and test of a cell (id, hash, split, code, params, folder, notebooks, started) and write its metrics.
+
+    Both run in one kernel, cleared in between: a second start and a second import of torch cost as much as a short epoch.
+    """
+    from charmlib.evaluation.runs import finish
+    from charmlib.params import UNHASHED, coerce
+
+    cell, notebooks = CellFolder(job["folder"]), Path(job["notebooks"])
+    spent = _spent(cell, job["hash"])
+    write_json(cell.identity_file, {key: job[key] for key in ("id", "hash", "split", "code", "started")}
+               | {"charmlib": charmlib.__version__, "spent": spent})
+    params = {name: coerce(name, value, "cell") for name, value in job["params"].items()}
+    params["run_dir"] = str(cell.path)
+    books = []
+    for name in NOTEBOOKS:
+        known = declared(notebooks / f"{name}.ipynb")
+        wanted = params if name == "train" else {k: params[k] for k in ("run_dir", *UNHASHED) if k in params}
+        books.append(_with_parameters(notebooks / f"{name}.ipynb", {k: v for k, v in wanted.items() if k in known}))
+    _execute(books, cell)
+    finish(cell.path, cell=job["id"], hash=job["hash"], code=job["code"], wall=spent + time.time() - job["started"])
+    for file in (cell.identity_file, cell.alive_file):
+        file.unlink(missing_ok=True)
+
+
+def _spent(cell: CellFolder, hash_: str) -> float:
+    """Seconds of earlier attempts at this cell; a killed one counts up to its last sign of life."""
+    before = cell.identity
+    if before.get("hash") != hash_:
+        return 0.0
+    spent = before["spent"]
+    if cell.alive_file.is_file():
+        spent += max(0.0, cell.alive_file.stat().st_mtime - before["started"])
+    # a copied cell comes without its last sign of life, whose time would be that of the copy
+    return max(spent, sum(float(row["seconds"]) for row in cell.history))
+
+
+def declared(notebook: Path) -> set[str]:
+    """The names that a notebook's ``parameters`` cell sets (papermill only warns of others)."""
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            return {line.split(":")[0].strip() for line in cell.source.splitlines() if ":" in line.split("#")[0]}
+    raise ValueError(f"{notebook} has no cell tagged 'parameters'")
+
+
+def _with_parameters(notebook: Path, given: dict) -> nbformat.NotebookNode:
+    import papermill
+
+    return papermill.execute_notebook(str(notebook), None, parameters=given, prepare_only=True, progress_bar=False)
+
+
+def _execute(books: list[nbformat.NotebookNode], cell: CellFolder) -> None:
+    """Run both notebooks as one, and keep each as executed, also when it failed."""
+    import papermill
+
+    train, test = books
+    joined = nbformat.from_dict(train)
+    between = nbformat.v4.new_code_cell(_CLEAR, metadata={"tags": [_BETWEEN]})
+    joined.cells = [*train.cells, between, *test.cells]
+    source = cell.path / ".both.ipynb"
+    write_text(source, nbformat.writes(joined))
+    try:
+        papermill.execute_notebook(str(source), str(cell.running_file), cwd=str(cell.path), progress_bar=False,
+                                   log_output=False, start_timeout=180)
+    finally:
+        source.unlink(missing_ok=True)
+        _split(books, cell)
+
+
+def _split(books: list[nbformat.NotebookNode], cell: CellFolder) -> None:
+    """Write ``train.ipynb`` and ``test.ipynb`` from the executed notebook of both."""
+    try:
+        done = nbformat.read(cell.running_file, as_version=4)
+    except (FileNotFoundError, nbformat.reader.NotJSONError):  # nothing ran, or the disk was full
+        return
+    finally:
+        cell.running_file.unlink(missing_ok=True)
+    at = next(i for i, part in enumerate(done.cells) if _BETWEEN in part.metadata.get("tags", []))
+    for name, book, parts in zip(NOTEBOOKS, books, (done.cells[:at], done.cells[at + 1:])):
+        if any(part.get("execution_count") for part in parts):
+            took = sum(part.metadata.get("papermill", {}).get("duration") or 0.0 for part in parts)
+            book.cells = parts
+            book.metadata.papermill |= {"output_path": str(cell.path / f"{name}.ipynb"), "duration": round(took, 3)}
+            write_text(cell.path / f"{name}.ipynb", nbformat.writes(book))
+
+
+def main() -> int:
+    die_with_parent(int(os.environ[PARENT]))  # the notebook's own kernel watches this process and ends with it
+    warnings.filterwarnings("ignore")
+    job = json.load(sys.stdin)
+    cell = CellFolder(job["folder"])
+    try:
+        held = lease.take(cell)
+    except (lease.Busy, OSError) as problem:
+        return _say(_how(problem), problem)
+
+    def leave(ended: Ended) -> None:
+        end_children()
+        held.release()
+        os._exit(ended)
+
+    signal.signal(signal.SIGTERM, lambda *_: leave(Ended.STOPPED))
+    held.keep(lost=lambda: leave(Ended.LEASE_LOST))
+    os.environ.update(held.environment)
+    os.environ.update({session.CELL: job["id"], session.BATCH: "1", session.ALIVE: str(cell.alive_file)})
+    try:
+        remove_temporaries(cell)
+        cell.error_file.unlink(missing_ok=True)
+        if not cell.done_as(job["hash"]):  # finished by another while this one waited for the lease
+            run_cell(job)
+        return Ended.DONE
+    except Exception as problem:
+        ended = _how(problem)
+        if ended is Ended.FAILED:
+            write_text(cell.error_file, traceback.format_exc())
+        return _say(ended, problem)
+    finally:
+        held.release()
+
+
+_ENDS = {"DeadKernelError": Ended.CRASHED, "Busy": Ended.BUSY, session.OutOfTime.__name__: Ended.OUT_OF_TIME,
+         LeaseLost.__name__: Ended.LEASE_LOST, DiskFull.__name__: Ended.DISK_FULL}
+"""By the class of an exception, which papermill passes on by name only."""
+
+
+def _how(problem: Exception) -> Ended:
+    """How a cell ended whose notebooks, or whose process, raised this."""
+    name, text = getattr(problem, "ename", type(problem).__name__), str(getattr(problem, "evalue", problem))
+    if is_disk_full(problem) or (name == "OSError" and "No space left on device" in text):
+        return Ended.DISK_FULL
+    return _ENDS.get(name, Ended.FAILED)
+
+
+def _say(ended: Ended, problem: Exception) -> Ended:
+    """Print one line for the runner: the last line of the problem's text, after its class if the status does not name it."""
+    text = (getattr(problem, "evalue", None) or str(problem)).strip().splitlines()  # fastai adds lines before it
+    name = f"{getattr(problem, 'ename', type(problem).__name__)}: " if ended is Ended.FAILED else ""
+    print(f"{name}{text[-1].strip() if text else ''}", file=sys.stderr)
+    return ended
+
+
+if __name__ == "__main__":
+    sys.exit(main())

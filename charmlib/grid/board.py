@@ -17,8 +17,7 @@ from charmlib.grid.spec import Grid
 LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high",
         "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
 
-NO_VALIDATION = "no validation"
-"""Status of a finished cell that was trained on the validation patients too (``valid_fraction`` 0)."""
+NO_VALIDATION = "no validation"  # status of a finished cell that was trained on the validation patients too
 
 _NEEDS = {"momentum": "use_momentum", "attention": "use_attention", **dict.fromkeys(
     ("k", "threshold", "bank_size", "strategy", "rule", "answer", "keys", "vote_weight", "vote_temperature",

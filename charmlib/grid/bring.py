@@ -21,13 +21,10 @@ from charmlib.grid.spec import Grid
 from charmlib.params import changes
 
 KAGGLE_INPUT = Path("/kaggle/input")
-_MOUNTS = ("*", "notebooks/*/*", "datasets/*/*")
-"""Where Kaggle mounts outputs: before, and today."""
-_HALF = ".half"
-_OLD = 600.0
-"""Seconds without a new file after which a copy counts as killed."""
+_MOUNTS = ("*", "notebooks/*/*", "datasets/*/*")  # where Kaggle mounts outputs: before, and today
+_HALF, _OLD = ".half", 600.0  # suffix of a copy, and seconds without a new file after which it counts as killed
+# cells that agree in these have the same split, or were made from other data
 _DATA = ("classes", "csv", "labels", "split", "valid_fraction", "limit")
-"""Cells that agree in these have the same split, or were made from other data."""
 _VERSIONS = ("charmlib", "torch", "torchvision", "fastai")
 
 

@@ -24,8 +24,7 @@ from charmlib.grid import lease
 from charmlib.grid.cells import NOTEBOOKS, CellFolder, Ended
 from charmlib.session import PARENT, die_with_parent, end_children
 
-_BETWEEN = "between"
-"""Tag of the cell that clears away what the train notebook defined before the test notebook starts."""
+_BETWEEN = "between"  # tag of the cell that deletes the train notebook's variables before the test notebook starts
 _CLEAR = """import matplotlib.pyplot
 matplotlib.pyplot.close("all")
 get_ipython().run_line_magic("reset", "-f")
@@ -153,9 +152,9 @@ def main() -> int:
         held.release()
 
 
+# by the class of an exception, which papermill passes on by name only
 _ENDS = {"DeadKernelError": Ended.CRASHED, "Busy": Ended.BUSY, session.OutOfTime.__name__: Ended.OUT_OF_TIME,
          LeaseLost.__name__: Ended.LEASE_LOST, DiskFull.__name__: Ended.DISK_FULL}
-"""By the class of an exception, which papermill passes on by name only."""
 
 
 def _how(problem: Exception) -> Ended:

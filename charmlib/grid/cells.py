@@ -22,13 +22,11 @@ class Ended(IntEnum):
 
     DONE = 0
     FAILED = 1
-    BUSY = 75
-    """Another process works on the cell."""
+    BUSY = 75  # another process works on the cell
     OUT_OF_TIME = 76
     LEASE_LOST = 77
     DISK_FULL = 78
-    CRASHED = 79
-    """The kernel, or the process itself, was killed."""
+    CRASHED = 79  # the kernel, or the process itself, was killed
     HUNG = 80
     STOPPED = 143
 
@@ -46,21 +44,20 @@ def find_notebooks(folder: str | Path | None = None) -> Path:
         Lists the folders that were searched.
     """
     package = Path(charmlib.__file__).parent
-    places = [Path(folder)] if folder else [package.parent / "notebooks", package / "shipped" / "notebooks",
-                                            Path("notebooks"), Path(".")]
-    for place in places:
+    searched = [Path(folder)] if folder else [package.parent / "notebooks", package / "shipped" / "notebooks",
+                                              Path("notebooks"), Path(".")]
+    for place in searched:
         if all((place / f"{name}.ipynb").is_file() for name in NOTEBOOKS):
             return place.resolve()
-    raise GridError(f"no train.ipynb and test.ipynb in {', '.join(map(str, places))}: name their folder with --notebooks")
+    raise GridError(f"no train.ipynb and test.ipynb in {', '.join(map(str, searched))}: name their folder with --notebooks")
 
 
 def notebook_code(notebooks: Path) -> str:
     """The text of the code cells of both notebooks, on which results depend."""
     import nbformat  # half a second, and each command imports this module
 
-    cells = [cell["source"] for name in NOTEBOOKS
-             for cell in nbformat.read(notebooks / f"{name}.ipynb", as_version=4).cells if cell["cell_type"] == "code"]
-    return "\n\n".join(cells)
+    books = [nbformat.read(notebooks / f"{name}.ipynb", as_version=4) for name in NOTEBOOKS]
+    return "\n\n".join(cell["source"] for book in books for cell in book.cells if cell["cell_type"] == "code")
 
 
 def cell_hash(params: Mapping, code: str, split_hash: str) -> str:
@@ -106,13 +103,7 @@ class CellFolder(RunFolder):
         return len(self.history) + self.trained + self.scored_file.is_file()
 
     def done_as(self, hash_: str) -> bool:
-        """Whether the cell is finished, with the settings of this hash.
-
-        Raises
-        ------
-        GridError
-            It was finished with other settings.
-        """
+        """Whether the cell is finished; raises GridError if it has other settings than those of this hash."""
         if self.done and self.metrics["hash"] != hash_:
             raise GridError(f"{self.name} was finished by another runner under other settings (hash {self.metrics['hash']}, "
                             f"wanted {hash_}); use another --out, or --rerun-changed")

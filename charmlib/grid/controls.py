@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +11,21 @@ import pandas as pd
 from charmlib.data.dataset import open_dataset
 from charmlib.evaluation.compare import compare, verdict
 from charmlib.evaluation.controls import column_scores
-from charmlib.evaluation.intervals import Resamples, bootstrap, interval, mean_of_defined
+from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.runs import RunFolder
+from charmlib.evaluation.tables import run_table
 from charmlib.files import write_whole
 from charmlib.grid.cells import GridError
 from charmlib.grid.runner import run_grid
 from charmlib.grid.spec import Cell, Grid, read_cell
 from charmlib.params import ParameterError, changes, find_file
 
+# cell -> its changes to the parameter file
 CONTROLS = {"network": {}, "plain": {"use_momentum": False, "use_attention": False, "use_bank": False},
             "shuffled": {"labels": "shuffled"}}
-"""Cell -> its changes to the parameter file."""
 _NAMES = {"shuffled": "shuffled labels (must be 0.5)", "plain": "plain network"}
-LEVEL = 0.99
-"""Of the interval in which the shuffled control must hold 0.5: one in a hundred honest ones does not."""
+LEVEL = 0.99  # of the interval of the shuffled control that must contain 0.5: one in a hundred honest ones does not
 
 
 def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,
@@ -64,15 +64,17 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     failed = [each for each in runs.values() if not each.done]
     if failed:
         raise GridError(f"no table yet: {', '.join(each.name for each in failed)} failed; see {failed[0].error_file}")
-    rows = [_trained(each, _NAMES.get(each.name, each.name)) for each in runs.values()]
-    if run:
-        rows = [_trained(run, run.name), *rows]
+    trained = ([run] if run else []) + list(runs.values())
+    table = run_table([each.metrics for each in trained]).rename(columns={"run": "control"})
+    table["control"] = ([run.name] if run else []) + [_NAMES.get(name, name) for name in runs]
     view = _view_alone(params)
     if not view:
         say("the label table has no view position: that control is left out")
-    table = pd.DataFrame(rows + view).astype({"seed": "Int64"})
+    table = pd.concat([table.drop(columns=["valid AUC", "test AP"]), pd.DataFrame(view)], ignore_index=True)
+    table["seed"] = table["seed"].astype("Int64")
     write_whole(folder / "controls.csv", lambda temporary: table.to_csv(temporary, index=False))
-    low, high = _limits(runs["shuffled"].resamples, LEVEL)
+    samples = runs["shuffled"].resamples
+    low, high = interval(mean_of_defined(samples.auc), LEVEL)[:2] if samples else (float("nan"), float("nan"))
     held = bool(low <= 0.5 <= high)
     remarks = [f"shuffled labels: the {LEVEL:.0%} interval {low:.4f} to {high:.4f} "
                f"{'contains' if held else 'does NOT contain'} 0.5"]
@@ -83,23 +85,6 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     return table, held, remarks
 
 
-def _limits(samples: Resamples | None, level: float = 0.95) -> tuple[float, float]:
-    return interval(mean_of_defined(samples.auc), level)[:2] if samples else (float("nan"), float("nan"))
-
-
-def _trained(run: RunFolder, name: str) -> dict:
-    split = run.metrics["split"]
-    return {**_row(name, run.metrics["test"]["mean_auc"], run.resamples, split["name"], split["hash"], split["test"]),
-            "seed": run.metrics["params"]["seed"]}
-
-
-def _row(control: str, auc: float, samples: Resamples | None, split: str, split_hash: str, part: Mapping) -> dict:
-    low, high = _limits(samples)
-    return {"control": control, "test AUC": auc, "test AUC low": low, "test AUC high": high,
-            "split": f"{split} {split_hash[:8]}", "images": part["images"], "patients": part["patients"],
-            "positive share": part["positive_share"]}
-
-
 def _view_alone(params: dict) -> list[dict]:
     data = open_dataset(params)
     views = data.index.frame["view"].fillna("").astype(str).to_numpy()
@@ -108,5 +93,8 @@ def _view_alone(params: dict) -> list[dict]:
         return []
     scores = column_scores(views[train], data.labels[train], views[test])
     labels, patients = data.labels[test], data.index.frame["patient"].to_numpy(str)[test]
-    return [_row("view position alone", mean_auc(labels, scores, data.classes), bootstrap(labels, scores, patients),
-                 data.split.name, data.split.hash, data.split.counts["test"])]
+    low, high, _ = interval(mean_of_defined(bootstrap(labels, scores, patients).auc))
+    part = data.split.counts["test"]
+    return [{"control": "view position alone", "test AUC": mean_auc(labels, scores, data.classes), "test AUC low": low,
+             "test AUC high": high, "split": f"{data.split.name} {data.split.hash[:8]}", "images": part["images"],
+             "patients": part["patients"], "positive share": part["positive_share"]}]

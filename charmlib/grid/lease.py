@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import platform
+import tempfile
 import threading
 import time
 import uuid
@@ -21,11 +21,10 @@ from pathlib import Path
 
 import psutil
 
-from charmlib.files import FOLDER, LEASE, TOKEN, LeaseLost, check_lease, read_lease
+from charmlib.files import FOLDER, LEASE, TOKEN, LeaseLost, check_lease, read_lease, write_json
 
 _KEYS = {"token", "host", "place", "pid", "born", "folder", "number"}
-RENEW, PATIENCE = 5.0, 60.0
-"""Seconds between renewals, and without renewal after which the lease of another machine counts as lost."""
+RENEW, PATIENCE = 5.0, 60.0  # seconds between renewals, and without any until the lease of another machine counts as lost
 
 
 class Busy(RuntimeError):
@@ -82,15 +81,10 @@ def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
     token = uuid.uuid4().hex
     mine = {"token": token, "host": platform.node(), "place": _place(), "pid": os.getpid(), "born": _born(os.getpid()),
             "folder": str(folder), "number": folder.stat().st_ino}
-    temporary = folder / f"{LEASE}.{token}.tmp"
     with alone(folder) as sure:
         if words := holder(folder, patience=patience):
             raise Busy(f"{folder.name} is being worked on by {words}")
-        try:
-            temporary.write_text(json.dumps(mine))
-            os.replace(temporary, folder / LEASE)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(folder / LEASE, mine)
     if not sure:  # without locks the last of several writers wins, and each looks who that was
         time.sleep(2.0)
         if _read(folder).get("token") != token:
@@ -102,7 +96,9 @@ def holder(folder: str | Path, *, patience: float = PATIENCE) -> str:
     """'process 123 on HOST' for the living holder of a folder's lease, or an empty text."""
     folder = Path(folder)
     held = _read(folder)
-    if not held or _is_copy(folder, held):
+    # A shared folder may have another path on another machine, or (not on NFS) another number, but not both: a lease with
+    # both came with a copied folder, such as a fetched output, in which nobody works.
+    if not held or (held["folder"] != str(folder.resolve()) and held["number"] != folder.stat().st_ino):
         return ""
     if held["place"] == _place():
         alive = abs(_born(held["pid"]) - held["born"]) < 5
@@ -112,14 +108,6 @@ def holder(folder: str | Path, *, patience: float = PATIENCE) -> str:
         except FileNotFoundError:
             return ""
     return f"process {held['pid']} on {held['host']}" if alive else ""
-
-
-def _is_copy(folder: Path, held: dict) -> bool:
-    """Whether the lease came with a copied folder, such as a fetched output, in which nobody works.
-
-    A shared folder may have another path on another machine, or (not on NFS) another number, but not both.
-    """
-    return held["folder"] != str(folder.resolve()) and held["number"] != folder.stat().st_ino
 
 
 @contextmanager
@@ -146,15 +134,9 @@ def _read(folder: Path) -> dict:
 
 def _now(folder: Path) -> float:
     """The file system's time, which on a shared folder may differ from this machine's; this machine's on a read-only one."""
-    probe = folder / f"{LEASE}.{uuid.uuid4().hex}.tmp"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    except OSError:
-        return time.time()
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
+    with suppress(OSError), tempfile.NamedTemporaryFile(prefix=f"{LEASE}.", suffix=".tmp", dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_mtime
+    return time.time()
 
 
 def _place() -> str:

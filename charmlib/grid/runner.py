@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,70 +18,16 @@ from charmlib.evaluation.leaks import one_cross_validation
 from charmlib.files import write_text, write_whole
 from charmlib.grid.board import leaderboard, record_of
 from charmlib.grid.bring import bring_earlier, remove_cell
-from charmlib.grid.budget import KAGGLE_WEEK, Budget, hours, paces, remaining, seconds_of
+from charmlib.grid.budget import KAGGLE_WEEK, Budget, existing, hours, paces, refuse_without_space, remaining
 from charmlib.grid.cells import CellFolder, GridError, cell_hash, code_hash, find_notebooks, notebook_code
-from charmlib.grid.cluster import connect, given_cluster, gpus, handling, local_cluster
+from charmlib.grid.cluster import Means, connect, given_cluster, handling, local_cluster
 from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
-from charmlib.grid.space import existing, refuse_without_space
 from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell
-from charmlib.params import ParameterError, changes, find_file, with_absolute_paths
+from charmlib.params import changes, find_file, with_absolute_paths
 
 _DATA = ("data_root", "classes", "csv", "labels", "split", "valid_fraction", "limit", "image_size", "aspect",
          "cache_dir", "workers")
-
-
-@dataclass(frozen=True)
-class Means:
-    """Where and how long cells run.
-
-    Parameters
-    ----------
-    workers : int
-        Workers of the local cluster: one a GPU, or one on a CPU, by default.
-    scheduler, scheduler_file : str
-        Use this Dask cluster instead; its workers must see the grid's folder and the data under the same paths. A cell takes
-        one ``GPU`` of a worker's resources; with ``any_worker`` also workers without that resource. Without any worker after
-        ``wait_workers`` (seconds, or such as '5m') it is refused.
-    budget : str or float
-        A time such as '11h', from now on: a cell is started only if one epoch and its save fit, longest first; training ends in
-        time at an epoch's end, and the report is written within it.
-    hung_after : str or float
-        A cell without any sign of life (batch or file) for this time is ended.
-    rerun_changed : bool
-        Run finished cells again whose parameters, notebooks, split or charmlib version have changed.
-
-    Raises
-    ------
-    charmlib.params.ParameterError
-        A time is wrong, or two clusters are named.
-    """
-
-    workers: int | None = None
-    scheduler: str | None = None
-    scheduler_file: str | None = None
-    any_worker: bool = False
-    wait_workers: str | float = 60.0
-    budget: str | float | None = None
-    hung_after: str | float = 1800.0
-    rerun_changed: bool = False
-
-    def __post_init__(self):
-        if self.scheduler and self.scheduler_file:
-            raise ParameterError("--scheduler and --scheduler-file name two clusters; give one of them")
-        for name in ("wait_workers", "budget", "hung_after"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, seconds_of(getattr(self, name), f"--{name.replace('_', '-')}"))
-
-    @property
-    def given(self) -> bool:
-        """Whether the cells run on a cluster that runs already."""
-        return bool(self.scheduler or self.scheduler_file)
-
-    @property
-    def at_once(self) -> int:
-        """Cells at once on this machine."""
-        return self.workers or max(1, len(gpus()))
 
 
 @delegates(Means)
@@ -111,7 +56,7 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
     say : callable
         Gets each line of progress.
     means
-        See :class:`Means`.
+        See :class:`charmlib.grid.cluster.Means`.
 
     Raises
     ------
@@ -132,19 +77,15 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
     _refuse_unusable(folder, means)
     bring_earlier(grid, folder, continue_from, say=say)
 
-    def refresh(first: bool = False) -> pd.DataFrame:
-        if first:  # the whole grid, also where this call runs a shard of it
-            write_text(folder / "grid.yaml", yaml.safe_dump(record_of(grid), sort_keys=False))
-        return leaderboard(folder, grid)
-
-    run_cells(part, folder, books, means, budget=budget, split_folder=folder, refresh=refresh, say=say)
-    board = refresh()
+    run_cells(part, folder, books, means, whole=grid, budget=budget, say=say)
+    board = leaderboard(folder, grid)
     write_report(folder, board, name=grid.name)
     left = sum(CellFolder(folder / cell.id).status not in ("done", "failed") for cell in part.cells)
     if left and means.budget is not None:
         used = "is used" if budget.left() < 1 else f"has no room for more ({hours(budget.left())} are left of it)"
         seconds = _seconds_left(grid, part, folder)
-        time_left = "how long they take is not known yet" if None in seconds else f"at most {sum(seconds) / 3600:.2f} GPU hours"
+        known = sum(seconds) < float("inf")
+        time_left = f"at most {sum(seconds) / 3600:.2f} GPU hours" if known else "how long they take is not known yet"
         say(f"the budget of {hours(means.budget)} {used}: {len(part.cells) - left} of {len(part.cells)} cells are over, "
             f"{left} left to run ({time_left}). The same command goes on with them.")
     return board
@@ -164,37 +105,35 @@ def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | 
     path = find_file(path)
     folder = Path(out or Path("runs") / path.stem).resolve()
     grid = Grid(folder.parent.name, path, (read_cell(path, assignments, folder.name),))
-    run_cells(grid, folder.parent, find_notebooks(notebooks), Means(rerun_changed=rerun_changed), split_folder=folder, say=say)
+    run_cells(grid, folder.parent, find_notebooks(notebooks), Means(rerun_changed=rerun_changed), say=say)
     run = CellFolder(folder)
     if not run.done:
         raise GridError(f"the run failed; its traceback is in {run.error_file}")
     return folder
 
 
-def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, split_folder: Path, budget: Budget | None = None,
-              refresh: Callable[..., object] = lambda first=False: None, say: Callable[[str], None] = print) -> None:
+def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole: Grid | None = None,
+              budget: Budget | None = None, say: Callable[[str], None] = print) -> None:
     """Run the unfinished cells of a grid, each in ``folder / id``; see :func:`run_grid`.
 
-    ``refresh(first=True)`` is called before the first cell starts, ``refresh()`` after each that ends.
+    With ``whole``, the grid of which these cells are a shard, its record and leaderboard are kept up to date; without one the
+    split is written into the folder of the only cell.
     """
     code = notebook_code(notebooks)
-    splits = _prepare(grid, split_folder, say)
+    splits = _prepare(grid, folder if whole else folder / grid.cells[0].id, say)
     jobs = [{"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(notebooks), "params": _paths_here(cell.params),
              "hash": cell_hash(cell.params, code, splits[cell.id]), "split": splits[cell.id], "code": code_hash(code),
              "hung_after": means.hung_after} for cell in grid.cells]
     jobs = _todo(jobs, folder, means.rerun_changed, say)
-    refresh(first=True)
+    if whole:
+        write_text(folder / "grid.yaml", yaml.safe_dump(record_of(whole), sort_keys=False))
     if not jobs:
         return
     refuse_without_space(grid.cells, folder, means.at_once, say=say)
-    if means.given:
-        cluster = given_cluster(means.scheduler, means.scheduler_file, folder=folder, notebooks=notebooks, code=code_hash(code),
-                                data_roots={job["params"]["data_root"] for job in jobs}, any_worker=means.any_worker,
-                                wait=means.wait_workers)
-    else:
-        cluster = local_cluster(means.workers, len(jobs))
+    cluster = given_cluster(means, jobs) if means.given else local_cluster(means, len(jobs))
     with handling(signal.SIGTERM, _terminate), cluster as seats:
-        Schedule(grid.cells, jobs, folder, seats, budget=budget or Budget(), refresh=refresh, say=say).run()
+        Schedule(grid.cells, jobs, folder, seats, budget=budget or Budget(), say=say,
+                 refresh=lambda: leaderboard(folder, whole) if whole else None).run()
 
 
 class Terminated(KeyboardInterrupt):
@@ -211,7 +150,7 @@ def _refuse_unusable(folder: Path, means: Means) -> None:
         raise GridError(f"{existing(folder)} cannot be written to: name another --out (an earlier session's read-only output "
                         "goes into --continue-from)")
     if means.given:
-        connect(means.scheduler, means.scheduler_file, means.wait_workers).close()
+        connect(means).close()
 
 
 def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
@@ -221,9 +160,9 @@ def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
         run = CellFolder(folder / cell.id)
         changed = run.done and changes(run.metrics["params"], cell.params)
         say(f"{cell.id}: " + ("done with other settings (refused without --rerun-changed)" if changed else run.status)
-            + (f", at most {hours(left)} left" if left else ""))
+            + (f", at most {hours(left)} left" if 0 < left < float("inf") else ""))
     say(f"{len(grid.cells)} cells in {folder}; nothing was run")
-    if None in seconds:
+    if sum(seconds) == float("inf"):
         say("how long they take is known once one epoch has been timed here")
     else:
         total, at_once = sum(seconds) / 3600, means.at_once
@@ -232,7 +171,7 @@ def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
             f"{KAGGLE_WEEK} session hours a week")
 
 
-def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float | None]:
+def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float]:
     """Of each cell of a part, by the finished epochs of the whole grid."""
     pace = paces(folder, grid.cells)
     return [remaining(cell, CellFolder(folder / cell.id), pace[cell.id]) for cell in part.cells]

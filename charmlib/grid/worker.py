@@ -19,14 +19,10 @@ from charmlib.files import LEASE
 from charmlib.grid.cells import CellFolder, Ended, GridError, code_hash, find_notebooks, notebook_code
 from charmlib.session import DEADLINE, SCORING, end_children, with_this_package
 
-_LOOK = 0.25
-"""Seconds between two looks at a cell's process."""
-_POLITE = 10.0
-"""Seconds that a process gets to end by itself."""
-_FIRST_SIGN = 120.0
-"""Seconds that a kernel may take to start on a busy machine, however small the limit for hung cells is."""
-WRAP_UP = 8.0
-"""Seconds between the end of training and the deadline, for writing the notebook as far as it got."""
+_LOOK = 0.25  # seconds between two looks at a cell's process
+_POLITE = 10.0  # seconds that a process gets to end by itself
+_FIRST_SIGN = 120.0  # seconds that a kernel may take to start on a busy machine, whatever the limit for hung cells is
+WRAP_UP = 8.0  # seconds between the end of training and the deadline, for writing the notebook as far as it got
 
 
 class Outcome(NamedTuple):
@@ -73,10 +69,14 @@ def work(job: dict, devices: Sequence[str]) -> Outcome:
 
 
 def _watch(child: subprocess.Popen, job: Mapping) -> Ended:
-    life, wanted = SignsOfLife(CellFolder(job["folder"])), _wanted()
+    cell, wanted = CellFolder(job["folder"]), _wanted()
+    seen, since, began = _files(cell), time.monotonic(), False
     while child.poll() is None:
         time.sleep(_LOOK)
-        if life.missing_for() > max(job["hung_after"], 0.0 if life.began else _FIRST_SIGN):
+        now = _files(cell)
+        if now != seen:
+            seen, since, began = now, time.monotonic(), began or cell.running_file.is_file()
+        if time.monotonic() - since > max(job["hung_after"], 0.0 if began else _FIRST_SIGN):
             return Ended.HUNG
         late = job["deadline"] is not None and time.time() > job["deadline"]
         if late or not wanted():
@@ -90,29 +90,12 @@ def _watch(child: subprocess.Popen, job: Mapping) -> Ended:
         return Ended.CRASHED if child.returncode < 0 else Ended.FAILED
 
 
-class SignsOfLife:
-    """Notices when nothing changes in a cell's folder. The lease does not count, since a hung process renews it too."""
-
-    def __init__(self, cell: CellFolder):
-        self.cell = cell
-        self.seen, self.since, self.began = self._look(), time.monotonic(), False
-
-    def missing_for(self) -> float:
-        """Seconds since the last change."""
-        now = self._look()
-        if now != self.seen:
-            self.seen, self.since = now, time.monotonic()
-            self.began = self.began or self.cell.running_file.is_file()
-        return time.monotonic() - self.since
-
-    def _look(self) -> set[tuple[str, int]]:
-        found = set()
-        with contextlib.suppress(FileNotFoundError):
-            for entry in os.scandir(self.cell):
-                with contextlib.suppress(FileNotFoundError):
-                    if not entry.name.startswith(LEASE):
-                        found.add((entry.name, entry.stat().st_mtime_ns))
-        return found
+def _files(cell: CellFolder) -> set[tuple[str, int]]:
+    """Names and times of a cell's files but its lease, which a hung process renews too."""
+    found = set()
+    with contextlib.suppress(FileNotFoundError):  # no folder yet, or a file that went meanwhile: a change as well
+        found.update((file.name, file.stat().st_mtime_ns) for file in os.scandir(cell) if not file.name.startswith(LEASE))
+    return found
 
 
 def _wanted() -> Callable[[], bool]:

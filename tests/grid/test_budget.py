@@ -103,5 +103,5 @@ def test_estimates_from_what_has_run(done, tmp_path):
     whole = remaining(two, RunFolder(mine / two.id), pace)
     assert whole == pytest.approx(only_scoring + 2 * pace.epochs["1"] + 2 * pace.epochs["2"])
     nothing = paces(tmp_path / "none", grid.cells)[one.id]
-    assert remaining(one, RunFolder(tmp_path / "none"), nothing) is None
+    assert remaining(one, RunFolder(tmp_path / "none"), nothing) == float("inf")
     assert next_step(one, RunFolder(tmp_path / "none"), nothing) == 0

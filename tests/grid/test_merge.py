@@ -12,8 +12,8 @@ import yaml
 
 from charmlib.grid import Grid, lease, merge_grids
 from charmlib.grid.bring import bring_cell, bring_earlier, remove_cell
+from charmlib.grid.budget import computed_sizes, free_bytes, refuse_without_space
 from charmlib.grid.cells import CellFolder, GridError
-from charmlib.grid.space import computed_sizes, free_bytes, refuse_without_space
 from charmlib.grid.spec import load_grid, parse_shard
 from charmlib.params import ParameterError
 from tests.grid.conftest import CELLS, run, same_results
@@ -210,15 +210,15 @@ def test_kaggles_limit_counts_what_is_there(tmp_path):
 
 
 def test_a_grid_that_will_not_fit_is_told_so_beforehand(done, tmp_path, monkeypatch):
-    from charmlib.grid import space
+    from charmlib.grid import budget
 
     path, _, _ = done
     cells, said = load_grid(path).cells, []
     one = sum(computed_sizes([c.params for c in cells]))
-    monkeypatch.setattr(space, "free_bytes", lambda folder: 2.5 * one + 12e6)
+    monkeypatch.setattr(budget, "free_bytes", lambda folder: 2.5 * one + 12e6)
     refuse_without_space(cells, tmp_path, 1, say=said.append)
     assert said and said[0].startswith("WARNING: 2 cells need about") and "--shard" in said[0]
-    monkeypatch.setattr(space, "free_bytes", lambda folder: 0.9 * one)
+    monkeypatch.setattr(budget, "free_bytes", lambda folder: 0.9 * one)
     with pytest.raises(GridError, match="not even one fits"):
         refuse_without_space(cells, tmp_path, 1)
 

@@ -16,7 +16,7 @@ import yaml
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import leaderboard, run_grid
 from charmlib.grid.cells import CellFolder, GridError, cell_hash, find_notebooks, notebook_code
-from charmlib.grid.cluster import local_cluster
+from charmlib.grid.cluster import Means, local_cluster
 from charmlib.grid.worker import child_environment
 from charmlib.params import ParameterError, resolve
 from tests.grid.conftest import ROOT, small_grid
@@ -233,7 +233,7 @@ def test_the_nannys_thread_and_malloc_settings_do_not_reach_a_cell(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert environment()["OMP_NUM_THREADS"] == "7"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with local_cluster(1, 1) as cluster:
+    with local_cluster(Means(workers=1), 1) as cluster:
         inside = cluster.client.submit(environment, 2).result()
     assert inside["OMP_NUM_THREADS"] == "1"
 

@@ -1,7 +1,5 @@
 """``leaderboard.csv``: ranked by validation, with the test score and its interval beside, for reading."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd
@@ -70,13 +68,7 @@ def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = T
 
 
 def read_record(folder: Path) -> dict:
-    """``grid.yaml`` of a grid's folder: name, axes, and cells with id, axes and params.
-
-    Raises
-    ------
-    GridError
-        There is none.
-    """
+    """``grid.yaml`` of a grid's folder: name, axes, and cells with id, axes and params; GridError without one."""
     if not (folder / "grid.yaml").is_file():
         raise GridError(f"{folder} holds no grid (no grid.yaml); name a folder that `grid run` wrote")
     return yaml.safe_load((folder / "grid.yaml").read_text())

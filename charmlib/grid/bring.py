@@ -1,7 +1,5 @@
 """Cells brought from elsewhere: an earlier session's output, shards of machines that share no folder."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
@@ -31,12 +29,8 @@ _VERSIONS = ("charmlib", "torch", "torchvision", "fastai")
 def bring_cell(source: Path, target: Path) -> bool:
     """Copy the folder of a finished or started cell if it has got further than the target; returns whether it was copied.
 
-    The copy appears whole or not at all, and is writable where the source is read-only.
-
-    Raises
-    ------
-    GridError
-        A process works on the target.
+    The copy appears whole or not at all, and is writable where the source is read-only. Raises GridError if a process works on
+    the target.
     """
     if _progress(source) <= _progress(target):
         return False
@@ -67,33 +61,21 @@ def _progress(folder: Path) -> float:
 
 
 def remove_cell(folder: Path) -> None:
-    """Remove a cell's folder, for it to run again.
-
-    Raises
-    ------
-    GridError
-        A process works on it.
-    """
+    """Remove a cell's folder, for it to run again; raises GridError if a process works on it."""
     with lease.alone(folder):
         refuse_at_work(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_half_copies(folder: Path) -> None:
-    """Remove what killed copies left in a grid's folder."""
+    """Remove the rest of killed copies from a grid's folder."""
     for half in folder.glob(f".*{_HALF}"):
         if time.time() - half.stat().st_mtime > _OLD:  # a younger one may still be written
             shutil.rmtree(half, ignore_errors=True)
 
 
 def refuse_at_work(folder: Path) -> None:
-    """Refuse to change the folder of a cell while a living process works on it.
-
-    Raises
-    ------
-    GridError
-        Says which process.
-    """
+    """Raise GridError, naming the process, if a living one works on a cell."""
     if words := lease.holder(folder):
         raise GridError(f"{folder} is being worked on by {words}: wait for its end, or stop it")
 
@@ -102,26 +84,20 @@ def bring_earlier(grid: Grid, folder: Path, source: str | Path | None = None, *,
                   say: Callable[[str], None] = print) -> int:
     """Copy the finished and started cells of an earlier session of this grid into its folder; returns how many.
 
-    ``source`` is that grid's folder; without one, the outputs attached to a Kaggle notebook are searched for grids of this
-    name. Cells that have got as far here stay as they are.
-
-    Raises
-    ------
-    GridError
-        ``source`` holds no grid.
+    ``source`` is that grid's folder (GridError if it holds none); without one, the outputs attached to a Kaggle notebook are
+    searched for grids of this name. Cells that have got as far here stay as they are.
     """
     if source is not None and not (Path(source) / "grid.yaml").is_file():
         raise GridError(f"{source} holds no grid to continue from (no grid.yaml); name the folder that has the cells' folders")
     remove_half_copies(folder)
     brought = 0
     for place in _attached(grid.name, inputs) if source is None else [Path(source)]:
-        if place.resolve() == folder.resolve():
-            continue
-        cells = [cell.id for cell in grid.cells if bring_cell(place / cell.id, folder / cell.id)]
+        here = place.resolve() == folder.resolve()
+        cells = [cell.id for cell in grid.cells if not here and bring_cell(place / cell.id, folder / cell.id)]
+        brought += len(cells)
         if cells:
             say(f"{len(cells)} cells of an earlier session copied from {place}: {', '.join(cells[:4])}"
                 + (f" and {len(cells) - 4} more" if len(cells) > 4 else ""))
-        brought += len(cells)
     return brought
 
 
@@ -163,7 +139,7 @@ def merge_grids(out: str | Path, folders: Sequence[str | Path], *, say: Callable
 
 
 def _one_record(records: dict[Path, dict]) -> dict:
-    """The grid that all folders are parts of."""
+    """The grid that all folders are parts of; raises GridError where they differ in axes or parameters."""
     (first_place, first), *others = records.items()
     cells = {cell["id"]: cell for cell in first["cells"]}
     for place, record in others:

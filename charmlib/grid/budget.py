@@ -1,7 +1,5 @@
 """What a grid may use: the time budget against the time that cells take, and the disk."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -39,10 +37,7 @@ _REST = 12e6  # bytes of a finished cell without its checkpoint: notebooks, pred
 def seconds_of(text: str | float, option: str = "--budget") -> float:
     """``11h``, ``1h30m``, ``90m`` or ``45s`` as seconds; a number is in seconds. A text needs units: ``11`` may mean hours.
 
-    Raises
-    ------
-    ParameterError
-        Not a time, or not above 0.
+    Raises ParameterError for anything else, and for times up to 0.
     """
     if isinstance(text, str):
         found = re.fullmatch(r"(?:(?:\d+\.?\d*|\.\d+)[dhms])+", text.strip().lower())
@@ -154,13 +149,7 @@ def _left(cell: Cell, done: Sequence[Mapping]) -> dict[str, int]:
 
 
 def refuse_without_space(cells: Sequence[Cell], folder: Path, at_once: int, *, say: Callable[[str], None] = print) -> None:
-    """Say how many bytes the unfinished cells need and how many are free.
-
-    Raises
-    ------
-    GridError
-        The free space is too small to train a single cell.
-    """
+    """Say how many bytes the unfinished cells need and how many are free; GridError if not even one can be trained."""
     runs = [RunFolder(folder / cell.id) for cell in cells]
     todo = sum(not run.done for run in runs)
     at_once, free = min(at_once, todo), free_bytes(folder)

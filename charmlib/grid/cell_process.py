@@ -4,8 +4,6 @@ Papermill executes both notebooks here, in one kernel, so that a crash or a kill
 process holds the lease of the cell's folder; its exit status is a :class:`charmlib.grid.cells.Ended`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -126,7 +124,7 @@ def main() -> int:
     try:
         held = lease.take(cell)
     except (lease.Busy, OSError) as problem:
-        return _say(_how(problem), problem)
+        return _ended(problem)
 
     def leave(ended: Ended) -> None:
         end_children()
@@ -144,10 +142,10 @@ def main() -> int:
             run_cell(job)
         return Ended.DONE
     except Exception as problem:
-        ended = _how(problem)
+        ended = _ended(problem)
         if ended is Ended.FAILED:
             write_text(cell.error_file, traceback.format_exc())
-        return _say(ended, problem)
+        return ended
     finally:
         held.release()
 
@@ -157,19 +155,16 @@ _ENDS = {"DeadKernelError": Ended.CRASHED, "Busy": Ended.BUSY, session.OutOfTime
          LeaseLost.__name__: Ended.LEASE_LOST, DiskFull.__name__: Ended.DISK_FULL}
 
 
-def _how(problem: Exception) -> Ended:
-    """How a cell ended whose notebooks, or whose process, raised this."""
-    name, text = getattr(problem, "ename", type(problem).__name__), str(getattr(problem, "evalue", problem))
-    if is_disk_full(problem) or (name == "OSError" and "No space left on device" in text):
-        return Ended.DISK_FULL
-    return _ENDS.get(name, Ended.FAILED)
+def _ended(problem: Exception) -> Ended:
+    """How a cell ended whose notebooks, or whose process, raised this; prints one line for the runner.
 
-
-def _say(ended: Ended, problem: Exception) -> Ended:
-    """Print one line for the runner: the last line of the problem's text, after its class if the status does not name it."""
-    text = (getattr(problem, "evalue", None) or str(problem)).strip().splitlines()  # fastai adds lines before it
-    name = f"{getattr(problem, 'ename', type(problem).__name__)}: " if ended is Ended.FAILED else ""
-    print(f"{name}{text[-1].strip() if text else ''}", file=sys.stderr)
+    The line is the last one of the problem's text (fastai adds some before it), after its class if the status does not tell.
+    """
+    name, text = getattr(problem, "ename", type(problem).__name__), str(getattr(problem, "evalue", "") or problem)
+    full = is_disk_full(problem) or (name == "OSError" and "No space left on device" in text)
+    ended = Ended.DISK_FULL if full else _ENDS.get(name, Ended.FAILED)
+    last = "".join(text.strip().splitlines()[-1:]).strip()
+    print(f"{name}: {last}" if ended is Ended.FAILED else last, file=sys.stderr)
     return ended
 
 

@@ -1,7 +1,5 @@
 """A cell's identity, and its state as read from its folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
@@ -38,10 +36,7 @@ class GridError(RuntimeError):
 def find_notebooks(folder: str | Path | None = None) -> Path:
     """The folder of ``train.ipynb`` and ``test.ipynb``: given, that of the checkout or wheel, or the current one.
 
-    Raises
-    ------
-    GridError
-        Lists the folders that were searched.
+    Raises GridError, listing the searched folders.
     """
     package = Path(charmlib.__file__).parent
     searched = [Path(folder)] if folder else [package.parent / "notebooks", package / "shipped" / "notebooks",

@@ -1,7 +1,5 @@
 """The Dask cluster that a grid runs on: this machine's own, one worker a GPU, or a given one."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -14,8 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask
+import distributed
+import distributed.client  # makes the loggers that _quiet silences
+
 import charmlib
-from charmlib.grid.budget import seconds_of
+from charmlib.grid.budget import Budget, seconds_of
 from charmlib.grid.cells import GridError, code_hash, notebook_code
 from charmlib.grid.worker import notebooks_here, work
 from charmlib.params import ParameterError
@@ -35,9 +37,9 @@ def gpus() -> list[str]:
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in out.stdout.splitlines()))]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Means:
-    """Where and how long cells run; times are seconds, or texts such as '5m'.
+    """Where and how long cells run; times are given in seconds, or as texts such as '5m'.
 
     Parameters
     ----------
@@ -55,6 +57,13 @@ class Means:
         A cell without any sign of life (batch or file) for this time is ended.
     rerun_changed : bool
         Run finished cells again whose parameters, notebooks, split or charmlib version have changed.
+
+    Attributes
+    ----------
+    given : str or None
+        The cluster that runs already, if one is named.
+    at_once : int
+        Cells at once on this machine.
 
     Raises
     ------
@@ -74,19 +83,11 @@ class Means:
     def __post_init__(self):
         if self.scheduler and self.scheduler_file:
             raise ParameterError("--scheduler and --scheduler-file name two clusters; give one of them")
-        for name in ("wait_workers", "budget", "hung_after"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, seconds_of(getattr(self, name), f"--{name.replace('_', '-')}"))
-
-    @property
-    def given(self) -> str | None:
-        """The cluster that runs already, if one is to be used."""
-        return self.scheduler or self.scheduler_file
-
-    @property
-    def at_once(self) -> int:
-        """Cells at once on this machine."""
-        return self.workers or max(1, len(gpus()))
+        self.wait_workers = seconds_of(self.wait_workers, "--wait-workers")
+        self.hung_after = seconds_of(self.hung_after, "--hung-after")
+        self.budget = Budget(None if self.budget is None else seconds_of(self.budget))
+        self.given = self.scheduler or self.scheduler_file
+        self.at_once = self.workers or max(1, len(gpus()))
 
 
 class Cluster:
@@ -119,17 +120,14 @@ class Cluster:
 @contextlib.contextmanager
 def local_cluster(means: Means, cells: int) -> Iterator[Cluster]:
     """This machine's own workers, at most one a cell."""
-    import dask
-    from distributed import Client, LocalCluster
-
     _quiet()
     count = min(means.at_once, cells)
     several = {"threads": max(1, (os.cpu_count() or 1) // count), "stagger": 1.0} if count > 1 else {}
     with dask.config.set({"distributed.nanny.pre-spawn-environ": {}}):  # which pins cells to one thread by default
         with handling(signal.SIGINT, signal.SIG_IGN):  # a terminal sends Ctrl-C to all, and only the runner should answer
-            cluster = LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0",
-                                   silence_logs=logging.CRITICAL)
-        with cluster, Client(cluster) as client:
+            cluster = distributed.LocalCluster(n_workers=count, threads_per_worker=1, processes=True,
+                                               dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
+        with cluster, distributed.Client(cluster) as client:
             yield Cluster(client, devices=gpus(), **several)
 
 
@@ -162,8 +160,6 @@ def given_cluster(means: Means, jobs: list[dict]) -> Iterator[Cluster]:
 
 def connect(means: Means):
     """A client of the scheduler at an address, or of the one that a file names once it exists; GridError without one."""
-    from distributed import Client
-
     _quiet()
     file, end = means.scheduler_file, time.monotonic() + means.wait_workers
     while file and not Path(file).is_file():  # Dask would wait for it for ever
@@ -172,7 +168,7 @@ def connect(means: Means):
                             f"scheduler --scheduler-file {file}`")
         time.sleep(0.2)
     try:
-        return Client(address=means.scheduler, scheduler_file=file, timeout=30)
+        return distributed.Client(address=means.scheduler, scheduler_file=file, timeout=30)
     except (OSError, TimeoutError, ValueError) as error:
         raise GridError(f"no Dask scheduler at {means.given} ({type(error).__name__}: {error}); start one with "
                         "`dask scheduler`") from error
@@ -210,8 +206,6 @@ def _look_around(wanted: list[str], notebooks: str) -> tuple[list[str], str, str
 
 def _quiet() -> None:
     """Silence Dask, whose tracebacks at an interrupt or a lost connection hide ours; some loggers have their own level."""
-    import distributed.client  # noqa: F401  (makes them)
-
     for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
         if name.split(".")[0] in ("distributed", "tornado", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

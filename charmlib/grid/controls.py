@@ -1,7 +1,5 @@
 """Three controls of a parameter file in one call: shuffled labels, the view position alone, the plain network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 

@@ -5,8 +5,6 @@ once: the second finds the lease taken. A holder that lost its lease (its machin
 next file.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
@@ -36,6 +34,7 @@ class Lease:
 
     def __init__(self, folder: Path, token: str):
         self.folder, self.token = folder, token
+        self.environment = {TOKEN: token, FOLDER: str(folder)}  # for processes that write on this one's behalf
         self._over = threading.Event()
 
     def keep(self, lost: Callable[[], None]) -> None:
@@ -53,11 +52,6 @@ class Lease:
 
         threading.Thread(target=renew, daemon=True, name="lease").start()
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Environment variables for processes that write on this one's behalf."""
-        return {TOKEN: self.token, FOLDER: str(self.folder)}
-
     def release(self) -> None:
         """Give the lease back; a lost one stays with its new holder."""
         self._over.set()
@@ -70,11 +64,7 @@ def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
     """Take the lease of a folder if it is free or its holder is gone.
 
     A holder on this machine is gone when its process has ended; any other when it has not renewed for ``patience`` seconds.
-
-    Raises
-    ------
-    Busy
-        A living process holds it; says which.
+    Raises Busy, naming the holder, if that lives.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)

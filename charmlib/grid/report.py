@@ -1,7 +1,5 @@
 """``report.html``, pictures and tables of a grid."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib
@@ -72,8 +70,9 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
                           with_intervals(seeds, 4), "first")
     parts += _section(f"Classes of {run.name}", "", with_intervals(class_table(metrics["test"], run.test.positives)), "first")
     if banks is not None:
+        shown = [c for c in banks if not c.endswith(" expected") or c.startswith(("any ", "no finding"))]
         parts += _section("Do the banks hold rare findings?", _BANKS,
-                          with_intervals(without_expected(banks), 2).replace("undefined", ""))
+                          with_intervals(banks[shown], 2).replace("undefined", ""))
     if len(apart):
         parts += _section("Without a validation part", "\n".join(f"{line}." for line in board_notes(apart)), shown_apart(apart),
                           "board")
@@ -102,11 +101,6 @@ def bank_table(folder: Path, board: pd.DataFrame) -> pd.DataFrame | None:
     table = board[["cell", *axes]].merge(compare_enrichment(found), on="cell")
     order = sorted(axes, key=lambda axis: axis == "seed")
     return table.sort_values([*order, "cell"], key=lambda column: column.astype(str), ignore_index=True)
-
-
-def without_expected(table: pd.DataFrame) -> pd.DataFrame:
-    """The table for reading: 'expected' columns for groups and no finding only."""
-    return table[[c for c in table.columns if not c.endswith(" expected") or c.startswith(("any ", "no finding"))]]
 
 
 def bank_pictures(folder: Path, board: pd.DataFrame, table: pd.DataFrame, *, note: str = "") -> list[tuple[str, object]]:

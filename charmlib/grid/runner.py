@@ -1,11 +1,10 @@
 """Run a grid on Dask: one child process a cell, all results on disk, finished cells skipped."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +17,7 @@ from charmlib.evaluation.leaks import one_cross_validation
 from charmlib.files import write_text, write_whole
 from charmlib.grid.board import leaderboard, record_of
 from charmlib.grid.bring import bring_earlier, remove_cell
-from charmlib.grid.budget import KAGGLE_WEEK, Budget, existing, hours, paces, refuse_without_space, remaining
+from charmlib.grid.budget import KAGGLE_WEEK, existing, hours, paces, refuse_without_space, remaining
 from charmlib.grid.cells import CellFolder, GridError, cell_hash, code_hash, find_notebooks, notebook_code
 from charmlib.grid.cluster import Means, connect, given_cluster, handling, local_cluster
 from charmlib.grid.report import write_report
@@ -33,7 +32,7 @@ _DATA = ("data_root", "classes", "csv", "labels", "split", "valid_fraction", "li
 @delegates(Means)
 def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,
              shard: str | tuple[int, int] | None = None, continue_from: str | Path | None = None, dry_run: bool = False,
-             notebooks: str | Path | None = None, say: Callable[[str], None] = print, **means) -> pd.DataFrame:
+             notebooks: str | Path | None = None, say: Callable[[str], None] = print, **kwargs) -> pd.DataFrame:
     """Run or continue a grid; returns its leaderboard.
 
     Finished cells are skipped, started ones go on after their last finished epoch. A failed cell keeps its traceback
@@ -55,8 +54,8 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
         Only say what would run, and how long it would take once an epoch has been timed.
     say : callable
         Gets each line of progress.
-    means
-        See :class:`charmlib.grid.cluster.Means`.
+    **kwargs
+        As :class:`charmlib.grid.cluster.Means`.
 
     Raises
     ------
@@ -65,8 +64,7 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
     GridError
         A finished cell was made with other settings, a cluster cannot be used, or the disk is full.
     """
-    means = Means(**means)
-    budget = Budget(means.budget)
+    means = Means(**kwargs)
     grid = grid if isinstance(grid, Grid) else load_grid(grid, assignments)
     part = grid.shard(*(parse_shard(shard) if isinstance(shard, str) else shard)) if shard else grid
     folder = Path(out or Path("runs") / grid.name).expanduser().resolve()
@@ -74,20 +72,22 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
     if dry_run:
         _tell_plan(part, folder, means, say)
         return pd.DataFrame()
-    _refuse_unusable(folder, means)
+    if not os.access(existing(folder), os.W_OK):
+        raise GridError(f"{existing(folder)} cannot be written to: name another --out (an earlier session's read-only output "
+                        "goes into --continue-from)")
+    if means.given:  # refused here if it is not there, since decoding the images may take an hour
+        connect(means).close()
     bring_earlier(grid, folder, continue_from, say=say)
-
-    run_cells(part, folder, books, means, whole=grid, budget=budget, say=say)
+    run_cells(part, folder, books, means, whole=grid, say=say)
     board = leaderboard(folder, grid)
     write_report(folder, board, name=grid.name)
-    left = sum(CellFolder(folder / cell.id).status not in ("done", "failed") for cell in part.cells)
-    if left and means.budget is not None:
-        used = "is used" if budget.left() < 1 else f"has no room for more ({hours(budget.left())} are left of it)"
-        seconds = _seconds_left(grid, part, folder)
-        known = sum(seconds) < float("inf")
-        time_left = f"at most {sum(seconds) / 3600:.2f} GPU hours" if known else "how long they take is not known yet"
-        say(f"the budget of {hours(means.budget)} {used}: {len(part.cells) - left} of {len(part.cells)} cells are over, "
-            f"{left} left to run ({time_left}). The same command goes on with them.")
+    over, spare = sum(CellFolder(folder / cell.id).status in ("done", "failed") for cell in part.cells), means.budget.left()
+    if over < len(part.cells) and means.budget.seconds is not None:
+        used = "is used" if spare < 1 else f"has no room for more ({hours(spare)} are left of it)"
+        seconds = sum(_seconds_left(grid, part, folder))
+        more = f"at most {seconds / 3600:.2f} GPU hours" if seconds < float("inf") else "how long they take is not known yet"
+        say(f"the budget of {hours(means.budget.seconds)} {used}: {over} of {len(part.cells)} cells are over, "
+            f"{len(part.cells) - over} left to run ({more}). The same command goes on with them.")
     return board
 
 
@@ -113,7 +113,7 @@ def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | 
 
 
 def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole: Grid | None = None,
-              budget: Budget | None = None, say: Callable[[str], None] = print) -> None:
+              say: Callable[[str], None] = print) -> None:
     """Run the unfinished cells of a grid, each in ``folder / id``; see :func:`run_grid`.
 
     With ``whole``, the grid of which these cells are a shard, its record and leaderboard are kept up to date; without one the
@@ -121,19 +121,22 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
     """
     code = notebook_code(notebooks)
     splits = _prepare(grid, folder if whole else folder / grid.cells[0].id, say)
-    jobs = [{"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(notebooks), "params": _paths_here(cell.params),
+    # absolute paths, because the notebooks run in the cell's folder
+    jobs = [{"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(notebooks),
+             "params": with_absolute_paths(cell.params | {"data_root": str(resolve_data_root(cell.params["data_root"]))}),
              "hash": cell_hash(cell.params, code, splits[cell.id]), "split": splits[cell.id], "code": code_hash(code),
              "hung_after": means.hung_after} for cell in grid.cells]
     jobs = _todo(jobs, folder, means.rerun_changed, say)
+    refresh = partial(leaderboard, folder, whole) if whole else lambda: None
     if whole:
         write_text(folder / "grid.yaml", yaml.safe_dump(record_of(whole), sort_keys=False))
+    refresh()
     if not jobs:
         return
     refuse_without_space(grid.cells, folder, means.at_once, say=say)
     cluster = given_cluster(means, jobs) if means.given else local_cluster(means, len(jobs))
     with handling(signal.SIGTERM, _terminate), cluster as seats:
-        Schedule(grid.cells, jobs, folder, seats, budget=budget or Budget(), say=say,
-                 refresh=lambda: leaderboard(folder, whole) if whole else None).run()
+        Schedule(grid.cells, jobs, folder, seats, budget=means.budget, refresh=refresh, say=say).run()
 
 
 class Terminated(KeyboardInterrupt):
@@ -142,15 +145,6 @@ class Terminated(KeyboardInterrupt):
 
 def _terminate(*_):
     raise Terminated
-
-
-def _refuse_unusable(folder: Path, means: Means) -> None:
-    """Refuse a read-only folder or a missing scheduler before the images are decoded, which may take an hour."""
-    if not os.access(existing(folder), os.W_OK):
-        raise GridError(f"{existing(folder)} cannot be written to: name another --out (an earlier session's read-only output "
-                        "goes into --continue-from)")
-    if means.given:
-        connect(means).close()
 
 
 def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
@@ -162,13 +156,10 @@ def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
         say(f"{cell.id}: " + ("done with other settings (refused without --rerun-changed)" if changed else run.status)
             + (f", at most {hours(left)} left" if 0 < left < float("inf") else ""))
     say(f"{len(grid.cells)} cells in {folder}; nothing was run")
-    if sum(seconds) == float("inf"):
-        say("how long they take is known once one epoch has been timed here")
-    else:
-        total, at_once = sum(seconds) / 3600, means.at_once
-        more = f", {hours(3600 * total / at_once)} with {at_once} at once" if at_once > 1 else ""
-        say(f"at most {total:.2f} GPU hours are left{more}: {total / at_once / KAGGLE_WEEK:.1%} of Kaggle's "
-            f"{KAGGLE_WEEK} session hours a week")
+    total, at_once = sum(seconds) / 3600, means.at_once
+    more = f", {hours(3600 * total / at_once)} with {at_once} at once" if at_once > 1 else ""
+    say(f"at most {total:.2f} GPU hours are left{more}: {total / at_once / KAGGLE_WEEK:.1%} of Kaggle's {KAGGLE_WEEK} session "
+        "hours a week" if total < float("inf") else "how long they take is known once one epoch has been timed here")
 
 
 def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float]:
@@ -206,14 +197,13 @@ def _refuse_leaking_splits(splits: Mapping[str, tuple[str, pd.DataFrame]]) -> No
 
 def _todo(jobs: list[dict], folder: Path, rerun_changed: bool, say) -> list[dict]:
     """The jobs of unfinished cells; cells with other settings are refused, or removed for another run."""
-    changed, done = [], 0
+    changed = []
     for job in jobs:
         cell = CellFolder(job["folder"])
         cell.tidy()
-        if _made_as(cell) not in (None, job["hash"]):
+        theirs = cell.metrics["hash"] if cell.done else cell.identity.get("hash", job["hash"])
+        if theirs != job["hash"] and (cell.done or cell.resumable or cell.holder):
             changed.append(cell)
-        else:
-            done += cell.done
     if changed and not rerun_changed:
         names = ", ".join(c.name for c in changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise GridError(f"{len(changed)} finished or started cells in {folder} were made with other parameters, notebooks, "
@@ -221,17 +211,6 @@ def _todo(jobs: list[dict], folder: Path, rerun_changed: bool, say) -> list[dict
                         "replaced), or another --out.")
     for cell in changed:
         remove_cell(cell.path)
-    say(f"{len(jobs)} cells: {done} done, {len(jobs) - done} to run, in {folder}")
-    return [job for job in jobs if not CellFolder(job["folder"]).done]
-
-
-def _made_as(cell: CellFolder) -> str | None:
-    """The hash of a finished or started cell's settings; None for one without anything to lose."""
-    if cell.done:
-        return cell.metrics["hash"] or "a run by hand"
-    return cell.identity.get("hash") if cell.resumable or cell.holder else None
-
-
-def _paths_here(params: dict) -> dict:
-    """Absolute paths, because the notebooks run in the cell's folder."""
-    return with_absolute_paths({**params, "data_root": str(resolve_data_root(params["data_root"]))})
+    todo = [job for job in jobs if not CellFolder(job["folder"]).done]
+    say(f"{len(jobs)} cells: {len(jobs) - len(todo)} done, {len(todo)} to run, in {folder}")
+    return todo

@@ -1,7 +1,5 @@
 """Which cell runs when: seats filled as they come free, failures retried or kept, the time budget kept."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from charmlib.grid.budget import Budget, hours, next_step, paces, remaining
 from charmlib.grid.cells import CellFolder, Ended, GridError
 from charmlib.grid.cluster import Cluster
 from charmlib.grid.spec import Cell
-from charmlib.grid.worker import WRAP_UP, Outcome
+from charmlib.grid.worker import WRAP_UP
 
 _LOOK = 0.3  # seconds between looks at the cluster
 _LOOK_ELSEWHERE = 3.0  # seconds between looks at a cell of another runner
@@ -126,18 +124,18 @@ class Schedule:
             self._keep_error(cell, ended, words)
             self._count(f"{cell.name} FAILED ({words or _WORDS[ended]}); see {cell.error_file}", board=True)
 
-    def _outcome(self, future) -> Outcome:
+    def _outcome(self, future) -> tuple[Ended, str]:
         if future.status == "finished":
             return future.result()
         error = future.exception() if future.status == "error" else None
         if error is not None and type(error).__name__ == "KilledWorker":  # several workers died under it
-            return Outcome(Ended.CRASHED, "its Dask workers were killed")
+            return Ended.CRASHED, "its Dask workers were killed"
         if error is not None:
-            return Outcome(Ended.FAILED, f"the worker failed: {type(error).__name__}: {error}")
+            return Ended.FAILED, f"the worker failed: {type(error).__name__}: {error}"
         if self.cluster.client.status != "running":
             raise GridError("the connection to the Dask scheduler is lost; everything finished is on disk, start the same "
                             "command again")
-        return Outcome(Ended.CRASHED, "the scheduler dropped it")
+        return Ended.CRASHED, "the scheduler dropped it"
 
     def _may_retry(self, cell: CellFolder) -> bool:
         """Once, and again each time that the cell got further."""

@@ -1,13 +1,11 @@
 """Grid files: axes and extra cells over a base, checked before anything runs."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -45,19 +43,13 @@ class Grid:
     cells: tuple[Cell, ...]
     axes: tuple[str, ...] = ()
 
-    def shard(self, part: int, parts: int) -> Grid:
+    def shard(self, part: int, parts: int) -> Self:
         """Every ``parts``-th cell from the ``part``-th on (1-based): shards of about equal length."""
         return replace(self, cells=self.cells[part - 1::parts])
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """``'2/3'`` as (2, 3).
-
-    Raises
-    ------
-    ParameterError
-        The text has another form.
-    """
+    """``'2/3'`` as (2, 3); ParameterError for another form."""
     part, slash, parts = str(text).partition("/")
     if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise ParameterError(f"--shard {text!r}: wanted I/N such as 2/3, with 1 <= I <= N")
@@ -153,13 +145,7 @@ def _cells(entry: Mapping, source: str, base: str | None, path: Path, fixed: Map
 
 
 def read_cell(path: str | Path, assignments: Iterable[str] = (), id_: str = "") -> Cell:
-    """A parameter file with assignments as a cell without axes.
-
-    Raises
-    ------
-    ParameterError
-        As :func:`charmlib.params.load_params` and :func:`charmlib.params.resolve`.
-    """
+    """A parameter file with assignments as a cell without axes; raises ParameterError as :func:`charmlib.params.resolve`."""
     return Cell(id_, _resolved(load_params(path), parse_assignments(assignments), sources=(str(path), "-p")), {})
 
 

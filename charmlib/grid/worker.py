@@ -1,7 +1,5 @@
 """What a Dask worker does with a cell: start its process, watch it, end it with everything it started."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -9,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+import dask
+import distributed
 from filelock import FileLock
 
 from charmlib.files import LEASE
@@ -25,25 +24,16 @@ _FIRST_SIGN = 120.0  # seconds that a kernel may take to start on a busy machine
 WRAP_UP = 8.0  # seconds between the end of training and the deadline, for writing the notebook as far as it got
 
 
-class Outcome(NamedTuple):
-    """How a cell's process ended, and its last line."""
-
-    ended: Ended
-    words: str
-
-
-def work(job: dict, devices: Sequence[str]) -> Outcome:
-    """Run one cell in a child process of this Dask worker.
+def work(job: dict, devices: Sequence[str]) -> tuple[Ended, str]:
+    """Run one cell in a child process of this Dask worker; returns how the process ended, and its last line.
 
     The process is ended, with all that it started, after ``job["hung_after"]`` seconds without any change in its folder (two
     minutes at least until its first file), at the deadline, and when the runner no longer waits for it (killed, stopped or
     lost).
     """
-    from distributed import get_worker
-
     environment = child_environment(job)
     if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = devices[int(get_worker().name) % len(devices)]
+        environment["CUDA_VISIBLE_DEVICES"] = devices[int(distributed.get_worker().name) % len(devices)]
     books = notebooks_here(job["notebooks"])
     if code_hash(notebook_code(books)) != job["code"]:
         raise GridError(f"the notebooks in {books} are not those that the grid was started with; install the same charmlib on "
@@ -65,11 +55,12 @@ def work(job: dict, devices: Sequence[str]) -> Outcome:
             end_children(child.pid, itself=True)
         errors.seek(0)
         last = errors.read().strip().splitlines()[-1:] if ended == child.returncode else []  # else only the kernel's warnings
-    return Outcome(ended, "".join(last).strip())
+    return ended, "".join(last).strip()
 
 
 def _watch(child: subprocess.Popen, job: Mapping) -> Ended:
-    cell, wanted = CellFolder(job["folder"]), _wanted()
+    cell, worker = CellFolder(job["folder"]), distributed.get_worker()
+    task = worker.state.tasks[worker.get_current_task()]
     seen, since, began = _files(cell), time.monotonic(), False
     while child.poll() is None:
         time.sleep(_LOOK)
@@ -79,7 +70,8 @@ def _watch(child: subprocess.Popen, job: Mapping) -> Ended:
         if time.monotonic() - since > max(job["hung_after"], 0.0 if began else _FIRST_SIGN):
             return Ended.HUNG
         late = job["deadline"] is not None and time.time() > job["deadline"]
-        if late or not wanted():
+        dropped = task.state in ("cancelled", "released", "forgotten") or worker.status.name not in ("running", "paused")
+        if late or dropped:  # dropped: the runner no longer waits for it
             child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_POLITE)
@@ -98,15 +90,6 @@ def _files(cell: CellFolder) -> set[tuple[str, int]]:
     return found
 
 
-def _wanted() -> Callable[[], bool]:
-    """A function that says whether the runner still waits for this task."""
-    from distributed import get_worker
-
-    worker = get_worker()
-    task = worker.state.tasks[worker.get_current_task()]
-    return lambda: task.state not in ("cancelled", "released", "forgotten") and worker.status.name in ("running", "paused")
-
-
 def notebooks_here(theirs: str) -> Path:
     """The runner's notebooks, or this machine's own where that folder does not exist."""
     return Path(theirs) if Path(theirs).is_dir() else find_notebooks()
@@ -118,9 +101,6 @@ def child_environment(job: Mapping) -> dict[str, str]:
     They pin OpenMP to one thread and make malloc return memory eagerly, which tripled the time of an epoch on two cores.
     ``job["threads"]`` > 0 is a cell's share of the machine's cores; a setting of the user's counts instead.
     """
-    import dask
-    import distributed  # noqa: F401  (fills dask.config)
-
     nanny = dask.config.get("distributed.nanny.pre-spawn-environ")
     env = with_this_package({k: v for k, v in os.environ.items() if k not in nanny or v != str(nanny[k])})
     if job["threads"]:

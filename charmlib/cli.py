@@ -233,7 +233,7 @@ def explore(runs, data_root, port, browser):
 
 @cli.group()
 def grid():
-    """Run a grid, look at it."""
+    """Run, merge and inspect grids."""
 
 
 @grid.command("run")
@@ -243,12 +243,13 @@ def grid():
 @click.option("--workers", type=click.IntRange(min=1), help="Cells at once [default: one a GPU, or 1].")
 @click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster.")
 @click.option("--scheduler-file", metavar="FILE", help="Use the Dask cluster of this scheduler file.")
-@click.option("--any-worker", is_flag=True, help="Use workers of that cluster that offer no GPU resource, a cell each.")
-@click.option("--wait-workers", default="60s", show_default=True, metavar="TIME", help="Refuse an empty cluster after.")
+@click.option("--any-worker", is_flag=True, help="Also use workers without a GPU resource, a cell each.")
+@click.option("--wait-workers", default="60s", show_default=True, metavar="TIME",
+              help="Time after which a cluster without workers is refused.")
 @click.option("--shard", metavar="I/N", help="Only every N-th cell from the I-th on.")
-@click.option("--budget", metavar="TIME", help="End in time, such as 11h: what does not fit is left for the same command.")
+@click.option("--budget", metavar="TIME", help="Time for this call, such as 11h; the same command goes on with the cells left.")
 @click.option("--hung-after", default="30m", show_default=True, metavar="TIME",
-              help="End a cell without any sign of life for so long; it is tried once more.")
+              help="Time without any sign of life after which a cell is ended and tried once more.")
 @click.option("--continue-from", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False),
               help="Copy an earlier session's cells from there first [default: attached outputs on Kaggle].")
 @click.option("--dry-run", is_flag=True, help="List the cells and the hours they take, and run nothing.")
@@ -261,7 +262,7 @@ def grid_run(grid_yaml, assignments, **how):
     try:
         board = run_grid(grid_yaml, assignments, say=_say, **how)
     except KeyboardInterrupt as stop:
-        click.echo("stopped: the epochs in hand are lost, nothing else; the same command goes on", err=True)
+        click.echo("stopped: only unfinished epochs are lost; the same command goes on", err=True)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     if how["dry_run"]:
         return
@@ -278,7 +279,7 @@ def grid_run(grid_yaml, assignments, **how):
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("folders", nargs=-1, required=True, type=_RUN, metavar="DIR...")
 def grid_merge(out, folders):
-    """Put the cells of shards, or of several sessions, into OUT, with leaderboard and report."""
+    """Merge the cells of shards, or of several sessions, into OUT, with leaderboard and report."""
     from charmlib.grid.bring import merge_grids
 
     click.echo(_board_text(merge_grids(out, folders, say=_say)))
@@ -287,7 +288,7 @@ def grid_merge(out, folders):
 @grid.command("status")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def grid_status(folder):
-    """Say which cells are done, failed, started or pending, and who works on them."""
+    """List the cells as done, failed, started or pending, with the processes that work on them."""
     from charmlib.grid.board import leaderboard
     from charmlib.grid.lease import holder
 

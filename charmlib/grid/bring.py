@@ -164,7 +164,7 @@ def _refuse_mixture(records: dict[Path, dict]) -> None:
             known, first = seen.setdefault(key, (value, where))
             if known != value:
                 raise GridError(f"{key[0]} differs: {known} {first}, {value} {where}. Their scores do not belong on one "
-                                "leaderboard; run the odd ones again.")
+                                "leaderboard; run the differing cells again.")
 
 
 def _made_with(cell: CellFolder, params: dict) -> dict[tuple, str]:

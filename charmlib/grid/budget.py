@@ -1,4 +1,4 @@
-"""What a grid may use: the time budget against the time that cells take, and the disk."""
+"""Resources of a grid: the time budget, the time that cells take, and disk space."""
 
 import json
 import os

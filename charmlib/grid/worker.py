@@ -1,4 +1,4 @@
-"""What a Dask worker does with a cell: start its process, watch it, end it with everything it started."""
+"""The part of a Dask worker: it starts a cell's process, watches it, and ends it with everything it started."""
 
 import contextlib
 import json
@@ -27,9 +27,8 @@ WRAP_UP = 8.0  # seconds between the end of training and the deadline, for writi
 def work(job: dict, devices: Sequence[str]) -> tuple[Ended, str]:
     """Run one cell in a child process of this Dask worker; returns how the process ended, and its last line.
 
-    The process is ended, with all that it started, after ``job["hung_after"]`` seconds without any change in its folder (two
-    minutes at least until its first file), at the deadline, and when the runner no longer waits for it (killed, stopped or
-    lost).
+    Three conditions end the process with all that it started: ``job["hung_after"]`` seconds without any change in its folder
+    (two minutes at least until the kernel runs), the deadline, and a runner that was killed, stopped or lost.
     """
     environment = child_environment(job)
     if devices:

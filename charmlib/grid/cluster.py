@@ -58,13 +58,6 @@ class Means:
     rerun_changed : bool
         Run finished cells again whose parameters, notebooks, split or charmlib version have changed.
 
-    Attributes
-    ----------
-    given : str or None
-        The cluster that runs already, if one is named.
-    at_once : int
-        Cells at once on this machine.
-
     Raises
     ------
     charmlib.params.ParameterError
@@ -86,8 +79,8 @@ class Means:
         self.wait_workers = seconds_of(self.wait_workers, "--wait-workers")
         self.hung_after = seconds_of(self.hung_after, "--hung-after")
         self.budget = Budget(None if self.budget is None else seconds_of(self.budget))
-        self.given = self.scheduler or self.scheduler_file
-        self.at_once = self.workers or max(1, len(gpus()))
+        self.given = self.scheduler or self.scheduler_file  # the cluster that runs already, if one is named
+        self.at_once = self.workers or max(1, len(gpus()))  # cells at once on this machine
 
 
 class Cluster:

@@ -27,8 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import save
-from charmlib.data.cache import FORMAT, IDS, MANIFEST
-from charmlib.data.decoding import DONE, PIXELS, ROW, ROWS
+from charmlib.data.cache_file import DONE, FORMAT, IDS, MANIFEST, PIXELS, ROW, ROWS
 from charmlib.data.images import FILTER
 from charmlib.data.index import read_index
 

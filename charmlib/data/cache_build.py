@@ -266,7 +266,7 @@ def _for_each(pool: Executor, do: Callable, items: Sequence, verb: str, take: Ca
     """
     chunks = [items[i:i + _CHUNK] for i in range(0, len(items), _CHUNK)]
     watched = sys.stderr.isatty() or session.person_watches()
-    with pool, tqdm(total=len(items), desc=verb, unit="image", **({} if watched else _LOG)) as bar:
+    with pool, tqdm(total=len(items), desc=verb, unit=" images", **({} if watched else _LOG)) as bar:
         try:
             with _main_hidden():
                 results = pool.map(do, chunks)

@@ -14,8 +14,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from charmlib.data.dataset import open_dataset
-from charmlib.data.paths import resolve_data_root
+from charmlib.data.dataset import find_data, open_dataset
 from charmlib.evaluation.leaks import one_cross_validation
 from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_text, write_whole
@@ -301,7 +300,7 @@ def _hash_of(folder: Path) -> str | None:
 
 def _job(cell: Cell, folder: Path, notebooks: Path) -> dict:
     # absolute, because the notebooks run in the cell's folder
-    params = with_absolute_paths({**cell.params, "data_root": str(resolve_data_root(cell.params["data_root"]))})
+    params = with_absolute_paths({**cell.params, "data_root": str(find_data(cell.params["data_root"]))})
     return {"id": cell.id, "params": params, "folder": str(folder / cell.id), "notebooks": str(notebooks)}
 
 

@@ -19,9 +19,8 @@ import yaml
 
 import charmlib
 from charmlib import session
-from charmlib.data.dataset import ChestData, open_dataset
+from charmlib.data.dataset import ChestData, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
-from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.enrichment import enrichment, training_shares
 from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
@@ -70,7 +69,7 @@ class Run:
         if session.in_grid():  # ipykernel's own look at its parent knows process 1 only, in older releases
             die_with_parent(int(os.environ.get("JPY_PARENT_PID", os.getppid())))
         p = with_absolute_paths(resolve(dict(params or {}), changes))
-        p["data_root"] = str(resolve_data_root(p["data_root"]))
+        p["data_root"] = str(find_data(p["data_root"]))
         device = pick_device(p["device"])
         precision = pick_precision(p["precision"], device)
         data = open_dataset(p)

@@ -10,7 +10,6 @@ memory map.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import multiprocessing
 import os
@@ -29,27 +28,9 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
 from charmlib import session
-from charmlib.data.cache_file import (
-    BAD,
-    DAMAGE,
-    DONE,
-    FORMAT,
-    IDS,
-    MANIFEST,
-    PIXELS,
-    ROW,
-    ROWS,
-    STARTED,
-    ImageCache,
-    Request,
-    changes,
-    file_size,
-    open_cache,
-    read_manifest,
-    read_rows,
-    unchanged,
-)
-from charmlib.data.images import FILTER, fit, open_grey
+from charmlib.data import cache_file
+from charmlib.data.cache_file import ImageCache, Request
+from charmlib.data.images import fit, open_grey
 from charmlib.files import sync, write_json
 
 _WORTH_PROCESSES = 400  # images; starting processes takes as long as decoding some
@@ -69,14 +50,14 @@ def build(request: Request, home: Path, workers: int, say: Callable[[str], None]
     home.mkdir(parents=True, exist_ok=True)
     target = home / request.name
     with lock(target, say):
-        with contextlib.suppress(*DAMAGE):
-            cache = open_cache(target, request)
-            if cache is not None and not any(changes(cache, request)):
+        with contextlib.suppress(*cache_file.DAMAGE):
+            cache = cache_file.open_cache(target, request)
+            if cache is not None and not any(cache_file.changes(cache, request)):
                 return cache  # another process has built it meanwhile
         if target.exists():  # damaged: keep its good rows as those of an unfinished build
             _unfinish(target, _partial(target))
         _fill(request, target, workers, say)
-    return open_cache(target, request)
+    return cache_file.open_cache(target, request)
 
 
 def repair(request: Request, cache: ImageCache, suspects: Sequence[int], home: Path, workers: int,
@@ -86,9 +67,12 @@ def repair(request: Request, cache: ImageCache, suspects: Sequence[int], home: P
     Runs that have the cache open keep their view, because files are replaced. A cache that is read-only or holds more images
     stays as it is, and a new one is built in ``home``. Missing source files are named and their rows kept.
     """
-    rows, changed = read_rows(cache), []
-    _for_each(ThreadPoolExecutor(workers), lambda chunk: [i for i in chunk if not unchanged(cache, rows, request, i)],
-              suspects, "checked", changed.extend)
+    rows, changed = cache_file.read_rows(cache), []
+
+    def check(chunk: Sequence[int]) -> list[int]:
+        return [i for i in chunk if not cache_file.unchanged(cache, rows, request, i)]
+
+    _for_each(ThreadPoolExecutor(workers), check, suspects, "checked", changed.extend)
     if gone := [request.ids[i] for i in suspects if not os.path.exists(request.paths[i])]:
         say(f"{len(gone)} source files are gone, their rows are kept: {_some(gone)}")
     say(f"checked {len(suspects):,} images in {cache.folder}: {len(changed)} changed"
@@ -101,24 +85,22 @@ def repair(request: Request, cache: ImageCache, suspects: Sequence[int], home: P
         return build(request, home, workers, say)
     target = cache.folder.with_name(request.name)  # a new name if sampled files changed their size
     with lock(target, say):
-        if not (cache.folder / MANIFEST).is_file() or read_manifest(cache.folder) != cache.manifest:
+        if not (cache.folder / cache_file.MANIFEST).is_file() or cache_file.read_manifest(cache.folder) != cache.manifest:
             say(f"another process mended {cache.folder} meanwhile")
         else:
             unfinished = _partial(target)
             if cache.pixels.nbytes < 0.98 * shutil.disk_usage(target.parent).free:
                 shutil.rmtree(unfinished, ignore_errors=True)
-                shutil.copytree(cache.folder, unfinished, ignore=shutil.ignore_patterns(MANIFEST, ROWS))
+                shutil.copytree(cache.folder, unfinished, ignore=shutil.ignore_patterns(cache_file.MANIFEST, cache_file.ROWS))
             else:
                 say("no room for a copy: mending in place, which runs that have it open will see")
                 _unfinish(cache.folder, unfinished)
             rows["state"][changed] = 0
-            np.save(unfinished / ROWS, rows)
+            np.save(unfinished / cache_file.ROWS, rows)
             _fill(request, target, workers, say)
             if target != cache.folder:
                 shutil.rmtree(cache.folder, ignore_errors=True)
-    with contextlib.suppress(*DAMAGE):
-        return open_cache(target, request)
-    return build(request, home, workers, say)
+    return build(request, target.parent, workers, say)
 
 
 def lock(target: Path, say: Callable[[str], None]) -> AcquireReturnProxy:
@@ -137,7 +119,7 @@ def _partial(target: Path) -> Path:
 
 def _unfinish(folder: Path, unfinished: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / cache_file.MANIFEST).unlink(missing_ok=True)
     os.rename(folder, unfinished)
 
 
@@ -148,12 +130,9 @@ def _fill(request: Request, target: Path, workers: int, say) -> None:
     bad = _decode_missing(request, folder, pixels, rows, workers, say)
     pixels.flush()
     rows.flush()
-    for name in (PIXELS, ROWS, IDS):
+    for name in (cache_file.PIXELS, cache_file.ROWS, cache_file.IDS):
         sync(folder / name)
-    write_json(folder / MANIFEST, {
-        "format": FORMAT, "images": len(request.ids), "size": request.size, "aspect": request.aspect, "filter": FILTER,
-        "ids_hash": request.ids_hash, "hash": hashlib.sha256(rows.tobytes()).hexdigest(),
-        "bad": {request.ids[i]: bad[i] for i in sorted(bad)}})
+    write_json(folder / cache_file.MANIFEST, cache_file.manifest_of(request, rows, bad))
     old = target.with_name(target.name + ".old.partial")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():  # the cache that is repaired; runs that have it open keep its files
@@ -166,10 +145,10 @@ def _fill(request: Request, target: Path, workers: int, say) -> None:
 def _begin(request: Request, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Writable maps of pixels and rows: of the unfinished build that is there, or new ones with their room reserved."""
     shape, home = (len(request.ids), request.size, request.size), folder.parent
-    with contextlib.suppress(*DAMAGE):
-        if (folder / IDS).read_bytes() == request.listing:
+    with contextlib.suppress(*cache_file.DAMAGE):
+        if (folder / cache_file.IDS).read_bytes() == request.listing:
             pixels, rows = _maps(folder)
-            if (pixels.shape, pixels.dtype, rows.shape, rows.dtype) == (shape, np.uint8, shape[:1], ROW):
+            if (pixels.shape, pixels.dtype, rows.shape, rows.dtype) == (shape, np.uint8, shape[:1], cache_file.ROW):
                 return pixels, rows
     shutil.rmtree(folder, ignore_errors=True)
     what, needed = f"cache of {shape[0]:,} images at {request.size} pixels", math.prod(shape) + 64 * shape[0]
@@ -177,10 +156,10 @@ def _begin(request: Request, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         raise OSError(f"the {what} needs {needed / 1e6:,.1f} MB, {home} has {free / 1e6:,.1f} MB free: name another cache_dir "
                       "or a smaller image_size")
     folder.mkdir()
-    pixels = np.lib.format.open_memmap(folder / PIXELS, mode="w+", dtype=np.uint8, shape=shape)
-    rows = np.lib.format.open_memmap(folder / ROWS, mode="w+", dtype=ROW, shape=shape[:1])
+    pixels = np.lib.format.open_memmap(folder / cache_file.PIXELS, mode="w+", dtype=np.uint8, shape=shape)
+    rows = np.lib.format.open_memmap(folder / cache_file.ROWS, mode="w+", dtype=cache_file.ROW, shape=shape[:1])
     try:
-        for name in (PIXELS, ROWS):  # or a disk that fills up later would kill the process (SIGBUS)
+        for name in (cache_file.PIXELS, cache_file.ROWS):  # or a disk that fills up later would kill the process (SIGBUS)
             with open(folder / name, "rb+") as file:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -188,12 +167,12 @@ def _begin(request: Request, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         shutil.rmtree(folder)
         raise OSError(f"{home} does not take the {needed / 1e6:,.1f} MB that the {what} needs ({error.strerror}): name another "
                       "cache_dir") from error
-    (folder / IDS).write_bytes(request.listing)
+    (folder / cache_file.IDS).write_bytes(request.listing)
     return pixels, rows
 
 
 def _maps(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(np.load(folder / name, mmap_mode="r+", allow_pickle=False) for name in (PIXELS, ROWS))
+    return tuple(np.load(folder / name, mmap_mode="r+", allow_pickle=False) for name in (cache_file.PIXELS, cache_file.ROWS))
 
 
 def _decode_missing(request: Request, folder: Path, pixels: np.ndarray, rows: np.ndarray, workers: int, say
@@ -206,8 +185,8 @@ def _decode_missing(request: Request, folder: Path, pixels: np.ndarray, rows: np
     decode = partial(_decode, folder, request.aspect)
 
     def done(i: int, path: str) -> bool:
-        return i in bad or (rows["state"][i] == DONE and zlib.crc32(pixels[i]) == rows["pixel_crc"][i]
-                            and file_size(path) in (rows["bytes"][i], -1))
+        return i in bad or (rows["state"][i] == cache_file.DONE and zlib.crc32(pixels[i]) == rows["pixel_crc"][i]
+                            and cache_file.file_size(path) in (rows["bytes"][i], -1))
 
     def missing() -> list[tuple[int, str]]:
         return [(i, path) for i, path in enumerate(request.paths) if not done(i, path)]
@@ -221,7 +200,7 @@ def _decode_missing(request: Request, folder: Path, pixels: np.ndarray, rows: np
             _for_each(_processes(workers) if in_processes else ThreadPoolExecutor(workers), decode, todo, "decoded", bad.update)
             break
         except BrokenProcessPool:
-            suspects = np.flatnonzero(rows["state"] == STARTED).tolist()
+            suspects = np.flatnonzero(rows["state"] == cache_file.STARTED).tolist()
             if not suspects:
                 raise
         for i in suspects:
@@ -229,7 +208,7 @@ def _decode_missing(request: Request, folder: Path, pixels: np.ndarray, rows: np
                 _for_each(_processes(1), decode, [(i, request.paths[i])], "decoded", bad.update)
             except BrokenProcessPool:
                 pixels[i], bad[i] = 0, "the decoder crashed on it"
-                rows["pixel_crc"][i], rows["state"][i] = zlib.crc32(pixels[i]), BAD
+                rows["pixel_crc"][i], rows["state"][i] = zlib.crc32(pixels[i]), cache_file.BAD
         todo = missing()
     return bad
 
@@ -238,9 +217,9 @@ def _decode(folder: Path, aspect: str, work: Sequence[tuple[int, str]]) -> dict[
     """Decode (row, path) pairs into a partial cache; returns row -> reason of the unreadable files, whose rows are black."""
     (pixels, rows), bad = _maps(folder), {}
     for i, path in work:
-        state, width, height = DONE, 0, 0
-        rows["state"][i] = STARTED
-        rows["bytes"][i], rows["source_crc"][i] = file_size(path), 0  # of a file that is there and cannot be read
+        state, width, height = cache_file.DONE, 0, 0
+        rows["state"][i] = cache_file.STARTED
+        rows["bytes"][i], rows["source_crc"][i] = cache_file.file_size(path), 0  # of a file that is there and cannot be read
         try:
             source = Path(path).read_bytes()
             rows["bytes"][i], rows["source_crc"][i] = len(source), zlib.crc32(source)
@@ -248,7 +227,7 @@ def _decode(folder: Path, aspect: str, work: Sequence[tuple[int, str]]) -> dict[
             pixels[i] = fit(grey, pixels.shape[1], aspect)
             width, height = grey.size
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for damaged files
-            state, bad[i] = BAD, f"{type(error).__name__}: {error}"
+            state, bad[i] = cache_file.BAD, f"{type(error).__name__}: {error}"
             pixels[i] = 0
         rows["width"][i], rows["height"][i], rows["pixel_crc"][i] = width, height, zlib.crc32(pixels[i])
         rows["state"][i] = state  # last: a row that says it is done has all the rest

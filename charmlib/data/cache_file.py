@@ -91,8 +91,6 @@ class ImageCache:
     rows: np.ndarray  # (n requested,) row in the file of each image
     bad: dict[str, str]  # requested ids of unreadable files -> reason; their pixels are black
 
-    dtype = np.dtype(np.uint8)
-
     @property
     def shape(self) -> tuple[int, int, int]:
         return (len(self), *self.pixels.shape[1:])
@@ -121,6 +119,13 @@ def file_size(path: str | Path) -> int:
         return os.stat(path).st_size
     except OSError:
         return -1
+
+
+def manifest_of(request: Request, rows: np.ndarray, bad: dict[int, str]) -> dict:
+    """The manifest of a cache of exactly these images; ``bad`` gives the reason of each unreadable row."""
+    return {"format": FORMAT, "images": len(request.ids), "size": request.size, "aspect": request.aspect, "filter": FILTER,
+            "ids_hash": request.ids_hash, "hash": hashlib.sha256(rows.tobytes()).hexdigest(),
+            "bad": {request.ids[i]: bad[i] for i in sorted(bad)}}
 
 
 def read_manifest(folder: Path) -> dict:

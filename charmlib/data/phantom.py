@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
-from charmlib.nih import NIH14, NO_FINDING, PHANTOM_MARK
+from charmlib.files import write_text
+from charmlib.nih import NIH14, NO_FINDING, PHANTOM_MARK, TABLES, TEST_LISTS, TRAIN_LISTS
 
 _NIH_COUNTS = dict(zip(NIH14, (11559, 2776, 13317, 19894, 5782, 6331, 1431, 5302, 4667, 2303, 2516, 1686, 3385, 227)))
 PREVALENCE = {name: 0.16 * (count / 19894) ** 0.4 for name, count in _NIH_COUNTS.items()}
@@ -26,30 +26,23 @@ NIH_PIXELS = 1024
 FORMAT = 1
 
 
-@dataclass
 class _Canvas:
     """One image being drawn, in body coordinates of about [0, 1], x to the right and y downwards.
 
-    The body stands a little turned, shifted and scaled in the picture, differently in every image.
+    The body is slightly rotated, shifted and scaled in the picture, differently in every image.
     """
 
-    size: int
-    rng: np.random.Generator
-    light: np.ndarray = field(init=False)
-    x: np.ndarray = field(init=False)
-    y: np.ndarray = field(init=False)
-
-    def __post_init__(self):
-        line = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size - 0.5
+    def __init__(self, size: int, rng: np.random.Generator):
+        self.size, self.rng = size, rng
+        line = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
         v, u = np.meshgrid(line, line, indexing="ij")
-        angle, scale = np.radians(self.rng.normal(0, 6)), self.rng.uniform(0.87, 1.12)
+        angle, scale = np.radians(rng.normal(0, 6)), rng.uniform(0.87, 1.12)
         self.turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
-        self.shift = self.rng.normal(0, 0.035, 2)
+        self.shift = rng.normal(0, 0.035, 2)
         back = np.linalg.inv(self.turn)
         u, v = u - self.shift[0], v - self.shift[1]
-        self.x = (back[0, 0] * u + back[0, 1] * v + 0.5).astype(np.float32)
-        self.y = (back[1, 0] * u + back[1, 1] * v + 0.5).astype(np.float32)
-        self.light = np.zeros((self.size, self.size), np.float32)
+        self.x, self.y = ((row[0] * u + row[1] * v + 0.5).astype(np.float32) for row in back)
+        self.light = np.zeros((size, size), np.float32)
 
     def box_in_picture(self, box) -> np.ndarray:
         """(x0, y0, x1, y1) of the body -> the upright box around it in the picture, within [0, 1]."""
@@ -78,29 +71,16 @@ class _Canvas:
         return np.asarray(Image.fromarray(grid).resize((self.size, self.size), Image.Resampling.BICUBIC))
 
 
-@dataclass(frozen=True)
-class _Anatomy:
-    """What a patient keeps from one image to the next."""
-
-    lung_x: tuple[float, float]
-    lung_rx: float
-    lung_ry: float
-    lung_y: float
-    heart_r: float
-    heart_x: float
-    ribs: float
-    fat: float
-
-    @classmethod
-    def draw(cls, rng) -> _Anatomy:
-        middle = rng.normal(0, 0.008)
-        spread = rng.uniform(0.205, 0.235)
-        return cls((0.5 - spread + middle, 0.5 + spread + middle), rng.uniform(0.155, 0.18), rng.uniform(0.30, 0.35),
-                   rng.uniform(0.44, 0.48), rng.uniform(0.105, 0.13), rng.uniform(0.53, 0.56), rng.uniform(0.075, 0.09),
-                   rng.uniform(0.0, 0.10))
+def _anatomy(rng: np.random.Generator) -> SimpleNamespace:
+    """The shape of a patient's body, the same in all images: centres, radii, distance of the ribs, fat."""
+    middle, spread = rng.normal(0, 0.008), rng.uniform(0.205, 0.235)
+    return SimpleNamespace(
+        lung_x=(0.5 - spread + middle, 0.5 + spread + middle), lung_rx=rng.uniform(0.155, 0.18),
+        lung_ry=rng.uniform(0.30, 0.35), lung_y=rng.uniform(0.44, 0.48), heart_r=rng.uniform(0.105, 0.13), heart_x=rng.uniform(0.53, 0.56),
+        ribs=rng.uniform(0.075, 0.09), fat=rng.uniform(0.0, 0.10))
 
 
-def _place(a: _Anatomy, rng, low=-0.6, high=0.6) -> tuple[float, float, int]:
+def _place(a: SimpleNamespace, rng, low=-0.6, high=0.6) -> tuple[float, float, int]:
     """A random point inside a lung and that lung's side (0 left in the picture, 1 right)."""
     side = int(rng.integers(2))
     v = rng.uniform(low, high)
@@ -260,7 +240,7 @@ def draw_phantom(findings=(), *, size: int = 64, seed: int = 0, anatomy_seed: in
     image, boxes
         uint8 (size, size), and for each finding its box (x0, y0, x1, y1) in [0, 1].
     """
-    a = _Anatomy.draw(np.random.default_rng([anatomy_seed, 1]))
+    a = _anatomy(np.random.default_rng([anatomy_seed, 1]))
     rng = np.random.default_rng([seed, 2])
     c = _Canvas(size, rng)
     trunk = (np.abs((c.x - 0.5) / (0.45 + a.fat * 0.3)) ** 3 + np.abs((c.y - 0.66) / 0.62) ** 3) ** (1 / 3)
@@ -339,9 +319,7 @@ def make_phantoms(out: str | Path, *, images: int = 3000, size: int = 64, seed: 
         raise FileExistsError(f"{out} holds phantoms of other settings: remove it or name another folder")
     if out.exists() and any(out.iterdir()) and not (out / "images_001").is_dir():
         raise FileExistsError(f"{out} is not empty and holds no phantoms; name another folder")
-    rows, patients = _plan(images, seed)
-    boxes = []
-    test = _test_patients(rows, patients, seed)
+    rows, boxes = _plan(images, seed), []
     for i, row in enumerate(rows):
         folder = out / f"images_{i // 5000 + 1:03d}" / "images"
         folder.mkdir(parents=True, exist_ok=True)
@@ -349,17 +327,23 @@ def make_phantoms(out: str | Path, *, images: int = 3000, size: int = 64, seed: 
                                     anatomy_seed=seed * 7919 + row["patient"], view=row["view"])
         Image.fromarray(image).save(folder / row["id"])
         for name, (x0, y0, x1, y1) in found.items():
-            boxes.append([row["id"], name, x0 * NIH_PIXELS, y0 * NIH_PIXELS, (x1 - x0) * NIH_PIXELS,
-                          (y1 - y0) * NIH_PIXELS])
-    _write_tables(out, rows, boxes, test)
-    temporary = mark.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=1))
-    os.replace(temporary, mark)
+            short = "Infiltrate" if name == "Infiltration" else name  # as in the NIH's box list
+            boxes.append([row["id"], short, *(f"{v * NIH_PIXELS:.3f}" for v in (x0, y0, x1 - x0, y1 - y0)), "", "", ""])
+    _write_csv(out / TABLES[0], [
+        ["Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position",
+         "OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]", ""],
+        *([r["id"], "|".join(sorted(r["findings"])) or NO_FINDING, r["visit"], r["patient"], r["age"], r["sex"], r["view"],
+           NIH_PIXELS, NIH_PIXELS, 0.143, 0.143, ""] for r in rows)])
+    _write_csv(out / "BBox_List_2017.csv", [["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", ""], *boxes])
+    test = _test_patients(rows, seed)
+    for name, inside in ((TRAIN_LISTS[0], False), (TEST_LISTS[0], True)):
+        (out / name).write_text("".join(f"{r['id']}\n" for r in rows if (r["patient"] in test) == inside))
+    write_text(mark, json.dumps(settings, indent=1))  # last: a folder with its mark is complete
     return out
 
 
-def _plan(images: int, seed: int) -> tuple[list[dict], int]:
-    """Who has how many images with what: rows of id, patient, visit, age, sex, view, findings; and how many patients."""
+def _plan(images: int, seed: int) -> list[dict]:
+    """The images of all patients: rows of id, patient, visit, age, sex, view, findings."""
     rng = np.random.default_rng([seed, 3])
     rows, patient = [], 0
     while len(rows) < images:
@@ -373,38 +357,24 @@ def _plan(images: int, seed: int) -> tuple[list[dict], int]:
             rows.append({"id": f"{patient:08d}_{visit:03d}.png", "patient": patient, "visit": visit, "age": age + visit,
                          "sex": sex, "view": "AP" if rng.random() < (0.5 if findings else 0.3) else "PA",
                          "findings": findings})
-    return rows, patient
+    return rows
 
 
-def _test_patients(rows, patients: int, seed: int) -> set[int]:
-    """A fifth of the patients, drawn until no class is short of its share among the test images."""
-    best, best_score = set(), -1.0
-    totals = {name: sum(name in r["findings"] for r in rows) for name in NIH14}
-    for attempt in range(20):
-        order = np.random.default_rng([seed, 4, attempt]).permutation(patients) + 1
-        chosen = set(order[: max(1, patients // 5)].tolist())
-        inside = {name: sum(name in r["findings"] for r in rows if r["patient"] in chosen) for name in NIH14}
-        score = min(inside[n] / totals[n] if totals[n] else 1.0 for n in NIH14)
-        if score > best_score:
-            best, best_score = chosen, score
-    return best
+def _test_patients(rows: list[dict], seed: int) -> set[int]:
+    """A fifth of the patients: of 20 draws that with the largest test share of the class with the smallest one."""
+    labels = np.array([[name in r["findings"] for name in NIH14] for r in rows])
+    patient = np.array([r["patient"] for r in rows])
+    totals = labels.sum(0)
+
+    def smallest_share(chosen: set[int]) -> float:
+        inside = labels[np.isin(patient, list(chosen))].sum(0)
+        return (inside[totals > 0] / totals[totals > 0]).min(initial=1.0)
+
+    count = patient[-1]
+    draws = (np.random.default_rng([seed, 4, attempt]).permutation(count)[:max(1, count // 5)] + 1 for attempt in range(20))
+    return max((set(draw.tolist()) for draw in draws), key=smallest_share)
 
 
-def _write_tables(out: Path, rows, boxes, test: set[int]) -> None:
-    with open(out / "Data_Entry_2017.csv", "w", newline="") as file:
-        write = csv.writer(file)
-        write.writerow(["Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender",
-                        "View Position", "OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]", ""])
-        for r in rows:
-            labels = "|".join(sorted(r["findings"])) or NO_FINDING
-            write.writerow([r["id"], labels, r["visit"], r["patient"], r["age"], r["sex"], r["view"],
-                            NIH_PIXELS, NIH_PIXELS, 0.143, 0.143, ""])
-    for name, inside in (("train_val_list.txt", False), ("test_list.txt", True)):
-        (out / name).write_text("".join(f"{r['id']}\n" for r in rows if (r["patient"] in test) == inside))
-    with open(out / "BBox_List_2017.csv", "w", newline="") as file:
-        write = csv.writer(file)
-        write.writerow(["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", ""])
-        for box in boxes:
-            # the NIH writes this one finding short in its box list
-            name = "Infiltrate" if box[1] == "Infiltration" else box[1]
-            write.writerow([box[0], name, *(f"{v:.3f}" for v in box[2:]), "", "", ""])
+def _write_csv(path: Path, rows: list[list]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)

@@ -319,7 +319,7 @@ class Run:
         data, rows = self.data, self.data.rows(part) if rows is None else rows
         if not len(rows):  # a split without a validation part
             return np.empty((0, len(data.classes)), np.float32), np.empty((0, len(data.classes)), np.float32)
-        images = ChestImages(data.images, data.labels, rows, data.classes, data.index.frame["id"].tolist())
+        images = ChestImages(data.images, data.labels, rows, data.classes)
         dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device,
                      after_batch=[GreyToNetwork(self.net.mean, self.net.std)])
         self.net.eval()

@@ -1,7 +1,5 @@
 """Augmentation on the device, a whole batch at once: horizontal flip and rotation."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,11 +1,10 @@
 """Opening the image cache: searched for, checked, and built or repaired where that is needed."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,9 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
                 workers: int = 2, verify: bool = False, say: Callable[[str], None] | None = None) -> ImageCache:
     """The cache that holds these images at this size, wherever it lies; built first if there is none.
 
-    It is searched for in ``cache_dir``, in this machine's scratch folder and among what is attached on Kaggle. A cache fits if
-    it has all ids (and perhaps more) and a sample of its rows agrees with its checksums and the source files. If sampled source
-    files changed, every file is checked, and those that changed are decoded again. Of two processes that ask for a missing
-    cache at once, one builds it and the other waits.
+    Searched are ``cache_dir``, this machine's scratch folder and the inputs attached on Kaggle. A cache fits if it has all ids
+    (perhaps more) and a sample of its rows agrees with its checksums and the source files. If sampled source files changed,
+    every file is checked, and those that changed are decoded again. Of two concurrent builds the second waits for the first.
 
     Parameters
     ----------
@@ -33,35 +31,32 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
     aspect : {'stretch', 'pad', 'crop'}
         See :func:`charmlib.data.images.fit`.
     cache_dir : path
-        Folder of caches, or one cache; '' is :func:`charmlib.data.paths.default_cache_dir`. If it is read-only, new caches go
-        to that default.
+        Folder of caches, or one cache; '' is :func:`charmlib.data.paths.default_cache_dir`, which also replaces a read-only
+        folder for new caches.
     workers : int
         Processes that decode, or threads for few images.
     verify : bool
-        Check every row: its pixels and its whole source file. Rows that changed are decoded again, of a read-only cache into a
-        new one elsewhere. Missing source files are named, and their rows kept.
+        Check pixels and source file of every row, and decode those that changed again. Rows of missing files are kept.
     say : callable
-        Gets a line where something takes time; standard error by default.
+        Receives messages; standard error by default.
 
     Raises
     ------
     OSError
         Too little room; names the bytes needed and free.
     """
-    say = say or _to_stderr
+    say = say or partial(print, file=sys.stderr, flush=True)
     request = Request(ids, paths, size, aspect)
     cache, suspects = _find(request, cache_dir, say)
     home = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     if (home / MANIFEST).is_file():
         home = home.parent
-    existing = next(p for p in (home, *home.absolute().parents) if p.exists())
-    if not os.access(existing, os.W_OK):
+    if not os.access(next(p for p in (home, *home.absolute().parents) if p.exists()), os.W_OK):
         home = default_cache_dir()
     if cache is None:
-        return build(request, home, workers, say)
-    if verify:
-        suspects = range(len(ids))
-    return repair(request, cache, suspects, home, workers, say) if suspects else cache
+        return build(request, home, max(1, workers), say)
+    suspects = range(len(ids)) if verify else suspects
+    return repair(request, cache, suspects, home, max(1, workers), say) if suspects else cache
 
 
 def content_of(folder: str | Path) -> dict:
@@ -82,11 +77,10 @@ def _find(request: Request, cache_dir: str | Path, say) -> tuple[ImageCache | No
         except DAMAGE as error:
             say(f"{folder} is not used: {error}")
             continue
-        if cache is None or len(sampled) * 2 > len(request.sample):  # the latter: another data set with the same names
-            continue
-        if not (sampled or mended):
+        same_data = cache is not None and len(sampled) * 2 <= len(request.sample)
+        if same_data and not (sampled or mended):
             return cache, ()
-        if found is None:
+        if same_data and found is None:
             found, suspects = cache, range(len(request.ids)) if sampled else mended
             what = f"{len(sampled)} of {len(request.sample)} sampled images differ from" if sampled else \
                 f"{len(mended)} of the unreadable images are no longer what they were in"
@@ -103,7 +97,3 @@ def _folders(cache_dir: str | Path) -> list[Path]:
     for folder in found + kaggle_caches(MANIFEST):
         unique.setdefault(folder.resolve(), folder)
     return [folder for folder in unique.values() if folder.suffix != ".partial"]
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -7,8 +7,6 @@ Images are decoded in processes, because the fast PNG decoder holds the interpre
 memory map.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import multiprocessing
@@ -17,19 +15,17 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import filelock
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
 from charmlib import session
 from charmlib.data import cache_file
-from charmlib.data.cache_file import ImageCache, Request
 from charmlib.data.images import fit, open_grey
 from charmlib.files import sync, write_json
 
@@ -39,7 +35,7 @@ _LOG = {"mininterval": 20, "maxinterval": 20, "delay": 20, "leave": False,  # pr
         "bar_format": "{desc} {n_fmt} of {total_fmt} images, {rate_fmt}, about {remaining} left\n"}
 
 
-def build(request: Request, home: Path, workers: int, say: Callable[[str], None]) -> ImageCache:
+def build(request: cache_file.Request, home: Path, workers: int, say: Callable[[str], None]) -> cache_file.ImageCache:
     """A new cache in the folder ``home``, by ``workers`` processes; of two concurrent builds the second waits and opens.
 
     Raises
@@ -55,13 +51,15 @@ def build(request: Request, home: Path, workers: int, say: Callable[[str], None]
             if cache is not None and not any(cache_file.changes(cache, request)):
                 return cache  # another process has built it meanwhile
         if target.exists():  # damaged: keep its good rows as those of an unfinished build
-            _unfinish(target, _partial(target))
+            shutil.rmtree(_partial(target), ignore_errors=True)
+            (target / cache_file.MANIFEST).unlink(missing_ok=True)
+            os.rename(target, _partial(target))
         _fill(request, target, workers, say)
     return cache_file.open_cache(target, request)
 
 
-def repair(request: Request, cache: ImageCache, suspects: Sequence[int], home: Path, workers: int,
-           say: Callable[[str], None]) -> ImageCache:
+def repair(request: cache_file.Request, cache: cache_file.ImageCache, suspects: Sequence[int], home: Path, workers: int,
+           say: Callable[[str], None]) -> cache_file.ImageCache:
     """Check images against pixels and source files, and decode those that changed again.
 
     Runs that have the cache open keep their view, because files are replaced. A cache that is read-only or holds more images
@@ -89,12 +87,13 @@ def repair(request: Request, cache: ImageCache, suspects: Sequence[int], home: P
             say(f"another process mended {cache.folder} meanwhile")
         else:
             unfinished = _partial(target)
+            shutil.rmtree(unfinished, ignore_errors=True)
             if cache.pixels.nbytes < 0.98 * shutil.disk_usage(target.parent).free:
-                shutil.rmtree(unfinished, ignore_errors=True)
                 shutil.copytree(cache.folder, unfinished, ignore=shutil.ignore_patterns(cache_file.MANIFEST, cache_file.ROWS))
             else:
                 say("no room for a copy: mending in place, which runs that have it open will see")
-                _unfinish(cache.folder, unfinished)
+                (cache.folder / cache_file.MANIFEST).unlink()
+                os.rename(cache.folder, unfinished)
             rows["state"][changed] = 0
             np.save(unfinished / cache_file.ROWS, rows)
             _fill(request, target, workers, say)
@@ -103,12 +102,12 @@ def repair(request: Request, cache: ImageCache, suspects: Sequence[int], home: P
     return build(request, target.parent, workers, say)
 
 
-def lock(target: Path, say: Callable[[str], None]) -> AcquireReturnProxy:
+def lock(target: Path, say: Callable[[str], None]) -> filelock.AcquireReturnProxy:
     """One process at a time for a cache, ``with lock(...)``; the system frees the lock of a process that was killed."""
-    file = FileLock(target.with_name(f".{target.name}.lock"))
+    file = filelock.FileLock(target.with_name(f".{target.name}.lock"))
     try:
         return file.acquire(timeout=0)
-    except Timeout:
+    except filelock.Timeout:
         say(f"another process is building {target}: waiting for it")
         return file.acquire()
 
@@ -117,13 +116,7 @@ def _partial(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-def _unfinish(folder: Path, unfinished: Path) -> None:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (folder / cache_file.MANIFEST).unlink(missing_ok=True)
-    os.rename(folder, unfinished)
-
-
-def _fill(request: Request, target: Path, workers: int, say) -> None:
+def _fill(request: cache_file.Request, target: Path, workers: int, say) -> None:
     """Decode the missing rows of a partial cache, then rename it to ``target``."""
     folder = _partial(target)
     pixels, rows = _begin(request, folder)
@@ -142,7 +135,7 @@ def _fill(request: Request, target: Path, workers: int, say) -> None:
     sync(target.parent)
 
 
-def _begin(request: Request, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def _begin(request: cache_file.Request, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Writable maps of pixels and rows: of the unfinished build that is there, or new ones with their room reserved."""
     shape, home = (len(request.ids), request.size, request.size), folder.parent
     with contextlib.suppress(*cache_file.DAMAGE):
@@ -156,26 +149,25 @@ def _begin(request: Request, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         raise OSError(f"the {what} needs {needed / 1e6:,.1f} MB, {home} has {free / 1e6:,.1f} MB free: name another cache_dir "
                       "or a smaller image_size")
     folder.mkdir()
-    pixels = np.lib.format.open_memmap(folder / cache_file.PIXELS, mode="w+", dtype=np.uint8, shape=shape)
-    rows = np.lib.format.open_memmap(folder / cache_file.ROWS, mode="w+", dtype=cache_file.ROW, shape=shape[:1])
     try:
-        for name in (cache_file.PIXELS, cache_file.ROWS):  # or a disk that fills up later would kill the process (SIGBUS)
-            with open(folder / name, "rb+") as file:
-                if hasattr(os, "posix_fallocate"):
+        for name, kind, form in ((cache_file.PIXELS, np.uint8, shape), (cache_file.ROWS, cache_file.ROW, shape[:1])):
+            np.lib.format.open_memmap(folder / name, mode="w+", dtype=kind, shape=form)
+            if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would kill the process (SIGBUS)
+                with open(folder / name, "rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:  # a quota, which the free space does not show
         shutil.rmtree(folder)
         raise OSError(f"{home} does not take the {needed / 1e6:,.1f} MB that the {what} needs ({error.strerror}): name another "
                       "cache_dir") from error
     (folder / cache_file.IDS).write_bytes(request.listing)
-    return pixels, rows
+    return _maps(folder)
 
 
 def _maps(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.load(folder / name, mmap_mode="r+", allow_pickle=False) for name in (cache_file.PIXELS, cache_file.ROWS))
 
 
-def _decode_missing(request: Request, folder: Path, pixels: np.ndarray, rows: np.ndarray, workers: int, say
+def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarray, rows: np.ndarray, workers: int, say
                     ) -> dict[int, str]:
     """Decode every row that is not done; returns row -> reason of the unreadable files.
 
@@ -184,29 +176,26 @@ def _decode_missing(request: Request, folder: Path, pixels: np.ndarray, rows: np
     bad: dict[int, str] = {}
     decode = partial(_decode, folder, request.aspect)
 
-    def done(i: int, path: str) -> bool:
-        return i in bad or (rows["state"][i] == cache_file.DONE and zlib.crc32(pixels[i]) == rows["pixel_crc"][i]
-                            and cache_file.file_size(path) in (rows["bytes"][i], -1))
-
     def missing() -> list[tuple[int, str]]:
-        return [(i, path) for i, path in enumerate(request.paths) if not done(i, path)]
+        return [(i, path) for i, path in enumerate(request.paths) if i not in bad and not (
+            rows["state"][i] == cache_file.DONE and zlib.crc32(pixels[i]) == rows["pixel_crc"][i]
+            and cache_file.file_size(path) in (rows["bytes"][i], -1))]
 
-    todo = missing()
-    if len(todo) < len(request.ids):
+    if len(todo := missing()) < len(request.ids):
         say(f"going on with {folder}: {len(request.ids) - len(todo):,} of {len(request.ids):,} images are there")
+    pool = _processes if len(todo) >= _WORTH_PROCESSES and workers > 1 else ThreadPoolExecutor
     while todo:
-        in_processes = len(todo) >= _WORTH_PROCESSES and workers > 1
         try:
-            _for_each(_processes(workers) if in_processes else ThreadPoolExecutor(workers), decode, todo, "decoded", bad.update)
+            _for_each(pool(workers), decode, todo, "decoded", bad.update)
             break
-        except BrokenProcessPool:
+        except BrokenExecutor:
             suspects = np.flatnonzero(rows["state"] == cache_file.STARTED).tolist()
             if not suspects:
                 raise
         for i in suspects:
             try:
                 _for_each(_processes(1), decode, [(i, request.paths[i])], "decoded", bad.update)
-            except BrokenProcessPool:
+            except BrokenExecutor:
                 pixels[i], bad[i] = 0, "the decoder crashed on it"
                 rows["pixel_crc"][i], rows["state"][i] = zlib.crc32(pixels[i]), cache_file.BAD
         todo = missing()

@@ -11,8 +11,6 @@ A cache is a folder of four files:
 A cache holds no absolute path and no file time. It may be copied, mounted elsewhere, or attached read-only on Kaggle.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -108,7 +106,7 @@ class ImageCache:
             raise IndexError(f"rows {index.min()} to {index.max()} of a cache of {len(self)} images")
         return self.pixels.take(self.rows[index], axis=axis, out=out, mode="clip")  # 'raise' would buffer the output
 
-    def only(self, kept: np.ndarray) -> ImageCache:
+    def only(self, kept: np.ndarray) -> "ImageCache":
         """The same cache restricted to some of its images: ``kept`` is a mask or holds positions."""
         return replace(self, rows=self.rows[kept], bad={})
 

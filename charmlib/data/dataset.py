@@ -1,7 +1,5 @@
 """A data set ready for use: index, split and decoded images together. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,17 +121,8 @@ def shuffle_labels(index: Index, split: Split) -> Index:
 class ImageReader:
     """``reader(metrics, image_id)`` -> (size, size) uint8, from the files of the data set of the run with these metrics.
 
-    Parameters
-    ----------
-    data_root : path
-        Folder of the images; '' takes that of each run's parameters.
-    size : int
-        Pixels a side.
-
-    Raises (when called)
-    --------------------
-    OSError, KeyError
-        The data is missing, or lacks the image.
+    ``data_root`` is the folder of the images; '' takes that of each run's parameters. A call raises OSError or KeyError if the
+    data is missing or lacks the image.
     """
 
     def __init__(self, data_root: str | Path = "", size: int = 192):

@@ -1,7 +1,5 @@
 """One grey channel from any image file."""
 
-from __future__ import annotations
-
 import io
 import struct
 from pathlib import Path

@@ -5,8 +5,6 @@
 - ``nih-chest-xrays/sample``: ``sample/images/*.png``, ``sample_labels.csv``, no lists.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Sequence

@@ -1,11 +1,8 @@
 """fastai DataLoaders over the image cache: one indexed read a batch, everything else on the device.
 
-A thread reads batches ahead, each straight into one uint8 tensor (page-locked for a GPU, so that nothing waits for its copy).
-One byte a pixel goes to the device. Augmentation, scaling and the expansion to three channels happen there, for the whole
-batch at once.
+A thread reads batches ahead, each into one uint8 tensor (page-locked for a GPU, so that nothing waits for its copy). One byte
+a pixel goes to the device. Augmentation, scaling and the expansion to three channels happen there, for a whole batch at once.
 """
-
-from __future__ import annotations
 
 import gc
 import math
@@ -40,13 +37,12 @@ class ChestImages:
     labels : array (n, C) float32
     rows : array (m,)
         Rows of the two that belong to this part; the bank stores them as image ids.
-    classes : sequence of str
     train : bool
         Whether training transforms apply.
     known : bool
-        False for images from elsewhere: their rows are reported as -1.
+        False for images from elsewhere, whose rows are reported as -1.
     note : str
-        Title of every figure of these images (that they are drawn).
+        Title of every figure of these images.
     """
 
     def __init__(self, images, labels, rows, classes: Sequence[str], *, train: bool = False, known: bool = True,
@@ -81,9 +77,8 @@ class ChestImages:
         rows = rows.to(device, non_blocking=True)
         if self.held is not None:
             images, labels, rows = (held[rows] for held in self.held)
-        x, y = (TensorImage(images.to(device, non_blocking=True)),
-                TensorMultiCategory(labels.to(device, non_blocking=True)))
-        return (x, y), rows if self.known else torch.full_like(rows, -1)
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
+        return (TensorImage(images), TensorMultiCategory(labels)), rows if self.known else torch.full_like(rows, -1)
 
     def preload(self, device) -> None:
         """Hold the whole part as uint8 on a device; batches are then gathered there.
@@ -96,8 +91,8 @@ class ChestImages:
         device, size = torch.device(device), self.images.shape[1:]
         if device.type == "cuda":
             gc.collect()  # a Learner is a reference cycle, and an earlier one may hold another stage's images
-            needed, free = len(self) * math.prod(size), torch.cuda.mem_get_info(device)[0]
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's unused cache
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # in torch's own cache
+            needed, free = len(self) * math.prod(size), torch.cuda.mem_get_info(device)[0] + unused
             if needed > 0.6 * free:
                 raise MemoryError(f"preload: {len(self):,} images of {size[0]} pixels are {needed / 1e9:.1f} GB, the GPU has "
                                   f"{free / 1e9:.1f} GB free, and training needs its part of it: say preload=False")
@@ -195,8 +190,7 @@ def grey_to_network(grey: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(B, 1, H, W) of 0 to 255 -> float32 (B, 3, H, W) = (grey / 255 - mean) / std, channels last; mean, std (1, 3, 1, 1)."""
     scale, shift = 1 / (255 * std), -mean / std
     pixels = grey.permute(0, 2, 3, 1)  # (B, H, W, 1), which one pass expands to (B, H, W, 3)
-    if not pixels.is_floating_point():
-        pixels = pixels.float()
+    pixels = pixels if pixels.is_floating_point() else pixels.float()
     return torch.addcmul(shift.flatten(), pixels, scale.flatten()).permute(0, 3, 1, 2)
 
 
@@ -205,20 +199,16 @@ class ChestDataLoaders(DataLoaders):
 
     aspect = "stretch"  # rule for new images that are not square
 
-    @property
-    def vocab(self) -> tuple[str, ...]:
-        return self.train.dataset.classes
-
+    vocab = property(lambda self: self.train.dataset.classes)
     c = property(lambda self: len(self.vocab))
     test = property(lambda self: self.loaders[2])
 
     def test_dl(self, items: Sequence, bs: int | None = None, **kwargs) -> ChestDL:
         """A loader over image files (any grey or colour mode), in their order, with unknown (NaN) labels."""
-        size = self.train.dataset.images.shape[1]
-        images = np.stack([read_grey(path, size, self.aspect) for path in items])
+        images = np.stack([read_grey(path, self.train.dataset.images.shape[1], self.aspect) for path in items])
         labels = np.full((len(items), self.c), np.nan, np.float32)
-        return self.valid.new(ChestImages(images, labels, np.arange(len(items)), self.vocab, known=False),
-                              bs=bs or self.valid.bs)
+        part = ChestImages(images, labels, np.arange(len(items)), self.vocab, known=False)
+        return self.valid.new(part, bs=bs or self.valid.bs)
 
 
 def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = False,
@@ -230,10 +220,10 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
     Parameters
     ----------
     bs : int
-        Batch. The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one.
+        Batch size. The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one.
     findings_only : bool
-        Stage 1: training and validation take only images with a finding. The test part is always complete.
-        The validation loader of a split without a validation part gives no batch.
+        Stage 1: training and validation take only images with a finding. The test part is always complete. The validation
+        loader of a split without a validation part gives no batch.
     mean, std : sequences of 3
         Normalisation that the network expects for RGB in [0, 1] (``net.mean``, ``net.std``); ImageNet's by default.
     degrees, flip : float
@@ -244,7 +234,7 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
     Raises
     ------
     ValueError
-        Fewer training images than 2.
+        A part without images, or fewer than two training images.
     MemoryError
         ``preload`` on a GPU with too little free memory.
     """
@@ -253,8 +243,7 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
     for part in PARTS:
         train = part == "train"
         rows = data.rows(part, findings_only=findings_only and part != "test")
-        missing = part == "valid" and not data.split.has_valid
-        if len(rows) < (2 if train else 1) and not missing:
+        if len(rows) < (2 if train else 1) and (part != "valid" or data.split.has_valid):
             raise ValueError(f"the {part} part has {len(rows)} images" + (" with a finding" if findings_only else ""))
         dataset = ChestImages(data.images, data.labels, rows, data.classes, train=train,
                               note=data.source if data.index.drawn else "")

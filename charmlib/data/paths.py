@@ -1,7 +1,5 @@
 """Folders of data and caches, found at run time because Kaggle changes its mounts."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

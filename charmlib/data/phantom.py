@@ -1,11 +1,9 @@
 """Drawn chest radiographs: the embedded data set of the demo and the fixture of the tests.
 
-Each image is drawn from geometry: lungs, heart, mediastinum, ribs, diaphragm, and the 14 findings as lesions with
-known boxes. The folder has the layout of the NIH data set on Kaggle, plus ``PHANTOM.json``, by which every table and
-picture made from it is labelled as drawn. Phantoms test software; they say nothing about patients.
+Each image is drawn from geometry: lungs, heart, mediastinum, ribs, diaphragm, and the 14 findings as lesions with known boxes.
+The folder has the layout of the NIH data set on Kaggle, plus ``PHANTOM.json``. Tables and figures made from a folder with that
+file are labelled as drawn. Phantoms test software; they say nothing about patients.
 """
-
-from __future__ import annotations
 
 import csv
 import json
@@ -76,21 +74,21 @@ def _anatomy(rng: np.random.Generator) -> SimpleNamespace:
     middle, spread = rng.normal(0, 0.008), rng.uniform(0.205, 0.235)
     return SimpleNamespace(
         lung_x=(0.5 - spread + middle, 0.5 + spread + middle), lung_rx=rng.uniform(0.155, 0.18),
-        lung_ry=rng.uniform(0.30, 0.35), lung_y=rng.uniform(0.44, 0.48), heart_r=rng.uniform(0.105, 0.13), heart_x=rng.uniform(0.53, 0.56),
-        ribs=rng.uniform(0.075, 0.09), fat=rng.uniform(0.0, 0.10))
+        lung_ry=rng.uniform(0.30, 0.35), lung_y=rng.uniform(0.44, 0.48), heart_r=rng.uniform(0.105, 0.13), 
+        heart_x=rng.uniform(0.53, 0.56), ribs=rng.uniform(0.075, 0.09), fat=rng.uniform(0.0, 0.10))
 
 
-def _place(a: SimpleNamespace, rng, low=-0.6, high=0.6) -> tuple[float, float, int]:
-    """A random point inside a lung and that lung's side (0 left in the picture, 1 right)."""
+def _place(a: SimpleNamespace, rng, low=-0.6, high=0.6) -> tuple[float, float]:
+    """A random point inside a lung."""
     side = int(rng.integers(2))
     v = rng.uniform(low, high)
     reach = 0.62 * np.sqrt(max(1 - v * v, 0.1))
-    return (a.lung_x[side] + a.lung_rx * rng.uniform(-reach, reach), a.lung_y + a.lung_ry * v, side)
+    return a.lung_x[side] + a.lung_rx * rng.uniform(-reach, reach), a.lung_y + a.lung_ry * v
 
 
 # Each lesion adds to the canvas and returns its box (x0, y0, x1, y1) in [0, 1].
 def _atelectasis(c, a, lungs):
-    x, y, _ = _place(a, c.rng, 0.0, 0.65)
+    x, y = _place(a, c.rng, 0.0, 0.65)
     angle, length, thick = c.rng.uniform(-0.5, 0.5), c.rng.uniform(0.075, 0.11), c.rng.uniform(0.010, 0.015)
     for offset in (0.0, c.rng.uniform(0.035, 0.05)):
         c.light += 0.34 * c.ellipse(x, y + offset, length, thick, 0.02, angle) * lungs
@@ -114,7 +112,7 @@ def _effusion(c, a, lungs):
 
 
 def _infiltration(c, a, lungs):
-    x, y, _ = _place(a, c.rng, -0.4, 0.6)
+    x, y = _place(a, c.rng, -0.4, 0.6)
     r = c.rng.uniform(0.10, 0.13)
     streaks = np.clip(c.texture(26), 0, 1)
     c.light += 0.50 * c.ellipse(x, y, r, r * 1.2, 0.1) * streaks * lungs
@@ -122,24 +120,22 @@ def _infiltration(c, a, lungs):
 
 
 def _mass(c, a, lungs):
-    x, y, _ = _place(a, c.rng)
+    x, y = _place(a, c.rng)
     r = c.rng.uniform(0.045, 0.065)
     c.light += 0.42 * c.ellipse(x, y, r, r * c.rng.uniform(0.85, 1.1), 0.02)
     return x - r, y - r, x + r, y + r
 
 
 def _nodule(c, a, lungs):
-    boxes = []
-    for _ in range(int(c.rng.integers(1, 4))):
-        x, y, _ = _place(a, c.rng)
-        r = c.rng.uniform(0.017, 0.024)
+    spots = [(*_place(a, c.rng), c.rng.uniform(0.017, 0.024)) for _ in range(int(c.rng.integers(1, 4)))]
+    for x, y, r in spots:
         c.light += 0.46 * c.ellipse(x, y, r, r, 0.012)
-        boxes.append((x - r, y - r, x + r, y + r))
-    return boxes[0]
+    x, y, r = spots[0]
+    return x - r, y - r, x + r, y + r
 
 
 def _pneumonia(c, a, lungs):
-    x, y, _ = _place(a, c.rng, -0.2, 0.55)
+    x, y = _place(a, c.rng, -0.2, 0.55)
     r = c.rng.uniform(0.065, 0.085)
     for _ in range(7):  # confluent fluffy spots
         dx, dy = c.rng.normal(0, r * 0.55, 2)
@@ -150,13 +146,11 @@ def _pneumonia(c, a, lungs):
 def _pneumothorax(c, a, lungs):
     side = int(c.rng.integers(2))
     shrink, shift = c.rng.uniform(0.72, 0.82), c.rng.uniform(0.05, 0.09)
-    inner = ((c.x - a.lung_x[side] + (0.025 if side else -0.025)) / (a.lung_rx * shrink)) ** 2 \
-        + ((c.y - a.lung_y - shift) / (a.lung_ry * shrink)) ** 2
-    inner = np.sqrt(inner)
+    inner = np.sqrt(((c.x - a.lung_x[side] + (0.025 if side else -0.025)) / (a.lung_rx * shrink)) ** 2
+                    + ((c.y - a.lung_y - shift) / (a.lung_ry * shrink)) ** 2)
     near = (np.abs(c.x - a.lung_x[side]) < a.lung_rx * 1.05) & (c.y < a.lung_y + 0.12)
     c.light += near * lungs * (0.40 * np.exp(-(((inner - 1) / 0.05) ** 2)) - 0.07 * c.soft(1.04 - inner, 0.05))
-    top = a.lung_y - a.lung_ry
-    return a.lung_x[side] - a.lung_rx, top, a.lung_x[side] + a.lung_rx, a.lung_y + 0.1
+    return a.lung_x[side] - a.lung_rx, a.lung_y - a.lung_ry, a.lung_x[side] + a.lung_rx, a.lung_y + 0.1
 
 
 def _consolidation(c, a, lungs):
@@ -164,8 +158,7 @@ def _consolidation(c, a, lungs):
     x, y = a.lung_x[side], a.lung_y + a.lung_ry * c.rng.uniform(-0.45, 0.45)
     w, h = a.lung_rx * 0.85, c.rng.uniform(0.07, 0.09)
     mask = c.soft(np.abs(c.y - y) - h, 0.03) * c.soft(np.abs(c.x - x) - w, 0.03)
-    bronchi = np.exp(-(((c.x - x) * np.cos(0.7) + (c.y - y) * np.sin(0.7)) / 0.010) ** 2) \
-        + np.exp(-(((c.x - x) * np.cos(-0.7) + (c.y - y) * np.sin(-0.7)) / 0.010) ** 2)
+    bronchi = sum(np.exp(-(((c.x - x) * np.cos(tilt) + (c.y - y) * np.sin(tilt)) / 0.010) ** 2) for tilt in (0.7, -0.7))
     c.light += 0.30 * mask * lungs - 0.30 * mask * np.clip(bronchi, 0, 1) * lungs
     return x - w, y - h, x + w, y + h
 
@@ -184,7 +177,7 @@ def _edema(c, a, lungs):
 def _emphysema(c, a, lungs):
     c.light -= 0.03 * lungs
     for _ in range(9):  # bullae: dark, thin-walled
-        x, y, _ = _place(a, c.rng, -0.75, 0.3)
+        x, y = _place(a, c.rng, -0.75, 0.3)
         r = c.rng.uniform(0.024, 0.036)
         c.light += lungs * (0.30 * c.ellipse(x, y, r * 1.25, r * 1.25, 0.012) - 0.42 * c.ellipse(x, y, r, r, 0.012))
     return a.lung_x[0] - a.lung_rx, a.lung_y - a.lung_ry, a.lung_x[1] + a.lung_rx, a.lung_y + a.lung_ry * 0.4
@@ -211,8 +204,7 @@ def _pleural_thickening(c, a, lungs):
 def _hernia(c, a, lungs):
     x, y, r = 0.5 + c.rng.normal(0, 0.01), 0.70 + c.rng.normal(0, 0.012), c.rng.uniform(0.07, 0.085)
     c.light += 0.30 * c.ellipse(x, y, r, r * 0.85, 0.015)
-    gas = c.ellipse(x, y - 0.01, r * 0.78, r * 0.6, 0.012) * c.soft(c.y - y, 0.012)  # fluid level below the gas
-    c.light -= 0.50 * gas
+    c.light -= 0.50 * (c.ellipse(x, y - 0.01, r * 0.78, r * 0.6, 0.012) * c.soft(c.y - y, 0.012))  # gas above a fluid level
     return x - r, y - r, x + r, y + r
 
 
@@ -245,8 +237,7 @@ def draw_phantom(findings=(), *, size: int = 64, seed: int = 0, anatomy_seed: in
     c = _Canvas(size, rng)
     trunk = (np.abs((c.x - 0.5) / (0.45 + a.fat * 0.3)) ** 3 + np.abs((c.y - 0.66) / 0.62) ** 3) ** (1 / 3)
     body = c.soft((trunk - 1) * 0.45, 0.05)
-    neck = c.ellipse(0.5, 0.0, 0.13, 0.12, 0.05)
-    c.light += 0.58 * np.maximum(body, neck) + 0.1 * c.texture(5) * body
+    c.light += 0.58 * np.maximum(body, c.ellipse(0.5, 0.0, 0.13, 0.12, 0.05)) + 0.1 * c.texture(5) * body
     lungs = np.zeros_like(c.light)
     for side in (0, 1):
         shape = c.ellipse(a.lung_x[side], a.lung_y, a.lung_rx, a.lung_ry, 0.03, 0.10 if side else -0.10)
@@ -270,30 +261,28 @@ def draw_phantom(findings=(), *, size: int = 64, seed: int = 0, anatomy_seed: in
     c.light += 0.14 * c.soft(np.abs(c.x - 0.5) - 0.055, 0.04) * c.soft(c.y - 0.95, 0.1)  # spine and mediastinum
     heart = a.heart_r * (1.10 if view == "AP" else 1.0)
     c.light += 0.30 * c.ellipse(a.heart_x, 0.64, heart * 1.2, heart, 0.03, 0.35) * np.maximum(lungs, 0.25)
-    for _ in range(int(rng.integers(0, 3))):  # leads and tubes: bright thin things that mean nothing
+    for _ in range(int(rng.integers(0, 3))):  # leads and tubes: bright thin lines without meaning
         x = rng.uniform(0.25, 0.75)
         c.light += 0.10 * np.exp(-(((c.x - x - 0.05 * np.sin(6 * c.y + x)) / 0.006) ** 2)) * (c.y < rng.uniform(0.3, 0.8))
 
     boxes = {}
-    c.rng = np.random.default_rng([seed, 5])  # apart, so that the rest of the picture is the same without the lesions
+    c.rng = np.random.default_rng([seed, 5])  # of its own, so that the rest of the picture is the same without the lesions
     for name in sorted(findings, key=NIH14.index):
-        box = c.box_in_picture(_LESIONS[name](c, a, lungs))
-        boxes[name] = tuple(float(v) for v in box)
+        boxes[name] = tuple(c.box_in_picture(_LESIONS[name](c, a, lungs)).tolist())
     tilt = rng.normal(0, 0.2, 2)  # uneven exposure
     c.light *= 1 + tilt[0] * (c.x - 0.5) + tilt[1] * (c.y - 0.5)
     contrast = rng.uniform(0.85, 1.1) * (0.92 if view == "AP" else 1.0)
-    light = 0.16 + rng.normal(0, 0.03) + contrast * c.light
-    light = np.clip(light, 0.0, 1.0) ** rng.uniform(0.85, 1.2)
+    light = np.clip(0.16 + rng.normal(0, 0.03) + contrast * c.light, 0.0, 1.0) ** rng.uniform(0.85, 1.2)
     light = light + rng.normal(0, 0.018, light.shape)
     return (np.clip(light, 0, 1) * 255 + 0.5).astype(np.uint8), boxes
 
 
 def make_phantoms(out: str | Path, *, images: int = 3000, size: int = 64, seed: int = 85) -> Path:
-    """Write a phantom data set in the exact NIH layout; an existing one of the same settings is left as it is.
+    """Write a phantom data set in the exact NIH layout; an existing one of the same settings is kept.
 
     ``images_001/images/*.png`` ..., ``Data_Entry_2017.csv`` (with its trailing empty column), ``train_val_list.txt``,
-    ``test_list.txt``, ``BBox_List_2017.csv`` (boxes in 1024-pixel space), ``PHANTOM.json``. Patients have one to
-    twelve images and keep their anatomy and, mostly, their findings; a fifth of them are test patients.
+    ``test_list.txt``, ``BBox_List_2017.csv`` (boxes in 1024-pixel space), ``PHANTOM.json``. Patients have one to twelve images
+    and keep their anatomy and most of their findings. A fifth of them are test patients.
 
     Parameters
     ----------
@@ -305,7 +294,7 @@ def make_phantoms(out: str | Path, *, images: int = 3000, size: int = 64, seed: 
     FileExistsError
         The folder holds something else, or phantoms of other settings.
     ValueError
-        Too few images, or too few pixels to draw on.
+        Fewer than 20 images, or fewer than 16 pixels a side.
     """
     if images < 20 or size < 16:
         raise ValueError(f"a phantom set needs at least 20 images of 16 pixels, got {images} of {size}")
@@ -352,11 +341,10 @@ def _plan(images: int, seed: int) -> list[dict]:
         chronic = {name for name, share in PREVALENCE.items() if rng.random() < share}
         age, sex = int(rng.integers(18, 88)), "MF"[int(rng.integers(2))]
         for visit in range(visits):
-            findings = {name for name in NIH14
-                        if rng.random() < (0.85 if name in chronic else 0.04 * PREVALENCE[name])}
+            findings = {name for name in NIH14 if rng.random() < (0.85 if name in chronic else 0.04 * PREVALENCE[name])}
+            view = "AP" if rng.random() < (0.5 if findings else 0.3) else "PA"
             rows.append({"id": f"{patient:08d}_{visit:03d}.png", "patient": patient, "visit": visit, "age": age + visit,
-                         "sex": sex, "view": "AP" if rng.random() < (0.5 if findings else 0.3) else "PA",
-                         "findings": findings})
+                         "sex": sex, "view": view, "findings": findings})
     return rows
 
 

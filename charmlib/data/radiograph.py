@@ -1,7 +1,5 @@
 """New images of unknown origin: read, also from DICOM, and refused unless they are grey pictures like a radiograph."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

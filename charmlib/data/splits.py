@@ -1,7 +1,5 @@
 """Training, validation and test parts, always disjoint by patient."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass
@@ -58,12 +56,12 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
     ----------
     name : str
         'official': the NIH lists, with ``valid_fraction`` of the train_val patients as validation. 'patient': 70 / 10 / 20 per
-        cent of the patients at random. 'fold:2/5': the second of five test parts that hold each patient once, for
-        cross-validation over all images, with ``valid_fraction`` of the other patients as validation. All of these use seed 85
-        whatever the run's seed. Otherwise a folder with ``train.txt``, ``valid.txt`` and ``test.txt``.
+        cent of the patients at random. 'fold:2/5': the second of five test parts that hold each patient once, with
+        ``valid_fraction`` of the other patients as validation. All of these use seed 85 whatever the run's seed. Otherwise a
+        folder with ``train.txt``, ``valid.txt`` and ``test.txt``.
     valid_fraction : float
-        Of 'official' and folds, at most 0.5. 0 puts the validation part of any split (for 'patient' its drawn patients, for a
-        folder the images of ``valid.txt`` if there is one) into the training part; the test part stays as it is.
+        Of 'official' and folds, at most 0.5. 0 puts the validation part of any split into the training part (a folder then
+        needs no ``valid.txt``); the test part stays as it is.
     limit : int
         At most so many images a part, drawn at random; 0 for all.
 
@@ -173,8 +171,7 @@ def _own_lists(index: Index, folder: Path, optional: tuple[str, ...]) -> np.ndar
     if not folder.is_dir():
         raise SplitError(f"split: no folder {folder}; wanted 'official', 'patient', fold:I/N or a folder with "
                          "train.txt, valid.txt and test.txt")
-    ids = index.frame["id"]
-    part = np.full(len(ids), "", dtype=object)
+    ids, part = index.frame["id"], np.full(len(index.frame), "", dtype=object)
     for p in PARTS:
         listed = read_list(folder, (f"{p}.txt",))
         if listed is None:

@@ -127,13 +127,7 @@ def manifest_of(request: Request, rows: np.ndarray, bad: dict[int, str]) -> dict
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a cache.
-
-    Raises
-    ------
-    DamagedCache
-        Another format.
-    """
+    """The manifest of a cache; raises :class:`DamagedCache` for another format."""
     manifest = json.loads((folder / MANIFEST).read_text())
     if manifest.get("format") != FORMAT:
         raise DamagedCache(f"its format is {manifest.get('format')}, wanted {FORMAT}")
@@ -143,10 +137,7 @@ def read_manifest(folder: Path) -> dict:
 def open_cache(folder: Path, request: Request) -> ImageCache | None:
     """The cache in a folder; None if it lacks requested images or has another size or rule.
 
-    Raises
-    ------
-    DamagedCache
-        Files that contradict the manifest.
+    Raises :class:`DamagedCache` if files contradict the manifest.
     """
     manifest = read_manifest(folder)
     if (manifest["size"], manifest["aspect"], manifest["filter"]) != (request.size, request.aspect, FILTER) \
@@ -170,13 +161,7 @@ def open_cache(folder: Path, request: Request) -> ImageCache | None:
 
 
 def read_rows(cache: ImageCache) -> np.ndarray:
-    """What the cache notes of its images: (n in the file,) of :data:`ROW`.
-
-    Raises
-    ------
-    DamagedCache
-        A file that contradicts the manifest.
-    """
+    """The record of each image, (n in the file,) of :data:`ROW`; raises :class:`DamagedCache` if the manifest contradicts."""
     rows = np.load(cache.folder / ROWS, allow_pickle=False)
     if hashlib.sha256(rows.tobytes()).hexdigest() != cache.manifest["hash"]:
         raise DamagedCache(f"{ROWS} is not what its manifest says")
@@ -196,13 +181,7 @@ def unchanged(cache: ImageCache, rows: np.ndarray, request: Request, i: int) -> 
 
 
 def changes(cache: ImageCache, request: Request) -> tuple[list[int], list[int]]:
-    """Positions of the requested images that changed: among the sample, and among the unreadable ones.
-
-    Raises
-    ------
-    DamagedCache
-        See :func:`read_rows`.
-    """
+    """Positions of the requested images that changed: among the sample, and among the unreadable ones."""
     rows = read_rows(cache)
     unreadable = [i for i, name in enumerate(request.ids) if name in cache.bad]
     sampled, mended = ([i for i in some if not unchanged(cache, rows, request, i)] for some in (request.sample, unreadable))

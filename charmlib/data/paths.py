@@ -30,8 +30,9 @@ def resolve_data_root(data_root: str | Path = "", *, kaggle_input: str | Path = 
             if _has_table(folder):
                 return folder
     if base.is_dir():
+        looked = f"{' or '.join(TABLES)} in {', '.join(map(str, tried))} and {base} four folders deep"
         raise FileNotFoundError("no data is attached: add the dataset nih-chest-xrays/data to the notebook, or say data_root. "
-                                f"Looked for {' or '.join(TABLES)} in {', '.join(map(str, tried))} and {base} four deep")
+                                f"Looked for {looked}")
     return Path("data").resolve() if _has_table(Path("data")) else None
 
 

@@ -174,10 +174,9 @@ def _own_lists(index: Index, folder: Path, optional: tuple[str, ...]) -> np.ndar
     ids, part = index.frame["id"], np.full(len(index.frame), "", dtype=object)
     for p in PARTS:
         listed = read_list(folder, (f"{p}.txt",))
-        if listed is None:
-            if p in optional:
-                continue
+        if listed is None and p not in optional:
             raise SplitError(f"split: {folder} has no {p}.txt")
+        listed = listed or set()
         here = ids.isin(listed).to_numpy()
         if (clash := here & (part != "")).any():
             raise SplitError(f"split: {ids[clash].iloc[0]} is in two lists of {folder}")

@@ -53,6 +53,8 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
         home = home.parent
     if not os.access(next(p for p in (home, *home.absolute().parents) if p.exists()), os.W_OK):
         home = default_cache_dir()
+    if cache is None and verify:
+        say("no cache of these images yet: building it")
     if cache is None:
         return build(request, home, max(1, workers), say)
     suspects = range(len(ids)) if verify else suspects

@@ -57,17 +57,16 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
 
     Writes data.html into the cache: findings by part, patients, views, co-occurrence, sample images.
     """
-    from charmlib.data.cache import content_of, open_images, verify_images
-    from charmlib.data.dataset import assemble
+    from charmlib.data.cache import content_of, open_images
+    from charmlib.data.dataset import assemble, find_data
     from charmlib.data.index import read_index
-    from charmlib.data.paths import resolve_data_root
     from charmlib.data.splits import SplitError
     from charmlib.viz.dataset import finding_table, part_table, write_dataset_page
 
-    index = read_index(resolve_data_root(data_root), classes="own" if csv else "nih14", csv=csv)
+    index = read_index(find_data(data_root), classes="own" if csv else "nih14", csv=csv)
     start = time.monotonic()
-    images = (verify_images if verify else open_images)(
-        index.frame["id"].tolist(), index.frame["path"].tolist(), size, aspect=aspect, cache_dir=cache_dir, workers=workers)
+    images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), size, aspect=aspect, cache_dir=cache_dir,
+                         workers=workers, verify=verify)
     seconds = time.monotonic() - start
     click.echo(f"{len(images):,} images at {size} pixels, {images.pixels.nbytes / 1e9:.2f} GB, in {images.folder} "
                f"({seconds:.1f} s)")

@@ -14,7 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from charmlib.data.reader import ImageReader
+from charmlib.data.dataset import ImageReader
 from charmlib.evaluation.runs import RunFolder
 from charmlib.viz.explorer import SHOWN, Explorer, _Board
 from tests.test_notebooks import papermill, pictures

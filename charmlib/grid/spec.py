@@ -10,16 +10,7 @@ from typing import Any, Self
 import yaml
 
 from charmlib.param_sources import find_file, load_params, parse_assignments, read_params, read_yaml
-from charmlib.params import (
-    ParameterError,
-    coerce,
-    effect_text,
-    effective,
-    missing_need,
-    nearest,
-    resolve,
-    with_absolute_paths,
-)
+from charmlib.params import ParameterError, coerce, effect_text, effective, missing_need, nearest, resolve, with_absolute_paths
 from charmlib.training.recipes import phases, steps
 
 KEYS = ("name", "base", "axes", "cells")

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from charmlib.data.dataset import open_dataset
+from charmlib.data.dataset import find_data, open_dataset
 from charmlib.data.index import read_index
 from charmlib.data.paths import resolve_data_root
 from charmlib.data.splits import SplitError, make_split
@@ -268,7 +268,8 @@ def test_without_any_data_the_embedded_phantoms_are_taken_and_named(tmp_path, mo
 
     monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    root = resolve_data_root("", kaggle_input=tmp_path / "nothing")
+    assert resolve_data_root("", kaggle_input=tmp_path / "nothing") is None
+    root = find_data("", kaggle_input=tmp_path / "nothing")
     assert is_drawn(root) and "DRAWN PHANTOMS" in capsys.readouterr().out
     nih_folder(tmp_path / "data", ROWS)
     assert resolve_data_root("", kaggle_input=tmp_path / "nothing").resolve() == tmp_path / "data"

@@ -1,4 +1,4 @@
-"""Building blocks: tensors in, tensors out. Nothing here knows files or fastai."""
+"""Building blocks of networks, with tensors as inputs and outputs and without files or fastai."""
 
 from charmlib.nn.attention import FilterAttention, MultiScaleAttention, make_attention
 from charmlib.nn.backbone import Backbone, split_backbone

@@ -39,9 +39,7 @@ def has_kernels(capability: tuple[int, int], architectures: Iterable[str]) -> bo
         if not digits:
             continue
         theirs = (int(digits[:-1]), int(digits[-1]))
-        if kind == "sm" and theirs[0] == major and theirs[1] <= minor:
-            return True
-        if kind == "compute" and theirs <= (major, minor):
+        if (kind == "sm" and theirs[0] == major and theirs[1] <= minor) or (kind == "compute" and theirs <= (major, minor)):
             return True
     return False
 

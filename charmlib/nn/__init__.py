@@ -10,20 +10,6 @@ from charmlib.nn.recompute import recompute
 from charmlib.nn.scales import find_scales
 from charmlib.nn.votes import VotingBank
 
-__all__ = [
-           "AsymmetricLoss",
-           "BCELoss",
-           "Backbone",
-           "ClassifierHead",
-           "FilterAttention",
-           "FocalLoss",
-           "MomentumEncoder",
-           "MultiScaleAttention",
-           "RareMemoryBank",
-           "VotingBank",
-           "find_scales",
-           "make_attention",
-           "make_loss",
-           "recompute",
-           "split_backbone",
-]
+__all__ = ["AsymmetricLoss", "BCELoss", "Backbone", "ClassifierHead", "FilterAttention", "FocalLoss", "MomentumEncoder",
+           "MultiScaleAttention", "RareMemoryBank", "VotingBank", "find_scales", "make_attention", "make_loss", "recompute",
+           "split_backbone"]

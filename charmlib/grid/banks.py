@@ -10,7 +10,7 @@ from charmlib.evaluation.enrichment import NONE, compare_enrichment
 from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_whole
 from charmlib.grid.board import board_axes
-from charmlib.viz.bank import plot_bank_history, plot_enrichment_map
+from charmlib.viz.bank_content import plot_bank_history, plot_enrichment_map
 
 
 def bank_table(folder: Path, board: pd.DataFrame) -> pd.DataFrame | None:

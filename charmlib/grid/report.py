@@ -8,16 +8,16 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from charmlib.evaluation.evaluate import evaluate_run
 from charmlib.evaluation.published import beside_published
+from charmlib.evaluation.score import evaluate_run
 from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
 from charmlib.files import write_whole
 from charmlib.grid.banks import bank_pictures, bank_table, without_expected, write_bank_table
 from charmlib.grid.board import NO_VALIDATION, board_axes, over_seeds
 from charmlib.viz import page
-from charmlib.viz.grid import heat_maps
+from charmlib.viz.curves import plot_roc, plot_roc_bands
+from charmlib.viz.heat_maps import heat_maps
 from charmlib.viz.history import plot_history
-from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 
 def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str | Path | None = None) -> Path | None:

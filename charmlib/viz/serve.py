@@ -28,7 +28,7 @@ def explore(runs: Sequence[str | Path], *, data_root: str = "", port: int = 8866
     ValueError
         Voilà is not installed; says how to. The port is in use.
     """
-    from charmlib.evaluation.evaluate import run_folders
+    from charmlib.evaluation.runs import run_folders
 
     if importlib.util.find_spec("voila") is None:
         raise ValueError("the explorer's page needs Voilà: pip install 'charmlib[explore]', or open notebooks/explore.ipynb "
@@ -41,7 +41,7 @@ def explore(runs: Sequence[str | Path], *, data_root: str = "", port: int = 8866
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ValueError(f"port {port} is in use, perhaps by another explorer: name another with --port") from error
-    folders = [str(folder.resolve()) for folder in run_folders(runs)]
+    folders = [str(run.path.resolve()) for run in run_folders(runs)]
     package = Path(charmlib.__file__).parent
     book = next(p for p in (package.parent / "notebooks/explore.ipynb", package / "shipped/notebooks/explore.ipynb")
                 if p.is_file())

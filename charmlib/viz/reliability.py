@@ -1,4 +1,4 @@
-"""Reliability: the share of positives among images of about the same probability, a panel a class."""
+"""Reliability diagrams: the share of positives over the predicted probability, one panel per class."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from charmlib.viz.style import FIRST, GUIDE, SECOND, heading, readable, small_pa
 
 
 @styled
-def plot_calibration(predictions, temperature: float | None = 1.0, *, bins: int = 10, title: str = "", note: str = ""):
-    """Bins of equally many images, as trained and at the temperature of the validation part (None: there was none); returns the
-    figure.
+def plot_reliability(predictions, temperature: float | None = 1.0, *, bins: int = 10, title: str = "", note: str = ""):
+    """Bins of equally many images, as trained and at the temperature from validation (None: as trained only).
 
-    Both axes are square-rooted, because most findings are rare. The number in a title is the expected calibration error
-    (15 equal bins) as trained, and at the temperature.
+    Both axes are square-rooted, because most findings are rare. The numbers in a title are the expected calibration errors
+    (15 equal bins) as trained, and at the temperature. Returns the figure.
     """
+    series = [(1.0, FIRST, "o", "as trained")]
+    if temperature is not None:
+        series.append((temperature, SECOND, "s", f"temperature {temperature:.2f}\n(from validation)"))
     figure, axes, legend = small_panels(len(predictions.classes), size=(2.06, 1.95))
     for c, axis in enumerate(axes):
         y, score, _ = known(predictions.labels, predictions.logits, c)
         errors, top = [], 0.0
-        for t, colour, marker in ((1.0, FIRST, "o"), (temperature, SECOND, "s"))[:1 if temperature is None else 2]:
+        for t, colour, marker, _ in series:
             probability = expit(score.astype(np.float64) / t)
             mean, share, _ = reliability_curve(y, probability, bins=bins)
             axis.plot(mean, share, marker=marker, ms=3.5, lw=1.1, color=colour)
-            errors.append(calibration_error(y, probability))
-            top = max(top, *mean, *share) if len(mean) else top
+            errors.append(f"{calibration_error(y, probability):.3f}")
+            top = max([top, *mean, *share])
         top = min(1.0, 1.08 * top) or 1.0
+        ticks = _ticks(top)
         axis.plot([0, top], [0, top], color=GUIDE, lw=0.8, zorder=0)
         for which in ("x", "y"):
             square_root_scale(axis, which)
             getattr(axis, f"set_{which}lim")(0, top)
-            ticks = _ticks(top)
             getattr(axis, f"set_{which}ticks")(ticks, [f"{v:g}" for v in ticks])
             getattr(axis, f"{which}axis").minorticks_off()
-        axis.set_title(f"{readable(predictions.classes[c])}\n{', '.join(f'{e:.3f}' for e in errors)}" if len(y) else
-                       f"{readable(predictions.classes[c])}\nno labels")
-    legend.plot([], [], marker="o", ms=4, color=FIRST, label="as trained")
-    if temperature is not None:
-        legend.plot([], [], marker="s", ms=4, color=SECOND, label=f"temperature {temperature:.2f}\n(from validation)")
+        axis.set_title(f"{readable(predictions.classes[c])}\n{', '.join(errors) if len(y) else 'no labels'}")
+    for _, colour, marker, label in series:
+        legend.plot([], [], marker=marker, ms=4, color=colour, label=label)
     legend.plot([], [], color=GUIDE, label="perfect")
-    legend.legend(loc="center", title="finding\nECE" + (" of both" if temperature is not None else ""))
+    legend.legend(loc="center", title="finding\nECE" + (" of both" if len(series) > 1 else ""))
     figure.supxlabel("mean probability of a bin", fontsize=9)
-    figure.supylabel("share of positives in it", fontsize=9)
+    figure.supylabel("share of positives in the bin", fontsize=9)
     heading(figure, title, note)
     return figure
 

@@ -21,7 +21,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from charmlib.evaluation.compare import compare, verdict
-from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.score import evaluate_run
 from charmlib.evaluation.tables import class_table, operating_table, with_intervals
 from charmlib.files import write_json

@@ -128,8 +128,8 @@ def main(shared: Path, out: Path) -> None:
         pairs.append(table.assign(first_run=a, second_run=b))
         print(f"{b} minus {a}: {verdict(table, a, b)}")
     pd.concat(pairs).round(5).to_csv(out / "official_paired.csv", index=False)
-    metrics = {"test": part, "split": {"name": "official", "test": split}, "params": {"labels": "real"}, "classes": first.classes,
-               "data": {"drawn": False, "name": "NIH"}, "cell": "mean of the four", "quick_check": False}
+    metrics = {"test": part, "split": {"name": "official", "test": split}, "params": {"labels": "real"}, "quick_check": False,
+               "classes": first.classes, "data": {"drawn": False, "name": "NIH"}, "cell": "mean of the four"}
     mean = runs["mean of the four"]
     title = "mean of DenseNet-121 and ResNet-18 (28 pixels, two seeds each)"
     for name, figure in (("roc", plot_roc_bands(mean, part, title=title, note=note)),

@@ -38,9 +38,9 @@ def test_moving_along_the_curve_changes_numbers_and_pictures(board):
     board.slider.value += 12
     assert board.numbers.value != numbers and board.curve.value != curve and "change sides" in board.moved.value
     here = board.walk.point(board.at)
-    for value in (here.tp, here.fp, here.fn, here.tn):
+    for value in (here["tp"], here["fp"], here["fn"], here["tn"]):
         assert f"<td>{value:,}</td>" in board.numbers.value
-    assert f"{here.sensitivity:.3f}" in board.numbers.value
+    assert f"{here['sensitivity']:.3f}" in board.numbers.value
     strip = board.changed.value
     board.slider.value -= 5
     assert "no longer called" in board.moved.value and board.changed.value != strip
@@ -76,7 +76,7 @@ def test_operating_points_are_those_of_validation(board):
         assert board.point.value == "(by hand)"
         board.point.value = name  # and back
         row = board.metrics["test"]["operating"][name][board.finding.value]
-        assert board.walk.point(board.at)[1:5] == (row["tp"], row["fp"], row["fn"], row["tn"])
+        assert all(board.walk.point(board.at)[k] == row[k] for k in ("tp", "fp", "fn", "tn"))
         low, high, _ = row["specificity_interval"]
         assert f"({low:.3f} to {high:.3f})" in board.numbers.value  # the report's own
 
@@ -94,7 +94,7 @@ def test_choosing_run_finding_and_order(board, runs):
     board.run.value = "one"
     assert board.finding.value == findings[1] and np.array_equal(board.test.logits, RunFolder(runs[0]).test.logits)
     board.order.value = "false negatives"
-    assert len(board.positions) == board.walk.point(board.at).fn and board.walk.y[board.positions].all()
+    assert len(board.positions) == board.walk.point(board.at)["fn"] and board.walk.y[board.positions].all()
     board.slider.value = 0  # nothing is called: all are missed
     assert len(board.positions) == board.test.positives[findings[1]]
     board.slider.value = board.slider.max

@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and what they hold, read once. Light: every cell's process imports it."""
+"""The folder of a run: the names and contents of its files, read once. A light module: every cell's process imports it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Predictions:
 
 
 class RunFolder:
-    """The files of one run. Each is read on first use and kept, so make a new one to see what has changed.
+    """The files of one run. Each is read on first use and cached; a new object reads them again.
 
     Attributes
     ----------

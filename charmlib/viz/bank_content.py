@@ -48,8 +48,7 @@ def plot_enrichment(found: Mapping, *, title: str = "", note: str = ""):
                          for name, f in rows.items()])
     axis.grid(axis="y", visible=False)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    heading(figure, title, note)
-    return figure
+    return heading(figure, title, note)
 
 
 @styled
@@ -69,8 +68,7 @@ def plot_enrichment_map(table: pd.DataFrame, *, title: str = "", note: str = "")
                        slanted={"rotation": 40, "ha": "right"}, cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto")
     bar = figure.colorbar(image, ax=axis, ticks=[-3, -2, -1, 0, 1, 2, 3], shrink=0.9)
     bar.set_ticklabels(["1/8 or less", "1/4", "1/2", "1", "2", "4", "8 or more"])
-    heading(figure, title, f"Enrichment over that of slots drawn at random from the images on offer. {note}")
-    return figure
+    return heading(figure, title, f"Enrichment over that of slots drawn at random from the images on offer. {note}")
 
 
 @styled
@@ -118,15 +116,14 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
         _round_ticks(axis.yaxis)
         mark_stages(axis, frame["stage"])
     for axis in axes[-1]:
-        axis.set_xlabel("epoch (dotted line: stage 2 begins)")
+        axis.set_xlabel("epoch (dotted line: next stage)")
     figure.supylabel("share of slots over prevalence", fontsize=9)
     handles = [plt.Line2D([], [], **styles[c]) for c in shares]
     figure.legend(handles, [f"{readable(c)} {p:.1%}" for c, p in shares.items()], loc="outside right center",
                   title="prevalence in training")
     left_out = f"; {len(given) - len(shown)} more settings are not drawn" if len(given) > len(shown) else ""
-    heading(figure, "", f"Content of the bank at the end of each epoch (that of the best epoch is kept); none at the lower edge"
-                        f"{left_out}. {note}")
-    return figure
+    return heading(figure, "", "Content of the bank at the end of each epoch (that of the best epoch is kept); none of a finding "
+                               f"at the lower edge{left_out}. {note}")
 
 
 def _round_ticks(axis) -> None:

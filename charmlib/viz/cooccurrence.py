@@ -33,5 +33,4 @@ def plot_cooccurrence(labels, classes, *, title: str = "", note: str = ""):
         text.set_fontweight("bold" if column == row else "normal")
     axis.set(xlabel="also shows", ylabel="of the images with")
     figure.colorbar(image, ax=axis, shrink=0.7, label="share of the row's images")
-    heading(figure, title, note)
-    return figure
+    return heading(figure, title, note)

@@ -38,5 +38,4 @@ def plot_counts(operating: Mapping[str, Mapping], *, title: str = "", note: str 
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(at, [f"{readable(name)}  (p ≥ {row['threshold']:.3f})" for name, row in zip(names, rows)])
-    heading(figure, title, note)
-    return figure
+    return heading(figure, title, note)

@@ -11,7 +11,18 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from charmlib.evaluation.intervals import Band, precision_recall_bands, roc_bands
 from charmlib.evaluation.metrics import auc_by_class, known
 from charmlib.evaluation.runs import number
-from charmlib.viz.style import FIRST, GUIDE, SECOND, class_style, heading, readable, small_panels, square_root_scale, styled
+from charmlib.viz.style import (
+    FIRST,
+    GUIDE,
+    SECOND,
+    class_style,
+    heading,
+    label_panels,
+    readable,
+    small_panels,
+    square_root_scale,
+    styled,
+)
 
 
 @styled
@@ -42,8 +53,7 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
     mean = f"mean {np.mean(defined):.3f}" + (f" of {len(defined)}" if len(defined) < len(aucs) else "") if defined else ""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside center right", fontsize=10,
                   title=f"AUC, finding (positives)\n{mean}")
-    heading(figure, title, note)
-    return figure
+    return heading(figure, title, note)
 
 
 @styled
@@ -68,11 +78,8 @@ def plot_roc_bands(predictions, part: Mapping, *, point: str = "youden", title: 
         axis.set_aspect("equal")
     if operating:
         legend.plot([], [], "o", ms=5, color=SECOND, ls="", label=f"{readable(point)} point\nof validation")
-    legend.legend(loc="center", title="finding, positives\nAUC (95 % interval)")
-    figure.supxlabel("false positive rate (1 - specificity)", fontsize=9)
-    figure.supylabel("true positive rate (sensitivity)", fontsize=9)
-    heading(figure, title, note)
-    return figure
+    return label_panels(figure, legend, key="finding, positives\nAUC (95 % interval)", title=title, note=note,
+                        x="false positive rate (1 - specificity)", y="true positive rate (sensitivity)")
 
 
 @styled
@@ -93,11 +100,8 @@ def plot_precision_recall(predictions, part: Mapping, *, title: str = "", note: 
         square_root_scale(axis, "y")
         axis.set_yticks([0, 0.1, 0.5, 1], ["0", "0.1", "0.5", "1"])
     legend.plot([], [], color=GUIDE, ls=":", label="share of positives\n(chance)")
-    legend.legend(loc="center", title="finding, positives\nAP (95 % interval)")
-    figure.supxlabel("recall (sensitivity)", fontsize=9)
-    figure.supylabel("precision", fontsize=9)
-    heading(figure, title, note)
-    return figure
+    return label_panels(figure, legend, key="finding, positives\nAP (95 % interval)", x="recall (sensitivity)", y="precision",
+                        title=title, note=note)
 
 
 def _band_panels(predictions, part: Mapping, metric: str, bands: Sequence[Band], draw: Callable, curve: str):

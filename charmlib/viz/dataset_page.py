@@ -98,8 +98,7 @@ def plot_prevalence(data):
     axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axis.grid(axis="y", visible=False)
     axis.legend(loc="lower right", bbox_to_anchor=(0.72, 0.02))
-    heading(figure, "", _note(data))
-    return figure
+    return heading(figure, "", _note(data))
 
 
 @styled
@@ -130,8 +129,7 @@ def plot_patients(data):
     views.set(xlim=(0, 1), xlabel="share of the part's images by view")
     views.invert_yaxis()
     views.grid(visible=False)
-    heading(figure, "", _note(data))
-    return figure
+    return heading(figure, "", _note(data))
 
 
 def plot_samples(data, *, seed: int = 0):

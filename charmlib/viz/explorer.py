@@ -105,7 +105,7 @@ class Explorer:
         figures = [plot_roc_bands(test, metrics["test"], title=name, note=note)]
         if operating:
             figures.append(plot_counts(operating, title=name, note=f"{note}; {point_note(metrics['test'], 'youden')}"))
-        threshold = _digits(walk.point(at).threshold)
+        threshold = _digits(walk.point(at)["threshold"])
         return figures + [self.images(name, walk, walk.by_error(order, at),
                                       f"{readable(best)}, worst {order} at p ≥ {threshold}. {note}") for order in ORDERS[1:]]
 
@@ -240,21 +240,19 @@ class _Board:
 
     def _table(self, stored: dict | None) -> str:
         """The numbers at the point; at an operating point with its stored threshold and the intervals of the report."""
-        here = self.walk.point(self.at)
-        limits = {rate: stored[f"{rate}_interval"] for rate in RATES} if stored else {}
-        if not stored and np.isfinite(here.threshold):
+        here = stored or self.walk.point(self.at)
+        if not stored and np.isfinite(here["threshold"]):
             column = slice(self.c, self.c + 1)
             found = operating_resamples(self.test.labels[:, column], self.test.logits[:, column], self.test.patients,
-                                        [here.threshold], resamples=300)
-            limits = {rate: interval(drawn[:, 0]) for rate, drawn in found.items()}
-        rows = "".join(f"<tr><td>{rate.replace('f1', 'F1')}</td><td class='v'>{_rate(getattr(here, rate))}</td>"
-                       f"<td class='i'>{_span(limits.get(rate))}</td></tr>" for rate in RATES)
-        value = stored["threshold"] if stored else here.threshold
-        threshold = f"p ≥ {_digits(value)}" if np.isfinite(value) else "above all"
+                                        [here["threshold"]], resamples=300)
+            here |= {f"{rate}_interval": interval(drawn[:, 0]) for rate, drawn in found.items()}
+        rows = "".join(f"<tr><td>{rate.replace('f1', 'F1')}</td><td class='v'>{_rate(here[rate])}</td>"
+                       f"<td class='i'>{_span(here.get(f'{rate}_interval'))}</td></tr>" for rate in RATES)
+        threshold = f"p ≥ {_digits(here['threshold'])}" if np.isfinite(here["threshold"]) else "above all"
         return (f"{_STYLE}<table class='walk'><tr><td>threshold</td><td class='v'>{threshold}</td><td></td></tr>{rows}</table>"
                 "<br><table class='cm'><tr><th></th><th>predicted positive</th><th>predicted negative</th></tr>"
-                f"<tr><th>positive</th><td>{here.tp:,}</td><td>{here.fn:,}</td></tr>"
-                f"<tr><th>negative</th><td>{here.fp:,}</td><td>{here.tn:,}</td></tr></table>"
+                f"<tr><th>positive</th><td>{here['tp']:,}</td><td>{here['fn']:,}</td></tr>"
+                f"<tr><th>negative</th><td>{here['fp']:,}</td><td>{here['tn']:,}</td></tr></table>"
                 "<p style='color:#666'>in brackets: 95 % intervals over patients at a fixed threshold<br>"
                 f"({1000 if stored else 300} resamples)</p>")
 
@@ -268,10 +266,9 @@ class _Board:
             if self.other.value != _NONE:
                 _, test = self.explorer.scored(self.other.value)
                 self._plot(axis, self.other.value, Walk(test.labels, test.logits, self.c), color="#222222", lw=1.2, ls="--")
-            axis.plot(1 - here.specificity, here.sensitivity, "o", ms=9, color=SECOND, mec="white")
+            axis.plot(1 - here["specificity"], here["sensitivity"], "o", ms=9, color=SECOND, mec="white")
             axis.set(xlim=(-0.01, 1), ylim=(0, 1.01), xlabel="false positive rate (1 - specificity)",
-                     ylabel="true positive rate (sensitivity)")
-            axis.set_title(readable(self.finding.value))
+                     ylabel="true positive rate (sensitivity)", title=readable(self.finding.value))
             axis.legend(loc="lower right")
         self.curve.value = png(figure, 100)
 

@@ -46,8 +46,7 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
         axis.set(title=f"{panels} {panel:g}", xlabel=columns)
     axes[0, 0].set_ylabel(rows)
     figure.colorbar(image, ax=axes[0].tolist(), label=value.replace("_", " "), shrink=0.9)
-    heading(figure, "", (note or _note(frame.iloc[0])) + several)
-    return figure
+    return heading(figure, "", (note or _note(frame.iloc[0])) + several)
 
 
 def _note(row: pd.Series) -> str:

@@ -31,5 +31,4 @@ def plot_history(history, *, note: str = ""):
         axes[-1].set(title="share of features stored in the bank", xlabel="epoch", ylim=(0, 1))
     for i, axis in enumerate(axes):
         mark_stages(axis, history["stage"], named=i == validated)
-    heading(figure, "", note)
-    return figure
+    return heading(figure, "", note)

@@ -36,5 +36,4 @@ def plot_per_class(metrics: Mapping, *, title: str = "", note: str = ""):
     axis.set(ylabel="ROC-AUC", ylim=(min(0.45, np.nanmin(limits, initial=0.5) - 0.02), 1.0))
     axis.grid(axis="x", visible=False)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    heading(figure, title, f"{note}. {remark}" if note else remark)
-    return figure
+    return heading(figure, title, f"{note}. {remark}" if note else remark)

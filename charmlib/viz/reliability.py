@@ -7,7 +7,7 @@ from scipy.special import expit
 
 from charmlib.evaluation.calibration import calibration_error, reliability_curve
 from charmlib.evaluation.metrics import known
-from charmlib.viz.style import FIRST, GUIDE, SECOND, heading, readable, small_panels, square_root_scale, styled
+from charmlib.viz.style import FIRST, GUIDE, SECOND, label_panels, readable, small_panels, square_root_scale, styled
 
 
 @styled
@@ -42,11 +42,8 @@ def plot_reliability(predictions, temperature: float | None = 1.0, *, bins: int 
     for _, colour, marker, label in series:
         legend.plot([], [], marker=marker, ms=4, color=colour, label=label)
     legend.plot([], [], color=GUIDE, label="perfect")
-    legend.legend(loc="center", title="finding\nECE" + (" of both" if len(series) > 1 else ""))
-    figure.supxlabel("mean probability of a bin", fontsize=9)
-    figure.supylabel("share of positives in the bin", fontsize=9)
-    heading(figure, title, note)
-    return figure
+    return label_panels(figure, legend, key="finding\nECE" + (" of both" if len(series) > 1 else ""), title=title, note=note,
+                        x="mean probability of a bin", y="share of positives in the bin")
 
 
 def _ticks(top: float) -> list[float]:

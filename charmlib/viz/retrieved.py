@@ -29,9 +29,7 @@ def plot_explanation(cases, *, note: str = ""):
     """
     cases = list(cases) if isinstance(cases, Sequence) else [cases]
     if not cases:
-        figure = plt.figure(figsize=(6, 0.8))
-        heading(figure, "", f"no case to show: no image here has a finding. {note}")
-        return figure
+        return heading(plt.figure(figsize=(6, 0.8)), "", f"no case to show: no image here has a finding. {note}")
     slots = max(len(case.table) for case in cases)
     columns = 1 + min(slots, SLOTS)
     width, height = max(1.9 * columns, 6), (1.85 + _CAPTION) * len(cases) + 0.5
@@ -50,8 +48,8 @@ def plot_explanation(cases, *, note: str = ""):
             _image(axis, pixels, f"{slot['image']}\n{labels}\nsimilarity {slot['similarity']:.3f}\nweight {slot['weight']:.3f}")
     told = (f"the {SLOTS} most similar of the {slots} training images that the memory retrieved" if slots > SLOTS else
             "the training images that the memory retrieved")
-    heading(figure, "", ". ".join(filter(None, [f"left: the image; then {told}", *dict.fromkeys(c.note for c in cases), note])))
-    return figure
+    words = [f"left: the image; then {told}", *dict.fromkeys(case.note for case in cases), note]
+    return heading(figure, "", ". ".join(filter(None, words)))
 
 
 def _image(axis, pixels: np.ndarray, caption: str) -> None:

@@ -53,11 +53,12 @@ def readable(name: str) -> str:
     return str(name).replace("_", " ")
 
 
-def heading(figure, title: str = "", note: str = "") -> None:
-    """Title over the picture, and under it a note on the data."""
+def heading(figure, title: str = "", note: str = ""):
+    """Title over the picture, and under it a note on the data; returns the figure."""
     text = "\n".join([title, *textwrap.wrap(note, int(13.5 * figure.get_figwidth()))]).strip()
     if text:
         figure.suptitle(text, fontsize=9.5)
+    return figure
 
 
 def small_panels(count: int, *, columns: int = 5, size: tuple[float, float] = (2.06, 2.05), **kwargs):
@@ -68,6 +69,14 @@ def small_panels(count: int, *, columns: int = 5, size: tuple[float, float] = (2
     for axis in axes.flat[count:]:
         axis.axis("off")
     return figure, axes.flat[:count], axes.flat[count]
+
+
+def label_panels(figure, legend, *, key: str, x: str, y: str, title: str = "", note: str = ""):
+    """The legend of small panels in their blank one, titled by ``key``; common axis labels; heading. Returns the figure."""
+    legend.legend(loc="center", title=key)
+    figure.supxlabel(x, fontsize=9)
+    figure.supylabel(y, fontsize=9)
+    return heading(figure, title, note)
 
 
 def error_bars(values: np.ndarray, limits: np.ndarray) -> np.ndarray:

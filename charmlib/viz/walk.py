@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from scipy.special import expit
 
 from charmlib.evaluation.metrics import known
-from charmlib.evaluation.operating import rates
+from charmlib.evaluation.operating import COUNTS, rates
 
 ORDERS = ("largest error", "false negatives", "false positives")
 """Ways to list images; see :meth:`Walk.by_error`."""
-
-
-class CurvePoint(NamedTuple):
-    """A point of the curve: samples with a probability of at least ``threshold`` are positive."""
-
-    threshold: float
-    tp: int
-    fp: int
-    fn: int
-    tn: int
-    sensitivity: float
-    specificity: float
-    precision: float
-    f1: float
 
 
 class Walk:
@@ -52,12 +36,12 @@ class Walk:
         self.fp = self.ends - self.tp
         self.last = len(self.ends) - 1
 
-    def point(self, i: int) -> CurvePoint:
-        """Threshold, counts and rates at point ``i``."""
+    def point(self, i: int) -> dict[str, float]:
+        """Threshold, counts and rates at point ``i``, as :func:`charmlib.evaluation.operating.at_thresholds` gives them."""
         tp, fp = int(self.tp[i]), int(self.fp[i])
-        counts = tp, fp, int(self.tp[-1]) - tp, int(self.fp[-1]) - fp
+        counts = dict(zip(COUNTS, (tp, fp, int(self.tp[-1]) - tp, int(self.fp[-1]) - fp)))
         threshold = float(self.probability[self.ends[i] - 1]) if i else float("inf")
-        return CurvePoint(threshold, *counts, *map(float, rates(*counts).values()))
+        return {"threshold": threshold, **counts, **{k: float(v) for k, v in rates(**counts).items()}}
 
     def at_threshold(self, threshold: float) -> int:
         """The point at which exactly the samples with a probability of at least ``threshold`` are called positive."""

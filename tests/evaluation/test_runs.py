@@ -190,22 +190,26 @@ def test_walking_along_the_curve_equals_counting(cohort):
     walk = Walk(labels, logits, 0)
     there = ~np.isnan(labels[:, 0])
     y, p = labels[there, 0] == 1, expit(logits[there, 0])
-    assert walk.point(0)[1:3] == (0, 0) and walk.point(walk.last)[3:5] == (0, 0)
+
+    def counts(row):
+        return tuple(row[k] for k in ("tp", "fp", "fn", "tn"))
+
+    assert counts(walk.point(0))[:2] == (0, 0) and counts(walk.point(walk.last))[2:] == (0, 0)
     for point in (1, walk.last // 2, walk.last):
         here = walk.point(point)
-        call = p >= here.threshold
-        assert here[1:5] == ((call & y).sum(), (call & ~y).sum(), (~call & y).sum(), (~call & ~y).sum())
-        assert walk.at_threshold(here.threshold) == point
+        call = p >= here["threshold"]
+        assert counts(here) == ((call & y).sum(), (call & ~y).sum(), (~call & y).sum(), (~call & ~y).sum())
+        assert walk.at_threshold(here["threshold"]) == point
     stations = walk.stations(20)
     assert stations[0] == 0 and stations[-1] == walk.last and (np.diff(stations) > 0).all()
     moved = walk.between(3, 6)
-    change = (p >= walk.point(6).threshold) & (p < walk.point(3).threshold)
+    change = (p >= walk.point(6)["threshold"]) & (p < walk.point(3)["threshold"])
     assert set(walk.rows[moved]) == set(np.flatnonzero(there)[change])
     assert list(walk.between(6, 3)) == list(moved[::-1])
     point = walk.last // 3
     here, missed, alarms = walk.point(point), walk.by_error("false negatives", point), walk.by_error("false positives", point)
-    assert (len(missed), len(alarms)) == (here.fn, here.fp) and len(walk.by_error()) == there.sum()
-    assert walk.y[missed].all() and (walk.probability[missed] < here.threshold).all()
+    assert (len(missed), len(alarms)) == (here["fn"], here["fp"]) and len(walk.by_error()) == there.sum()
+    assert walk.y[missed].all() and (walk.probability[missed] < here["threshold"]).all()
     assert not walk.y[alarms].any() and (np.diff(walk.probability[alarms]) <= 0).all()
     assert walk.probability[missed[0]] == walk.probability[walk.y].min()
 

@@ -2,14 +2,14 @@
 
     python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
 
-writes ``<target>.csv`` (one row a configuration: mean AUC over all images and within folds, with intervals, the paired
-differences from the plain network, from CHARM as published and from CHARM, log loss and Brier score of its uncalibrated
-probabilities, mean over classes), ``<target>_per_class.csv``,
+writes ``<target>.csv``, ``<target>_per_class.csv``,
 ``<target>_views.csv`` (the same among images of one view position, which alone predicts many findings),
 ``<target>.png`` (CHARM minus the plain network, by class) and ``<target>.json`` (splits, device, versions, seconds).
 
-Three more configurations need no training, because votes have no effect on it: CHARM's own networks with no memory, with a
-memory of one scale, and with one that is not class-balanced.
+``<target>.csv`` has one row per configuration: mean AUC over all images and within folds, with intervals; the paired
+differences from the plain network, from CHARM as published and from CHARM; and the log loss and Brier score of its
+uncalibrated probabilities, mean over classes. Three more configurations need no training, because votes have no effect on
+it: CHARM's own networks with no memory, with a memory of one scale, and with one that is not class-balanced.
 
 Intervals are by bootstrap over patients, with the networks of one seed. They do not include the variance between trainings.
 """

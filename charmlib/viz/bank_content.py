@@ -122,8 +122,8 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
     figure.legend(handles, [f"{readable(c)} {p:.1%}" for c, p in shares.items()], loc="outside right center",
                   title="prevalence in training")
     left_out = f"; {len(given) - len(shown)} more settings are not drawn" if len(given) > len(shown) else ""
-    return heading(figure, "", "Content of the bank at the end of each epoch (that of the best epoch is kept); none of a finding "
-                               f"at the lower edge{left_out}. {note}")
+    return heading(figure, "", "Content of the bank at the end of each epoch (the best epoch's is kept); none of a finding at "
+                               f"the lower edge{left_out}. {note}")
 
 
 def _round_ticks(axis) -> None:

@@ -46,8 +46,8 @@ class Explorer:
 
     Parameters
     ----------
-    runs : folders of runs, or of grids, which stand for all their cells; the best by validation comes first, those
-        without a validation part last
+    runs : folders of runs, or of grids, of which all cells are taken
+        The best by validation comes first, those without a validation part last.
     image_of : callable, optional
         Image id -> (H, W) uint8, for a run's metrics: ``image_of(metrics, image_id)``. Without it, or if it raises
         OSError or KeyError, the place of an image is grey.

@@ -48,8 +48,7 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
         axis.plot(false, true, lw=1.5, label=f"{aucs[name]:.3f}  {readable(name)} ({int(y.sum()):,})", **class_style(i))
     axis.plot([0, 1], [0, 1], color=GUIDE, lw=1, zorder=0)
     axis.set(xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)", xlim=(0, 1),
-             ylim=(0, 1.01))
-    axis.set_aspect("equal")
+             ylim=(0, 1.01), aspect="equal")
     mean = f"mean {np.mean(defined):.3f}" + (f" of {len(defined)}" if len(defined) < len(aucs) else "") if defined else ""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside center right", fontsize=10,
                   title=f"AUC, finding (positives)\n{mean}")
@@ -74,8 +73,7 @@ def plot_roc_bands(predictions, part: Mapping, *, point: str = "youden", title: 
     figure, axes, legend = _band_panels(predictions, part, "auc", bands, draw, "ROC curve")
     for axis in axes:
         axis.plot([0, 1], [0, 1], color=GUIDE, lw=0.8, zorder=0)
-        axis.set_yticks([0, 0.5, 1])
-        axis.set_aspect("equal")
+        axis.set(yticks=[0, 0.5, 1], aspect="equal")
     if operating:
         legend.plot([], [], "o", ms=5, color=SECOND, ls="", label=f"{readable(point)} point\nof validation")
     return label_panels(figure, legend, key="finding, positives\nAUC (95 % interval)", title=title, note=note,

@@ -92,9 +92,8 @@ def plot_prevalence(data):
     for border in (0.05, 0.02):
         axis.axvline(border, color=GUIDE, ls="--", lw=0.8)
         axis.text(border, len(at) - 0.35, f"{border:.0%}", color=GUIDE, fontsize=7.5, ha="center")
-    axis.set_yticks(at, [readable(name) for name in shares.index])
-    axis.set(xscale="log", xlim=(None, top * 4.5), xlabel="share of images that are positive; on the right their number in "
-             + " / ".join(_NAMES[part] for part in shares))
+    axis.set(yticks=at, yticklabels=[readable(name) for name in shares.index], xscale="log", xlim=(None, top * 4.5),
+             xlabel=f"share of images that are positive; on the right their number in {' / '.join(map(_NAMES.get, shares))}")
     axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axis.grid(axis="y", visible=False)
     axis.legend(loc="lower right", bbox_to_anchor=(0.72, 0.02))
@@ -125,8 +124,7 @@ def plot_patients(data):
             views.barh(i, share, left=left, color=colour)
             views.text(left + share / 2, i, f"{view} {share:.0%}", ha="center", va="center", fontsize=8, color="white")
             left += share
-    views.set_yticks(range(len(parts)), parts)
-    views.set(xlim=(0, 1), xlabel="share of the part's images by view")
+    views.set(yticks=range(len(parts)), yticklabels=parts, xlim=(0, 1), xlabel="share of the part's images by view")
     views.invert_yaxis()
     views.grid(visible=False)
     return heading(figure, "", _note(data))

@@ -30,7 +30,7 @@ from charmlib.viz.run_report import run_pictures
 
 KEPT = {"ROC curves with interval bands": "bands", "Precision and recall": "precision_recall", "AUC by class": "per_class",
         "Counts at the operating point 'youden'": "counts", "Calibration": "calibration",
-        "Findings that come together (test part)": "cooccurrence"}
+        "Co-occurrence of findings (test part)": "cooccurrence"}
 
 
 def main(folder: Path, target: Path) -> None:

@@ -47,8 +47,7 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
         Class -> share of positives in the training part, for the frequency groups.
     """
     labels, logits, patients = values["labels"], values["logits"], values["patients"]
-    both = micro(labels, logits)
-    out = {**summarize(labels, logits, classes), "micro_auc": both["auc"], "micro_ap": both["ap"]}
+    out = summarize(labels, logits, classes) | {f"micro_{name}": value for name, value in micro(labels, logits).items()}
     samples = bootstrap(labels, logits, patients, resamples=resamples, seed=seed) if enough_patients(patients) else None
     found = {figure: getattr(samples, figure, np.full((1, len(classes)), np.nan)) for figure in ("auc", "ap")}
     out["intervals"] = {"level": LEVEL, "resamples": resamples, "seed": seed, "clustered_by": "patient"}

@@ -148,7 +148,7 @@ def plot_samples(data, *, seed: int = 0):
 def dataset_pictures(data) -> dict[str, object]:
     """Title -> figure: all pictures of a data set."""
     return {"Findings by part": plot_prevalence(data), "Patients and views": plot_patients(data),
-            "Findings that come together (training part)": plot_cooccurrence(
+            "Co-occurrence of findings (training part)": plot_cooccurrence(
                 data.labels[data.rows("train")], data.classes, note=_note(data)),
             "A training image of each finding": plot_samples(data)}
 

@@ -47,9 +47,9 @@ def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "yo
         pictures[f"Counts at the operating point '{point}'"] = plot_counts(
             part["operating"][point], title=name, note=f"{note}; {point_note(part, point)}")
     pictures["Calibration"] = plot_reliability(predictions, part["calibration"].get("scaled", {}).get("temperature"), **how)
-    pictures["Findings that come together (test part)"] = plot_cooccurrence(predictions.labels, predictions.classes, note=note)
+    pictures["Co-occurrence of findings (test part)"] = plot_cooccurrence(predictions.labels, predictions.classes, note=note)
     if enriched := _enrichment(metrics):
-        pictures["What the memory bank holds"] = plot_enrichment(enriched, **how)
+        pictures["Enrichment of the memory bank"] = plot_enrichment(enriched, **how)
     return pictures
 
 
@@ -91,11 +91,11 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
             "None: the run was trained without a validation part (valid_fraction 0), so there was nothing to choose "
             "thresholds, a temperature or the best epoch on. It is never ranked beside runs that have one.")]
     parts += [page.heading("Calibration"), page.table(with_intervals(calibration_table(part), 4), "words"),
-              page.heading("Beside published figures"), page.paragraph(remark)]
+              page.heading("Comparison with published results"), page.paragraph(remark)]
     if published is not None:
         parts.append(page.table(with_intervals(published, 4), "words"))
     if enriched := _enrichment(metrics):
-        parts += [page.heading("Does the bank hold rare findings?"), page.paragraph(enrichment_note(enriched)),
+        parts += [page.heading("Rare findings in the memory bank"), page.paragraph(enrichment_note(enriched)),
                   page.table(with_intervals(enrichment_table(enriched), 2))]
     return page.write_page(path, f"Run {name}", parts + page.pictures(pictures), drawn=metrics["data"]["drawn"])
 

@@ -156,6 +156,15 @@ def test_evaluate_gives_what_training_stored(make_run):
     assert len(both.ids) == len(test.ids)
 
 
+def test_a_run_given_as_a_value_is_read_once(make_run):
+    run = RunFolder(make_run("g/a"))
+    assert RunFolder.of(run) is run and RunFolder.of(run.path).path == run.path
+    first, _ = evaluate_run(run)
+    for file in (run.metrics_file, run.predictions_file, run.card_file):
+        file.unlink()
+    assert evaluate_run(run)[0]["test"]["mean_auc"] == first["test"]["mean_auc"]
+
+
 def test_folders_of_runs_are_found(make_run, tmp_path):
     a, b = make_run("g/a"), make_run("g/b")
     for given in ([tmp_path], [tmp_path / "g"], [a, b, a]):

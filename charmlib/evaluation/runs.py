@@ -93,6 +93,9 @@ class RunFolder:
 
     __str__ = __fspath__
 
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
     @property
     def done(self) -> bool:
         """Whether the run is finished."""

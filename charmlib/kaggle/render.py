@@ -16,7 +16,8 @@ import nbformat
 
 from charmlib.grid.cells import find_notebooks
 from charmlib.kaggle.errors import KaggleError
-from charmlib.params import find_file, nearest, read_yaml
+from charmlib.param_sources import find_file, read_yaml
+from charmlib.params import nearest
 
 FOLDER = "params"
 """Where the grid's files go in the session's working folder."""

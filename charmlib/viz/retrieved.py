@@ -25,7 +25,7 @@ def plot_explanation(cases, *, note: str = ""):
     Parameters
     ----------
     cases : Explanation, or a sequence of them
-        See :class:`charmlib.training.explain.Explanation`.
+        See :class:`charmlib.training.bank_evidence.Explanation`.
     """
     cases = list(cases) if isinstance(cases, Sequence) else [cases]
     if not cases:

@@ -13,8 +13,9 @@ from charmlib.evaluation.compare import MEAN, aligned, compare, verdict
 from charmlib.evaluation.controls import column_scores
 from charmlib.evaluation.intervals import bootstrap
 from charmlib.evaluation.leaks import LeakError, refuse_leaks, split_of
+from charmlib.evaluation.operating import choose_thresholds
 from charmlib.evaluation.runs import Predictions, RunFolder, run_folders
-from charmlib.evaluation.score import evaluate_ensemble, evaluate_run
+from charmlib.evaluation.score import evaluate_ensemble, evaluate_run, thresholds_at
 from charmlib.evaluation.tables import class_table, operating_table, point_note, run_table, split_note, with_intervals
 from charmlib.files import write_json
 from charmlib.viz.walk import Walk
@@ -163,6 +164,15 @@ def test_a_run_given_as_a_value_is_read_once(make_run):
     for file in (run.metrics_file, run.predictions_file, run.card_file):
         file.unlink()
     assert evaluate_run(run)[0]["test"]["mean_auc"] == first["test"]["mean_auc"]
+
+
+def test_further_operating_points_are_chosen_on_validation(make_run):
+    run, point = make_run("g/a"), "sensitivity_0.70"
+    wanted, of_test = (choose_thresholds(p.labels, p.logits, p.classes, [point])[point]
+                       for p in (RunFolder(run).valid, RunFolder(run).test))
+    rows = evaluate_run(run, points=[point])[0]["test"]["operating"][point]
+    assert {name: row["threshold"] for name, row in rows.items()} == {k: v for k, v in wanted.items() if v is not None}
+    assert thresholds_at(run, point) == wanted != of_test
 
 
 def test_folders_of_runs_are_found(make_run, tmp_path):

@@ -1,5 +1,6 @@
 """What a leaderboard says of its cells, on finished runs."""
 
+import json
 import shutil
 
 import numpy as np
@@ -48,6 +49,17 @@ def test_cells_that_cannot_be_told_from_the_first_are_marked(make_run):
     assert not shown["cell"].str.fullmatch("far =").any() and shown["cell"].str.endswith(" =").sum() == 1
     page = write_report(folder, board.reset_index()).read_text()
     assert "cannot tell them from it" in page and "with a finding" in page
+
+
+def test_cells_are_ranked_by_validation_where_the_test_part_ranks_them_the_other_way(make_run):
+    for cell, skill, valid in (("chosen", 0.5, 0.9), ("other", 2.0, 0.6)):
+        path = make_run(f"g/{cell}", skill=skill) / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["valid"]["mean_auc"] = valid
+        path.write_text(json.dumps(metrics))
+    board = leaderboard(as_grid(path.parents[1]))
+    assert board["cell"].tolist() == ["chosen", "other"] and board["rank"].tolist() == [1, 2]
+    assert board["test_mean_auc"][0] < board["test_mean_auc"][1] and board["diff_first"][1] > 0
 
 
 def test_seeds_are_summed_up(make_run):

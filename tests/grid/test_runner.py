@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from charmlib.grid import leaderboard, run_grid
 from charmlib.grid.cells import GridError, cell_hash, cell_status, find_notebooks, notebook_code
 from charmlib.grid.worker import child_environment, nanny_environment
 from charmlib.params import ParameterError, resolve
-from tests.grid.conftest import ROOT, small_grid
+from tests.grid.conftest import CELLS, ROOT, small_grid
 
 
 @pytest.mark.slow
@@ -43,6 +44,21 @@ def test_a_grid_leaves_all_its_files(done):
             book = nbformat.read(out / cell / f"{name}.ipynb", as_version=4)
             assert not any(o.output_type == "error" for c in book.cells if c.cell_type == "code" for o in c.outputs)
     assert any("stage 2 epoch 2/2" in line for line in said)  # one line an epoch reaches the caller
+
+
+@pytest.mark.slow
+def test_each_cell_has_the_scores_of_its_own_k(done):
+    """The cells score differently, so that results in the wrong folder would be noticed, here and in every other test."""
+    from charmlib import Run
+
+    _, out, _ = done
+    kept = [RunFolder(out / cell).test.logits for cell in CELLS]
+    assert np.abs(kept[0] - kept[1]).max() > 0.01
+    assert len({RunFolder(out / cell).metrics["test"]["mean_auc"] for cell in CELLS}) == 2
+    for cell, k, logits in zip(CELLS, (1, 2), kept):
+        run = Run.load(out / cell)
+        assert run.net.bank.k == RunFolder(out / cell).metrics["params"]["k"] == k
+        np.testing.assert_allclose(run.logits("test")[0], logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -84,12 +100,12 @@ def test_a_finished_cell_of_other_settings_is_refused_by_name_then_rerun_when_as
     _, out, _ = done
     mine = tmp_path / "out"
     shutil.copytree(out, mine)
-    path = small_grid(tmp_path, phantoms, momentum=[0.9], k=[1], threshold=[0.1])
-    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.9_k1_t0\.1.*--rerun-changed"):
+    path = small_grid(tmp_path, phantoms, momentum=[0.5], k=[1], threshold=[0.1])
+    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.5_k1_t0\.1.*--rerun-changed"):
         run_grid(path, ["seed=7"], out=mine)
     board = run_grid(path, ["seed=7"], out=mine, rerun_changed=True)
-    assert RunFolder(mine / "m0.9_k1_t0.1").metrics["params"]["seed"] == 7
-    assert set(board["cell"]) == {"m0.9_k1_t0.1", "m0.9_k2_t0.1"}  # the other cell stays on the board
+    assert RunFolder(mine / CELLS[0]).metrics["params"]["seed"] == 7
+    assert set(board["cell"]) == set(CELLS)  # the other cell stays on the board
 
 
 @pytest.mark.slow
@@ -122,14 +138,14 @@ def test_a_half_done_cell_never_goes_on_under_other_settings(done, tmp_path):
     path, out, _ = done
     mine = tmp_path / "out"
     shutil.copytree(out, mine)
-    cell = mine / "m0.9_k1_t0.1"
+    cell = mine / CELLS[0]
     (cell / "cell.json").write_text(json.dumps({"id": cell.name, "hash": RunFolder(cell).metrics["hash"]}))
     (cell / "metrics.json").unlink()
-    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.9_k1_t0\.1"):
+    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.5_k1_t0\.1"):
         run_grid(path, ["k=1", "seed=7"], out=mine)
     assert (cell / "model.safetensors").is_file()
     run_grid(path, ["k=1"], out=mine, say=lambda line: None)  # the same settings: only scored
-    assert (mine / "m0.9_k1_t0.1/history.csv").read_text() == (out / "m0.9_k1_t0.1/history.csv").read_text()
+    assert (cell / "history.csv").read_text() == (out / CELLS[0] / "history.csv").read_text()
 
 
 def no_cells_run(monkeypatch, runner, instead):

@@ -54,7 +54,7 @@ def test_kills_of_runner_worker_child_and_kernel_end_in_the_same_bits(done, tmp_
     wait_for(lambda: epochs_done(cell) >= 3, runner=runner)
     wait_for(lambda: family(runner, "ipykernel"), runner=runner)[0].kill()
     wait_for(lambda: (cell / "model.json").is_file() and family(runner, "charmlib.grid.child"), runner=runner)[0].kill()
-    wait_for(lambda: (cell / "metrics.json").is_file(), runner=runner)
+    wait_for(lambda: (cell / "metrics.json").is_file() and not (cell / ".lease").exists(), runner=runner)  # which ends it
     touched = {p: p.stat().st_mtime_ns for p in cell.iterdir()}
     wait_for(lambda: epochs_done(other) >= 1, runner=runner)
     worker = next(p for p in runner.children() if family(p, "charmlib.grid.child"))

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from charmlib import Run
+from charmlib.evaluation.calibration import fit_temperature
+from charmlib.evaluation.metrics import mean_auc
+from charmlib.evaluation.operating import choose_thresholds
 from charmlib.evaluation.runs import RunFolder, finish
 from charmlib.params import ParameterError
-from charmlib.training import stages
+from charmlib.training import fit
 from charmlib.training.checkpoint import load_model, load_resume
 
 
@@ -20,7 +23,7 @@ class Killed(BaseException):
 
 def killed_after(monkeypatch, saves):
     """Let the run write so many resume files and then die on the spot, as by SIGKILL."""
-    real, count = stages.save_resume, [0]
+    real, count = fit.save_resume, [0]
 
     def save(path, state):
         real(path, state)
@@ -28,7 +31,7 @@ def killed_after(monkeypatch, saves):
         if count[0] == saves:
             raise Killed
 
-    monkeypatch.setattr(stages, "save_resume", save)
+    monkeypatch.setattr(fit, "save_resume", save)
 
 
 def bits(folder):
@@ -76,6 +79,22 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(quiet, tiny, monkeypatch
 
 
 @pytest.mark.slow
+def test_a_bank_that_answers_with_features_resumes_in_the_same_bits(tiny, tmp_path, monkeypatch):
+    """Its slots and its gate are part of training, which a voting bank leaves alone. Killed inside each stage."""
+    mine = {**tiny, "answer": "features", "strategy": "rarity", "retrieval": "gated"}
+    quiet = tmp_path / "quiet"
+    Run.open(mine, run_dir=str(quiet)).train()
+    assert load_model(quiet)[0].bank.gate != 0
+    for saves in (2, 2):
+        with monkeypatch.context() as m, pytest.raises(Killed):
+            killed_after(m, saves)
+            Run.open(mine).train()
+        torch.manual_seed(12345)
+    Run.open(mine).train()
+    same_run(Path(tiny["run_dir"]), quiet)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard"])
 def test_a_bank_of_any_strategy_resumes_in_the_same_bits(tiny, tmp_path, monkeypatch, strategy):
     """Killed inside stage 1 and again inside stage 2. Rarity is in the test above."""
@@ -92,10 +111,57 @@ def test_a_bank_of_any_strategy_resumes_in_the_same_bits(tiny, tmp_path, monkeyp
 
 def test_each_stage_has_its_bank_momentum(tiny):
     run = Run.open(tiny, strategy="statistical", bank_momentum=0.5)
-    run.learner(1)
+    run.learner()
     assert run.net.bank.bank_momentum == 0.5
-    run.learner(2)
+    run.learner(run.phase("stage2"))
     assert run.net.bank.bank_momentum == 0.9999
+
+
+# Odd values of the network's parameters, and where its parts have them.
+VOTES = {"momentum": (0.123, lambda net: net.momentum.momentum), "threshold": (0.321, lambda net: net.bank.threshold),
+         "k": (7, lambda net: net.bank.k), "bank_size": (23, lambda net: net.bank.size),
+         "vote_weight": (0.77, lambda net: net.bank.weight), "vote_temperature": (0.35, lambda net: net.bank.temperature),
+         "vote_ridge": (1.7, lambda net: net.bank.ridge), "strategy": ("hybrid", lambda net: net.bank.strategy),
+         "rule": ("angle", lambda net: net.bank.rule), "dropout": (0.45, lambda net: net.head[3].p),
+         "hidden": (19, lambda net: net.head[1].out_features)}
+FEATURES = {name: VOTES[name] for name in ("k", "threshold", "bank_size", "strategy", "rule")} | {
+    "retrieval": ("cosine", lambda net: net.bank.retrieval), "bank_norm": ("query", lambda net: net.bank.bank_norm),
+    "normalize_retrieved": (True, lambda net: net.bank.normalize_retrieved)}
+
+
+@pytest.mark.parametrize("answer, odd", [("votes", VOTES), ("features", FEATURES)], ids=["votes", "features"])
+def test_the_parts_have_the_values_of_the_parameters_as_opened_and_as_loaded(tiny, answer, odd):
+    values = {name: value for name, (value, _) in odd.items()}
+    run = Run.open(tiny, answer=answer, **values, stage1_epochs=0, stage2_epochs=0)
+    run.train()
+    for net in (run.net, Run.load(run.folder).net):
+        assert {name: read(net) for name, (_, read) in odd.items()} == values
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What torch's AdamW was set to at each step that it made: a list of (rates, decays) of its groups, the first layers'
+    first."""
+    made, real = [], torch.optim.AdamW.step
+
+    def step(self, closure=None):
+        made.append(([group["lr"] for group in self.param_groups], [group["weight_decay"] for group in self.param_groups]))
+        return real(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return made
+
+
+def test_every_step_decays_weights_as_the_parameters_say(tiny, steps):
+    Run.open(tiny, weight_decay=0.123, stage1_epochs=1, stage2_epochs=1).train()
+    assert steps and {decay for _, decays in steps for decay in decays} == {0.123}
+
+
+def test_the_rates_of_stage_2_rise_from_the_first_layers_to_the_head(tiny, steps):
+    Run.open(tiny, stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=2, stage2_lr_min=1e-5, stage2_lr_max=1e-3).train()
+    rates = np.array([rates for rates, _ in steps])
+    np.testing.assert_allclose(rates / rates[:, -1:], np.tile([0.01, 0.1, 1], (len(steps), 1)), rtol=1e-6)
+    assert 0.9e-3 < rates.max() <= 1e-3
 
 
 def test_a_run_that_ends_in_time_after_each_epoch_ends_in_the_same_bits(quiet, tiny, monkeypatch):
@@ -153,23 +219,6 @@ def test_checkpointed_gradients_train_to_the_same_bits(quiet, tiny):
     same_run(run.folder, quiet)
 
 
-def test_a_run_from_before_a_parameter_was_there_is_one_with_its_default(quiet, tiny, tmp_path):
-    old = tmp_path / "old"
-    shutil.copytree(quiet, old)
-    card = json.loads((old / "model.json").read_text())
-    assert card["params"].pop("attention") == "layers"
-    (old / "model.json").write_text(json.dumps(card))
-    kept = (old / "params.yaml").read_text()
-    (old / "params.yaml").write_text("".join(line for line in kept.splitlines(True) if not line.startswith("attention:")))
-    net, _ = load_model(old)
-    for name, value in bits(quiet)[0].items():
-        assert torch.equal(net.state_dict()[name], value), name
-    assert Run.load(old).params["attention"] == "layers"
-    Run.open({**tiny, "run_dir": str(old)}).train()  # the same settings: nothing to do
-    with pytest.raises(ValueError, match="attention 'layers' there, 'filter' here"):
-        Run.open({**tiny, "run_dir": str(old)}, attention="filter").train()
-
-
 def test_attention_as_a_filter_trains_and_loads(tiny):
     run = Run.open(tiny, attention="filter")
     run.train()
@@ -201,6 +250,13 @@ def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):
     assert [r["stage"] for r in history] == ["1"] * 3 + ["2"] * 4
     for name, value in run.net.state_dict().items():
         assert torch.equal(value, states[4][name]), name
+
+
+def test_the_epoch_of_the_highest_auc_stays_where_the_auc_is_monitored(tiny):
+    run = Run.open(tiny, monitor="valid_auc", stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=4, stage2_lr_max=1e-2)
+    aucs = [row["valid_auc"] for row in run.train()]
+    logits, labels = run.logits("valid")
+    assert mean_auc(labels, logits, run.data.classes) == pytest.approx(max(aucs), abs=1e-9) and min(aucs) < max(aucs) - 1e-3
 
 
 def test_early_stopping_counts_on_after_a_kill(tiny, monkeypatch):
@@ -257,7 +313,7 @@ def test_a_run_in_a_read_only_folder_is_copied_first(quiet, tmp_path, monkeypatc
     before = sorted(quiet.iterdir())
     run = Run.load(quiet)
     run.score()
-    assert run.folder == tmp_path / "runs/run" and (run.folder / "predictions.npz").is_file()
+    assert run.folder.path == tmp_path / "runs/run" and (run.folder / "predictions.npz").is_file()
     assert sorted(quiet.iterdir()) == before
 
 
@@ -309,7 +365,7 @@ def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
     assert metrics["test"]["mean_auc"] == pytest.approx(want, abs=1e-12)
     # the order of the ids is the order of the rows: score one image alone
     with torch.no_grad():
-        x, _ = run.dataloaders(2).test_dl([run.data.index.frame.set_index("id").loc[p.ids[3], "path"]]).one_batch()
+        x, _ = run.dataloaders().test_dl([run.data.index.frame.set_index("id").loc[p.ids[3], "path"]]).one_batch()
         alone = run.net(x.as_subclass(torch.Tensor))[0].numpy()
     np.testing.assert_allclose(alone, p.logits[3], rtol=1e-3, atol=1e-4)
     assert not (folder / "metrics.json").exists()
@@ -320,6 +376,19 @@ def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
         assert key in kept, key
     assert kept["split"]["test"]["patients"] > 1 and kept["data"]["drawn"] and not (folder / "resume.pt").exists()
     assert 0 < run.quick_check(40) < 1
+
+
+def test_thresholds_and_temperature_are_those_of_the_validation_part(quiet, tmp_path):
+    """Those that training chose, and those that scoring uses."""
+    run = Run.load(shutil.copytree(quiet, tmp_path / "scored"))
+    card, test = json.loads((run.folder / "model.json").read_text()), run.score()["test"]
+    assert {point: {name: row["threshold"] for name, row in rows.items()} for point, rows in test["operating"].items()} == {
+        point: {name: value for name, value in of.items() if value is not None} for point, of in card["thresholds"].items()}
+    assert test["calibration"]["scaled"]["temperature"] == card["temperature"]
+    for part in ("valid", "test"):
+        logits, labels = run.logits(part)
+        chosen = choose_thresholds(labels, logits, run.data.classes), fit_temperature(labels, logits)
+        assert [a == b for a, b in zip(chosen, (card["thresholds"], card["temperature"]))] == [part == "valid"] * 2
 
 
 def test_loading_is_strict_and_loud(quiet, tmp_path):
@@ -375,7 +444,7 @@ def test_what_fills_the_bank_is_counted_epoch_by_epoch(quiet, tmp_path):
     assert rows["filled"].tolist() == history["bank_filled"].tolist() and len(rows) == 5
     assert (rows.loc[rows["stage"] == 1, "no_finding"] == 0).all()  # stage 1 sees images with a finding only
     frame = run.data.index.frame.set_index("id")
-    table, kept = run.bank_table(), pd.read_csv(quiet / "bank.csv", dtype={"patient": str})
+    table, kept = run.bank.table(), pd.read_csv(quiet / "bank.csv", dtype={"patient": str})
     assert list(kept) == ["slot", "image", "patient", "step", "score", *run.data.classes]
     assert (kept["image"] == table["image"]).all() and set(kept["image"]) <= set(run.data.split.frame(run.data.index)
                                                                              .query("part == 'train'")["id"])
@@ -387,7 +456,7 @@ def test_what_fills_the_bank_is_counted_epoch_by_epoch(quiet, tmp_path):
     assert (table["labels"] == "No Finding").sum() == best["no_finding"]
     run.params["use_bank"], run.net.bank = False, None
     with pytest.raises(ValueError, match="no bank"):
-        run.bank_table()
+        run.bank.table()
 
 
 def test_a_new_start_removes_what_the_bank_left(tiny):

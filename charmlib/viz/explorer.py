@@ -6,6 +6,7 @@ under papermill). Without a person it draws static pictures and makes no widget.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 from collections.abc import Callable, Sequence
@@ -129,12 +130,10 @@ class Explorer:
         return figure
 
     def _read_image(self, name: str, image_id: str) -> np.ndarray:
-        grey = np.full((8, 8), 235, np.uint8)
-        try:
-            image = self._image_of(self.scored(name)[0], image_id) if self._image_of else None
-        except (OSError, KeyError):
-            image = None
-        return grey if image is None else image
+        with contextlib.suppress(OSError, KeyError):
+            if self._image_of:
+                return self._image_of(self.folders[name].metrics, image_id)
+        return np.full((8, 8), 235, np.uint8)
 
     def _compare(self, first: str, second: str) -> str:
         table = compare(self.scored(first)[1], self.scored(second)[1])

@@ -2,10 +2,10 @@
 
     python -m benchmarks.loader ../shared/nih_full
 
-The full-size files of the folder are repeated to 2,000. Measured in turn, in one process: the second epoch of fastai's
-``ImageBlock`` + ``Resize(224)`` with two persistent workers; the cache's build with two threads; and epochs of the cached
-loader, as uint8 batches and as float batches for the network (flipped, rotated, normalised, three channels). Files and cache
-are in the system's page cache throughout.
+The full-size files of the folder are repeated to 2,000. Three things are measured in turn, in one process: an epoch of
+fastai's ``ImageBlock`` + ``Resize(224)`` with two persistent workers, not its first; the cache's build with two threads; epochs
+of the cached loader as uint8 batches, and as float batches ready for the network (mirrored, turned, normalised, three
+channels). Files and cache are in the system's page cache for all.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def repeated(folder: Path, target: Path, count: int) -> tuple[list[str], list[st
 
 
 def fastai_loader(paths: list[str], size: int, batch: int):
-    """The usual fastai DataLoader."""
+    """What a fastai user writes."""
     from fastai.data.block import DataBlock, MultiCategoryBlock
     from fastai.vision.augment import Resize
     from fastai.vision.data import ImageBlock

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from charmlib.grid.cells import cell_status
+from charmlib.grid.cells import CellFolder
 from charmlib.kaggle.client import CANCELLED, Client
 from charmlib.kaggle.client import RUNNING as SESSION_RUNNING
 from charmlib.kaggle.errors import KaggleError, NotThere, Refused, SessionLimit, StartedWithout
@@ -140,7 +140,7 @@ def _merge(state: State, say: Say) -> None:
     best = [kernel for kernel in map(state.best, state.cells) if kernel]
     if all(kernel.merged for kernel in best):
         return
-    from charmlib.grid.merge import merge_grids
+    from charmlib.grid.bring import merge_grids
 
     merge_grids(state.out, [state.fetched_grid(kernel) for kernel in best], say=say)
     for kernel in best:
@@ -237,7 +237,7 @@ def _goes_on(state: State, shard: int) -> bool:
 def _judge(state: State, kernel: Kernel) -> None:
     """Which cells of its shard a fetched kernel has left, and how far it got: done cells, then epochs."""
     folder, ids = state.fetched_grid(kernel), state.cells[kernel.shard]
-    status = {cell: cell_status(folder / cell) for cell in ids}
+    status = {cell: CellFolder(folder / cell).status for cell in ids}
     kernel.left = [cell for cell in ids if status[cell] != "done"]
     kernel.failed = [cell for cell in ids if status[cell] == "failed"]
     histories = [folder / cell / "history.csv" for cell in ids]

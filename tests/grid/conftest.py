@@ -17,6 +17,7 @@ import yaml
 
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import run_grid
+from charmlib.grid.cells import CellFolder
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,11 @@ def start(path: Path, out: Path, *more: str, log: Path | None = None) -> psutil.
 def run(path: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
     """Run it to its end."""
     return subprocess.run(command(path, out, *more), cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def epochs_done(cell: Path) -> int:
+    """Finished epochs, by the history; one more when trained, another when scored."""
+    return CellFolder(cell).progress
 
 
 def wait_for(what, seconds: float = 90.0, runner: subprocess.Popen | None = None):

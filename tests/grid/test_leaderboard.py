@@ -156,7 +156,7 @@ def test_controls_in_one_call(phantoms, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({
         **TINY, "data_root": str(phantoms), "stage1_frozen_epochs": 0, "stage1_epochs": 1, "stage2_epochs": 1}))
     table, held, remarks = run_controls(tmp_path / "mine.yaml", out=tmp_path / "out", say=lambda line: None)
-    assert "holds 0.5" in remarks[0] and "network less plain" in remarks[1]
+    assert "contains 0.5" in remarks[0] and "network minus plain" in remarks[1]
     table = table.set_index("control")
     assert list(table.index) == ["network", "plain network", "shuffled labels (must be 0.5)", "view position alone"]
     row = table.loc["shuffled labels (must be 0.5)"]

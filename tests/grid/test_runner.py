@@ -16,8 +16,9 @@ import yaml
 
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import leaderboard, run_grid
-from charmlib.grid.cells import GridError, cell_hash, cell_status, find_notebooks, notebook_code
-from charmlib.grid.worker import child_environment, nanny_environment
+from charmlib.grid.cells import CellFolder, GridError, cell_hash, find_notebooks, notebook_code
+from charmlib.grid.cluster import Means, local_cluster
+from charmlib.grid.worker import child_environment
 from charmlib.params import ParameterError, resolve
 from tests.grid.conftest import CELLS, ROOT, small_grid
 
@@ -139,7 +140,7 @@ def test_a_half_done_cell_never_goes_on_under_other_settings(done, tmp_path):
     mine = tmp_path / "out"
     shutil.copytree(out, mine)
     cell = mine / CELLS[0]
-    (cell / "cell.json").write_text(json.dumps({"id": cell.name, "hash": RunFolder(cell).metrics["hash"]}))
+    (cell / "cell.json").write_text(json.dumps({"id": cell.name, "hash": RunFolder(cell).metrics["hash"], "spent": 0.0}))
     (cell / "metrics.json").unlink()
     with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.5_k1_t0\.1"):
         run_grid(path, ["k=1", "seed=7"], out=mine)
@@ -220,28 +221,37 @@ def test_a_hash_changes_with_what_a_result_depends_on_and_nothing_else():
 
 
 def test_status_from_files_alone(tmp_path):
-    assert cell_status(tmp_path) == "pending"
+    assert CellFolder(tmp_path).status == "pending"
     (tmp_path / "resume.pt").touch()
-    assert cell_status(tmp_path) == "started"
+    assert CellFolder(tmp_path).status == "started"
     (tmp_path / "error.txt").touch()
-    assert cell_status(tmp_path) == "failed"
+    assert CellFolder(tmp_path).status == "failed"
     (tmp_path / "metrics.json").touch()
-    assert cell_status(tmp_path) == "done"
+    assert CellFolder(tmp_path).status == "done"
     with pytest.raises(GridError, match="holds no grid"):
         leaderboard(tmp_path)
 
 
 def test_the_nannys_thread_and_malloc_settings_do_not_reach_a_cell(monkeypatch):
     """They made training three times slower without a word. What the user set stays, also where it is the same."""
-    nanny = nanny_environment()
+    import dask
+    import distributed  # noqa: F401  (fills dask.config)
+
+    def environment(threads=0):
+        return child_environment({"threads": threads, "deadline": None, "scoring_seconds": None})
+
+    nanny = dask.config.get("distributed.nanny.pre-spawn-environ")
     assert {"OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_"} <= set(nanny)
     for name, value in nanny.items():
-        monkeypatch.setenv(name, value)
-    assert not set(nanny) & set(child_environment())
-    assert child_environment(2)["OMP_NUM_THREADS"] == "2"
-    assert child_environment(2, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
+        monkeypatch.setenv(name, str(value))
+    assert not set(nanny) & set(environment())
+    assert environment(2)["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert child_environment()["OMP_NUM_THREADS"] == "7"
+    assert environment()["OMP_NUM_THREADS"] == "7"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with local_cluster(Means(workers=1), 1) as cluster:
+        inside = cluster.client.submit(environment, 2).result()
+    assert inside["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize("module", ["charmlib.grid", "charmlib.grid.runner", "charmlib.grid.report", "charmlib.params",
@@ -279,8 +289,8 @@ def test_a_board_whose_cells_set_the_split_and_switch_parts_off(tmp_path):
 
 
 def test_grid_yaml_is_readable(tmp_path):
-    from charmlib.grid.runner import as_yaml
+    from charmlib.grid.board import record_of
     from charmlib.grid.spec import load_grid
 
-    text = as_yaml(load_grid(ROOT / "params/grid_demo.yaml"))
-    assert len(yaml.safe_load(text)["cells"]) == 8 and json.dumps(yaml.safe_load(text))
+    record = record_of(load_grid(ROOT / "params/grid_demo.yaml"))
+    assert len(record["cells"]) == 8 and yaml.safe_load(yaml.safe_dump(record)) == record == json.loads(json.dumps(record))

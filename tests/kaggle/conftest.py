@@ -65,12 +65,12 @@ def merged(monkeypatch):
     """Calls of merge_grids; a plain copy where that module is not there."""
     calls = []
     try:
-        from charmlib.grid import merge as module
+        from charmlib.grid import bring as module
 
         really = module.merge_grids
     except ImportError:
-        module = types.ModuleType("charmlib.grid.merge")
-        monkeypatch.setitem(sys.modules, "charmlib.grid.merge", module)
+        module = types.ModuleType("charmlib.grid.bring")
+        monkeypatch.setitem(sys.modules, "charmlib.grid.bring", module)
 
         def really(out, folders, say=print):
             for folder in folders:

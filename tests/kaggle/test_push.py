@@ -77,7 +77,7 @@ def test_a_merge_that_failed_is_made_by_the_next_fetch(push, charm, server, tmp_
         raise GridError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["charmlib.grid.merge"], "merge_grids", broken)
+        patch.setattr(sys.modules["charmlib.grid.bring"], "merge_grids", broken)
         with pytest.raises(GridError):
             charm("fetch", tmp_path / "out")
     status, text = charm("fetch", tmp_path / "out")

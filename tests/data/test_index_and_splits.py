@@ -229,7 +229,7 @@ def test_validation_is_empty_by_request_alone(phantoms, tmp_path):
 
 
 def test_a_data_set_without_validation_is_shown_and_shuffled(phantoms, tmp_path):
-    from charmlib.viz.dataset import finding_table, part_table, write_dataset_page
+    from charmlib.viz.dataset_page import finding_table, part_table, write_dataset_page
 
     data, shuffled = (open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0, labels=which)
                       for which in ("real", "shuffled"))

@@ -1,23 +1,16 @@
-"""The official client itself against a local server, where it is installed: its true arguments, checks and words."""
+"""The official client itself against a local server, where it is installed: its true interface, checks and words."""
 
+import importlib.util
 import json
-import shutil
-import subprocess
 
 import pytest
 
-from tests.kaggle.conftest import TOKEN
-from tests.kaggle.server import Server
-
-
-def official():
-    """Whether ``kaggle`` is there and runs."""
-    command = shutil.which("kaggle")
-    return bool(command) and "Kaggle CLI" in subprocess.run([command, "--version"], capture_output=True, text=True).stdout
-
+from tests.kaggle_setup.conftest import TOKEN
+from tests.kaggle_setup.server import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_wheel"),
-              pytest.mark.skipif(not official(), reason="the official client is not installed (pip install kaggle)")]
+              pytest.mark.skipif(importlib.util.find_spec("kaggle") is None,
+                                 reason="the official client is not installed (pip install kaggle)")]
 
 
 @pytest.fixture
@@ -37,7 +30,7 @@ def kaggle(tmp_path, monkeypatch):
 
 @pytest.fixture
 def push(charm, small, tmp_path, merged):
-    """``kaggle push`` of the small grid."""
+    """``kaggle_setup push`` of the small grid."""
     return lambda *args: charm("push", small, "--user", "anna", "--out", tmp_path / "out", *args)
 
 

@@ -14,10 +14,9 @@ OLDEST = "2.2.5"
 
 
 def call(method: str, arguments: dict) -> dict:
-    """Log in and call a method of ``KaggleApi``.
+    """Log in and call a method of ``KaggleApi``: its ``answer``, with the fields of Kaggle's object by their JSON names.
 
-    Returns ``answer``, with the fields of Kaggle's object by their JSON names; or ``error``, all that the client said, with the
-    ``status`` of Kaggle's refusal as an HTTP number, 0 where Kaggle did not answer.
+    Or its ``error``, in all the client's words, with the ``status`` of Kaggle's refusal, an HTTP number or 0 for no answer.
     """
     printed = io.StringIO()
     try:

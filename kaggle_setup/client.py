@@ -10,8 +10,8 @@ from typing import Any
 
 from kaggle_setup.redaction import redact
 
-RUNNING, COMPLETE, FAILED, CANCELLED, ABSENT = "running", "complete", "failed", "cancelled", "not there yet"
-_ENDED = {"COMPLETE": COMPLETE, "ERROR": FAILED, "CANCEL_ACKNOWLEDGED": CANCELLED}
+CANCELLED, ABSENT = "cancelled", "not there yet"
+_ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": CANCELLED}
 _ANSWER_SECONDS, _DOWNLOAD_SECONDS = 1200, 12 * 3600
 
 
@@ -58,10 +58,7 @@ _REMEDIES = (
 
 
 def push(folder: Path, seconds: int) -> str:
-    """Push the kernel in ``folder``; its session ends after so many seconds. Returns its address.
-
-    Raises Refused where it was not taken, StartedWithout where it lacks an input, Unclear where nobody knows.
-    """
+    """Push the kernel in ``folder`` for so many seconds; returns its address. Raises Refused, StartedWithout or Unclear."""
     what = f"the push of {folder}"
     done = _call("kernels_push", what, folder=str(folder), timeout=seconds)
     if done["error"] or not done["url"]:
@@ -76,9 +73,9 @@ def push(folder: Path, seconds: int) -> str:
 
 
 def session(kernel: str) -> tuple[str, str]:
-    """State of the latest session of ``owner/slug``, and Kaggle's own words where it failed. Raises NotThere."""
+    """How the latest session of ``owner/slug`` ended, and why; empty while it waits or runs. Raises NotThere."""
     found = _call("kernels_status", f"the status of {kernel}", reads=True, kernel=kernel)
-    return _ENDED.get(found["status"], RUNNING), redact(found["failureMessage"] or "")
+    return _ENDED.get(found["status"], ""), redact(found["failureMessage"] or "")
 
 
 def output(kernel: str, into: Path, pattern: str) -> None:
@@ -117,7 +114,7 @@ def _call(method: str, what: str, reads: bool = False, seconds: float = 0, **arg
         # without its cause, which holds what the client had printed
         raise Unclear(f"{what}: kaggle's {method} gave no answer in {seconds / 60:.0f} minutes and was stopped: look at the "
                       "network, then give the same command") from None
-    if done.returncode or not done.stdout:  # it was killed
+    if done.returncode or not done.stdout:  # it was killed, or did not start
         raise _refusal(what, done.stderr.strip().rpartition("\n")[2], 0)
     found = json.loads(done.stdout.strip().rpartition("\n")[2])
     if "error" in found:

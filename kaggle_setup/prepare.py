@@ -14,7 +14,7 @@ from kaggle_setup.state import READY, VOID, Kernel, State, load_state
 from kaggle_setup.wheel import WHEEL_TITLE
 
 SESSION_HOURS = 12
-_ON_KAGGLE, _DRAWN, _NIH = "/kaggle/", "data/phantoms", "nih-chest-xrays/data"
+_ON_KAGGLE, _DRAWN = "/kaggle/", "data/phantoms"
 _PLACES = ("data_root", "cache_dir", "csv", "weights", "split")
 
 
@@ -39,13 +39,11 @@ def prepare(grid: str | Path, *, out: Path, user: str = "", shards: int = 1, ass
     if internet is None:
         internet = any(cell.params["weights"] == "imagenet" for cell in loaded.cells)
     if not data and not all(cell.params["data_root"] == _DRAWN for cell in loaded.cells):
-        data = [_NIH]
+        data = ["nih-chest-xrays/data"]
     settings = {"name": loaded.name, "files": grid_files(loaded.path), "user": user or state.settings["user"], "shards": shards,
-                "assignments": list(assignments), "budget": budget, "data": list(data),
-                "notebook_outputs": list(notebook_outputs), "dataset": dataset, "accelerator": accelerator,
-                "internet": internet}
-    begun = state and any(kernel.state not in (READY, VOID) for kernel in state.kernels)
-    if not state or (not begun and state.settings != settings):
+                "assignments": list(assignments), "budget": budget, "data": list(data), "dataset": dataset,
+                "notebook_outputs": list(notebook_outputs), "accelerator": accelerator, "internet": internet}
+    if not state or (state.settings != settings and all(kernel.state in (READY, VOID) for kernel in state.kernels)):
         state = State(out / "kaggle", settings, secrets.token_hex(2))
         for shard in state.shards:
             state.add(shard, [cell.id for cell in loaded.shard(shard, shards).cells])

@@ -21,8 +21,7 @@ from kaggle_setup.state import ENDED, FETCHED, PUSHING, READY, RUNNING, VOID, Ke
 from kaggle_setup.wheel import upload, write_dataset
 
 SESSIONS = 2  # of a GPU, that Kaggle runs at once for an account
-_GRACE = 1800  # seconds beyond the budget
-_PATIENCE = 10  # failures running
+_GRACE, _PATIENCE = 1800, 10  # seconds beyond the budget; failures running
 
 
 def push(state: State, asked: bool = True) -> None:
@@ -88,15 +87,14 @@ def refresh(state: State) -> None:
     """Ask Kaggle for each kernel that is there, or may be there because its push was cut off; saves nothing."""
     for kernel in [kernel for kernel in state.kernels if kernel.state in (PUSHING, RUNNING)]:
         try:
-            session, kernel.said = client.session(kernel.id)
+            kernel.outcome, kernel.said = client.session(kernel.id)
         except NotThere:
             if kernel.state == RUNNING:
                 raise KaggleError(f"{kernel.id} was pushed and is not there any more: is `kaggle` logged in as "
                                   f"{state.settings['user']}? If you deleted it, push again to another --out.") from None
             kernel.state = READY
             continue
-        kernel.state = RUNNING if session == client.RUNNING else ENDED
-        kernel.outcome = "" if session == client.RUNNING else session
+        kernel.state = ENDED if kernel.outcome else RUNNING
         kernel.url = kernel.url or f"https://www.kaggle.com/code/{kernel.id}"
 
 
@@ -128,16 +126,15 @@ def report(state: State) -> None:
 
 
 def _line(state: State, kernel: Kernel) -> str:
-    words = [f"{kernel.id}: {kernel.state}", kernel.outcome, kernel.url, kernel.said]
-    if kernel.state == FETCHED:
-        cells = state.cells(kernel)
-        failed = ", ".join(cell for cell, status in cells.items() if status == "failed")
-        words[1:1] = [f"{list(cells.values()).count('done')} of {len(cells)} cells done", failed and f"failed: {failed}"]
+    cells = state.cells(kernel) if kernel.state == FETCHED else {}
+    failed = ", ".join(cell for cell, status in cells.items() if status == "failed")
+    words = [f"{kernel.id}: {kernel.state}", cells and f"{list(cells.values()).count('done')} of {len(cells)} cells done",
+             failed and f"failed: {failed}", kernel.outcome, kernel.url, kernel.said]
     return ", ".join(filter(None, words))
 
 
 def _becomes(state: State, kernel: Kernel, new: str, said: str = "") -> None:
-    """Write down how a kernel is now, and print it where that is news."""
+    """Write down how a kernel is now; print it, but at each turn of a wait only a new reason."""
     news = said != kernel.said or new not in (READY, PUSHING)
     kernel.state, kernel.said = new, said
     state.save()
@@ -155,9 +152,7 @@ def _gets_on(state: State, latest: Kernel) -> bool:
 
 def _last_words(log: Path, lines: int = 4) -> str:
     """The end of a session's log: JSON records with a piece of text each, or plain text."""
-    if not log.is_file():
-        return ""
-    text = log.read_text(errors="replace")
+    text = log.read_text(errors="replace") if log.is_file() else ""
     with contextlib.suppress(ValueError, AttributeError, TypeError):
         text = "".join(record.get("data", "") for record in json.loads(text))
     return redact(" | ".join(line.strip() for line in text.strip().splitlines()[-lines:]))

@@ -94,7 +94,6 @@ class State:
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "state.json", {"format": FORMAT, "settings": self.settings, "tag": self.tag,
                                                 "uploaded": self.uploaded, "kernels": [asdict(k) for k in self.kernels]})
 
@@ -104,12 +103,10 @@ def locked(out: Path) -> AcquireReturnProxy:
 
     Raises KaggleError where another one does.
     """
-    folder = out / "kaggle"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder / "state.lock").acquire(blocking=False)
+        return FileLock(out / "kaggle" / "state.lock").acquire(blocking=False)
     except Timeout:
-        raise KaggleError(f"another `kaggle_setup push` or `fetch` works in {folder}: wait for it, or look with "
+        raise KaggleError(f"another `kaggle_setup push` or `fetch` works in {out / 'kaggle'}: wait for it, or look with "
                           "`kaggle_setup status`, which disturbs nothing") from None
 
 

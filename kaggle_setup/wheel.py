@@ -21,15 +21,13 @@ WHEEL_TITLE = "charmlib wheel"
 CHECKOUT = Path(__file__).parents[1]
 _SOURCES = ("charmlib", "notebooks", "params", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.tmp")
-_SETUPTOOLS = 77
-_POLL, _SECONDS = 5.0, 900
+_SETUPTOOLS, _POLL, _SECONDS = 77, 5.0, 900
 
 
 def write_dataset(folder: Path, user: str, title: str = WHEEL_TITLE) -> str:
     """Fill ``folder`` with what is to be uploaded; returns a digest of it.
 
-    The digest is over the files in the wheel and not over the archive, whose times change with each build. Raises KaggleError
-    for a wheel that does not build.
+    The digest is over the wheel's files, not over the archive, whose times change. Raises KaggleError where it does not build.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -56,8 +54,8 @@ def build_wheel(folder: Path) -> Path:
             else:
                 shutil.copy(CHECKOUT / name, source)
         command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), source]
-        done = subprocess.run([*command, *(["--no-build-isolation"] if here else [])], capture_output=True, text=True,
-                              check=False)
+        command += ["--no-build-isolation"] if here else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("charmlib-*.whl"))
     if done.returncode or not wheels:
         raise client.KaggleError(f"the wheel of {CHECKOUT} does not build ({' '.join(command)}):\n{done.stderr[-2000:]}")

@@ -49,4 +49,4 @@ class BareLoop:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.net.update_momentum()
+        self.net.follow()

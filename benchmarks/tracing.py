@@ -158,5 +158,5 @@ def step(net: CharmNet, optimizer: torch.optim.Optimizer | None, x: Tensor, y: T
     F.binary_cross_entropy_with_logits(logits.float(), y).backward()
     if optimizer is not None:
         optimizer.step()
-        net.update_momentum()
+        net.follow()
         optimizer.zero_grad()

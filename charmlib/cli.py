@@ -320,16 +320,19 @@ def params(notebooks):
     """List all parameters with their defaults and reasons."""
     import nbformat
 
-    from charmlib.params import PARAMS, cell_source
+    from charmlib.param_sources import cell_source
+    from charmlib.params import PARAMS, need_text
 
-    if not notebooks:
-        click.echo(cell_source())
+    for p in () if notebooks else PARAMS.values():
+        needs = [*([f"system: {' or '.join(p.of)}"] if p.of else []), *(need_text(*need) for need in p.needs.items())]
+        allowed = f" [{', '.join(p.choices)}{f', {p.also}' if p.also else ''}]" if p.choices else ""
+        click.echo(f"{p.name}: {p.type.__name__} = {p.default!r}  # {p.reason}{allowed}"
+                   + (f"; needs {', '.join(needs)}" if needs else ""))
     for path in notebooks:
         book = nbformat.read(path, as_version=4)
         cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
         names = [line.split(":")[0] for line in cell.source.splitlines() if line.split(":")[0] in PARAMS]
-        # train takes all there are, so that a new parameter reaches it
-        cell.source = cell_source(PARAMS if path.stem == "train" else names)
+        cell.source = cell_source(None if path.stem == "train" else names)
         nbformat.write(book, path)
         click.echo(f"{path}: {len(cell.source.splitlines())} lines")
 

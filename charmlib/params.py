@@ -1,20 +1,17 @@
-"""Every parameter of the suite, declared once: name, type, default, allowed values, reason.
+"""The table of parameters: name, type, default, allowed values, meaning, the systems it is for, and what it depends on.
 
-The notebooks' ``parameters`` cells, the YAML files under ``params/``, a grid's axes and the command line's
-``-p name=value`` all go through :func:`resolve`, which coerces by the declared type and refuses what it does not
-know, naming the nearest valid name. Nothing here imports torch.
+All sources of parameters (:mod:`charmlib.param_sources`) go through :func:`resolve`. It coerces values to the declared type
+and refuses unknown names, naming the nearest valid one. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 
 class ParameterError(ValueError):
@@ -23,7 +20,27 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter: ``choices`` are the only allowed values, ``also`` describes free values beside them."""
+    """One row of the table.
+
+    Parameters
+    ----------
+    choices : tuple
+        The only allowed values; ``also`` describes free values besides them.
+    low, high : float
+        The allowed range of a number.
+    of : tuple of str
+        The systems that have this parameter; all systems if empty.
+    needs : mapping
+        Other parameters and their values under which this one has an effect: ``{'answer': ('votes',)}``. The names of several
+        joined by ``|`` ask for one of them; :data:`ABOVE_0` stands for any positive number.
+    effective : callable, optional
+        (value, params, steps) -> the value that it amounts to; two values of one effective value give the same run. ``steps``
+        is the number of training steps, None where it is not known.
+    shown : bool
+        Whether the train notebook's parameters cell has a line for it; the others go through its ``options``.
+    hashed : bool
+        False for parameters that say where and how a run happens: they stay out of a cell's hash.
+    """
 
     group: str
     name: str
@@ -34,107 +51,162 @@ class Param:
     also: str = ""
     low: float = -math.inf
     high: float = math.inf
+    of: tuple[str, ...] = ()
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    effective: Callable[[Any, Mapping, int | None], Any] | None = None
+    shown: bool = False
+    hashed: bool = True
 
 
-_DECLARED = [
+ABOVE_0 = "above 0"
+_CHARM = {"of": ("charm",)}
+_BANK = {**_CHARM, "needs": {"use_bank": (True,)}}
+_VOTES = {**_CHARM, "needs": {"answer": ("votes",)}}
+_FEATURES = {**_CHARM, "needs": {"answer": ("features",)}}
+_STAGE1 = {"needs": {"stage1_frozen_epochs|stage1_epochs": ABOVE_0}}
+_STAGE2 = {"needs": {"stage2_epochs": ABOVE_0}}
+
+
+def warmup_end(momentum: float, params: Mapping, steps: int | None) -> float:
+    """The largest momentum that an encoder with warm-up reaches in so many steps: ``min(m, steps / (9 + steps))``.
+
+    See :class:`charmlib.nn.MomentumEncoder`; m = 0.99, 0.999 and 0.9999 are reached after 890, 8,990 and 89,990 steps.
+    """
+    return momentum if steps is None else min(momentum, steps / (9 + steps))
+
+
+def _share_used(fraction: float, params: Mapping, steps: int | None) -> float:
+    """Random splits and lists have their own validation part, which only 0 removes."""
+    drawn = params["split"] == "official" or params["split"].startswith("fold:")
+    return fraction if drawn else float(fraction > 0)
+
+
+PARAMS: dict[str, Param] = {p.name: p for p in [
     # data
     Param("data", "data_root", str, "",
-          "folder of the images and CSVs; '' looks on Kaggle's mounts and in ./data, else draws phantoms"),
-    Param("data", "classes", str, "nih14", "which labels: the 14 findings, 'No Finding' as a 15th, or those of `csv`",
-          ("nih14", "nih15", "own")),
-    Param("data", "csv", str, "", "a label table of your own instead of the NIH one; '' finds the NIH one"),
-    Param("data", "labels", str, "real", "shuffled is a control that must score 0.5; never ranked", ("real", "shuffled")),
+          "folder of the images and CSVs; empty searches Kaggle's mounts and ./data, else draws phantoms", shown=True,
+          hashed=False),
+    Param("data", "classes", str, "nih14", "the 14 NIH findings, 'No Finding' as a 15th class, or the classes of `csv`",
+          ("nih14", "nih15", "own"), shown=True),
+    Param("data", "csv", str, "", "a label table of your own; empty finds the NIH table", shown=True),
+    Param("data", "labels", str, "real", "shuffled is a control that must score 0.5 and is never ranked", ("real", "shuffled")),
     Param("data", "split", str, "official",
-          "official lists, random by patient, fold:2/5 of a cross-validation, or a folder with train/valid/test.txt",
-          ("official", "patient"), also="fold:I/N or a folder"),
-    Param("data", "valid_fraction", float, 0.1, "share of the train_val patients kept for validation; 0 trains on them all",
-          low=0, high=0.5),
-    Param("data", "image_size", int, 224, "pixels a side; the published runs use 224", low=16, high=1024),
-    Param("data", "aspect", str, "stretch", "pictures that are not square: stretch, pad with black, or crop about the middle",
+          "official lists, random by patient, a fold of a cross-validation, or a folder with train/valid/test.txt",
+          ("official", "patient"), also="fold:I/N or a folder", shown=True),
+    Param("data", "valid_fraction", float, 0.1, "share of the train_val patients used for validation; 0 trains on all of them",
+          low=0, high=0.5, effective=_share_used),
+    Param("data", "image_size", int, 224, "pixels a side; the published runs use 224", low=16, high=1024, shown=True),
+    Param("data", "aspect", str, "stretch", "images that are not square: stretch, pad with black, or crop the centre",
           ("stretch", "pad", "crop")),
-    Param("data", "cache_dir", str, "", "where decoded images are kept; '' is a scratch folder of this machine"),
-    Param("data", "limit", int, 0, "0 = all; N images a part makes a quick check, never ranked", low=0),
+    Param("data", "cache_dir", str, "", "folder of the decoded images; empty is a scratch folder of this machine",
+          hashed=False),
+    Param("data", "limit", int, 0, "0 is all images; N images a part is a quick check, never ranked", low=0),
     # network
-    Param("network", "arch", str, "efficientnet_v2_s", "a torchvision name, or timm:NAME"),
-    Param("network", "weights", str, "imagenet", "where the backbone starts", ("imagenet", "none"), also="a file"),
-    Param("network", "norm", str, "auto", "input scale; auto asks the weights, half is [-1, 1]",
+    Param("network", "system", str, "charm", "which network and recipe: charm, which is also MemAug and the plain network",
+          shown=True),
+    Param("network", "arch", str, "efficientnet_v2_s", "a torchvision name, or timm:NAME", shown=True),
+    Param("network", "weights", str, "imagenet", "initial weights of the backbone", ("imagenet", "none"), also="a file",
+          shown=True),
+    Param("network", "norm", str, "auto", "input normalisation; auto follows the weights, half is the range -1 to 1",
           ("auto", "imagenet", "half")),
-    Param("network", "use_momentum", bool, False, "the momentum branch of CHARM; it buys nothing in our measurements"),
-    Param("network", "use_attention", bool, False, "the multi-scale attention of CHARM; it costs accuracy in short training"),
-    Param("network", "use_bank", bool, True, "the rare memory bank of CHARM and MemAug"),
-    Param("network", "attention", str, "layers", "weights of the attention: four convolutions, or their one filter directly",
-          ("layers", "filter")),
-    Param("network", "momentum", float, 0.99, "m of the momentum encoder, and of nothing else", low=0, high=1),
-    Param("network", "k", int, 5, "slots whose features answer an image, 2 to 5 as published; slots with votes are all asked, "
-          "and k of them named", low=1),
+    Param("network", "use_momentum", bool, False, "momentum encoder of CHARM; no gain in our measurements", **_CHARM),
+    Param("network", "use_attention", bool, False, "multi-scale attention of CHARM; lowers the AUC in short training",
+          **_CHARM),
+    Param("network", "use_bank", bool, True, "memory bank of CHARM and MemAug", **_CHARM),
+    Param("network", "attention", str, "layers",
+          "parameters of the attention: four convolutions, or the one 5x5 filter that they amount to", ("layers", "filter"),
+          needs={"use_attention": (True,)}, **_CHARM),
+    Param("network", "momentum", float, 0.99, "momentum m of the momentum encoder", low=0, high=1, shown=True,
+          needs={"use_momentum": (True,)}, effective=warmup_end, **_CHARM),
+    Param("network", "k", int, 5, "number of retrieved slots, 2 to 5 in the paper", low=1, shown=True, **_FEATURES),
     Param("network", "threshold", float, 0.2,
-          "rarity above (rule published: below) which a feature is stored; share of the batch where scores are ranked", low=0),
-    Param("network", "bank_size", int, 3072, "slots in the bank; 512 as published", low=1, high=65536),
-    Param("network", "strategy", str, "balanced", "what the bank judges an image by; rarity as published",
-          ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard", "balanced")),
-    Param("network", "answer", str, "votes", "what slots give: their labels, as votes on the scores, or features, as published",
-          ("votes", "features")),
-    Param("network", "keys", str, "scales", "what voting slots are compared by: maps at strides 4, 8 and 16, or the feature z",
-          ("scales", "features")),
-    Param("network", "vote_weight", float, 0.5, "share of the bank's opinion in the logits, the head's being the rest", low=0,
-          high=1),
-    Param("network", "vote_temperature", float, 0.8, "of similarities; a small one lets only near slots vote", low=1e-3),
-    Param("network", "vote_ridge", float, 3.0, "of the regression that votes come from; a large one trusts single slots less",
-          low=1e-3),
-    Param("network", "rule", str, "rare", "rare keeps the odd ones, published the usual ones, angle by direction",
-          ("rare", "published", "angle")),
-    Param("network", "retrieval", str, "softmax", "weights of the slots: softmax of cosines, raw cosines, or gated from 0",
-          ("softmax", "cosine", "gated")),
-    Param("network", "bank_norm", str, "both", "what is scaled to unit length before the similarity",
-          ("both", "query", "memory", "none")),
-    Param("network", "normalize_retrieved", bool, False, "scale what was retrieved to the query's length, as MemAug does"),
-    Param("network", "bank_momentum", float, 0.9, "of the running mean that strategy statistical keeps, in stage 1",
-          low=0, high=1),
-    Param("network", "stage2_bank_momentum", float, 0.9999, "the same in stage 2", low=0, high=1),
-    Param("network", "dropout", float, 0.3, "dropout of the head", low=0, high=0.99),
-    Param("network", "hidden", int, 512, "hidden width of the head", low=1),
+          "rarity above which a feature is stored (below, for rule published); share of the batch for ranked scores", low=0,
+          shown=True, needs={"strategy": ("rarity", "statistical", "entropy", "diversity", "hybrid")}, **_CHARM),
+    Param("network", "bank_size", int, 3072, "number of slots; 512 in the paper", low=1, high=65536, shown=True, **_BANK),
+    Param("network", "strategy", str, "balanced", "score by which the bank selects images; rarity in the paper",
+          ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard", "balanced"), **_BANK),
+    Param("network", "answer", str, "votes",
+          "what slots contribute: votes of their labels, or features added to the query as in the paper", ("votes", "features"),
+          **_BANK),
+    Param("network", "keys", str, "scales",
+          "what voting slots are compared by: trunk maps at strides 4, 8 and 16, or the feature z", ("scales", "features"),
+          **_VOTES),
+    Param("network", "vote_weight", float, 0.5, "share of the bank's votes in the logits", low=0, high=1, **_VOTES),
+    Param("network", "vote_temperature", float, 0.8,
+          "temperature of the voting kernel; small values let only similar slots vote", low=1e-3, **_VOTES),
+    Param("network", "vote_ridge", float, 3.0, "ridge penalty of the voting regression; large values rely less on single slots",
+          low=1e-3, **_VOTES),
+    Param("network", "rule", str, "rare",
+          "rare stores rare features, published the common ones as the code does, angle compares directions",
+          ("rare", "published", "angle"), needs={"strategy": ("rarity", "statistical", "hybrid")}, **_CHARM),
+    Param("network", "retrieval", str, "softmax",
+          "weights of retrieved slots: softmax of the cosines, raw cosines, or gated with a learned scalar from 0",
+          ("softmax", "cosine", "gated"), **_FEATURES),
+    Param("network", "bank_norm", str, "both", "which side is scaled to unit length before the dot product",
+          ("both", "query", "memory", "none"), **_FEATURES),
+    Param("network", "normalize_retrieved", bool, False, "scale the retrieved feature to the query's length, as MemAug does",
+          **_FEATURES),
+    Param("network", "bank_momentum", float, 0.9, "momentum of the running mean in strategy statistical, stage 1", low=0,
+          high=1, needs={"strategy": ("statistical",)}, **_CHARM),
+    Param("network", "stage2_bank_momentum", float, 0.9999, "the same in stage 2", low=0, high=1,
+          needs={"strategy": ("statistical",)}, **_CHARM),
+    Param("network", "dropout", float, 0.3, "dropout rate of the head", low=0, high=0.99, **_CHARM),
+    Param("network", "hidden", int, 512, "hidden width of the head", low=1, **_CHARM),
     # training
-    Param("training", "stage1_images", str, "findings", "images of stage 1: those with a finding, or all",
-          ("findings", "all")),
-    Param("training", "stage1_frozen_epochs", int, 3, "stage 1: head alone first", low=0),
-    Param("training", "stage1_epochs", int, 20, "then the whole network, at most so many epochs", low=0),
-    Param("training", "stage1_batch", int, 64, "batch of stage 1", low=2),
-    Param("training", "stage1_lr", float, 0.0, "0 asks the learning-rate finder; grids pin a number", low=0),
-    Param("training", "stage1_loss", str, "bce", "loss of stage 1", ("bce", "focal", "asl")),
-    Param("training", "stage2_epochs", int, 5, "stage 2 (all images), one cycle", low=0),
-    Param("training", "stage2_batch", int, 128, "batch of stage 2, and of scoring", low=2),
-    Param("training", "stage2_lr_min", float, 2e-5, "stage 2 learning rate of the first layers", low=0),
-    Param("training", "stage2_lr_max", float, 8e-5, "stage 2 learning rate of the head", low=0),
-    Param("training", "stage2_loss", str, "asl", "loss of stage 2", ("bce", "focal", "asl")),
-    Param("training", "weight_decay", float, 0.01, "AdamW's decoupled weight decay", low=0),
+    Param("training", "stage1_images", str, "findings", "images of stage 1: those with a finding, or all", ("findings", "all"),
+          **_STAGE1),
+    Param("training", "stage1_frozen_epochs", int, 3, "epochs of stage 1 that train the head alone", low=0, shown=True),
+    Param("training", "stage1_epochs", int, 20, "largest number of further epochs of stage 1, whole network", low=0,
+          shown=True),
+    Param("training", "stage1_batch", int, 64, "batch size of stage 1", low=2, shown=True, **_STAGE1),
+    Param("training", "stage1_lr", float, 0.0, "learning rate of stage 1; 0 runs the learning-rate finder, grids pin a number",
+          low=0, shown=True, **_STAGE1),
+    Param("training", "stage1_loss", str, "bce", "loss of stage 1", ("bce", "focal", "asl"), **_STAGE1),
+    Param("training", "stage2_epochs", int, 5, "epochs of stage 2, all images, one cycle", low=0, shown=True),
+    Param("training", "stage2_batch", int, 128, "batch size of stage 2 and of scoring", low=2, shown=True),
+    Param("training", "stage2_lr_min", float, 2e-5, "learning rate of the first layers in stage 2", low=0, shown=True,
+          **_STAGE2),
+    Param("training", "stage2_lr_max", float, 8e-5, "learning rate of the head in stage 2", low=0, shown=True, **_STAGE2),
+    Param("training", "stage2_loss", str, "asl", "loss of stage 2", ("bce", "focal", "asl"), **_STAGE2),
+    Param("training", "weight_decay", float, 0.01, "decoupled weight decay of AdamW", low=0),
     Param("training", "patience", int, 5, "epochs without improvement before a stage ends; 0 never ends it early", low=0),
-    Param("training", "monitor", str, "valid_loss", "what early stopping and the best checkpoint look at",
-          ("valid_loss", "valid_auc")),
+    Param("training", "monitor", str, "valid_loss", "validation figure for early stopping and the best checkpoint",
+          ("valid_loss", "valid_auc"), needs={"valid_fraction": ABOVE_0}),
     # run
-    Param("run", "run_dir", str, "runs/notebook", "where this run's files go"),
-    Param("run", "seed", int, 85, "all randomness of the run derives from it (85 as published)", low=0),
+    Param("run", "run_dir", str, "runs/notebook", "folder of this run's files", shown=True, hashed=False),
+    Param("run", "seed", int, 85, "seed of all randomness; 85 in the paper", low=0, shown=True),
     Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
-    Param("run", "workers", int, 2, "processes that decode images for the cache", low=0),
-    Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU: 50 KB an image at 224"),
+    Param("run", "workers", int, 2, "processes that decode images for the cache", low=0, hashed=False),
+    Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU, 50 KB an image at 224 pixels",
+          hashed=False),
     Param("run", "grad_checkpointing", bool, False,
-          "compute activations again in the backward pass instead of keeping them: less GPU memory, same result, slower"),
-    Param("run", "compile", bool, False, "torch.compile of the backbone; needs a card of sm_70 or newer (a T4), not a P100"),
-    Param("run", "device", str, "auto", "auto takes the GPU if this torch has kernels for it", ("auto", "cpu", "cuda")),
-    Param("run", "resume", bool, True, "continue from the last finished epoch of run_dir"),
-]
-
-PARAMS: dict[str, Param] = {p.name: p for p in _DECLARED}
-DEFAULTS: dict[str, Any] = {p.name: p.default for p in _DECLARED}
-
-UNHASHED = ("run_dir", "cache_dir", "data_root", "workers", "device", "resume", "preload", "grad_checkpointing")
-"""Parameters that say where and how a run happens, not what it is; they stay out of a cell's hash."""
-
-EARLIER: dict[str, Any] = {"answer": "features", "keys": "features"}
-"""What parameters were, by another name or none, in runs stored before they were declared, where that is not the default."""
+          "recompute activations in the backward pass: less GPU memory, same result, slower", hashed=False),
+    Param("run", "compile", bool, False, "torch.compile of the backbone; needs sm_70 or newer (T4), so no P100"),
+    Param("run", "device", str, "auto", "auto takes the GPU if this torch has kernels for it", ("auto", "cpu", "cuda"),
+          hashed=False),
+    Param("run", "resume", bool, True, "continue from the last finished epoch in run_dir", hashed=False),
+]}
+DEFAULTS: dict[str, Any] = {name: p.default for name, p in PARAMS.items()}
+UNHASHED = tuple(name for name, p in PARAMS.items() if not p.hashed)
+"""Parameters that say where and how a run happens."""
 
 ARCHS = ("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "efficientnet_b0", "efficientnet_b1", "mobilenet_v2",
          "resnet18", "resnet50", "densenet121", "vgg16")
 """The torchvision backbones; any other goes by ``timm:NAME``."""
+
+
+def add_rows(rows: Iterable[Param]) -> None:
+    """Add the parameters of a system; see :mod:`charmlib.systems`.
+
+    Raises
+    ------
+    ParameterError
+        The table has a parameter of that name already.
+    """
+    for p in rows:
+        if p.name in PARAMS and PARAMS[p.name] != p:
+            raise ParameterError(f"parameter '{p.name}' is declared twice; give the one of {', '.join(p.of)} another name")
+        PARAMS[p.name], DEFAULTS[p.name] = p, p.default
 
 
 def nearest(name: str, valid) -> str:
@@ -217,6 +289,7 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
         source = sources[i] if i < len(sources) else ""
         for name, value in layer.items():
             out[name] = coerce(name, value, source)
+    charmlib.systems.find(out["system"])
     if out["use_bank"] and out["answer"] == "features" and out["k"] > out["bank_size"]:
         raise ParameterError(f"parameter 'k': {out['k']} is more than bank_size {out['bank_size']}; lower k.")
     if out["arch"] not in ARCHS and not out["arch"].startswith("timm:"):
@@ -235,21 +308,51 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
                              "leaves none; say patience: 0.")
     if out["classes"] == "own" and not out["csv"]:
         raise ParameterError("parameter 'classes': 'own' needs 'csv', the table that holds your labels.")
-    if out["stage1_epochs"] + out["stage1_frozen_epochs"] + out["stage2_epochs"] == 0:
-        raise ParameterError("parameters 'stage1_epochs', 'stage1_frozen_epochs', 'stage2_epochs' are all 0: "
-                             "nothing would be trained.")
     return out
 
 
-def stored(params: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters of a run as it stored them: one that it is too old to have is what such a run was."""
-    return {**DEFAULTS, **EARLIER, **params}
-
-
 def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Names of the parameters that decide a result and differ; one that ``theirs`` does not know yet does not, unless it is
-    known what such a run was."""
-    return [name for name in ours if name not in UNHASHED and ours[name] != theirs.get(name, EARLIER.get(name, ours[name]))]
+    """Names of the hashed parameters whose values differ."""
+    return [name for name in ours if name not in UNHASHED and ours[name] != theirs.get(name)]
+
+
+def missing_need(name: str, params: Mapping[str, Any]) -> str:
+    """What would give a parameter an effect, such as ``'answer: features'``; empty if it has one."""
+    p = PARAMS[name]
+    if p.of and params["system"] not in p.of:
+        return f"system: {' or '.join(p.of)}"
+    for others, values in p.needs.items():
+        names = others.split("|")
+        deeper = [missing_need(other, params) for other in names]
+        if all(deeper):
+            return deeper[0]
+        if not any(params[n] > 0 if values == ABOVE_0 else params[n] in values for n in names):
+            return need_text(others, values)
+    return ""
+
+
+def need_text(others: str, values) -> str:
+    """A condition of :class:`Param` in words: ``'answer: votes or features'``."""
+    wanted = values if values == ABOVE_0 else " or ".join(str(v).lower() if v is True else str(v) for v in values)
+    return f"{others.replace('|', ' or ')}: {wanted}"
+
+
+def effective(params: Mapping[str, Any], steps: int | None = None) -> dict[str, Any]:
+    """The hashed parameters as they act: None without effect, else the value that each amounts to after so many steps.
+
+    Two sets of parameters that agree here give the same run.
+    """
+    return {name: None if missing_need(name, params) else PARAMS[name].effective(value, params, steps)
+            if PARAMS[name].effective else value for name, value in params.items() if name in PARAMS and PARAMS[name].hashed}
+
+
+def without_effect(params: Mapping[str, Any], names: Iterable[str]) -> str:
+    """One line on those of ``names`` that have no effect, and what would give them one; empty if all have."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if need := missing_need(name, params):
+            found.setdefault(need, []).append(name)
+    return "without effect: " + "; ".join(f"{', '.join(v)} (needs {k})" for k, v in found.items()) if found else ""
 
 
 def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,88 +377,4 @@ def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a dict; an empty file is an empty dict.
-
-    Raises
-    ------
-    ParameterError
-        No such file, not YAML, not a mapping; names the file.
-    """
-    path = find_file(path)
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ParameterError(f"no file {path}.{nearest(path.name, there)}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ParameterError(f"{path} is not valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ParameterError(f"{path}: wanted 'name: value' lines, found {type(content).__name__}.")
-    return content
-
-
-def find_file(path: str | Path) -> Path:
-    """``path`` if it is there, else the file of that name that ships with charmlib (``params/charm.yaml`` anywhere)."""
-    path = Path(path)
-    parts = path.parts[path.parts.index("params") + 1:] if "params" in path.parts else path.parts
-    package = Path(__file__).parent
-    for folder in () if path.is_file() else (package.parent / "params", package / "shipped" / "params"):
-        if folder.joinpath(*parts).is_file():
-            return folder.joinpath(*parts)
-    return path
-
-
-def load_params(path: str | Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A parameter file, checked: only what it sets, coerced. A ``base`` beside it (and that one's) is laid below.
-
-    Raises
-    ------
-    ParameterError
-        As :func:`read_yaml` and :func:`coerce`; files that are each other's base.
-    """
-    path = find_file(path)
-    content = read_yaml(path)
-    base = content.pop("base", None)
-    own = {name: coerce(name, value, str(path)) for name, value in content.items()}
-    if base is None:
-        return own
-    if not isinstance(base, str):
-        raise ParameterError(f"{path}: base is {base!r}, wanted the name of a file beside it.")
-    chain = (*above, path.resolve())
-    if (path.parent / base).resolve() in chain:
-        raise ParameterError(f"{path}: its base {base} is based on this file itself.")
-    return {**load_params(path.parent / base, above=chain), **own}
-
-
-def parse_assignments(pairs, source: str = "-p") -> dict[str, Any]:
-    """``['k=3', 'weights=none']`` as checked parameters.
-
-    Raises
-    ------
-    ParameterError
-        A pair without ``=``, or as :func:`coerce`.
-    """
-    out = {}
-    for pair in pairs:
-        name, eq, value = pair.partition("=")
-        if not eq:
-            raise ParameterError(f"{source} {pair!r}: wanted name=value.")
-        out[name.strip()] = coerce(name.strip(), value.strip(), source)
-    return out
-
-
-def cell_source(names=None) -> str:
-    """The text of a notebook's ``parameters`` cell: flat, typed, grouped, each line with its reason."""
-    names = list(PARAMS) if names is None else list(names)
-    lines, group = [], None
-    for name in names:
-        p = PARAMS[name]
-        if p.group != group:
-            lines.append(("" if group is None else "\n") + f"# {p.group}")
-            group = p.group
-        allowed = f" [{', '.join(p.choices)}{f', {p.also}' if p.also else ''}]" if p.choices else ""
-        lines.append(f"{name}: {p.type.__name__} = {p.default!r}  # {p.reason}{allowed}")
-    return "\n".join(lines)
+import charmlib.systems  # noqa: E402  (adds the rows of systems, and so needs the table)

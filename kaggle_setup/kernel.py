@@ -16,7 +16,8 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from charmlib.grid.cells import find_notebooks
-from charmlib.params import find_file, nearest, read_yaml
+from charmlib.param_sources import find_file, read_yaml
+from charmlib.params import nearest
 from kaggle_setup.client import KaggleError
 
 CODE_FILE = "notebook.ipynb"

@@ -10,7 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from charmlib.params import PARAMS, cell_source
+from charmlib.param_sources import cell_source
+from charmlib.params import PARAMS
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]

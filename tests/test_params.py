@@ -1,6 +1,10 @@
 import pytest
+import torch
 
-from charmlib.params import PARAMS, ParameterError, cell_source, coerce, load_params, parse_assignments, resolve
+from charmlib.nn import MomentumEncoder
+from charmlib.param_sources import cell_source, from_notebook, load_params, parse_assignments
+from charmlib.params import PARAMS, ParameterError, coerce, effective, missing_need, resolve, without_effect
+from charmlib.training.recipes import phases
 
 
 @pytest.mark.parametrize(("name", "given", "wanted"), [
@@ -37,7 +41,7 @@ def test_contradictions_are_refused():
     with pytest.raises(ParameterError, match="csv"):
         resolve({"classes": "own"})
     with pytest.raises(ParameterError, match="nothing would be trained"):
-        resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0, "stage2_epochs": 0})
+        phases(resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0, "stage2_epochs": 0}))
 
 
 def test_what_a_run_names_is_absolute_and_there(tmp_path, monkeypatch):
@@ -89,9 +93,9 @@ def test_a_file_holds_only_its_differences_from_its_base(tmp_path):
 
 def test_the_cell_text_runs_and_gives_the_defaults():
     namespace: dict = {}
-    exec(cell_source(), namespace)
+    exec(cell_source(PARAMS), namespace)
     assert {name: namespace[name] for name in PARAMS} == resolve()
-    assert all(p.reason for p in PARAMS.values())
+    assert all(p.reason and not set("=[]") & set(p.reason) for p in PARAMS.values())  # papermill overlooks such lines
 
 
 def test_library_keywords_have_the_declared_defaults():
@@ -104,3 +108,44 @@ def test_library_keywords_have_the_declared_defaults():
         for name, parameter in inspect.signature(function).parameters.items():
             if name in PARAMS and parameter.default is not inspect.Parameter.empty and name not in ("classes", "seed"):
                 assert parameter.default == PARAMS[name].default, f"{function.__qualname__}: {name}"
+
+
+def test_a_parameter_says_what_would_give_it_an_effect():
+    p = resolve({"use_bank": False})
+    assert {n: missing_need(n, p) for n in ("k", "strategy", "vote_weight", "momentum", "dropout")} == {
+        "k": "use_bank: true", "strategy": "use_bank: true", "vote_weight": "use_bank: true", "momentum": "use_momentum: true",
+        "dropout": ""}
+    assert without_effect(resolve(), ["k", "retrieval", "momentum", "seed"]) == \
+        "without effect: k, retrieval (needs answer: features); momentum (needs use_momentum: true)"
+    assert missing_need("stage2_loss", resolve({"stage2_epochs": 0})) == "stage2_epochs: above 0"
+    assert missing_need("stage1_lr", resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0})) == \
+        "stage1_frozen_epochs or stage1_epochs: above 0"
+    assert not missing_need("stage1_lr", resolve({"stage1_epochs": 0}))
+
+
+def test_two_settings_of_one_effect_are_one_run():
+    """The warm-up reaches 0.99 after 890 steps and 0.999 after 8,990: in fewer, a larger momentum changes nothing."""
+    on = {"use_momentum": True}
+    for momentum, steps in ((0.99, 890), (0.999, 8990), (0.9999, 89990)):
+        p = resolve(on, {"momentum": momentum})
+        larger = resolve(on, {"momentum": (1 + momentum) / 2})
+        assert effective(p, steps + 2) != effective(larger, steps + 2) and effective(p, steps)["momentum"] <= momentum
+        assert effective(p, steps - 20) == effective(larger, steps - 20) and effective(p) != effective(larger)
+    encoder = MomentumEncoder(torch.nn.Linear(1, 1), 0.999)
+    for _ in range(50):
+        encoder.update(torch.nn.Linear(1, 1))
+    assert float(encoder.current_momentum()) == pytest.approx(effective(resolve(on, {"momentum": 0.999}), 51)["momentum"])
+    assert effective(resolve({"split": "patient", "valid_fraction": 0.3})) == effective(resolve({"split": "patient"}))
+    assert effective(resolve({"k": 3})) == effective(resolve({"k": 4, "run_dir": "x", "workers": 7}))
+
+
+def test_a_notebook_gives_shown_names_options_and_no_others():
+    shown = {"k": 3, "options": {"use_bank": False}, "np": object(), "In": ["", "# Parameters\nk = 3"]}
+    assert from_notebook(shown) == {"k": 3, "use_bank": False}
+    assert from_notebook({**shown, "options": "{use_bank: off, answer: features}"}) == {"k": 3, "use_bank": False,
+                                                                                        "answer": "features"}
+    for wrong, says in (({"In": ["# Parameters\nstage1_epoch = 1"]}, "unknown parameter 'stage1_epoch'.*Did you mean"),
+                        ({"__annotations__": {"seeed": int}}, "Did you mean 'seed'"),
+                        ({"options": {"kk": 1}}, "unknown parameter 'kk'"), ({"options": [1]}, "wanted a dict"), ({"k": "three"}, "not a number")):
+        with pytest.raises(ParameterError, match=says):
+            from_notebook({**shown, **wrong})

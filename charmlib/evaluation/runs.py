@@ -81,6 +81,11 @@ class RunFolder:
     def __fspath__(self) -> str:
         return str(self.path)
 
+    __str__ = __fspath__
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
     @property
     def done(self) -> bool:
         """Whether the run is finished."""

@@ -18,16 +18,8 @@ from charmlib.files import write_whole
 from charmlib.grid.cells import GridError, cell_status
 from charmlib.grid.runner import Means, run_loaded
 from charmlib.grid.spec import Cell, Grid
-from charmlib.params import (
-    ParameterError,
-    changes,
-    find_file,
-    load_params,
-    parse_assignments,
-    resolve,
-    stored,
-    with_absolute_paths,
-)
+from charmlib.param_sources import find_file, load_params, parse_assignments
+from charmlib.params import ParameterError, changes, resolve, stored, with_absolute_paths
 
 PARTS_OFF = {"use_momentum": False, "use_attention": False, "use_bank": False}
 LEVEL = 0.99

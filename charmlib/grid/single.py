@@ -8,7 +8,8 @@ from pathlib import Path
 from charmlib.grid.cells import GridError, cell_status, find_notebooks
 from charmlib.grid.runner import Means, run_cells
 from charmlib.grid.spec import Cell, Grid
-from charmlib.params import find_file, load_params, parse_assignments, resolve, with_absolute_paths
+from charmlib.param_sources import find_file, load_params, parse_assignments
+from charmlib.params import resolve, with_absolute_paths
 
 
 def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,

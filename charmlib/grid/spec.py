@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from charmlib.params import ParameterError, coerce, find_file, load_params, nearest, read_yaml, resolve, with_absolute_paths
+from charmlib.param_sources import find_file, load_params, read_yaml
+from charmlib.params import ParameterError, coerce, nearest, resolve, with_absolute_paths
 
 KEYS = ("name", "base", "axes", "cells")
 _SHORT = {"momentum": "m", "k": "k", "threshold": "t"}

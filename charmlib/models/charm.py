@@ -1,4 +1,4 @@
-"""CHARM-Xray as one network, whose three parts can each be left out."""
+"""CHARM-Xray as one network; each of its three parts can be switched off."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class CharmNet(nn.Module):
     With all three switched off this is the plain network; with the bank alone and ``answer='features'`` it is MemAug. It works
     in any loop::
 
-        net.bank.expect(ids, labels)        # which images the slots will hold; without it a voting bank stays empty
+        net.see(ids, labels)       # which images the batch holds; without it a voting bank stays empty
         loss(net(x), y).backward(); optimizer.step()
-        net.update_momentum()                    # moves the momentum branch; leave it out when the scaler skipped the step
-        net.refresh_bank(images)                 # before scoring: votes by what the network now sees in the held images
+        net.follow()               # updates the momentum encoder; leave it out if the scaler skipped the step
+        net.renew(images)          # before scoring: encodes the images of a voting bank again
 
     Everything that training changes is in ``state_dict``.
 
@@ -106,10 +106,13 @@ class CharmNet(nn.Module):
         self.head = ClassifierHead(self.features, classes, hidden=hidden, dropout=dropout)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Normalised images (B, 3, H, W) -> fused features z (B, D), and what a voting bank compares (B, K); None without one.
+        """Normalised images (B, 3, H, W) -> fused features z (B, D), and the keys (B, K) of a voting bank; None without one.
 
         Keys carry no gradient.
         """
+        return self._encode(x)[:2]
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
 
         def run(part, x):
@@ -122,30 +125,48 @@ class CharmNet(nn.Module):
         if self.momentum is not None:
             z = z + self.momentum(shared).mean((2, 3))
         if not isinstance(self.bank, VotingBank):
-            return z, None
-        return z, cells([m.detach() for m in maps]) if maps else z.detach().float()
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> fused features z (B, D), before the bank."""
-        return self.encode(x)[0]
+            return z, None, attended
+        return z, cells([m.detach() for m in maps]) if maps else z.detach().float(), attended
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> logits (B, C)."""
-        z, keys = self.encode(x)
+        return self.read(x)[0]
+
+    def read(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, C), and by name: ``final`` (B, D, H, W), the last map after attention; ``z`` (B, D); ``keys`` (B, K) of
+        a voting bank."""
+        z, keys, attended = self._encode(x)
+        seen = {"final": attended, "z": z}
         if keys is not None:
-            return self.bank(keys, self.head(z))
-        return self.head(z) if self.bank is None else self.bank(z, self.head)
+            return self.bank(keys, self.head(z)), {**seen, "keys": keys}
+        return self.head(z) if self.bank is None else self.bank(z, self.head), seen
+
+    def enter(self, bank_momentum: float) -> None:
+        """Before a phase: the bank's momentum from here on."""
+        if self.bank is not None:
+            self.bank.bank_momentum = bank_momentum
+
+    def see(self, ids: Tensor, labels: Tensor | None) -> None:
+        """Before a batch: which images it holds, so that no image retrieves itself; see :meth:`RareMemoryBank.expect`."""
+        if self.bank is not None:
+            self.bank.expect(ids, labels)
 
     @torch.no_grad()
-    def refresh_bank(self, images: Callable[[Tensor], Tensor], batch: int = 256) -> None:
-        """Encode what a voting bank holds again, in eval mode, as scoring sees it; does nothing for other banks.
+    def follow(self, skipped: Tensor | None = None) -> None:
+        """After an optimizer step: update the momentum encoder; see :meth:`charmlib.nn.MomentumEncoder.update`."""
+        if self.momentum is not None:
+            self.momentum.update(self.final, skipped)
 
-        Slots are written in training, by earlier weights, from turned and mirrored images, under the norms of their batch.
+    @torch.no_grad()
+    def renew(self, images: Callable[[Tensor], Tensor], batch: int = 256) -> None:
+        """Before scoring: encode the images of a voting bank again, in eval mode; does nothing for other banks.
+
+        Training writes slots with earlier weights, from augmented images, with the batch's norm statistics.
 
         Parameters
         ----------
         images : callable
-            ids (n,), as the bank was told them, -> normalised images (n, 3, H, W). Slots without an id stay as they are.
+            ids (n,) -> normalised images (n, 3, H, W). Slots without an id stay as they are.
         batch : int
             Images at a time.
         """
@@ -157,25 +178,22 @@ class CharmNet(nn.Module):
         was = self.training
         self.eval()
         for some in slots.split(batch):
-            _, keys = self.encode(images(self.bank.slot_ids[some]))
-            self.bank.renew(some, keys)
+            self.bank.renew(some, self.encode(images(self.bank.slot_ids[some]))[1])
         self.bank.solve()
         self.train(was)
 
-    @torch.no_grad()
-    def update_momentum(self, skipped: Tensor | None = None) -> None:
-        """Follow the optimizer with the momentum branch; to be called after each step.
-
-        ``skipped``: see :meth:`charmlib.nn.MomentumEncoder.update`.
-        """
-        if self.momentum is not None:
-            self.momentum.update(self.final, skipped)
+    def parts(self) -> dict[str, nn.Module]:
+        """Trunk, final block, and head: the new layers, with attention and bank. The momentum encoder is in none."""
+        new = nn.ModuleList(part for part in (self.attention, self.bank, self.head) if part is not None)
+        return {"trunk": self.trunk, "final": self.final, "head": new}
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Trunk, final block, new layers: for discriminative learning rates. The momentum branch is in none."""
-        new = [self.attention, self.bank, self.head]
-        return [list(self.trunk.parameters()), list(self.final.parameters()),
-                [p for part in new if part is not None for p in part.parameters()]]
+        """The parameters of each part, for discriminative learning rates."""
+        return [list(part.parameters()) for part in self.parts().values()]
+
+    def compile_parts(self) -> list[nn.Module]:
+        """What ``torch.compile`` takes: the trunk (its blocks, where maps between them are read) and the final block."""
+        return [*(self.trunk if self.ends and isinstance(self.trunk, nn.Sequential) else [self.trunk]), self.final]
 
 
 def _input_scale(norm: str, backbone, weights) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.torch_core import norm_types
 
 from charmlib import session
 from charmlib.data.loaders import GreyToNetwork, grey_to_network
@@ -21,36 +22,39 @@ from charmlib.nih import NO_FINDING
 HISTORY = ("stage", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "bank_filled", "bank_accepted")
 
 
-class BankFeed(Callback):
-    """Tells the bank which images the batch holds, so that none meets itself and every slot knows its image."""
+class NetworkHooks(Callback):
+    """Calls a network's ``see``, ``follow`` and ``renew``; see :class:`charmlib.models.registry.Network`.
+
+    ``renew`` runs in the batch size and precision of validation, and only after training: validating, scoring or predicting
+    without training changes nothing, since the learner's data may be other data.
+    """
 
     order = -5
 
-    def before_batch(self):
-        ids = getattr(self.dl, "ids", None)
-        bank = getattr(self.model, "bank", None)
-        if bank is None or ids is None or len(ids) != len(self.xb[0]):
-            return
-        bank.expect(ids, self.yb[0] if len(self.yb) else None)
-
-
-class RefreshBank(Callback):
-    """After each epoch of training, before it is validated, has a bank that votes encode its images with the weights of the
-    moment, as scoring sees them: in the batches and the precision of validation.
-
-    Validating, scoring or predicting without training leaves the bank alone: what it holds was encoded then, and the learner's
-    data may be other data.
-    """
-
     def before_fit(self):
-        self.trained = False
+        self.trained = self.cancelled = False
 
     def before_train(self):
         self.trained = True
 
+    def before_batch(self):
+        ids = getattr(self.dl, "ids", None)
+        if hasattr(self.model, "see") and ids is not None and len(ids) == len(self.xb[0]):
+            self.model.see(ids, self.yb[0] if len(self.yb) else None)
+
+    def before_backward(self):
+        self.cancelled = False
+
+    def after_cancel_step(self):
+        self.cancelled = True  # by fastai's own MixedPrecision, after which fastai still calls after_step
+
+    def after_step(self):
+        if hasattr(self.model, "follow") and not self.cancelled:
+            self.model.follow(getattr(self.opt, "skipped", None))
+
     def before_validate(self):
         images = self.dls.train.dataset
-        if not self.trained or not getattr(images, "known", False) or not hasattr(self.model, "refresh_bank"):
+        if not self.trained or not getattr(images, "known", False) or not hasattr(self.model, "renew"):
             return
         self.trained = False
         scale = next(t for t in self.dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))
@@ -61,11 +65,49 @@ class RefreshBank(Callback):
             return grey_to_network(grey, scale.mean.to(device), scale.std.to(device))
 
         with torch.autocast(torch.device(device).type, torch.float16, enabled=hasattr(self.learn, "half_precision")):
-            self.model.refresh_bank(encoded, batch=self.dls.valid.bs)
+            self.model.renew(encoded, batch=self.dls.valid.bs)
+
+
+class Trains(Callback):
+    """Trains only the named parts of a network, all if none is named.
+
+    The norm layers of the other parts keep learning, as after fastai's ``freeze()``. With ``norms=False`` the other parts stay
+    in eval mode.
+    """
+
+    order = -5  # after fastai's TrainEvalCallback
+
+    def __init__(self, parts=(), norms: bool = True):
+        self.parts, self.norms = parts, norms
+
+    def apply(self, learn) -> None:
+        """Set which parameters get gradients, and start the optimizer's state anew, as fastai's ``freeze()`` does.
+
+        Raises
+        ------
+        ValueError
+            The network has no part of that name.
+        """
+        parts = learn.model.parts()
+        if unknown := [name for name in self.parts if name not in parts]:
+            raise ValueError(f"a phase trains {unknown[0]!r}; the network's parts are {', '.join(parts)}")
+        if learn.opt is None:
+            learn.create_opt()
+        for name, part in parts.items():
+            for module in part.modules():
+                trains = not self.parts or name in self.parts or (self.norms and isinstance(module, norm_types))
+                for p in module.parameters(recurse=False):
+                    p.requires_grad_(trains)
+        learn.opt.clear_state()
+
+    def before_train(self):
+        if self.parts and not self.norms:
+            for name, part in self.model.parts().items():
+                part.train(name in self.parts)
 
 
 class SignOfLife(Callback):
-    """Tells whoever watches this process that batches are being worked on."""
+    """Reports each batch to the process that watches this one."""
 
     order = 70
 
@@ -73,73 +115,10 @@ class SignOfLife(Callback):
         session.alive()
 
 
-class FollowStep(Callback):
-    """Moves the momentum branch after each optimizer step that was made.
-
-    fastai calls ``after_step`` also when the gradient scaler skipped the step: by cancelling it (fastai's own
-    ``MixedPrecision``), or on the device, where only a tensor of the optimizer's tells (:class:`HalfPrecision`).
-    """
-
-    order = 20
-
-    def before_backward(self):
-        self.cancelled = False
-
-    def after_cancel_step(self):
-        self.cancelled = True
-
-    def after_step(self):
-        if not self.cancelled:
-            self.model.update_momentum(getattr(self.opt, "skipped", None))
-
-
-class HalfPrecision(Callback):
-    """fp16 autocast with a gradient scaler, as fastai's ``MixedPrecision``, without its two waits for the GPU a step.
-
-    Needs an optimizer that takes the scaler (:class:`charmlib.training.optimizer.AdamW`): whether gradients overflowed is then
-    decided on the device.
-    """
-
-    order = 10
-
-    def before_fit(self):
-        kind = next(self.model.parameters()).device.type
-        self.autocast, self.learn.scaler = torch.autocast(kind, torch.float16), torch.amp.GradScaler(kind)
-        self.unscaled = False
-        if self.opt is not None:  # there is none yet where a new Learner is only asked to validate
-            self.opt.scaler = self.learn.scaler
-
-    def before_batch(self):
-        self.autocast.__enter__()
-
-    def after_pred(self):
-        self.learn.pred = self.pred.float()
-
-    def after_loss(self):
-        self.autocast.__exit__(None, None, None)
-
-    def before_backward(self):
-        self.learn.loss_grad = self.scaler.scale(self.loss_grad)
-
-    def before_step(self):
-        self.scaler.unscale_(self.opt.opt)  # for callbacks that look at gradients or clip them; the step then does not
-        self.unscaled = True
-
-    def after_step(self):
-        if self.unscaled:  # not where another callback cancelled the step before
-            self.scaler.update()
-        self.unscaled = False
-
-    def after_fit(self):
-        if self.opt is not None:
-            self.opt.scaler = None
-        self.learn.scaler = self.autocast = None
-
-
 class SeedEpoch(Callback):
     """Derives every epoch's randomness (order, augmentation, dropout) from the seed, the phase and the epoch alone.
 
-    So a resumed run needs no stored generator states to draw what an uninterrupted one drew.
+    A resumed run therefore draws the numbers of an uninterrupted one without stored generator states.
     """
 
     order = -20
@@ -162,19 +141,18 @@ def seed_everything(*parts) -> int:
 
 
 class EpochRecord(Callback):
-    """One row of the history an epoch: losses, validation AUC, learning rate, time, and what the bank took.
+    """One row of the history an epoch: losses, validation AUC, learning rate, seconds, filled slots and share stored.
 
-    The training loss is the plain mean over the epoch's batches; fastai's smoothed one carries over from epoch to
-    epoch, which a resumed run could not repeat. Epochs before ``start`` are being skipped and get no row. Without a
-    validation part its two figures are NaN.
+    The training loss is the mean over the epoch's batches: a resumed run could not repeat fastai's smoothed one. Skipped
+    epochs before ``start`` get no row. Without a validation part its two figures are NaN.
 
-    Beside the columns of ``history.csv`` a row holds ``bank_labels``: class -> filled slots with it, and ``no_finding`` last;
-    empty without a bank. They end up in ``bank_history.csv``.
+    A row also holds ``bank_labels`` for ``bank_history.csv``: class -> number of slots, ``no_finding`` last; empty without a
+    bank.
     """
 
     order = 55  # after fastai's Recorder, which computes validation loss and metrics
 
-    def __init__(self, stage: str, rows: list[dict], on_row=None, *, before: int = 0, start: int = 0):
+    def __init__(self, stage: str, rows: list[dict], on_row, *, before: int = 0, start: int = 0):
         self.stage, self.rows, self.on_row, self.before, self.start = stage, rows, on_row, before, start
 
     def before_epoch(self):
@@ -205,8 +183,7 @@ class EpochRecord(Callback):
             row["bank_accepted"] = round(accepted / max(seen, 1), 4)
             row["bank_labels"] = dict(zip([*classes, "no_finding"], held))
         self.rows.append(row)
-        if self.on_row is not None:
-            self.on_row(row)
+        self.on_row(self.rows)
 
 
 def _number(value) -> float:
@@ -214,16 +191,15 @@ def _number(value) -> float:
 
 
 class KeepBest(Callback):
-    """Remembers the best epoch's weights in memory, and says when ``patience`` epochs brought nothing better.
+    """Keeps the best epoch's weights in memory, and stops after ``patience`` epochs without improvement.
 
-    fastai's ``SaveModelCallback`` does this through files that it loads with pickles allowed.
-
-    Without a ``monitor`` (None: there is no validation part) every epoch replaces the one before, so the last one stays.
+    fastai's ``SaveModelCallback`` does this through files that it loads with pickles allowed. Without a validation part
+    ``monitor`` is None and the last epoch is kept.
 
     Raises
     ------
     ValueError
-        Without a monitor: an epoch left weights that are not finite, which no figure would show.
+        Without a monitor: an epoch's weights are not finite.
     """
 
     order = 60
@@ -238,8 +214,8 @@ class KeepBest(Callback):
         if self.monitor is None:
             self._keep()
             if not all(torch.isfinite(self.state[name]).all() for name, _ in self.model.named_parameters()):
-                raise ValueError(f"epoch {self.epoch + 1} left weights that are not finite, and without a validation part no "
-                                 "earlier epoch is chosen instead; lower the learning rate or check the labels")
+                raise ValueError(f"epoch {self.epoch + 1} ended with weights that are not finite; without a validation part no "
+                                 "earlier epoch can be chosen. Lower the learning rate or check the labels")
             return
         row = self.learn.epoch_record.rows[-1]
         value = -row["valid_auc"] if self.monitor == "valid_auc" else row["valid_loss"]
@@ -258,20 +234,18 @@ class KeepBest(Callback):
 
 
 class SaveProgress(Callback):
-    """Hands each finished epoch to ``save(epochs_done, over)``, then ends the phase if early stopping says so.
+    """Hands each finished epoch to ``save(epochs_done, over)``, then ends the phase if early stopping asks for it.
 
-    The last of the epoch's callbacks, so that what is saved is complete. Where a deadline is set, the next epoch is only begun
-    if there is time for it and its save.
+    The last of an epoch's callbacks, so that the saved state is complete.
 
     Raises
     ------
     charmlib.session.OutOfTime
-        There is not.
+        A deadline is set, and the next epoch with its save would not fit.
     """
 
     order = 90
-    margin = 1.15
-    """Epochs scatter."""
+    margin = 1.15  # epochs scatter
 
     def __init__(self, save, *, start: int = 0):
         self.save, self.start, self.longest = save, start, 0.0
@@ -311,12 +285,11 @@ def write_history(path: Path, rows: list[dict]) -> None:
 
 
 def write_bank_history(path: Path, rows: list[dict]) -> None:
-    """``bank_history.csv``, whole or not at all: stage, epoch, filled slots, those of each class, those without a finding.
+    """``bank_history.csv``, whole or not at all: slots that are filled, of each class and without a finding, by epoch.
 
-    Nothing is written without a bank. Counts are those of the epoch's end.
+    Writes nothing without a bank.
     """
-    rows = [row for row in rows if row.get("bank_labels")]  # a history begun by an older version lacks them
-    if rows:
+    if rows and rows[0]["bank_labels"]:
         header = ["stage", "epoch", "filled", *rows[0]["bank_labels"]]
         _write_table(path, header, [[row["stage"], row["epoch"], row["bank_filled"], *row["bank_labels"].values()]
                                     for row in rows])

@@ -11,22 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from charmlib.evaluation.runs import FORMAT, RunFolder
 from charmlib.files import write_json, write_whole
-from charmlib.models.charm import CharmNet
-from charmlib.params import stored
+from charmlib.models.registry import Network, create
 from charmlib.training.device import place
 
-_NETWORK = ("arch", "use_momentum", "use_attention", "use_bank", "attention", "momentum", "k", "threshold", "bank_size",
-            "strategy", "rule", "answer", "keys", "vote_weight", "vote_temperature", "vote_ridge", "retrieval",
-            "bank_norm", "normalize_retrieved", "bank_momentum", "dropout", "hidden")
 
-
-def network_params(params: Mapping) -> dict:
-    """Those of the parameters that CharmNet takes, weights and norm apart; see :func:`charmlib.params.stored`."""
-    params = stored(params)
-    return {name: params[name] for name in _NETWORK}
-
-
-def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, thresholds: Mapping | None = None,
+def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, thresholds: Mapping | None = None,
                temperature: float | None = None, stage1_lr: float | None = None, data: Mapping | None = None) -> Path:
     """Write ``model.safetensors`` and ``model.json`` (classes, arch, parameters, norm, thresholds); returns the former.
 
@@ -46,7 +35,7 @@ def save_model(net: CharmNet, folder: str | Path, *, classes, params: Mapping, t
     return folder / "model.safetensors"
 
 
-def load_weights(net: CharmNet, folder: str | Path) -> None:
+def load_weights(net: Network, folder: str | Path) -> None:
     """Fill a network from ``model.safetensors`` of a trained run; see :func:`fill`.
 
     Raises
@@ -54,13 +43,13 @@ def load_weights(net: CharmNet, folder: str | Path) -> None:
     FileNotFoundError, ValueError
         Not there, or it does not fit.
     """
-    path = Path(folder) / "model.safetensors"
+    path = RunFolder(folder).weights_file
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint: {path} is not there (was the run trained to its end?)")
     fill(net, load_file(path), str(path))
 
 
-def load_model(folder: str | Path, device="cpu") -> tuple[CharmNet, dict]:
+def load_model(folder: str | Path, device="cpu") -> tuple[Network, dict]:
     """The network of a run, in eval mode, and its card (``model.json``).
 
     Strict: a file that does not fill the network exactly is an error, never a silently fresh network.
@@ -73,7 +62,7 @@ def load_model(folder: str | Path, device="cpu") -> tuple[CharmNet, dict]:
         The checkpoint does not fit; names what is missing, unknown or of another shape.
     """
     card = RunFolder(folder).card
-    net = CharmNet(classes=len(card["classes"]), weights="none", norm="half", **network_params(card["params"]))
+    net = create({**card["params"], "weights": "none", "norm": "half"}, card["classes"])
     net.mean, net.std = tuple(card["norm"]["mean"]), tuple(card["norm"]["std"])
     load_weights(net, folder)
     return place(net.eval(), device), card
@@ -98,12 +87,7 @@ def fill(net: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -
 
 
 def differences(theirs: Mapping, ours: Mapping) -> str:
-    """``'k 5 there, 3 here'`` for the first settings in which two runs differ; empty if they agree.
-
-    A parameter that ``theirs`` is too old to have is what it was then.
-    """
-    known = stored(theirs)
-    theirs = {**{k: known[k] for k in ours.keys() & known.keys()}, **theirs}
+    """``'k 5 there, 3 here'`` for the first settings in which two runs differ; empty if they agree."""
     keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     return ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys[:4])
 

@@ -52,7 +52,7 @@ def compile_backbone(net: torch.nn.Module, device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         raise RuntimeError(f"compile: {torch.cuda.get_device_name(device)} is older than sm_70, for which torch.compile has no "
                            "code: say compile=False")
-    for part in (*(net.trunk if net.ends and isinstance(net.trunk, torch.nn.Sequential) else [net.trunk]), net.final):
+    for part in net.compile_parts() if hasattr(net, "compile_parts") else net.parts().values():
         part.compile()
 
 

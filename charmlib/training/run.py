@@ -1,43 +1,39 @@
-"""One run: parameters, data, network and a folder. What the train and test notebooks are written with."""
+"""One run: parameters, data, network and a folder. The train and test notebooks are written with it."""
 
 from __future__ import annotations
 
-import math
 import os
-import platform
-import re
-import resource
 import shutil
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import yaml
 
-import charmlib
 from charmlib import session
 from charmlib.data.dataset import ChestData, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.data.paths import resolve_data_root
-from charmlib.evaluation.enrichment import enrichment, training_shares
 from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
-from charmlib.evaluation.runs import PART_FILE, RunFolder, chosen_on_validation, save_predictions
+from charmlib.evaluation.runs import RunFolder, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_json, write_text, write_whole
-from charmlib.models.charm import CharmNet
+from charmlib.models.registry import Network, create
 from charmlib.nih import same_order
-from charmlib.params import UNHASHED, read_yaml, resolve, stored, with_absolute_paths
-from charmlib.session import die_with_parent, person_watches
-from charmlib.training.callbacks import HISTORY, seed_everything, write_bank_history, write_history
-from charmlib.training.checkpoint import differences, load_model, load_weights, network_params, save_model
+from charmlib.param_sources import changed, read_yaml
+from charmlib.params import PARAMS, UNHASHED, effective, resolve, warmup_end, with_absolute_paths, without_effect
+from charmlib.training.bank_evidence import BankEvidence
+from charmlib.training.callbacks import HISTORY, Trains, seed_everything, write_bank_history, write_history
+from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
-from charmlib.training.explain import Explanation, explain, rare_cases
+from charmlib.training.fit import PhaseRunner
 from charmlib.training.learner import charm_learner
-from charmlib.training.stages import StageRunner, plan
+from charmlib.training.machine import device_name, peak_memory_mb, versions
+from charmlib.training.recipes import Phase, phases, steps
 
 
 class Run:
@@ -47,16 +43,16 @@ class Run:
     >>> run.train()                                                        # doctest: +SKIP
     >>> Run.load('runs/mine').score()                                      # doctest: +SKIP
 
-    Attributes: ``params`` (all of them), ``data`` (:class:`ChestData`), ``net``, ``folder``, ``device``,
-    ``precision``, ``history`` (list of rows as in ``history.csv``).
+    Attributes: ``params`` (all of them), ``data`` (:class:`ChestData`), ``net``, ``folder`` (:class:`RunFolder`), ``device``,
+    ``precision``, ``history`` (list of rows as in ``history.csv``), ``bank`` (:class:`BankEvidence`).
     """
 
-    def __init__(self, params: Mapping, data: ChestData, net: CharmNet, device: torch.device, precision: str):
+    def __init__(self, params: Mapping, data: ChestData, net: Network, device: torch.device, precision: str):
         self.params, self.data, self.net = dict(params), data, net
         self.device, self.precision = device, precision
-        self.folder = Path(params["run_dir"])
+        self.folder = RunFolder(params["run_dir"])
         self.history: list[dict] = []
-        self._lr = self.params["stage1_lr"] or None
+        self._rate = self.params["stage1_lr"] or None
 
     @classmethod
     def open(cls, params: Mapping | None = None, **changes) -> Run:
@@ -67,17 +63,18 @@ class Run:
         charmlib.params.ParameterError
             A parameter that is unknown, ill-typed or out of range.
         """
-        if session.in_grid():  # ipykernel's own look at its parent knows process 1 only, in older releases
-            die_with_parent(int(os.environ.get("JPY_PARENT_PID", os.getppid())))
+        if session.in_grid():  # older releases of ipykernel notice the end of their parent only if it was process 1's child
+            session.die_with_parent(int(os.environ.get("JPY_PARENT_PID", os.getppid())))
         p = with_absolute_paths(resolve(dict(params or {}), changes))
+        phases(p)  # refuses parameters that would train nothing
+        if not session.in_grid() and (words := without_effect(p, changed(p))):
+            print(words, flush=True)
         p["data_root"] = str(resolve_data_root(p["data_root"]))
         device = pick_device(p["device"])
         precision = pick_precision(p["precision"], device)
         data = open_dataset(p)
         seed_everything(p["seed"], "weights")
-        net = CharmNet(classes=len(data.classes), weights=p["weights"], norm=p["norm"],
-                       grad_checkpointing=p["grad_checkpointing"], **network_params(p))
-        place(net, device)
+        net = place(create(p, data.classes), device)
         if p["compile"]:
             compile_backbone(net, device)
         return cls(p, data, net, device, precision)
@@ -86,125 +83,131 @@ class Run:
     def load(cls, run_dir: str | Path, **changes) -> Run:
         """A trained run from its folder; ``changes`` may only say where things are (data_root, cache_dir, workers, device).
 
-        A folder that is read-only is copied to where one can write, and the copy is the run's folder from then on.
+        A read-only folder is copied to a writable place, and the copy is the run's folder from then on.
 
         Raises
         ------
         FileNotFoundError, ValueError
             Not trained, a checkpoint that does not fit, classes in another order, or another split than in training.
         """
-        folder = Path(run_dir).expanduser().resolve()
-        if not (folder / "params.yaml").is_file():
+        folder = RunFolder(Path(run_dir).expanduser().resolve())
+        if not folder.params_file.is_file():
             raise FileNotFoundError(f"no run in {folder}: params.yaml is not there. Train first, with run_dir={folder}")
         wrong = set(changes) - set(UNHASHED)
         if wrong:
             raise ValueError(f"a trained run cannot be loaded with another {', '.join(sorted(wrong))}")
-        p = resolve(stored(read_yaml(folder / "params.yaml")), {k: v for k, v in changes.items() if v not in ("", None)},
-                    {"run_dir": str(folder)})
-        if not os.access(folder, os.W_OK):
-            folder = _writable_copy(folder)
-            p["run_dir"] = str(folder)
+        p = resolve(read_yaml(folder.params_file), {k: v for k, v in changes.items() if v not in ("", None)},
+                    {"run_dir": str(folder.path if os.access(folder, os.W_OK) else _writable_copy(folder.path))})
         device = pick_device(p["device"])
-        net, card = load_model(folder, device)
+        net, card = load_model(p["run_dir"], device)
         data = open_dataset(p)
         same_order(card["classes"], data.classes, f"checkpoint {folder} and data {data.index.table}")
-        if card["params"].get("split_hash") != data.split.hash:
-            raise ValueError(f"{folder} was trained on split {card['params'].get('split_hash')}, {data.index.root} gives "
+        if card["params"]["split_hash"] != data.split.hash:
+            raise ValueError(f"{folder} was trained on split {card['params']['split_hash']}, {data.index.root} gives "
                              f"{data.split.hash}: scores would mix training and test images")
         return cls(p, data, net, device, pick_precision(p["precision"], device))
 
     # -- training ---------------------------------------------------------------------------------------------------
 
-    def dataloaders(self, stage: int = 2) -> ChestDataLoaders:
-        """fastai DataLoaders of a stage: 1 takes the images that ``stage1_images`` says, 2 all."""
-        batch = self.params["stage1_batch" if stage == 1 else "stage2_batch"]
-        return chest_dataloaders(self.data, bs=batch, findings_only=self._findings_only(stage), mean=self.net.mean,
-                                 std=self.net.std, preload=self.params["preload"], device=self.device, path=self.folder)
+    def phases(self) -> list[Phase]:
+        """The phases of the run's recipe."""
+        return phases(self.params, self._rate or 0.0)
 
-    def _findings_only(self, stage: int) -> bool:
-        return stage == 1 and self.params["stage1_images"] == "findings"
+    def images(self) -> dict[str, int]:
+        """Numbers of training images: 'all' and those with 'findings'."""
+        return {"all": len(self.data.rows("train")), "findings": len(self.data.rows("train", findings_only=True))}
 
-    def learner(self, stage: int = 2):
-        """A fastai Learner of a stage around the run's network, whose bank then has the stage's ``bank_momentum``."""
-        if self.net.bank is not None:
-            self.net.bank.bank_momentum = self.params["bank_momentum" if stage == 1 else "stage2_bank_momentum"]
-        return charm_learner(self.dataloaders(stage), net=self.net, loss=self.params[f"stage{stage}_loss"],
-                             weight_decay=self.params["weight_decay"], precision=self.precision, path=self.folder)
+    def phase(self, name: str = "") -> Phase:
+        """A phase by name; the first by default."""
+        return next(phase for phase in self.phases() if name in ("", phase.name))
+
+    def dataloaders(self, phase: Phase | None = None) -> ChestDataLoaders:
+        """fastai DataLoaders of a phase; of the first by default."""
+        phase = phase or self.phase()
+        return chest_dataloaders(self.data, bs=phase.batch, findings_only=phase.images == "findings", mean=self.net.mean,
+                                 std=self.net.std, preload=self.params["preload"], device=self.device, path=self.folder.path)
+
+    def learner(self, phase: Phase | None = None):
+        """A fastai Learner around the run's network, with loss and loaders of a phase; of the first by default."""
+        phase = phase or self.phase()
+        if phase.sets:
+            self.net.enter(**phase.sets)
+        return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, weight_decay=self.params["weight_decay"],
+                             precision=self.precision, path=self.folder.path)
 
     def find_lr(self, *, plot: bool = False) -> float:
-        """The learning rate of stage 1: ``stage1_lr``, or where that is 0 the valley of fastai's finder.
+        """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder.
 
-        The finder leaves network, bank and momentum branch as they were. A resumed run keeps the rate it began with.
+        The finder restores network, bank and momentum encoder. A resumed run keeps its first rate.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self._lr is None and self.trained():
-            self._lr = RunFolder(self.folder).card["stage1_lr"]
-        if self._lr is None:
-            kept = self._runner().saved(self.params["resume"])
-            self._lr = kept["lr"] if kept else None
-        if self._lr is None:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if self._rate is None and self.trained():
+            self._rate = self.folder.card["stage1_lr"]
+        if self._rate is None and (kept := self._runner().saved(self.params["resume"])):
+            self._rate = kept["rate"]
+        if self._rate is None:
             seed_everything(self.params["seed"], "lr_find")
-            learner = self.learner(1)
-            learner.freeze() if self.params["stage1_frozen_epochs"] else learner.unfreeze()
+            phase = self.phase()
+            learner = self.learner(phase)
+            Trains(phase.trains, phase.train_norms).apply(learner)
             with learner.no_bar():
-                self._lr = float(learner.lr_find(show_plot=plot).valley)
-            self.log(f"learning-rate finder: {self._lr:.2e}")
-        return self._lr
+                self._rate = float(learner.lr_find(show_plot=plot).valley)
+            self.log(f"learning-rate finder: {self._rate:.2e}")
+        return self._rate
 
     def train(self) -> list[dict]:
-        """Both stages; continues where an earlier start was stopped, and does nothing for a run that is trained.
+        """Train all phases, from the last finished epoch of an earlier start on; a trained run is left as it is.
 
-        Writes ``params.yaml`` and ``split.csv``, then ``history.csv``, ``bank_history.csv`` and ``log.txt`` as it goes,
-        ``resume.pt`` after each epoch, and at the end ``model.safetensors`` and ``model.json`` with the thresholds and the
-        temperature, both chosen on the validation part, and ``bank.csv``, the bank's slots. Without a validation part
-        (``valid_fraction`` 0) each stage ends with its last epoch's weights, and there is nothing chosen.
+        Writes ``params.yaml`` and ``split.csv``; after each epoch ``history.csv``, ``bank_history.csv``, ``log.txt`` and
+        ``resume.pt``; at the end ``model.safetensors``, ``bank.csv`` (the bank's slots), and ``model.json`` with thresholds and
+        temperature, both chosen on the validation part. Without a validation part (``valid_fraction`` 0) each stage ends with
+        its last epoch's weights and nothing is chosen.
 
-        With ``resume=False`` whatever an earlier run left in the folder is removed first.
+        ``resume=False`` first removes the files of an earlier run.
 
         Raises
         ------
         ValueError
-            The folder holds a run with other settings; says which, and what to do.
+            The folder holds a run with other settings; names them and the remedy.
         """
+        folder = self.folder
         if self.trained():
             self.log("trained already; nothing to do")
-            return self._read_history()
+            self.history = self._read_history()
+            return self.history
         if not self.params["resume"]:
-            for name in ("resume.pt", "model.json", "model.safetensors", "history.csv", "bank_history.csv", "bank.csv",
-                         "predictions.npz", PART_FILE, "metrics.json"):
-                (self.folder / name).unlink(missing_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            for file in (folder.resume_file, folder.card_file, folder.weights_file, folder.history_file, folder.bank_file,
+                         folder.bank_history_file, folder.predictions_file, folder.scored_file, folder.metrics_file):
+                file.unlink(missing_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         runner = self._runner()
         state = runner.saved(self.params["resume"])  # refuses a folder of other settings before writing to it
-        write_text(self.folder / "params.yaml", yaml.safe_dump(self.params, sort_keys=False))
+        write_text(folder.params_file, yaml.safe_dump(self.params, sort_keys=False))
         if not session.in_grid():  # a grid keeps one for all its cells
             frame = self.data.split.frame(self.data.index)
-            write_whole(self.folder / "split.csv", lambda temporary: frame.to_csv(temporary, index=False))
-        runner.lr = self._lr = state["lr"] if state else self.find_lr()
-        phases = plan(self.params, self._lr)
+            write_whole(folder.split_file, lambda temporary: frame.to_csv(temporary, index=False))
+        runner.rate = self._rate = state["rate"] if state else self.find_lr()
+        plan = self.phases()
         self.log(f"training on {self.device} in {self.precision}, {self.data.source}, split {self.data.split.name} "
                  f"{self.data.split.hash}" + ("" if self.data.split.has_valid else ", no validation part: nothing is chosen")
                  + (f", going on after {len(state['history'])} finished epochs" if state else ""))
-        if self.params["use_momentum"] and state is None:
-            self._note_warmup(phases)
-        self.history = [{name: row[name] for name in HISTORY} for row in runner.run(phases, state)]
+        if state is None:
+            self._note_effective(steps(plan, self.images()))
+        self.history = [{name: row[name] for name in HISTORY} for row in runner.run(plan, state)]
         logits, labels = self.logits("valid")
-        self._write_bank()
-        card = {**self.params, "split_hash": self.data.split.hash}
-        save_model(self.net, self.folder, classes=self.data.classes, params=card, stage1_lr=self._lr, data=self._source(),
-                   **chosen_on_validation(labels, logits, self.data.classes))
+        self.bank.write()
+        save_model(self.net, folder.path, classes=self.data.classes, params={**self.params, "split_hash": self.data.split.hash},
+                   stage1_lr=self._rate, data=self._source(), **chosen_on_validation(labels, logits, self.data.classes))
+        self.folder = RunFolder(folder.path)
         return self.history
 
-    def _note_warmup(self, phases) -> None:
-        """Say so when the run is too short for its momentum: a larger one would then be the same run."""
-        m = self.params["momentum"]
-        needed = float("inf") if m >= 1 else max(0, math.ceil((10 * m - 1) / (1 - m)))
-        batches = {stage: max(1, len(self.data.rows("train", findings_only=self._findings_only(stage)))
-                              // self.params[f"stage{stage}_batch"]) for stage in (1, 2)}
-        steps = sum(phase.epochs * batches[phase.stage] for phase in phases)
-        if steps <= needed:
-            self.log(f"note: the warm-up reaches momentum {m:g} after {needed:g} steps and this run has {steps} at most, so "
-                     "any larger momentum gives the same run")
+    def _note_effective(self, total: int) -> None:
+        """Log parameters that amount to another value in so few steps: a larger momentum would be the same run."""
+        acts = effective(self.params, total)
+        for name, value in self.params.items():
+            if PARAMS[name].effective is warmup_end and acts[name] not in (None, value):
+                self.log(f"note: in at most {total} steps the warm-up reaches {name} {acts[name]:.5f} and not {value:g}: any "
+                         "larger value gives the same run")
 
     def trained(self) -> bool:
         """Whether the folder holds the checkpoint of exactly this run; it is then loaded.
@@ -214,13 +217,14 @@ class Run:
         ValueError
             It holds a checkpoint of other settings and ``resume`` is on.
         """
-        if not self.params["resume"] or not (self.folder / "model.json").is_file():
+        self.folder = RunFolder(self.folder)
+        if not self.params["resume"] or not self.folder.trained:
             return False
-        theirs = {k: v for k, v in RunFolder(self.folder).card["params"].items() if k not in UNHASHED}
+        theirs = {k: v for k, v in self.folder.card["params"].items() if k not in UNHASHED}
         if wrong := differences(theirs, self._identity()):
             raise ValueError(f"{self.folder} holds a trained run with other settings ({wrong}). Name another run_dir, or say "
                              "resume=False to train anew.")
-        load_weights(self.net, self.folder)
+        load_weights(self.net, self.folder.path)
         return True
 
     def _source(self) -> dict:
@@ -229,87 +233,37 @@ class Run:
     def _identity(self) -> dict:
         return {**{k: v for k, v in self.params.items() if k not in UNHASHED}, "split_hash": self.data.split.hash}
 
-    def _runner(self) -> StageRunner:
-        return StageRunner(self.learner, self.net, self.folder / "resume.pt", self._identity(),
+    def _runner(self) -> PhaseRunner:
+        return PhaseRunner(self.learner, self.net, self.folder.resume_file, self._identity(),
                            monitor=self.params["monitor"] if self.data.split.has_valid else None, seed=self.params["seed"],
-                           lr=self._lr, on_row=self._row, bars=person_watches())
+                           rate=self._rate, on_row=self._on_row, bars=session.person_watches())
 
-    def _row(self, history: list[dict]) -> None:
-        write_history(self.folder / "history.csv", history)
-        write_bank_history(self.folder / "bank_history.csv", history)
+    def _on_row(self, history: list[dict]) -> None:
+        write_history(self.folder.history_file, history)
+        write_bank_history(self.folder.bank_history_file, history)
         row = history[-1]
-        bank = f", bank {row['bank_filled']}/{self.params['bank_size']}, took {row['bank_accepted']:.0%}" \
+        bank = f", bank {row['bank_filled']}/{self.net.bank.size}, stored {row['bank_accepted']:.0%}" \
             if row["bank_filled"] != "" else ""
-        total = (self.params["stage1_frozen_epochs"] + self.params["stage1_epochs"] if row["stage"] == "1"
-                 else self.params["stage2_epochs"])
+        total = sum(phase.epochs for phase in self.phases() if phase.stage == row["stage"])
         valid = f"valid {row['valid_loss']:.4f}, AUC {row['valid_auc']:.4f}, " if self.data.split.has_valid else ""
         self.log(f"stage {row['stage']} epoch {row['epoch'] + 1}/{total}: train {row['train_loss']:.4f}, {valid}"
                  f"{row['seconds']:.1f} s{bank}")
 
     def _read_history(self) -> list[dict]:
-        path = self.folder / "history.csv"
-        self.history = pd.read_csv(path).to_dict("records") if path.is_file() else []
-        return self.history
+        numbers = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
+        return [{**row, "epoch": int(row["epoch"]), **{name: float(row[name] or "nan") for name in numbers}}
+                for row in RunFolder(self.folder).history]
 
-    def bank_table(self) -> pd.DataFrame:
-        """The bank's filled slots: slot, image (file name), patient, labels as text, step, score, and one column a class.
-
-        See :meth:`charmlib.nn.RareMemoryBank.table`.
-
-        Raises
-        ------
-        ValueError
-            The run has no bank.
-        """
-        if self.net.bank is None:
-            raise ValueError(f"{self.folder} has no bank (use_bank is off), so there are no slots to show")
-        frame = self.data.index.frame
-        table = self.net.bank.table(frame["id"].tolist(), self.data.classes)
-        table.insert(2, "patient", table["image"].map(dict(zip(frame["id"], frame["patient"]))))
-        return table
-
-    def bank_history(self) -> pd.DataFrame:
-        """``bank_history.csv``: stage, epoch, filled, one column a class, no_finding; empty where the run wrote none."""
-        path = self.folder / "bank_history.csv"
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["stage", "epoch", "filled"])
-
-    def train_shares(self) -> dict[str, float]:
-        """Prevalence of each finding, and of none, in the training part."""
-        return training_shares(self.data.labels[self.data.rows("train")], self.data.classes)
-
-    def _enrichment(self, history: list[dict]) -> dict | None:
-        """What the bank holds against the training part; None while it is empty."""
-        table = self.bank_table().dropna(subset="image")
-        if table.empty:
-            return None
-        rows, classes = self.data.rows("train"), list(self.data.classes)
-        slots = table[classes].to_numpy(np.float64, na_value=np.nan)
-        return enrichment(slots, table["patient"], self.data.labels[rows], self.data.index.frame["patient"].to_numpy(str)[rows],
-                          classes, offered=self._offered(table["step"].to_numpy(), history))
-
-    def _offered(self, steps: np.ndarray, history: list[dict]) -> np.ndarray:
-        """Weights (n,) of the training images, had each slot written at ``steps`` been drawn from its stage's images."""
-        values = np.array([-row["valid_auc"] if self.params["monitor"] == "valid_auc" else row["valid_loss"]
-                           for row in history if str(row["stage"]) == "2"], dtype=float)
-        kept = len(values) if np.isnan(values).all() else int(np.nanargmin(values)) + 1  # the bank is of the best epoch
-        rows = self.data.rows("train")
-        batches = max(1, len(rows) // self.params["stage2_batch"])
-        second = (steps >= self.net.bank.steps.item() - kept * batches).mean()
-        first = np.ones(len(rows))
-        if self.params["stage1_images"] == "findings":
-            first = self.data.index.has_finding()[rows].astype(float)
-        return second / len(rows) + (1 - second) * first / max(first.sum(), 1)
-
-    def _write_bank(self) -> None:
-        if self.net.bank is not None:
-            table = self.bank_table().drop(columns="labels")
-            write_whole(self.folder / "bank.csv", lambda temporary: table.to_csv(temporary, index=False))
+    @cached_property
+    def bank(self) -> BankEvidence:
+        """What the network's memory bank holds and answers."""
+        return BankEvidence(self)
 
     def log(self, text: str) -> None:
-        """One line, shown and kept in ``log.txt``."""
+        """Print one line and append it to ``log.txt``."""
         print(text, flush=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "log.txt", "a") as file:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        with open(self.folder.log_file, "a") as file:
             file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     # -- scoring ----------------------------------------------------------------------------------------------------
@@ -333,7 +287,7 @@ class Run:
         return torch.cat(out).cpu().numpy(), torch.cat(labels).cpu().numpy()  # one wait for the device, at the end
 
     def quick_check(self, images: int = 100) -> float:
-        """Mean ROC-AUC on so many random test images: a glance at a checkpoint, never a result."""
+        """Mean ROC-AUC on so many random test images, to see that a checkpoint works; never a result."""
         rows = self.data.rows("test")
         if images < len(rows):
             rows = np.sort(np.random.default_rng(self.params["seed"]).choice(rows, images, replace=False))
@@ -343,29 +297,11 @@ class Run:
               f"mean ROC-AUC {score:.3f}. Not a test score.")
         return score
 
-    def explain(self, image: str) -> Explanation:
-        """What the memory bank answered an image with, given by its file name; of any part. See :func:`explain`.
-
-        Raises
-        ------
-        ValueError
-            The data have no such image.
-        """
-        return explain(self, image)
-
-    def cases(self, count: int = 3) -> list[str]:
-        """Test images to look at: the first with each of the ``count`` rarest findings that the test part holds, each image
-        of another patient. Neither scores nor memory have a say in the choice."""
-        return rare_cases(self, count)
-
     def score(self) -> dict:
         """Score the whole validation and test parts; writes ``predictions.npz`` and returns the metrics.
 
-        Without a validation part its arrays are empty, ``valid`` of the metrics is None, and the test part has neither
-        operating points nor a scaled calibration.
-
-        The metrics also go into a part file from which ``metrics.json`` is made when the run is finished (see
-        :func:`charmlib.evaluation.runs.finish`).
+        Without a validation part its arrays are empty, ``valid`` of the metrics is None, and the test part has no operating
+        points. :func:`charmlib.evaluation.runs.finish` turns the metrics into ``metrics.json``.
 
         Raises
         ------
@@ -378,69 +314,35 @@ class Run:
         parts = {}
         for part in ("valid", "test"):
             logits, labels = self.logits(part)
-            rows = self.data.rows(part)
-            frame = self.data.index.frame.iloc[rows]
+            frame = self.data.index.frame.iloc[self.data.rows(part)]
             parts[part] = {"ids": frame["id"].to_numpy(str), "patients": frame["patient"].to_numpy(str),
                            "labels": labels, "logits": logits}
-        save_predictions(self.folder / "predictions.npz", parts, self.data.classes)
-        bank = None
-        if self.net.bank is not None:
-            bank = {"filled": self.net.bank.filled.item(),
-                    "accepted": self.net.bank.accepted.item() / max(self.net.bank.seen.item(), 1),
-                    "enrichment": self._enrichment(history)}
+        save_predictions(self.folder.predictions_file, parts, self.data.classes)
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
+        bank = self.bank.summary(history)
         valid = score_part(parts["valid"], self.data.classes)[0] if self.data.split.has_valid else None
-        test, samples = score_part(parts["test"], self.data.classes, prevalence=train,
-                                   **RunFolder(self.folder).choices)
-        save_resamples(self.folder / "resamples.npz", samples)
+        test, samples = score_part(parts["test"], self.data.classes, prevalence=train, **self.folder.choices)
+        save_resamples(self.folder.resamples_file, samples)
         metrics = {
             "params": self.params, "data": self._source(),
             "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
-            "classes": list(self.data.classes),
+            "classes": list(self.data.classes), "images": self.images(),
             "train_prevalence": train, "valid": valid, "test": test,
-            "bank": bank, "stage1_lr": RunFolder(self.folder).card["stage1_lr"],
-            "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": None, "overhead": None},
+            "bank": bank, "stage1_lr": self.folder.card["stage1_lr"],
+            "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": round(time.monotonic() - start, 3),
+                        "overhead": None},
             "peak_memory_mb": peak_memory_mb(), "device": device_name(self.device), "precision": self.precision,
             "versions": versions(), "quick_check": self.params["limit"] > 0,
         }
-        metrics["seconds"]["score"] = round(time.monotonic() - start, 3)
-        write_json(self.folder / PART_FILE, metrics)
+        write_json(self.folder.scored_file, metrics)
         return metrics
 
 
 def _writable_copy(folder: Path) -> Path:
-    """A copy of a run that lies where nothing can be written, such as another notebook's output on Kaggle."""
+    """A copy of a read-only run, such as another notebook's output on Kaggle."""
     working = Path("/kaggle/working")
     target = (working if working.is_dir() else Path("runs")).resolve() / folder.name
     if not (target / "params.yaml").is_file():
         shutil.copytree(folder, target, dirs_exist_ok=True)
     print(f"{folder} is read-only: going on with a copy in {target}")
     return target
-
-
-def peak_memory_mb() -> float:
-    """The GPU's peak if one was used, else this process's own.
-
-    Where Linux tells it, not by ``getrusage``, whose figure a child takes over from the process that started it.
-    """
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    status = Path("/proc/self/status")
-    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
-    return round((int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024, 1)
-
-
-def device_name(device: torch.device) -> str:
-    """'Tesla T4', or 'cpu, 2 cores'."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {os.cpu_count()} cores"
-
-
-def versions() -> dict[str, str]:
-    """Of what decides a result."""
-    import fastai
-    import torchvision
-
-    return {"charmlib": charmlib.__version__, "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "fastai": fastai.__version__}

@@ -8,7 +8,8 @@ import yaml
 from charmlib.data.phantom import make_phantoms
 from charmlib.grid import run_grid
 from charmlib.grid.spec import load_grid
-from charmlib.params import DEFAULTS, load_params, resolve
+from charmlib.param_sources import load_params
+from charmlib.params import DEFAULTS, resolve
 
 PARAMS = Path(__file__).parents[2] / "params"
 FILES = sorted((PARAMS / "memaug").glob("*.yaml"))

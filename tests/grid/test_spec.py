@@ -4,7 +4,8 @@ import pytest
 
 from charmlib.evaluation.published import published_charm_grid
 from charmlib.grid.spec import cell_id, load_grid
-from charmlib.params import DEFAULTS, PARAMS, ParameterError, load_params, resolve
+from charmlib.param_sources import load_params
+from charmlib.params import DEFAULTS, PARAMS, ParameterError, resolve
 
 PARAMS_DIR = Path(__file__).parents[2] / "params"
 

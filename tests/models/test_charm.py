@@ -31,7 +31,7 @@ def test_each_part_can_be_left_out(off):
     part = getattr(net, off.removeprefix("use_"))
     assert part is None
     net(torch.randn(4, 3, 32, 32)).sum().backward()
-    net.update_momentum()
+    net.follow()
 
 
 def test_without_all_three_it_is_the_plain_network():
@@ -59,7 +59,7 @@ def test_a_bare_loop_trains_it():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        net.update_momentum()
+        net.follow()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
     assert net.momentum.updates.item() == 40 and net.bank.steps.item() == 40
@@ -70,7 +70,7 @@ def test_all_that_training_changes_is_in_the_state_dict():
     net = make(threshold=0.0)
     for _ in range(3):
         net(torch.randn(8, 3, 32, 32))
-        net.update_momentum()
+        net.follow()
     other = make(threshold=0.0)
     other.load_state_dict(net.state_dict())
     x = torch.randn(4, 3, 32, 32)

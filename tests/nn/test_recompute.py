@@ -26,7 +26,7 @@ def train(net, steps=3, side=64, hooks=nullcontext, autocast=False):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        net.update_momentum()
+        net.follow()
         losses.append(loss.detach().clone())
     return losses, torch.rand(1)
 
@@ -95,7 +95,7 @@ def test_few_activations_are_kept(arch, most):
         own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
         kept = Kept()
         with kept():
-            held = net.embed(torch.randn(4, 3, 64, 64))
+            held = net.encode(torch.randn(4, 3, 64, 64))[0]
         found.append(sum(n for where, n in kept.storages.items() if where not in own))
         del held
     assert 0 < found[1] < most * found[0], found

@@ -34,11 +34,11 @@ def test_slots_similarities_and_weights_by_hand(run, norm):
     """The k most similar slots, one dot product at a time."""
     run.net.bank.bank_norm = norm
     image = RunFolder(run.folder).test.ids[5]
-    told = run.explain(image)
+    told = run.bank.explain(image)
     row = run.data.index.frame.index[run.data.index.frame["id"] == image][0]
-    x, _ = run.dataloaders(2).test_dl([run.data.index.frame.loc[row, "path"]]).one_batch()
+    x, _ = run.dataloaders(run.phase("stage2")).test_dl([run.data.index.frame.loc[row, "path"]]).one_batch()
     with torch.no_grad():
-        z = run.net.eval().embed(x.as_subclass(torch.Tensor))[0].double().numpy()
+        z = run.net.eval().encode(x.as_subclass(torch.Tensor))[0][0].double().numpy()
     slots = run.net.bank.slots[:run.net.bank.filled].double().numpy()
     a = z / np.linalg.norm(z) if norm in ("both", "query") else z
     similar = [a @ (s / np.linalg.norm(s) if norm in ("both", "memory") else s) for s in slots]
@@ -58,7 +58,7 @@ def test_slots_similarities_and_weights_by_hand(run, norm):
 def test_probabilities_are_those_of_the_scores(run):
     test = RunFolder(run.folder).test
     for i in (0, 7):
-        told = run.explain(str(test.ids[i]))
+        told = run.bank.explain(str(test.ids[i]))
         np.testing.assert_allclose(list(told.probabilities.values()), 1 / (1 + np.exp(-test.logits[i])), rtol=1e-3)
         assert told.labels == (tuple(c for c, v in zip(test.classes, test.labels[i]) if v == 1) or ("No Finding",))
         assert told.patient == test.patients[i] and told.top[0][1] == max(told.probabilities.values())
@@ -66,28 +66,28 @@ def test_probabilities_are_those_of_the_scores(run):
 
 def test_a_training_image_is_not_answered_with_itself_and_nothing_is_written(run):
     before = {k: v.clone() for k, v in run.net.state_dict().items()}
-    for image in run.bank_table()["image"].unique()[:4]:
-        told = run.explain(image)
+    for image in run.bank.table()["image"].unique()[:4]:
+        told = run.bank.explain(image)
         assert told.part == "train" and image not in told.table["image"].tolist() and len(told.table) == 3
     for name, value in run.net.state_dict().items():
         assert torch.equal(value, before[name]), name
     with pytest.raises(ValueError, match=r"no image 'x\.png'.*such as"):
-        run.explain("x.png")
+        run.bank.explain("x.png")
 
 
 def test_a_gated_bank_shows_its_weights_as_used_and_an_empty_or_absent_one_says_so(run, phantoms, tmp_path):
     import matplotlib.pyplot as plt
 
-    image = run.cases(1)[0]
+    image = run.bank.cases(1)[0]
     empty = Run.open({**TINY, **FEATURES, "data_root": str(phantoms), "run_dir": str(tmp_path / "a"), "retrieval": "gated"})
-    told = empty.explain(image)
+    told = empty.bank.explain(image)
     assert "is empty" in told.note and told.table.empty and told.retrieved.shape == (0, 32, 32)
     empty.net.bank.train()(torch.randn(64, empty.net.features) * torch.linspace(0.1, 3, 64)[:, None])
     with torch.no_grad():
         empty.net.bank.gate.fill_(0.25)
-    gated = empty.explain(image)
+    gated = empty.bank.explain(image)
     assert gated.table["weight"].sum() == pytest.approx(0.25, rel=1e-4) and gated.table["image"].isna().all()
-    none = Run.open({**TINY, "data_root": str(phantoms), "run_dir": str(tmp_path / "b"), "use_bank": False}).explain(image)
+    none = Run.open({**TINY, "data_root": str(phantoms), "run_dir": str(tmp_path / "b"), "use_bank": False}).bank.explain(image)
     assert "no memory bank" in none.note and len(none.probabilities) == 14
     for cases, words in ((told, "is empty"), ([none, told], "no memory bank"), (gated, "labels unknown")):
         figure = plot_explanation(cases, note="drawn")
@@ -96,7 +96,7 @@ def test_a_gated_bank_shows_its_weights_as_used_and_an_empty_or_absent_one_says_
 
 
 def test_cases_are_the_rarest_findings_of_different_patients(run):
-    names = run.cases(3)
+    names = run.bank.cases(3)
     frame, train = run.data.index.frame.set_index("id"), run.data.labels[run.data.rows("train")]
     assert len(set(names)) == 3 and frame.loc[names, "patient"].nunique() == 3
     test = frame.iloc[run.data.rows("test")]
@@ -108,7 +108,7 @@ def test_cases_are_the_rarest_findings_of_different_patients(run):
 def test_the_picture_names_images_labels_similarity_and_weight(run):
     import matplotlib.pyplot as plt
 
-    cases = [run.explain(image) for image in run.cases(2)]
+    cases = [run.bank.explain(image) for image in run.bank.cases(2)]
     figure = plot_explanation(cases, note="drawn phantoms")
     words = " ".join(" ".join(t.get_text() for t in figure.findobj(plt.Text)).split())
     for case in cases:
@@ -132,7 +132,7 @@ def test_metrics_keep_the_enrichment_of_the_last_bank(run):
         assert figure["prevalence"] == pytest.approx(frame[name].mean())
     finding = frame[list(run.data.classes)].any(axis=1)
     assert held["no_finding"]["prevalence"] == pytest.approx(1 - finding.mean())
-    assert run.train_shares()["no_finding"] == pytest.approx(1 - finding.mean())
+    assert run.bank.shares()["no_finding"] == pytest.approx(1 - finding.mean())
 
 
 @pytest.mark.parametrize("steps", ["first", "second", "both"])
@@ -142,9 +142,9 @@ def test_what_was_on_offer_follows_the_stage_that_wrote_the_slots(run, steps):
     border = run.net.bank.steps.item() - len(rows) // run.params["stage2_batch"]  # stage 2 had one epoch
     assert border == 2 * (finding.sum() // run.params["stage1_batch"])
     at = {"first": [0, border - 1], "second": [border, border + 1], "both": [border - 1, border]}[steps]
-    weight = run._offered(np.array(at), history)
+    weight = run.bank._offered(np.array(at), history)
     stage1, stage2 = finding / finding.sum(), np.full(len(rows), 1 / len(rows))
     want = {"first": stage1, "second": stage2, "both": (stage1 + stage2) / 2}[steps]
     np.testing.assert_allclose(weight, want, rtol=1e-12)
     run.params["stage1_images"] = "all"
-    np.testing.assert_allclose(run._offered(np.array(at), history), stage2, rtol=1e-12)
+    np.testing.assert_allclose(run.bank._offered(np.array(at), history), stage2, rtol=1e-12)

@@ -46,7 +46,7 @@ def test_it_takes_all_images_and_ends_with_its_last_epoch(trained, phantoms, tmp
 
     monkeypatch.setattr(KeepBest, "after_epoch", keep)
     run = Run.open({**ONE_STAGE, "data_root": str(phantoms), "run_dir": str(tmp_path / "run")})
-    dls = run.dataloaders(stage=1)
+    dls = run.dataloaders()
     np.testing.assert_array_equal(dls.train.dataset.rows, run.data.rows("train"))
     assert set(run.data.index.frame["id"][run.data.rows("train")]) == set((phantoms / "train_val_list.txt").read_text().split())
     assert len(dls.valid.dataset) == 0 and list(dls.valid) == []
@@ -82,7 +82,7 @@ def test_a_stopped_one_stage_run_ends_in_the_same_bits(trained, phantoms, tmp_pa
 def test_two_stages_work_without_validation_too(phantoms, tmp_path):
     run = Run.open({**ONE_STAGE, "data_root": str(phantoms), "run_dir": str(tmp_path / "run"), "stage1_images": "findings",
                     "stage1_frozen_epochs": 0, "stage1_epochs": 1, "stage2_epochs": 1})
-    assert len(run.dataloaders(1).train.dataset) == run.data.index.has_finding()[run.data.rows("train")].sum()
+    assert len(run.dataloaders().train.dataset) == run.data.index.has_finding()[run.data.rows("train")].sum()
     assert [r["stage"] for r in run.train()] == ["1", "2"]
 
 
@@ -100,7 +100,7 @@ def test_weights_that_are_not_finite_are_an_error_and_not_a_model(phantoms, tmp_
     monkeypatch.setattr(EpochRecord, "after_epoch", spoil)
     run = Run.open({**ONE_STAGE, "data_root": str(phantoms), "run_dir": str(tmp_path / "run"), "stage1_frozen_epochs": 0,
                     "stage1_epochs": 3})
-    with pytest.raises(ValueError, match=r"epoch 2 left weights that are not finite.*lower the learning rate"):
+    with pytest.raises(ValueError, match=r"epoch 2 ended with weights that are not finite.*Lower the learning rate"):
         run.train()
     assert len(load_resume(run.folder / "resume.pt")["history"]) == 1 and not (run.folder / "model.json").exists()
 
@@ -119,8 +119,8 @@ def test_the_note_on_the_warm_up_counts_the_steps_of_all_images(phantoms, tmp_pa
                         "use_momentum": True, "stage1_epochs": 0})
         run.train()
         said = (run.folder / "log.txt").read_text()
-        steps[images] = int(said.split("this run has ")[1].split()[0])
-        assert steps[images] == len(run.dataloaders(1).train)
+        steps[images] = int(said.split("in at most ")[1].split()[0])
+        assert steps[images] == len(run.dataloaders().train)
     assert steps["findings"] < steps["all"]
 
 

@@ -10,7 +10,7 @@ import torch
 from charmlib import Run
 from charmlib.evaluation.runs import RunFolder, finish
 from charmlib.params import ParameterError
-from charmlib.training import stages
+from charmlib.training import fit
 from charmlib.training.checkpoint import load_model, load_resume
 
 
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 def killed_after(monkeypatch, saves):
     """Let the run write so many resume files and then die on the spot, as by SIGKILL."""
-    real, count = stages.save_resume, [0]
+    real, count = fit.save_resume, [0]
 
     def save(path, state):
         real(path, state)
@@ -28,7 +28,7 @@ def killed_after(monkeypatch, saves):
         if count[0] == saves:
             raise Killed
 
-    monkeypatch.setattr(stages, "save_resume", save)
+    monkeypatch.setattr(fit, "save_resume", save)
 
 
 def bits(folder):
@@ -92,9 +92,9 @@ def test_a_bank_of_any_strategy_resumes_in_the_same_bits(tiny, tmp_path, monkeyp
 
 def test_each_stage_has_its_bank_momentum(tiny):
     run = Run.open(tiny, strategy="statistical", bank_momentum=0.5)
-    run.learner(1)
+    run.learner()
     assert run.net.bank.bank_momentum == 0.5
-    run.learner(2)
+    run.learner(run.phase("stage2"))
     assert run.net.bank.bank_momentum == 0.9999
 
 
@@ -151,23 +151,6 @@ def test_checkpointed_gradients_train_to_the_same_bits(quiet, tiny):
     assert run.net.grad_checkpointing and not Run.open(tiny).net.grad_checkpointing
     run.train()
     same_run(run.folder, quiet)
-
-
-def test_a_run_from_before_a_parameter_was_there_is_one_with_its_default(quiet, tiny, tmp_path):
-    old = tmp_path / "old"
-    shutil.copytree(quiet, old)
-    card = json.loads((old / "model.json").read_text())
-    assert card["params"].pop("attention") == "layers"
-    (old / "model.json").write_text(json.dumps(card))
-    kept = (old / "params.yaml").read_text()
-    (old / "params.yaml").write_text("".join(line for line in kept.splitlines(True) if not line.startswith("attention:")))
-    net, _ = load_model(old)
-    for name, value in bits(quiet)[0].items():
-        assert torch.equal(net.state_dict()[name], value), name
-    assert Run.load(old).params["attention"] == "layers"
-    Run.open({**tiny, "run_dir": str(old)}).train()  # the same settings: nothing to do
-    with pytest.raises(ValueError, match="attention 'layers' there, 'filter' here"):
-        Run.open({**tiny, "run_dir": str(old)}, attention="filter").train()
 
 
 def test_attention_as_a_filter_trains_and_loads(tiny):
@@ -257,7 +240,7 @@ def test_a_run_in_a_read_only_folder_is_copied_first(quiet, tmp_path, monkeypatc
     before = sorted(quiet.iterdir())
     run = Run.load(quiet)
     run.score()
-    assert run.folder == tmp_path / "runs/run" and (run.folder / "predictions.npz").is_file()
+    assert run.folder.path == tmp_path / "runs/run" and (run.folder / "predictions.npz").is_file()
     assert sorted(quiet.iterdir()) == before
 
 
@@ -309,7 +292,7 @@ def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
     assert metrics["test"]["mean_auc"] == pytest.approx(want, abs=1e-12)
     # the order of the ids is the order of the rows: score one image alone
     with torch.no_grad():
-        x, _ = run.dataloaders(2).test_dl([run.data.index.frame.set_index("id").loc[p.ids[3], "path"]]).one_batch()
+        x, _ = run.dataloaders().test_dl([run.data.index.frame.set_index("id").loc[p.ids[3], "path"]]).one_batch()
         alone = run.net(x.as_subclass(torch.Tensor))[0].numpy()
     np.testing.assert_allclose(alone, p.logits[3], rtol=1e-3, atol=1e-4)
     assert not (folder / "metrics.json").exists()
@@ -375,7 +358,7 @@ def test_what_fills_the_bank_is_counted_epoch_by_epoch(quiet, tmp_path):
     assert rows["filled"].tolist() == history["bank_filled"].tolist() and len(rows) == 5
     assert (rows.loc[rows["stage"] == 1, "no_finding"] == 0).all()  # stage 1 sees images with a finding only
     frame = run.data.index.frame.set_index("id")
-    table, kept = run.bank_table(), pd.read_csv(quiet / "bank.csv", dtype={"patient": str})
+    table, kept = run.bank.table(), pd.read_csv(quiet / "bank.csv", dtype={"patient": str})
     assert list(kept) == ["slot", "image", "patient", "step", "score", *run.data.classes]
     assert (kept["image"] == table["image"]).all() and set(kept["image"]) <= set(run.data.split.frame(run.data.index)
                                                                              .query("part == 'train'")["id"])
@@ -387,7 +370,7 @@ def test_what_fills_the_bank_is_counted_epoch_by_epoch(quiet, tmp_path):
     assert (table["labels"] == "No Finding").sum() == best["no_finding"]
     run.params["use_bank"], run.net.bank = False, None
     with pytest.raises(ValueError, match="no bank"):
-        run.bank_table()
+        run.bank.table()
 
 
 def test_a_new_start_removes_what_the_bank_left(tiny):

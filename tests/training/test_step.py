@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from charmlib import charm_learner
 from charmlib.evaluation.metrics import mean_auc
-from charmlib.training.callbacks import HalfPrecision
 from charmlib.training.device import compile_backbone, place
-from charmlib.training.optimizer import AdamW
+from charmlib.training.no_wait import AdamW, HalfPrecision
 from tests.training.conftest import NET
 
 

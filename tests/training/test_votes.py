@@ -4,12 +4,9 @@ import copy
 
 import pytest
 import torch
-import yaml
 
 from charmlib import Run
 from charmlib.data.loaders import grey_to_network
-from charmlib.params import EARLIER, stored
-from charmlib.training.checkpoint import differences, network_params
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
 PLAIN = {"use_momentum": False, "use_attention": False}
@@ -29,7 +26,7 @@ def test_it_trains_the_plain_network_bit_by_bit(tiny, tmp_path):
 
 def test_before_each_validation_slots_hold_what_scoring_sees(tiny):
     run = Run.open(tiny, **PLAIN, bank_size=32)
-    learn = run.learner()
+    learn = run.learner(run.phase("stage2"))
     learn.create_opt()
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
@@ -52,11 +49,11 @@ def test_before_each_validation_slots_hold_what_scoring_sees(tiny):
 
 def test_refreshing_other_banks_and_strangers_does_nothing(tiny):
     run = Run.open(tiny, **PLAIN, answer="features", strategy="rarity")
-    run.net.refresh_bank(lambda ids: pytest.fail("features stay as they were written"))
+    run.net.renew(lambda ids: pytest.fail("features stay as they were written"))
     run = Run.open(tiny, **PLAIN)
     run.net.bank.write(torch.randn(4, run.net.bank.slots.shape[1]), None, torch.ones(4, 14))
     kept = run.net.bank.slots.clone()
-    run.net.refresh_bank(lambda ids: pytest.fail("nobody knows these images"))
+    run.net.renew(lambda ids: pytest.fail("nobody knows these images"))
     assert torch.equal(run.net.bank.slots, kept) and run.net.training
 
 
@@ -65,32 +62,11 @@ def test_it_explains_and_loads_as_it_scores(tiny, keys):
     run = Run.open(tiny, **PLAIN, keys=keys, bank_size=32, k=8)
     run.train()
     again = Run.load(tiny["run_dir"])
-    image = again.cases(1)[0]
-    told = again.explain(image)
+    image = again.bank.cases(1)[0]
+    told = again.bank.explain(image)
     logits, _ = again.logits("test")
     at = again.data.index.frame["id"].iloc[again.data.rows("test")].tolist().index(image)
     assert list(told.probabilities.values()) == pytest.approx(torch.sigmoid(torch.tensor(logits[at])).tolist(), rel=1e-4)
     assert len(told.table) == 8 and told.note == f"all {int(again.net.bank.filled)} slots voted"
     assert told.table["similarity"].is_monotonic_decreasing and told.table["similarity"].between(-1, 1).all()
     assert told.table["weight"].is_monotonic_decreasing and told.table["weight"].between(0, 1).all()
-
-
-def test_a_run_of_before_votes_is_what_it_was(tiny, tmp_path):
-    """Parameters stored by an older version lack the new names; their defaults of today would be another network."""
-    run = Run.open(tiny, answer="features", keys="features", strategy="rarity")
-    run.train()
-    folder = run.folder
-    kept = yaml.safe_load((folder / "params.yaml").read_text())
-    old = {k: v for k, v in kept.items() if k not in ("answer", "keys", "vote_weight", "vote_temperature", "vote_ridge")}
-    (folder / "params.yaml").write_text(yaml.safe_dump(old))
-    card = folder / "model.json"
-    import json
-
-    content = json.loads(card.read_text())
-    content["params"] = {k: v for k, v in content["params"].items() if k in old or k == "split_hash"}
-    card.write_text(json.dumps(content))
-    again = Run.load(folder)
-    assert torch.equal(torch.tensor(again.logits("test")[0]), torch.tensor(run.logits("test")[0]))
-    assert again.params["answer"] == "features" and stored(old)["answer"] == EARLIER["answer"] == "features"
-    assert network_params(old)["keys"] == "features"
-    assert "answer 'features' there, 'votes' here" in differences(old, {**kept, "answer": "votes"})

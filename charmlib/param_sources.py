@@ -1,0 +1,140 @@
+"""Where parameters come from: YAML files, the command line's assignments, and a notebook's parameters cell."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from charmlib.params import DEFAULTS, PARAMS, ParameterError, coerce, nearest
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file as a dict; an empty file is an empty dict.
+
+    Raises
+    ------
+    ParameterError
+        No such file, not YAML, not a mapping; names the file.
+    """
+    path = find_file(path)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ParameterError(f"no file {path}.{nearest(path.name, there)}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ParameterError(f"{path}: wanted 'name: value' lines, found {type(content).__name__}.")
+    return content
+
+
+def find_file(path: str | Path) -> Path:
+    """``path`` if it is there, else the file of that name that ships with charmlib (``params/charm.yaml`` anywhere)."""
+    path = Path(path)
+    parts = path.parts[path.parts.index("params") + 1:] if "params" in path.parts else path.parts
+    package = Path(__file__).parent
+    for folder in () if path.is_file() else (package.parent / "params", package / "shipped" / "params"):
+        if folder.joinpath(*parts).is_file():
+            return folder.joinpath(*parts)
+    return path
+
+
+def load_params(path: str | Path) -> dict[str, Any]:
+    """What a parameter file and its bases set; see :func:`read_params`."""
+    own, below = read_params(path)
+    return {**below, **own}
+
+
+def read_params(path: str | Path, *, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A parameter file, coerced: what it sets itself, and what its ``base`` (a file beside it, which may have one too) sets.
+
+    Raises
+    ------
+    ParameterError
+        As :func:`read_yaml` and :func:`coerce`; files that are each other's base.
+    """
+    path = find_file(path)
+    content = read_yaml(path)
+    base = content.pop("base", None)
+    own = {name: coerce(name, value, str(path)) for name, value in content.items()}
+    if base is None:
+        return own, {}
+    if not isinstance(base, str):
+        raise ParameterError(f"{path}: base is {base!r}, wanted the name of a file beside it.")
+    chain = (*above, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise ParameterError(f"{path}: its base {base} is based on this file itself.")
+    theirs, below = read_params(path.parent / base, above=chain)
+    return own, {**below, **theirs}
+
+
+def parse_assignments(pairs, source: str = "-p") -> dict[str, Any]:
+    """``['k=3', 'weights=none']`` as checked parameters.
+
+    Raises
+    ------
+    ParameterError
+        A pair without ``=``, or as :func:`coerce`.
+    """
+    out = {}
+    for pair in pairs:
+        name, eq, value = pair.partition("=")
+        if not eq:
+            raise ParameterError(f"{source} {pair!r}: wanted name=value.")
+        out[name.strip()] = coerce(name.strip(), value.strip(), source)
+    return out
+
+
+def cell_source(names: Iterable[str] | None = None) -> str:
+    """The text of a notebook's ``parameters`` cell: one typed line a parameter, grouped, with its meaning.
+
+    By default those that the train notebook shows, and ``options`` for all others. Comments hold neither brackets nor '=',
+    which papermill's own reading of the cell overlooks.
+    """
+    lines, group = [], None
+    for p in (PARAMS[name] for name in names or [name for name, p in PARAMS.items() if p.shown]):
+        if p.group != group:
+            lines.append(("" if group is None else "\n") + f"# {p.group}")
+            group = p.group
+        allowed = f": {', '.join(p.choices)}{f', {p.also}' if p.also else ''}" if p.choices else ""
+        lines.append(f"{p.name}: {p.type.__name__} = {p.default!r}  # {p.reason}{allowed}")
+    if names is None:
+        lines.append("options: dict = {}  # any other parameter by name; `python -m charmlib params` lists them")
+    return "\n".join(lines)
+
+
+def from_notebook(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a notebook's namespace sets, ``options`` included, checked.
+
+    ``options`` may also be text in YAML form, as ``papermill -p options "{k: 3}"`` gives it.
+
+    Raises
+    ------
+    ParameterError
+        A name in ``options``, in the parameters cell or given by papermill that is no parameter; names the nearest one.
+    """
+    options = namespace.get("options", {})
+    if isinstance(options, str):
+        options = yaml.safe_load(options) or {}
+    if not isinstance(options, dict):
+        raise ParameterError(f"options is {options!r}, wanted a dict such as {{'use_bank': False}}")
+    injected = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters\n")]
+    assigned = {node.id for cell in injected for node in ast.walk(ast.parse(cell))
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for name in sorted(assigned | set(namespace.get("__annotations__", ()))):
+        if name not in PARAMS and name != "options":
+            coerce(name, None, "notebook")
+    shown = {name: namespace[name] for name in PARAMS if name in namespace}
+    return {name: coerce(name, value, "notebook") for name, value in {**shown, **options}.items()}
+
+
+def changed(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters whose value is not the declared default."""
+    return {name: value for name, value in params.items() if value != DEFAULTS.get(name)}

@@ -1,0 +1,205 @@
+"""What the memory bank of a run holds, and what it answers an image with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+
+from charmlib.data.loaders import grey_to_network
+from charmlib.evaluation.enrichment import enrichment, training_shares
+from charmlib.evaluation.metrics import prevalence
+from charmlib.files import write_whole
+from charmlib.nih import NO_FINDING, PARTS
+from charmlib.nn import RareMemoryBank
+from charmlib.training.recipes import batches
+
+COLUMNS = ("slot", "image", "patient", "labels", "similarity", "weight", "step")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An image, the network's probabilities, and the slots that its memory bank retrieved.
+
+    Attributes
+    ----------
+    image, patient, part : str
+        File name, patient, and 'train', 'valid', 'test', or '' for an image outside the split.
+    labels : tuple of str
+        The image's own findings, ('No Finding',) without one; empty if no label is known.
+    probabilities : dict
+        Class -> probability, uncalibrated.
+    table : DataFrame
+        One row a retrieved slot, best first: ``slot``, ``image`` (file name of a training image), ``patient``, ``labels``
+        ('Effusion|Mass'), ``similarity``, ``weight`` and ``step``, the training batch that wrote it. A voting bank asks all
+        slots and names the k most similar, with the mean cosine of the keys and the weight (0 to 1) of their labels. For other
+        banks similarity is as ``bank_norm`` says, and weight is that of the feature, with the gate and before
+        ``normalize_retrieved``. One image may fill several slots.
+    pixels, retrieved : arrays (S, S) and (k, S, S) uint8
+        The image and those of the table as they are on disk; black if a slot's image is unknown. Banks of features hold what
+        the network of the slot's step computed from the augmented image.
+    note : str
+        Says if there is no bank, or an empty one.
+    """
+
+    image: str
+    patient: str
+    part: str
+    labels: tuple[str, ...]
+    probabilities: dict[str, float]
+    table: pd.DataFrame
+    pixels: np.ndarray = field(repr=False)
+    retrieved: np.ndarray = field(repr=False)
+    note: str = ""
+
+    @property
+    def top(self) -> list[tuple[str, float]]:
+        """Classes and probabilities, the highest first."""
+        return sorted(self.probabilities.items(), key=lambda item: -item[1])
+
+
+class BankEvidence:
+    """The memory bank of a :class:`charmlib.training.run.Run`: its slots, their history, and what they answer."""
+
+    def __init__(self, run):
+        self.run, self.data = run, run.data
+
+    @property
+    def bank(self) -> RareMemoryBank | None:
+        """The network's bank."""
+        return getattr(self.run.net, "bank", None)
+
+    def table(self) -> pd.DataFrame:
+        """The filled slots: slot, image (file name), patient, labels as text, step, score, and one column a class.
+
+        See :meth:`charmlib.nn.RareMemoryBank.table`.
+
+        Raises
+        ------
+        ValueError
+            The run has no bank.
+        """
+        if self.bank is None:
+            raise ValueError(f"{self.run.folder} has no bank (use_bank is off), so there are no slots to show")
+        frame = self.data.index.frame
+        table = self.bank.table(frame["id"].tolist(), self.data.classes)
+        table.insert(2, "patient", table["image"].map(dict(zip(frame["id"], frame["patient"]))))
+        return table
+
+    def write(self) -> None:
+        """Write ``bank.csv``, if there is a bank."""
+        if self.bank is not None:
+            table = self.table().drop(columns="labels")
+            write_whole(self.run.folder.bank_file, lambda temporary: table.to_csv(temporary, index=False))
+
+    def history(self) -> pd.DataFrame:
+        """``bank_history.csv``: stage, epoch, filled, one column a class, no_finding; empty for a run without a bank."""
+        path = self.run.folder.bank_history_file
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["stage", "epoch", "filled"])
+
+    def shares(self) -> dict[str, float]:
+        """Prevalence of each finding, and of ``no_finding``, in the training part."""
+        return training_shares(self.data.labels[self.data.rows("train")], self.data.classes)
+
+    def summary(self, history: list[dict]) -> dict | None:
+        """What ``metrics.json`` holds of the bank: slots filled, share of features stored, enrichment; None without a bank."""
+        if self.bank is None:
+            return None
+        return {"filled": self.bank.filled.item(), "accepted": self.bank.accepted.item() / max(self.bank.seen.item(), 1),
+                "enrichment": self._enrichment(history)}
+
+    def _enrichment(self, history: list[dict]) -> dict | None:
+        table = self.table().dropna(subset="image")
+        if table.empty:
+            return None
+        rows, classes = self.data.rows("train"), list(self.data.classes)
+        slots = table[classes].to_numpy(np.float64, na_value=np.nan)
+        return enrichment(slots, table["patient"], self.data.labels[rows], self.data.index.frame["patient"].to_numpy(str)[rows],
+                          classes, offered=self._offered(table["step"].to_numpy(), history))
+
+    def _offered(self, steps: np.ndarray, history: list[dict]) -> np.ndarray:
+        """Weights (n,) of the training images, had each slot written at ``steps`` been drawn from its stage's images."""
+        rows, plan, images = self.data.rows("train"), self.run.phases(), self.run.images()
+        with_finding = self.data.index.has_finding()[rows].astype(float)
+        end, left, weights = self.bank.steps.item(), np.ones(len(steps), bool), np.zeros(len(rows))
+        stages = {phase.stage: phase for phase in plan}  # in order; each with its last phase
+        for stage, phase in reversed(stages.items()):
+            values = np.array([-row["valid_auc"] if self.run.params["monitor"] == "valid_auc" else row["valid_loss"]
+                               for row in history if str(row["stage"]) == stage], dtype=float)
+            kept = len(values) if np.isnan(values).all() else int(np.nanargmin(values)) + 1  # the bank is of the best epoch
+            end = end - kept * batches(phase, images) if stage != plan[0].stage else -np.inf
+            of_stage = left & (steps >= end)
+            shown = with_finding if phase.images == "findings" else np.ones(len(rows))
+            weights += of_stage.mean() * shown / max(shown.sum(), 1)
+            left &= ~of_stage
+        return weights
+
+    def cases(self, count: int = 3) -> list[str]:
+        """Test images to look at: the first image with each of the ``count`` rarest findings of the test part, each of another
+        patient. Neither scores nor the bank influence the choice."""
+        data, rows = self.data, self.data.rows("test")
+        share = prevalence(data.labels[data.rows("train")], data.classes)
+        patients, names = (data.index.frame[c].to_numpy(str)[rows] for c in ("patient", "id"))
+        chosen, known = [], set()
+        for name in sorted((c for c in data.classes if c != NO_FINDING), key=lambda c: share[c]):
+            positive = data.labels[rows, list(data.classes).index(name)] == 1
+            free = [i for i in np.flatnonzero(positive) if patients[i] not in known]
+            if free and len(chosen) < count:
+                chosen.append(str(names[free[0]]))
+                known.add(patients[free[0]])
+        return chosen
+
+    @torch.no_grad()
+    def explain(self, image: str) -> Explanation:
+        """The slots that answer an image (its file name, of any part), in eval mode on the run's device, as scoring does.
+
+        A training image does not retrieve itself, as in training.
+
+        Raises
+        ------
+        ValueError
+            The data have no such image.
+        """
+        frame, data, net, device = self.data.index.frame, self.data, self.run.net.eval(), self.run.device
+        rows = np.flatnonzero(frame["id"].to_numpy(str) == image)
+        if not len(rows):
+            raise ValueError(f"no image {image!r} in {data.index.root}: give a file name as its table has it, such as "
+                             f"{frame['id'].iloc[0]!r}")
+        row = int(rows[0])
+        pixels = np.asarray(data.images[row])
+        mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (net.mean, net.std))
+        ids = torch.tensor([row], device=device)
+        with torch.autocast("cuda", torch.float16, enabled=self.run.precision == "fp16"):
+            if self.bank is not None:
+                net.see(ids, None)
+            logits, seen = net.read(grey_to_network(torch.from_numpy(pixels.copy())[None, None].to(device), mean, std))
+        table, note = pd.DataFrame(columns=list(COLUMNS)), "the network has no memory bank (use_bank is off)"
+        if self.bank is not None:
+            table = self._retrieved(seen["keys"] if "keys" in seen else seen["z"].float(), ids)
+            note = f"all {int(self.bank.filled):,} slots voted" if "keys" in seen else ""
+            note = note if len(table) else "the memory bank is empty: it did not answer"
+        row_of = dict(zip(frame["id"], range(len(frame))))
+        retrieved = [np.zeros_like(pixels) if pd.isna(name) else np.asarray(data.images[row_of[name]])
+                     for name in table["image"]]
+        part = next((p for p in PARTS if row in data.split.rows(p)), "")
+        return Explanation(image, str(frame["patient"].iloc[row]), part, _findings(data.labels[row], data.classes),
+                           dict(zip(data.classes, torch.sigmoid(logits.float())[0].tolist())), table, pixels,
+                           np.stack(retrieved) if retrieved else np.empty((0, *pixels.shape), np.uint8), note)
+
+    def _retrieved(self, query: torch.Tensor, ids: torch.Tensor) -> pd.DataFrame:
+        """The table of an :class:`Explanation`."""
+        index, weights, _ = self.bank.retrieve(query, ids)
+        weights = weights if self.bank.gate is None else self.bank.gate * weights
+        found = pd.DataFrame({"slot": index[0].tolist(), "similarity": self.bank.similarity(query, index)[0].tolist(),
+                              "weight": weights[0].tolist()})
+        slots = self.table()[["slot", "image", "patient", "labels", "step"]]
+        return found[found["slot"] >= 0].merge(slots, on="slot")[list(COLUMNS)]
+
+
+def _findings(labels: np.ndarray, classes: Sequence[str]) -> tuple[str, ...]:
+    if np.isnan(labels).all():
+        return ()
+    return tuple(c for c, value in zip(classes, labels) if value == 1) or (NO_FINDING,)

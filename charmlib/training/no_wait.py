@@ -1,0 +1,181 @@
+"""Training steps that never wait for the GPU: optimizer, half precision, and fastai's running figures.
+
+fastai copies the loss and the predictions of every batch to the CPU and asks twice a step whether gradients overflowed; each
+time the CPU waits for the GPU. Here all of it stays on the device until somebody reads it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, Metric, Recorder
+from fastai.optimizer import OptimWrapper
+from torch import Tensor
+
+from charmlib.evaluation.metrics import mean_auc
+
+
+class _Fused(torch.optim.AdamW):
+    """Keeps the gradient scaler's verdict on a fused step: ``skipped``, a tensor that is 1 if gradients overflowed."""
+
+    skipped: Tensor | None = None
+
+    def step(self, closure=None):
+        found = getattr(self, "found_inf", None)  # there during a scaler's step only
+        self.skipped = None if found is None else found.clone()
+        return super().step(closure)
+
+
+class AdamW(OptimWrapper):
+    """torch's AdamW, all tensors in one kernel, with fastai's learning rates by group and freezing.
+
+    Differs from fastai's own Adam: norm layers and biases decay too. With a ``scaler`` (``torch.amp.GradScaler``) the kernel
+    skips steps whose gradients overflowed, without telling the CPU; ``skipped`` is then a 0-dim tensor on the device, 1 for
+    such a step.
+    """
+
+    scaler: torch.amp.GradScaler | None = None
+
+    def __init__(self, params, lr: float = 1e-3, **kwargs):
+        super().__init__(params, _Fused, lr=lr, fused=True, **kwargs)
+
+    @property
+    def skipped(self) -> Tensor | None:
+        return self.opt.skipped
+
+    def step(self) -> None:
+        if self.scaler is None:
+            self.opt.step()
+        else:
+            self.scaler.step(self.opt)
+
+
+class HalfPrecision(Callback):
+    """fp16 autocast with a gradient scaler, as fastai's ``MixedPrecision``; needs an optimizer that takes the scaler, such as
+    :class:`AdamW`, which decides on the device whether gradients overflowed."""
+
+    order = 10
+
+    def before_fit(self):
+        kind = next(self.model.parameters()).device.type
+        self.autocast, self.learn.scaler = torch.autocast(kind, torch.float16), torch.amp.GradScaler(kind)
+        self.unscaled = False
+        if self.opt is not None:  # there is none yet where a new Learner is only asked to validate
+            self.opt.scaler = self.learn.scaler
+
+    def before_batch(self):
+        self.autocast.__enter__()
+
+    def after_pred(self):
+        self.learn.pred = self.pred.float()
+
+    def after_loss(self):
+        self.autocast.__exit__(None, None, None)
+
+    def before_backward(self):
+        self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+
+    def before_step(self):
+        self.scaler.unscale_(self.opt.opt)  # for callbacks that look at gradients or clip them; the step then does not
+        self.unscaled = True
+
+    def after_step(self):
+        if self.unscaled:  # not where another callback cancelled the step before
+            self.scaler.update()
+        self.unscaled = False
+
+    def after_fit(self):
+        if self.opt is not None:
+            self.opt.scaler = None
+        self.learn.scaler = self.autocast = None
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """The exponentially weighted training loss, as fastai's."""
+
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().float()
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+
+class MeanLoss(AvgLoss):
+    """The mean validation loss over images, as fastai's."""
+
+    def accumulate(self, learn):
+        size = len(learn.yb[0])
+        self.total = self.total + learn.loss.detach() * size
+        self.count += size
+
+
+class MeanAUC(Metric):
+    """Mean ROC-AUC over a whole validation part."""
+
+    name = "mean_auc"
+
+    def __init__(self, classes):
+        self.classes = tuple(classes)
+        self.reset()
+
+    def reset(self):
+        self.logits, self.labels = [], []
+
+    def accumulate(self, learn):
+        self.logits.append(learn.pred.detach())
+        self.labels.append(learn.yb[0].detach())
+
+    @property
+    def value(self) -> float:
+        if not self.logits:
+            return float("nan")
+        labels, logits = (torch.cat(parts).float().cpu().numpy() for parts in (self.labels, self.logits))
+        return mean_auc(labels, logits, self.classes)
+
+
+class Progress(ProgressCallback):
+    """fastai's progress bars, which read the loss once a second; without a bar for an empty validation part."""
+
+    name = "progress"
+    _read = 0.0
+
+    def before_validate(self):
+        if len(self.dl):
+            super().before_validate()
+
+    def after_validate(self):
+        if len(self.dl):
+            super().after_validate()
+
+    def after_batch(self):
+        self.pbar.update(self.iter + 1)
+        if hasattr(self, "smooth_loss") and time.monotonic() - self._read > 1:
+            self._read = time.monotonic()
+            self.pbar.comment = f"{self.smooth_loss.item():.4f}"
+
+
+class LossesToHost(Callback):
+    """Brings the recorded losses of an epoch to the CPU at its end, as plain numbers, which pictures need."""
+
+    order = Recorder.order + 1
+
+    def after_epoch(self):
+        losses = self.recorder.losses
+        start = next((i for i, value in enumerate(losses) if isinstance(value, torch.Tensor)), len(losses))
+        if start < len(losses):
+            losses[start:] = torch.stack(losses[start:]).tolist()
+
+    def after_fit(self):  # the learning-rate finder ends within an epoch
+        self.after_epoch()
+
+
+def record_on_device(learn: Learner) -> Learner:
+    """Replace the callbacks of a Learner that wait for the GPU at every batch; returns the Learner."""
+    learn.recorder.smooth_loss, learn.recorder.loss = SmoothLoss(learn.recorder.smooth_loss.beta), MeanLoss()
+    learn.add_cb(LossesToHost())
+    if hasattr(learn, "progress"):
+        learn.remove_cb(learn.progress)
+        learn.add_cb(Progress())
+    return learn

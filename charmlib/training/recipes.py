@@ -1,0 +1,113 @@
+"""Recipes: the phases of training that parameters ask for. Imports no torch, so that a grid can plan with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from charmlib.params import ParameterError
+from charmlib.systems import find, load
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One call of fastai's ``fit_one_cycle``.
+
+    Parameters
+    ----------
+    name : str
+        Unique in its recipe.
+    stage : str
+        Successive phases of one stage share loaders, optimizer and best epoch; the column ``stage`` of ``history.csv``.
+    epochs : int
+        The most epochs.
+    lr : float or slice
+        Learning rate; a slice runs from the first parameter group to the last.
+    batch : int
+        Images a batch.
+    images : {'all', 'findings'}
+        Training and validation images: all, or those with a finding.
+    loss : str
+        See :func:`charmlib.nn.make_loss`.
+    trains : tuple of str
+        Names of the network's parts that train; empty for all.
+    train_norms : bool
+        Whether the norm layers of frozen parts keep learning, as after fastai's ``freeze()``. False freezes those parts
+        entirely: they stay in eval mode.
+    cycle : mapping
+        Further arguments of ``fit_one_cycle``.
+    patience : int
+        Epochs without improvement after which the phase ends; 0 never ends it early.
+    sets : mapping
+        Handed to the network's ``enter`` before the phase.
+    """
+
+    name: str
+    stage: str
+    epochs: int
+    lr: float | slice
+    batch: int
+    images: str = "all"
+    loss: str = "bce"
+    trains: tuple[str, ...] = ()
+    train_norms: bool = True
+    cycle: Mapping[str, float] = field(default_factory=dict)
+    patience: int = 0
+    sets: Mapping[str, Any] = field(default_factory=dict)
+
+
+def phases(params: Mapping, rate: float = 0.0) -> list[Phase]:
+    """The phases of a system's recipe that have epochs; ``rate`` is the learning rate of stage 1.
+
+    Raises
+    ------
+    charmlib.params.ParameterError
+        No phase has epochs.
+    """
+    found = [phase for phase in load(find(params["system"]).recipe)(params, rate) if phase.epochs > 0]
+    if not found:
+        raise ParameterError(f"system '{params['system']}': every phase has 0 epochs, nothing would be trained; raise "
+                             "stage1_frozen_epochs, stage1_epochs or stage2_epochs.")
+    return found
+
+
+def two_stages(params: Mapping, rate: float) -> list[Phase]:
+    """CHARM and MemAug: stage 1 is fastai's ``fine_tune``, stage 2 one cycle on all images.
+
+    Stage 1 trains the head alone, then the whole network at half the rate, the first layers at a hundredth of it. Without
+    pretrained weights the whole network trains at the full rate. Stage 2 runs from ``stage2_lr_min`` (first layers) to
+    ``stage2_lr_max`` (head).
+    """
+    first = {"stage": "1", "batch": params["stage1_batch"], "images": params["stage1_images"], "loss": params["stage1_loss"],
+             "sets": {"bank_momentum": params["bank_momentum"]}}
+    whole = slice(rate / 2 / 100, rate / 2) if params["weights"] != "none" else rate
+    return [
+        Phase("stage1_frozen", epochs=params["stage1_frozen_epochs"], lr=slice(rate), trains=("head",),
+              cycle={"pct_start": 0.99}, **first),
+        Phase("stage1", epochs=params["stage1_epochs"], lr=whole, cycle={"pct_start": 0.3, "div": 5.0},
+              patience=params["patience"], **first),
+        Phase("stage2", "2", params["stage2_epochs"], slice(params["stage2_lr_min"], params["stage2_lr_max"]),
+              params["stage2_batch"], loss=params["stage2_loss"], patience=params["patience"],
+              sets={"bank_momentum": params["stage2_bank_momentum"]}),
+    ]
+
+
+def epochs_before(plan: Sequence[Phase], phase: Phase) -> int:
+    """Epochs that earlier phases of the same stage have."""
+    return sum(p.epochs for p in plan[:plan.index(phase)] if p.stage == phase.stage)
+
+
+def phase_of(plan: Sequence[Phase], row: Mapping) -> Phase:
+    """The phase that a row of ``history.csv`` (its ``stage`` and ``epoch``) belongs to."""
+    return next(p for p in plan if p.stage == str(row["stage"]) and int(row["epoch"]) < epochs_before(plan, p) + p.epochs)
+
+
+def steps(plan: Sequence[Phase], images: Mapping[str, int]) -> int:
+    """The most optimizer steps; ``images`` are the numbers of training images, 'all' and 'findings'."""
+    return sum(p.epochs * batches(p, images) for p in plan)
+
+
+def batches(phase: Phase, images: Mapping[str, int]) -> int:
+    """Training batches of one epoch: the last, smaller batch is dropped unless it is the only one."""
+    return max(1, images[phase.images] // phase.batch)

@@ -14,9 +14,10 @@ OLDEST = "2.2.5"
 
 
 def call(method: str, arguments: dict) -> dict:
-    """Log in and call a method of ``KaggleApi``: its ``answer``, with the fields of Kaggle's object by their JSON names.
+    """Log in and call a method of ``KaggleApi``.
 
-    Or its ``error``, in all the client's words, with the ``status`` of Kaggle's refusal, an HTTP number or 0 for no answer.
+    Returns ``answer``, the fields of Kaggle's object by their JSON names; or ``error``, all the client's words, with
+    ``status``, the HTTP number of Kaggle's refusal or 0 without one.
     """
     printed = io.StringIO()
     try:

@@ -103,17 +103,16 @@ def upload(folder: Path, notes: str = "") -> None:
 
 def _call(method: str, what: str, reads: bool = False, seconds: float = 0, **arguments: Any) -> Any:
     """The answer of a method of ``KaggleApi``; only one that reads may say that something is not there."""
-    seconds = seconds or _ANSWER_SECONDS
     command = [sys.executable, "-P", str(Path(__file__).with_name("call.py")), method, json.dumps(arguments)]
     # VERBOSE makes the client print its requests with their authorization
     env = {name: value for name, value in os.environ.items() if name not in ("VERBOSE", "VERBOSE_OUTPUT")}
     try:  # stdin is closed, so that it cannot wait for an answer
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env, check=False,
-                              timeout=seconds)
-    except subprocess.TimeoutExpired:
+                              timeout=seconds or _ANSWER_SECONDS)
+    except subprocess.TimeoutExpired as stopped:
         # without its cause, which holds what the client had printed
-        raise Unclear(f"{what}: kaggle's {method} gave no answer in {seconds / 60:.0f} minutes and was stopped: look at the "
-                      "network, then give the same command") from None
+        raise Unclear(f"{what}: kaggle's {method} gave no answer in {stopped.timeout / 60:.0f} minutes and was stopped: look "
+                      "at the network, then give the same command") from None
     if done.returncode or not done.stdout:  # it was killed, or did not start
         raise _refusal(what, done.stderr.strip().rpartition("\n")[2], 0)
     found = json.loads(done.stdout.strip().rpartition("\n")[2])

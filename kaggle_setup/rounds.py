@@ -27,15 +27,15 @@ _GRACE, _PATIENCE = 1800, 10  # seconds beyond the budget; failures running
 def push(state: State, asked: bool = True) -> None:
     """Bring the state up to date, fetch what has ended, then push what can run now; more rounds for shards with cells left.
 
-    Unless ``asked`` for by a person, no round is added that is unlikely to be worth its GPU hours. Raises Refused where Kaggle
-    did not take a kernel or the wheel; what went before it counts.
+    Unless a person ``asked``, a shard gets another round only where its last one got further than the one before. Raises
+    Refused where Kaggle did not take a kernel or the wheel; what went before it counts.
     """
     refresh(state)
     fetch(state)
     for shard in state.shards:
         latest = state.rounds(shard)[-1]
         left = state.left(shard) if latest.state in (FETCHED, VOID) else []
-        if left and (asked or _gets_on(state, latest)):
+        if left and (asked or _worth_a_round(state, latest)):
             latest = state.add(shard, latest.cells)
             write_kernel(state, latest)
             _becomes(state, latest, READY, f"round {latest.round} for {len(left)} cells")
@@ -101,7 +101,7 @@ def refresh(state: State) -> None:
 def fetch(state: State) -> None:
     """Download the grid folders of sessions that have ended, and merge what each shard got furthest with.
 
-    Raises KaggleError for a download that failed, with which the next call goes on; GridError for shards of different grids.
+    Raises KaggleError where a download failed; the next call goes on with it. Raises GridError for shards of different grids.
     """
     state.save()
     for kernel in [kernel for kernel in state.kernels if kernel.state == ENDED]:
@@ -142,8 +142,8 @@ def _becomes(state: State, kernel: Kernel, new: str, said: str = "") -> None:
         say(_line(state, kernel))
 
 
-def _gets_on(state: State, latest: Kernel) -> bool:
-    """Whether another round is worth its hours: cells are left that did not fail, and the last one got further than before."""
+def _worth_a_round(state: State, latest: Kernel) -> bool:
+    """Whether cells are left that did not fail, and the last round got further than the one before."""
     before = [state.progress(kernel) for kernel in state.rounds(latest.shard)[:-1] if kernel.state == FETCHED]
     return (latest.state == FETCHED and latest.outcome != client.CANCELLED
             and not {"done", "failed"}.issuperset(state.cells(latest).values())

@@ -34,12 +34,11 @@ class Kernel:
 
 @dataclass
 class State:
-    """All of it.
+    """All that a push has on Kaggle.
 
-    ``settings`` are what was asked for, the same for all kernels: the grid's ``name`` and ``files``, ``user``, ``shards``,
-    ``assignments``, ``budget``, ``data``, ``notebook_outputs``, ``dataset``, ``accelerator`` and ``internet``. ``tag`` makes
-    the names this push's own: one of the same grid to another folder must not become its next version. ``uploaded`` is the
-    digest of the wheel that is there.
+    ``settings`` are those of all kernels: the grid's ``name`` and ``files``, ``user``, ``shards``, ``assignments``, ``budget``,
+    ``data``, ``notebook_outputs``, ``dataset``, ``accelerator``, ``internet``. ``tag`` makes the kernels' names this push's
+    own: a push of the same grid to another folder must not become their next version. ``uploaded`` is the wheel's digest.
     """
 
     folder: Path

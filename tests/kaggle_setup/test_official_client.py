@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 
 import pytest
 
@@ -75,6 +76,41 @@ def test_refusals(push, kaggle, tmp_path, request_name, answer, words):
     assert status != 0 and all(word in text for word in words), text
     states = [kernel["state"] for kernel in json.loads((tmp_path / "out/kaggle/state.json").read_text())["kernels"]]
     assert "running" not in states and TOKEN not in text
+
+
+@pytest.mark.parametrize(("status", "words", "state"), [
+    (429, "wait some minutes", "waiting"), (403, "403 Client Error", "waiting"), (502, "502 Server Error", "pushing")])
+def test_what_a_failed_push_means_is_read_from_its_number(push, kaggle, tmp_path, status, words, state):
+    kaggle.answers["SaveKernel"] = (status, "no")
+    code, text = push()
+    assert code == 2 and words in text, text
+    (kernel,) = json.loads((tmp_path / "out/kaggle/state.json").read_text())["kernels"]
+    assert kernel["state"] == state
+
+
+def test_a_signed_address_that_has_expired_stays_hidden(push, charm, kaggle, tmp_path):
+    push()
+    kaggle.files["runs/small/k1/metrics.json"] = "{}"
+    kaggle.signature = "another"
+    status, text = charm("fetch", tmp_path / "out")
+    assert status == 2 and "403 Client Error" in text and "0a1b2c3d" not in text, text
+
+
+def test_a_server_that_gives_no_answer_is_not_waited_for(push, kaggle, tmp_path, monkeypatch):
+    monkeypatch.setattr("kaggle_setup.client._ANSWER_SECONDS", 4)
+    monkeypatch.setattr(kaggle, "_SaveKernel", lambda content: time.sleep(8))
+    status, text = push()
+    assert status == 2 and "kernels_push gave no answer" in text and TOKEN not in text, text
+
+
+def test_a_session_that_failed_says_why(push, charm, kaggle, tmp_path):
+    push()
+    kaggle.answers["GetKernelSessionStatus"] = {"status": "ERROR", "failureMessage": "out of memory"}
+    status, text = charm("status", tmp_path / "out")
+    assert status == 0 and "ended, failed" in text and "out of memory" in text, text
+    kaggle.answers["GetKernelSessionStatus"] = (403, {"code": 403, "message": "Permission 'kernels.get' was denied"})
+    status, text = charm("fetch", tmp_path / "out")
+    assert status == 2 and "is not there any more" in text, text
 
 
 def test_a_wrong_token(push, kaggle):

@@ -181,6 +181,7 @@ def test_the_wheels_dataset_is_complete(tmp_path):
     meta = json.loads((tmp_path / "wheel/dataset-metadata.json").read_text())
     assert meta["id"] == "anna/charmlib-wheel" and len(meta["licenses"]) == 1 and "MIT" in meta["description"]
     held = set(zipfile.ZipFile(next((tmp_path / "wheel").glob("*.whl"))).namelist())
+    assert not any(name.startswith("kaggle_setup") for name in held)
     for path in ROOT.glob("charmlib/**/*"):
         if path.is_file() and "__pycache__" not in path.parts:
             assert str(path.relative_to(ROOT)) in held, path

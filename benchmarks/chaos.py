@@ -37,7 +37,7 @@ SETTINGS = {"image_size": 32, "arch": "timm:test_resnet", "weights": "none", "no
             "stage2_batch": 8, "valid_fraction": 0.2}
 AXES = {"momentum": [0.9, 0.99], "k": [1, 2, 3], "threshold": [0.1, 0.2]}
 PHASES = ("stage 1", "stage 2", "scoring", "writing")
-VICTIMS = {"runner": None, "worker": "multiprocessing.spawn", "papermill": "charmlib.grid.child", "kernel": "ipykernel"}
+VICTIMS = {"runner": None, "worker": "multiprocessing.spawn", "papermill": "charmlib.grid.cell_process", "kernel": "ipykernel"}
 
 
 class Chaos:

@@ -25,8 +25,8 @@ from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import split_note
 from charmlib.files import write_json
-from charmlib.grid.banks import bank_pictures, bank_table
 from charmlib.grid.board import leaderboard
+from charmlib.grid.report import bank_pictures, bank_table
 
 NONE = "no_memory"
 RARE = 4

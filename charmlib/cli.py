@@ -87,7 +87,7 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
 @click.option("--rerun-changed", is_flag=True, help="Replace a finished run that was made with other settings.")
 def run(params_yaml, assignments, out, rerun_changed):
     """Train and test one cell from PARAMS_YAML."""
-    from charmlib.grid.single import run_single
+    from charmlib.grid.runner import run_single
 
     folder = run_single(params_yaml, assignments, out=out, rerun_changed=rerun_changed, say=_say)
     click.echo(f"done: {folder}/metrics.json, {folder}/test.ipynb")
@@ -183,8 +183,8 @@ def controls(params_or_run, assignments, out, workers):
     table, held, remarks = run_controls(params_or_run, assignments, out=out, workers=workers, say=_say)
     click.echo("\n".join([with_intervals(table, 4).to_string(index=False), *remarks]))
     if not held:
-        raise SystemExit("the 99 % interval of the shuffled control does not hold 0.5: labels reach the network by another way "
-                         "than the images, or this is the one honest run in a hundred (try another seed)")
+        raise SystemExit("the 99 % interval of the shuffled control does not contain 0.5: labels reach the network by another "
+                         "way than the images, or this is the one honest run in a hundred (try another seed)")
 
 
 @cli.command()
@@ -229,7 +229,7 @@ def explore(runs, data_root, port, browser):
 
 @cli.group()
 def grid():
-    """Run a grid, look at it."""
+    """Run, merge and inspect grids."""
 
 
 @grid.command("run")
@@ -239,12 +239,13 @@ def grid():
 @click.option("--workers", type=click.IntRange(min=1), help="Cells at once [default: one a GPU, or 1].")
 @click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster.")
 @click.option("--scheduler-file", metavar="FILE", help="Use the Dask cluster of this scheduler file.")
-@click.option("--any-worker", is_flag=True, help="Use workers of that cluster that offer no GPU resource, a cell each.")
-@click.option("--wait-workers", default="60s", show_default=True, metavar="TIME", help="Refuse an empty cluster after.")
+@click.option("--any-worker", is_flag=True, help="Also use workers without a GPU resource, a cell each.")
+@click.option("--wait-workers", default="60s", show_default=True, metavar="TIME",
+              help="Time after which a cluster without workers is refused.")
 @click.option("--shard", metavar="I/N", help="Only every N-th cell from the I-th on.")
-@click.option("--budget", metavar="TIME", help="End in time, such as 11h: what does not fit is left for the same command.")
+@click.option("--budget", metavar="TIME", help="Time for this call, such as 11h; the same command goes on with the cells left.")
 @click.option("--hung-after", default="30m", show_default=True, metavar="TIME",
-              help="End a cell without any sign of life for so long; it is tried once more.")
+              help="Time without any sign of life after which a cell is ended and tried once more.")
 @click.option("--continue-from", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False),
               help="Copy an earlier session's cells from there first [default: attached outputs on Kaggle].")
 @click.option("--dry-run", is_flag=True, help="List the cells and the hours they take, and run nothing.")
@@ -257,7 +258,7 @@ def grid_run(grid_yaml, assignments, **how):
     try:
         board = run_grid(grid_yaml, assignments, say=_say, **how)
     except KeyboardInterrupt as stop:
-        click.echo("stopped: the epochs in hand are lost, nothing else; the same command goes on", err=True)
+        click.echo("stopped: only unfinished epochs are lost; the same command goes on", err=True)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     if how["dry_run"]:
         return
@@ -274,8 +275,8 @@ def grid_run(grid_yaml, assignments, **how):
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("folders", nargs=-1, required=True, type=_RUN, metavar="DIR...")
 def grid_merge(out, folders):
-    """Put the cells of shards, or of several sessions, into OUT, with leaderboard and report."""
-    from charmlib.grid.merge import merge_grids
+    """Merge the cells of shards, or of several sessions, into OUT, with leaderboard and report."""
+    from charmlib.grid.bring import merge_grids
 
     click.echo(_board_text(merge_grids(out, folders, say=_say)))
 
@@ -283,7 +284,7 @@ def grid_merge(out, folders):
 @grid.command("status")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def grid_status(folder):
-    """Say which cells are done, failed, started or pending, and who works on them."""
+    """List the cells as done, failed, started or pending, with the processes that work on them."""
     from charmlib.grid.board import leaderboard
     from charmlib.grid.lease import holder
 
@@ -345,7 +346,7 @@ def _board_text(board) -> str:
     listed, apart = parted(board)
     lines = [*board_notes(listed), shown_board(listed).to_string(index=False)] if len(listed) else []
     if board["same_as_first"].eq(True).any():
-        lines.append("= cannot be told from the first: the 95 % interval of the paired difference holds 0")
+        lines.append("= cannot be told from the first: the 95 % interval of the paired difference contains 0")
     seeds = over_seeds(board)
     if seeds is not None:
         lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]

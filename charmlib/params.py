@@ -352,7 +352,12 @@ def without_effect(params: Mapping[str, Any], names: Iterable[str]) -> str:
     for name in names:
         if need := missing_need(name, params):
             found.setdefault(need, []).append(name)
-    return "without effect: " + "; ".join(f"{', '.join(v)} (needs {k})" for k, v in found.items()) if found else ""
+    return f"without effect: {effect_text(found)}" if found else ""
+
+
+def effect_text(found: Mapping[str, list[str]]) -> str:
+    """Needs and the names that have them, in words."""
+    return "; ".join(f"{', '.join(names)} (needs {need})" for need, names in found.items())
 
 
 def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:

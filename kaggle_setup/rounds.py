@@ -10,8 +10,8 @@ import re
 import time
 from pathlib import Path
 
+from charmlib.grid.bring import merge_grids
 from charmlib.grid.budget import seconds_of
-from charmlib.grid.merge import merge_grids
 from kaggle_setup import client
 from kaggle_setup.client import KaggleError, NotThere, Refused, SessionLimit, StartedWithout
 from kaggle_setup.kernel import slug_of
@@ -126,9 +126,9 @@ def report(state: State) -> None:
 
 
 def _line(state: State, kernel: Kernel) -> str:
-    cells = state.cells(kernel) if kernel.state == FETCHED else {}
-    failed = ", ".join(cell for cell, status in cells.items() if status == "failed")
-    words = [f"{kernel.id}: {kernel.state}", cells and f"{list(cells.values()).count('done')} of {len(cells)} cells done",
+    cells = state.cells(kernel) if kernel.state == FETCHED else []
+    failed = ", ".join(cell.name for cell in cells if cell.status == "failed")
+    words = [f"{kernel.id}: {kernel.state}", cells and f"{sum(cell.done for cell in cells)} of {len(cells)} cells done",
              failed and f"failed: {failed}", kernel.outcome, kernel.url, kernel.said]
     return ", ".join(filter(None, words))
 
@@ -146,7 +146,7 @@ def _worth_a_round(state: State, latest: Kernel) -> bool:
     """Whether cells are left that did not fail, and the last round got further than the one before."""
     before = [state.progress(kernel) for kernel in state.rounds(latest.shard)[:-1] if kernel.state == FETCHED]
     return (latest.state == FETCHED and latest.outcome != client.CANCELLED
-            and not {"done", "failed"}.issuperset(state.cells(latest).values())
+            and any(cell.status in ("started", "pending") for cell in state.cells(latest))
             and state.progress(latest) > (before[-1] if before else (0, 0)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from charmlib.files import write_json
-from charmlib.grid.cells import cell_status
+from charmlib.grid.cells import CellFolder
 from kaggle_setup.client import KaggleError
 from kaggle_setup.kernel import id_of, slug_of
 
@@ -71,15 +71,14 @@ class State:
         """The grid's folder in a kernel's output."""
         return self.place(kernel) / "output" / "runs" / self.settings["name"]
 
-    def cells(self, kernel: Kernel) -> dict[str, str]:
-        """How each cell of a kernel is in its output: 'done', 'failed', 'started' or 'pending'."""
-        return {cell: cell_status(self.grid(kernel) / cell) for cell in kernel.cells}
+    def cells(self, kernel: Kernel) -> list[CellFolder]:
+        """The cells of a kernel in its output, whether they are there or not."""
+        return [CellFolder(self.grid(kernel) / cell) for cell in kernel.cells]
 
     def progress(self, kernel: Kernel) -> tuple[int, int]:
         """How far a kernel got: done cells, then epochs of all its cells."""
-        histories = [self.grid(kernel) / cell / "history.csv" for cell in kernel.cells]
-        epochs = sum(len(path.read_text().splitlines()) for path in histories if path.is_file())
-        return list(self.cells(kernel).values()).count("done"), epochs
+        cells = self.cells(kernel)
+        return sum(cell.done for cell in cells), sum(cell.progress for cell in cells)
 
     def best(self, shard: int) -> Kernel | None:
         """The fetched round of a shard that got furthest; a later one may have died before it took over the earlier cells."""
@@ -89,7 +88,7 @@ class State:
     def left(self, *shards: int) -> list[str]:
         """Cells of these shards, or of all, that no fetched round has finished."""
         best = [self.best(shard) or self.rounds(shard)[0] for shard in shards or self.shards]
-        return [cell for kernel in best for cell, status in self.cells(kernel).items() if status != "done"]
+        return [cell.name for kernel in best for cell in self.cells(kernel) if not cell.done]
 
     def save(self) -> None:
         """Write the state, whole or not at all."""

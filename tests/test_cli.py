@@ -87,7 +87,7 @@ def test_one_stage_without_validation_from_the_file_to_predictions(phantoms, tmp
 @pytest.mark.slow
 def test_a_grid_with_a_failed_cell_does_not_exit_0(phantoms, tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"damaged")
-    base = {**TINY, "data_root": str(phantoms), "weights": str(tmp_path / "damaged.pt")}
+    base = {**TINY, "data_root": str(phantoms), "weights": str(tmp_path / "damaged.pt"), "answer": "features"}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     (tmp_path / "grid_x.yaml").write_text("base: base.yaml\naxes: {k: [1]}\n")
     done = charm("grid", "run", tmp_path / "grid_x.yaml", "--out", tmp_path / "out")

@@ -114,9 +114,10 @@ def test_the_grid_notebook(phantoms, tmp_path):
     import yaml
 
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({**TINY, "data_root": str(phantoms), "stage1_epochs": 1,
-                                                        "stage1_frozen_epochs": 0, "stage2_epochs": 1}))
+                                                        "stage1_frozen_epochs": 0, "stage2_epochs": 1,
+                                                        "answer": "features", "strategy": "rarity"}))
     (tmp_path / "grid_nb.yaml").write_text(yaml.safe_dump(
-        {"base": "base.yaml", "axes": {"momentum": [0.9], "k": [1, 2], "threshold": [0.2]}}))
+        {"base": "base.yaml", "axes": {"momentum": [0.5], "k": [1, 2], "threshold": [0.2]}}))
     book = papermill("grid", tmp_path / "grid.ipynb", {"grid": tmp_path / "grid_nb.yaml", "out": tmp_path / "out"}, tmp_path)
     assert pictures(book) == 2  # heat maps and ROC curves
     assert (tmp_path / "out/leaderboard.csv").is_file()

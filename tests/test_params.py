@@ -146,6 +146,7 @@ def test_a_notebook_gives_shown_names_options_and_no_others():
                                                                                         "answer": "features"}
     for wrong, says in (({"In": ["# Parameters\nstage1_epoch = 1"]}, "unknown parameter 'stage1_epoch'.*Did you mean"),
                         ({"__annotations__": {"seeed": int}}, "Did you mean 'seed'"),
-                        ({"options": {"kk": 1}}, "unknown parameter 'kk'"), ({"options": [1]}, "wanted a dict"), ({"k": "three"}, "not a number")):
+                        ({"options": {"kk": 1}}, "unknown parameter 'kk'"), ({"options": [1]}, "wanted a dict"),
+                        ({"k": "three"}, "not a number")):
         with pytest.raises(ParameterError, match=says):
             from_notebook({**shown, **wrong})

@@ -81,7 +81,7 @@ def test_a_grid_of_a_system_of_ones_own_then_predict(phantoms, tmp_path):
 
 def test_a_killed_run_of_a_system_of_ones_own_ends_in_the_same_bits(toy, phantoms, tmp_path, monkeypatch):
     from charmlib.training.run import Run
-    from tests.training.test_run import Killed, killed_after, same_run
+    from tests.training.test_run import Killed, bits, killed_after
 
     params = {**TOY, "data_root": str(phantoms), "valid_fraction": 0.2}
     quiet = Run.open(params, run_dir=str(tmp_path / "quiet"))
@@ -93,7 +93,10 @@ def test_a_killed_run_of_a_system_of_ones_own_ends_in_the_same_bits(toy, phantom
             Run.open(params, run_dir=str(tmp_path / "run")).train()
         torch.manual_seed(saves)
     Run.open(params, run_dir=str(tmp_path / "run")).train()
-    same_run(tmp_path / "run", tmp_path / "quiet")
+    (state, thresholds, history), (want, want_thresholds, want_history) = bits(tmp_path / "run"), bits(tmp_path / "quiet")
+    assert state.keys() == want.keys() and all(torch.equal(state[name], value) for name, value in want.items())
+    assert thresholds == want_thresholds and len(history) == 4
+    pd.testing.assert_frame_equal(history, want_history)
     assert not torch.equal(start["body.0.weight"], quiet.net.body[0].weight)
 
 

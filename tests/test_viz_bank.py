@@ -108,8 +108,7 @@ def test_the_map_shows_the_numbers_of_the_table(labels):
 @pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
 def test_a_grid_compares_the_banks_of_its_cells(make_run, labels):
     from charmlib.grid import leaderboard
-    from charmlib.grid.banks import bank_table
-    from charmlib.grid.report import write_report
+    from charmlib.grid.report import bank_table, write_report
 
     for strategy, seed in (("rarity", 0), ("fifo", 1), ("fifo", 0)):
         run = make_run(f"g/{strategy}_{seed}", strategy=strategy, seed=seed)

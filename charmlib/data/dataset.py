@@ -41,6 +41,10 @@ class ChestData:
         rows = self.split.rows(part)
         return rows[self.index.has_finding()[rows]] if findings_only else rows
 
+    def train_images(self) -> dict[str, int]:
+        """Numbers of training images: 'all', and those with 'findings'."""
+        return {"all": len(self.rows("train")), "findings": len(self.rows("train", findings_only=True))}
+
     def note(self, part: str) -> str:
         """What stands beside scores on a part: data, split, images, patients and share of positives."""
         count, split = self.split.counts[part], f"{self.source}, split '{self.split.name}' ({self.split.hash[:8]})"

@@ -1,7 +1,7 @@
 """``leaderboard.csv``: ranked by validation, with the test score and its interval beside, for reading."""
 
-from __future__ import annotations
-
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -9,39 +9,27 @@ import yaml
 
 from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.leaks import refuse_leaks
-from charmlib.evaluation.runs import RunFolder, valid_auc
+from charmlib.evaluation.runs import valid_auc
 from charmlib.files import write_whole
-from charmlib.grid.cells import IDENTITY, GridError, cell_status
-from charmlib.params import EARLIER
+from charmlib.grid.cells import CellFolder, GridError
+from charmlib.grid.spec import Grid
+from charmlib.params import effective, missing_need
+from charmlib.training.recipes import phases, steps
 
 LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high",
         "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
 
-NO_VALIDATION = "no validation"
-"""Status of a finished cell that was trained on the validation patients too (``valid_fraction`` 0)."""
+NO_VALIDATION = "no validation"  # status of a finished cell that was trained on the validation patients too
 
-_NEEDS = {"momentum": "use_momentum", "attention": "use_attention", **dict.fromkeys(
-    ("k", "threshold", "bank_size", "strategy", "rule", "answer", "keys", "vote_weight", "vote_temperature",
-     "vote_ridge", "retrieval", "bank_norm", "normalize_retrieved", "bank_momentum", "stage2_bank_momentum"), "use_bank")}
-_ANSWERS = {**dict.fromkeys(("keys", "vote_weight", "vote_temperature", "vote_ridge"), "votes"),
-            **dict.fromkeys(("retrieval", "bank_norm", "normalize_retrieved"), "features")}
-
-
-def _says_something(axis: str, params) -> bool:
-    """Whether an axis has a meaning in a cell: not where its part is switched off, or its kind of answer is not given."""
-    answer = params.get("answer", EARLIER["answer"])
-    return bool(params.get(_NEEDS.get(axis), True)) and _ANSWERS.get(axis, answer) == answer
-
-
-def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.DataFrame:
+def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = True) -> pd.DataFrame:
     """Collect the cells of a grid's folder, write ``leaderboard.csv`` there (unless told not to), and return it.
 
-    Rank 1 has the highest **validation** mean AUC; the test column decides nothing. Quick checks and cells that are
-    not done have no rank, nor has a control with shuffled labels. Ranks are only given within one split: cells of another
-    split are another contest. Cells without a validation part have no rank either, and stand after all others.
+    Rank 1 has the highest **validation** mean AUC; the test column decides nothing. Ranks compare cells of one split.
+    Unfinished cells, quick checks, controls with shuffled labels and cells without a validation part have no rank; the last
+    stand after all others.
 
-    ``diff_first`` is a cell's mean test AUC less that of the cell ranked first, with its paired 95 % interval;
-    ``same_as_first`` is True where that interval holds 0, so that the two cannot be told apart.
+    ``diff_first`` is a cell's mean test AUC minus that of the cell ranked first, with its paired 95 % interval;
+    ``same_as_first`` is True where that interval contains 0, so that the two cannot be told apart.
 
     Raises
     ------
@@ -51,65 +39,86 @@ def leaderboard(folder: str | Path, grid=None, *, write: bool = True) -> pd.Data
         Test images of a cell were in another's training part.
     """
     folder = Path(folder)
-    cells, axes = _cells(folder, grid)
-    rows = []
-    for cell, params in cells.items():
-        row = {"rank": pd.NA, "cell": cell, "status": cell_status(folder / cell)}
-        m = RunFolder(folder / cell).metrics if row["status"] == "done" else None
-        params = m["params"] if m else params
-        row |= {name: params[name] if _says_something(name, params) else None for name in axes}
-        if m:
-            drawn = " (drawn phantoms)" if m["data"]["drawn"] else ""
-            row |= {"valid_mean_auc": valid_auc(m), "test_mean_auc": m["test"]["mean_auc"],
-                    "split": f"{m['split']['name']} {m['split']['hash'][:8]}{drawn}",
-                    "n_images": m["split"]["test"]["images"], "n_patients": m["split"]["test"]["patients"],
-                    "positive_share": m["split"]["test"]["positive_share"],
-                    "seconds": round(m["seconds"]["train"] + m["seconds"]["score"], 1),
-                    "overhead_seconds": m["seconds"]["overhead"]}
-            if m["quick_check"]:
-                row["status"] = "quick check"
-            elif m["params"].get("labels") == "shuffled":
-                row["status"] = "control"
-            elif m["valid"] is None:
-                row["status"] = NO_VALIDATION
-        rows.append(row)
-    board = pd.DataFrame(rows, columns=["rank", "cell", *axes, *LAST])
-    ranked = board["status"] == "done"
-    order = board[ranked].groupby("split")["valid_mean_auc"].rank(ascending=False, method="first")
+    record = read_record(folder) if grid is None else record_of(grid)
+    axes = [axis for axis in record["axes"] if axis != "split"]  # which each board has
+    cells = {cell["id"]: cell["params"] for cell in record["cells"]}
+    # cells of another call of the same grid (a pinned axis, another shard) stay on the board
+    others = {path.parent.name for name in ("metrics.json", "cell.json") for path in folder.glob(f"*/{name}")}
+    runs = {cell: CellFolder(folder / cell) for cell in [*cells, *sorted(others - cells.keys())]}
+    rows = [_row(run) for run in runs.values()]
+    params = {cell: run.metrics["params"] if run.done else cells.get(cell) for cell, run in runs.items()}
+    values = _values_that_act(params, axes, next((run.metrics["images"] for run in runs.values() if run.done), None))
+    board = pd.DataFrame([row | values[row["cell"]] for row in rows], columns=["rank", "cell", *axes, *LAST])
+    order = board[board["status"] == "done"].groupby("split")["valid_mean_auc"].rank(ascending=False, method="first")
     board["rank"] = order.reindex(board.index).astype("Int64")
-    refuse_leaks((folder / cell for cell in board["cell"][board["split"].notna()]), folds=True)
-    board = _with_intervals(folder, board)
-    board = board.sort_values(["split", "rank", "status", "cell"], na_position="last", ignore_index=True)
-    apart = board["status"] == NO_VALIDATION
-    board = pd.concat([board[~apart], board[apart]], ignore_index=True) if apart.any() else board
+    scored = {cell: runs[cell] for cell in board["cell"][board["split"].notna()]}
+    refuse_leaks([run.path for run in scored.values()], folds=True)
+    board = _with_intervals(board, scored).sort_values(["split", "rank", "status", "cell"], na_position="last")
+    board = board.sort_values("status", key=lambda status: status == NO_VALIDATION, kind="stable", ignore_index=True)
     if write:
         write_whole(folder / "leaderboard.csv", lambda temporary: board.to_csv(temporary, index=False))
     return board
 
 
-def _with_intervals(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
-    """Fill in each cell's interval, and the paired difference of each ranked one from the first of its split, both from one
-    bootstrap."""
+def read_record(folder: Path) -> dict:
+    """``grid.yaml`` of a grid's folder: name, axes, and cells with id, axes and params; GridError without one."""
+    if not (folder / "grid.yaml").is_file():
+        raise GridError(f"{folder} holds no grid (no grid.yaml); name a folder that `grid run` wrote")
+    return yaml.safe_load((folder / "grid.yaml").read_text())
+
+
+def record_of(grid: Grid) -> dict:
+    """The content of ``grid.yaml``."""
+    return {"name": grid.name, "axes": list(grid.axes), "cells": [
+        {"id": cell.id, "axes": cell.axes, "params": cell.params} for cell in grid.cells]}
+
+
+def _values_that_act(params: Mapping[str, Mapping | None], axes: list[str], images: Mapping | None) -> dict[str, dict]:
+    """Cell -> the values of its axes; None without effect, or if a cell of another value is the same run."""
+    acts = {cell: effective(p, steps(phases(p), images) if images else None) for cell, p in params.items() if p}
+    times = Counter(map(str, acts.values()))
+    return {cell: {axis: None if not p or missing_need(axis, p) or (times[str(acts[cell])] > 1 and acts[cell].get(axis, p[axis])
+                                                                    != p[axis]) else p[axis] for axis in axes}
+            for cell, p in params.items()}
+
+
+def _row(run: CellFolder) -> dict:
+    status = run.status
+    m = run.metrics if status == "done" else None
+    row = {"cell": run.name, "status": status}
+    if not m:
+        return row
+    if m["quick_check"]:
+        row["status"] = "quick check"
+    elif m["params"]["labels"] == "shuffled":
+        row["status"] = "control"
+    elif m["valid"] is None:
+        row["status"] = NO_VALIDATION
+    drawn, part = " (drawn phantoms)" if m["data"]["drawn"] else "", m["split"]["test"]
+    return row | {"valid_mean_auc": valid_auc(m), "test_mean_auc": m["test"]["mean_auc"],
+                  "split": f"{m['split']['name']} {m['split']['hash'][:8]}{drawn}",
+                  "n_images": part["images"], "n_patients": part["patients"], "positive_share": part["positive_share"],
+                  "seconds": round(m["seconds"]["train"] + m["seconds"]["score"], 1),
+                  "overhead_seconds": m["seconds"]["overhead"]}
+
+
+def _with_intervals(board: pd.DataFrame, runs: dict[str, CellFolder]) -> pd.DataFrame:
+    """Fill in each cell's interval, and each ranked cell's paired difference to the first of its split, from one bootstrap."""
     board = board.astype({"same_as_first": object})
-    means = {}
-    for i, row in board[board["split"].notna()].iterrows():
-        samples = RunFolder(folder / row["cell"]).resamples
-        if samples is not None:
-            means[i] = mean_of_defined(samples.auc)
-            board.loc[i, ["ci_low", "ci_high"]] = interval(means[i])[:2]
-    for _, same_split in board[board["rank"].notna()].groupby("split"):
+    means = {cell: mean_of_defined(run.resamples.auc) for cell, run in runs.items() if run.resamples is not None}
+    for i, row in board[board["cell"].isin(means)].iterrows():
+        board.loc[i, ["ci_low", "ci_high"]] = interval(means[row["cell"]])[:2]
+    for _, same_split in board[board["rank"].notna() & board["cell"].isin(means)].groupby("split"):
         first = same_split.loc[same_split["rank"].idxmin()]
         for i, row in same_split[same_split["rank"] > 1].iterrows():
-            if i not in means or first.name not in means:
-                continue
-            low, high, _ = interval(means[i] - means[first.name])
+            low, high, _ = interval(means[row["cell"]] - means[first["cell"]])
             board.loc[i, ["diff_first", "diff_low", "diff_high"]] = row["test_mean_auc"] - first["test_mean_auc"], low, high
             board.loc[i, "same_as_first"] = bool(low <= 0 <= high)
     return board
 
 
 def board_axes(board: pd.DataFrame) -> list[str]:
-    """The grid's axes, which stand between a leaderboard's cells and scores."""
+    """The grid's axes: the columns between a leaderboard's cells and scores."""
     columns = list(board.columns)
     return columns[columns.index("cell") + 1:columns.index("valid_mean_auc")]
 
@@ -121,11 +130,9 @@ def over_seeds(board: pd.DataFrame) -> pd.DataFrame | None:
     the same test part; the intervals of :func:`leaderboard` are of drawing patients.
     """
     axes = board_axes(board)
-    if "seed" not in axes:
-        return None
+    others = [axis for axis in axes if axis != "seed"] + ["split"]
     ranked = board[board["rank"].notna()]
-    others = [a for a in axes if a != "seed"] + ["split"]
-    if ranked.empty or ranked.groupby(others, dropna=False)["seed"].nunique().max() < 2:
+    if "seed" not in axes or ranked.empty or ranked.groupby(others, dropna=False)["seed"].nunique().max() < 2:
         return None
     table = ranked.groupby(others, dropna=False, as_index=False).agg(
         seeds=("seed", "nunique"), valid_mean=("valid_mean_auc", "mean"), valid_sd=("valid_mean_auc", "std"),
@@ -133,17 +140,3 @@ def over_seeds(board: pd.DataFrame) -> pd.DataFrame | None:
         test_high=("test_mean_auc", "max"), n_images=("n_images", "first"), n_patients=("n_patients", "first"),
         positive_share=("positive_share", "first"))
     return table.sort_values("valid_mean", ascending=False, ignore_index=True)
-
-
-def _cells(folder: Path, grid) -> tuple[dict[str, dict], list[str]]:
-    """Cell -> parameters, and the axes' names: of the given grid, or of the one that the folder was made with."""
-    if grid is not None:
-        listed, axes = {c.id: c.params for c in grid.cells}, list(grid.axes)
-    elif (folder / "grid.yaml").is_file():
-        kept = yaml.safe_load((folder / "grid.yaml").read_text())
-        listed, axes = {c["id"]: c["params"] for c in kept["cells"]}, list(kept["axes"])
-    else:
-        raise GridError(f"{folder} holds no grid (no grid.yaml)")
-    # cells of another call of the same grid (a pinned axis, another shard) stay on the board
-    others = sorted({p.parent.name for name in ("metrics.json", IDENTITY) for p in folder.glob(f"*/{name}")} - listed.keys())
-    return listed | {name: {} for name in others}, [a for a in axes if a != "split"]  # which the board has anyway

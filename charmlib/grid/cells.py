@@ -1,6 +1,4 @@
-"""A cell's identity and state, as far as its folder tells."""
-
-from __future__ import annotations
+"""A cell's identity, and its state as read from its folder."""
 
 import hashlib
 import json
@@ -9,32 +7,24 @@ from enum import IntEnum
 from pathlib import Path
 
 import charmlib
-from charmlib.evaluation.runs import PART_FILE
+from charmlib.evaluation.runs import RunFolder
 from charmlib.files import remove_temporaries
 from charmlib.grid import lease
 from charmlib.params import UNHASHED
 
 NOTEBOOKS = ("train", "test")
-IDENTITY = "cell.json"
-"""Id, hash and more of a cell that is not finished, so that it never goes on under other settings."""
-RUNNING = ".running.ipynb"
-"""Both notebooks as far as they are executed."""
-ALIVE = ".alive"
-"""The file that the kernel of a cell touches as it works."""
 
 
 class Ended(IntEnum):
-    """How a cell's process ended: its exit status."""
+    """Exit status of a cell's process."""
 
     DONE = 0
     FAILED = 1
-    BUSY = 75
-    """Another process works on the cell."""
+    BUSY = 75  # another process works on the cell
     OUT_OF_TIME = 76
     LEASE_LOST = 77
     DISK_FULL = 78
-    CRASHED = 79
-    """The kernel, or the process itself, was killed."""
+    CRASHED = 79  # the kernel, or the process itself, was killed
     HUNG = 80
     STOPPED = 143
 
@@ -44,36 +34,32 @@ class GridError(RuntimeError):
 
 
 def find_notebooks(folder: str | Path | None = None) -> Path:
-    """The folder of ``train.ipynb`` and ``test.ipynb``: given, of the checkout or wheel, or in the current folder.
+    """The folder of ``train.ipynb`` and ``test.ipynb``: given, that of the checkout or wheel, or the current one.
 
-    Raises
-    ------
-    GridError
-        Not found; lists where it was looked for.
+    Raises GridError, listing the searched folders.
     """
     package = Path(charmlib.__file__).parent
-    places = [Path(folder)] if folder else [package.parent / "notebooks", package / "shipped" / "notebooks",
-                                            Path("notebooks"), Path(".")]
-    for place in places:
+    searched = [Path(folder)] if folder else [package.parent / "notebooks", package / "shipped" / "notebooks",
+                                              Path("notebooks"), Path(".")]
+    for place in searched:
         if all((place / f"{name}.ipynb").is_file() for name in NOTEBOOKS):
             return place.resolve()
-    raise GridError(f"no train.ipynb and test.ipynb in {', '.join(map(str, places))}: name their folder with --notebooks")
+    raise GridError(f"no train.ipynb and test.ipynb in {', '.join(map(str, searched))}: name their folder with --notebooks")
 
 
 def notebook_code(notebooks: Path) -> str:
-    """The text of the code cells of both notebooks, which is part of what a result depends on."""
-    import nbformat  # half a second, and this module is imported for each command
+    """The text of the code cells of both notebooks, on which results depend."""
+    import nbformat  # half a second, and each command imports this module
 
-    cells = [cell["source"] for name in NOTEBOOKS
-             for cell in nbformat.read(notebooks / f"{name}.ipynb", as_version=4).cells if cell["cell_type"] == "code"]
-    return "\n\n".join(cells)
+    books = [nbformat.read(notebooks / f"{name}.ipynb", as_version=4) for name in NOTEBOOKS]
+    return "\n\n".join(cell["source"] for book in books for cell in book.cells if cell["cell_type"] == "code")
 
 
 def cell_hash(params: Mapping, code: str, split_hash: str) -> str:
-    """16 hex digits over the parameters (not where things are), the notebooks' code, the split and charmlib's version."""
+    """16 hex digits over the parameters (without paths and machine), the notebooks' code, the split and charmlib's version."""
     what = {"params": {k: params[k] for k in sorted(params) if k not in UNHASHED}, "code": code, "split": split_hash,
             "version": charmlib.__version__}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    return code_hash(json.dumps(what, sort_keys=True))
 
 
 def code_hash(code: str) -> str:
@@ -81,50 +67,46 @@ def code_hash(code: str) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def read_identity(folder: Path) -> dict:
-    """What the folder of an unfinished cell says of it (id, hash, seconds spent); empty where it says nothing readable."""
-    try:
-        return json.loads((folder / IDENTITY).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
+class CellFolder(RunFolder):
+    """A run's folder that a grid's processes share.
 
-
-def finished(folder: Path, hash_: str) -> bool:
-    """Whether a cell is done, under these very settings.
-
-    Raises
-    ------
-    GridError
-        Done under others.
+    While the cell is unfinished, ``cell.json`` holds id, hash, split, code, charmlib version, start (Unix time) and the
+    seconds spent before it; ``.running.ipynb`` is both notebooks as far as they are executed; the kernel touches ``.alive``.
     """
-    if cell_status(folder) != "done":
-        return False
-    theirs = json.loads((folder / "metrics.json").read_text()).get("hash")
-    if theirs != hash_:
-        raise GridError(f"{folder.name} was finished by another runner under other settings (hash {theirs}, wanted {hash_}); "
-                        "use another --out, or --rerun-changed")
-    return True
 
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.identity_file, self.running_file = self.path / "cell.json", self.path / ".running.ipynb"
+        self.alive_file = self.path / ".alive"
 
-def epochs_done(folder: Path) -> int:
-    """Finished epochs, by the history; one more when trained, another when scored: grows as long as a cell gets on."""
-    path = folder / "history.csv"
-    lines = path.read_text().count("\n") - 1 if path.is_file() else 0
-    return lines + (folder / "model.json").is_file() + (folder / PART_FILE).is_file()
+    @property
+    def identity(self) -> dict:
+        """Content of ``cell.json``; empty where it is missing or damaged."""
+        try:
+            return json.loads(self.identity_file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
 
+    @property
+    def holder(self) -> str:
+        """'process 123 on HOST' for the living process that works on the cell, or an empty text."""
+        return lease.holder(self.path)
 
-def cell_status(folder: Path) -> str:
-    """'done', 'failed', 'started' (has finished epochs to go on from) or 'pending'."""
-    if (folder / "metrics.json").is_file():
-        return "done"
-    if (folder / "error.txt").is_file():
-        return "failed"
-    return "started" if (folder / "resume.pt").is_file() or (folder / "model.json").is_file() else "pending"
+    @property
+    def progress(self) -> int:
+        """Finished epochs, plus one when trained and one when scored."""
+        return len(self.history) + self.trained + self.scored_file.is_file()
 
+    def done_as(self, hash_: str) -> bool:
+        """Whether the cell is finished; raises GridError if it has other settings than those of this hash."""
+        if self.done and self.metrics["hash"] != hash_:
+            raise GridError(f"{self.name} was finished by another runner under other settings (hash {self.metrics['hash']}, "
+                            f"wanted {hash_}); use another --out, or --rerun-changed")
+        return self.done
 
-def tidy(folder: Path) -> None:
-    """Remove what a finished cell no longer needs, where its process was killed before it did so itself."""
-    if cell_status(folder) == "done" and not lease.holder(folder):
-        for name in ("resume.pt", PART_FILE, IDENTITY, ALIVE, "error.txt"):
-            (folder / name).unlink(missing_ok=True)
-        remove_temporaries(folder)
+    def tidy(self) -> None:
+        """Remove the working files of a finished cell that a killed process left."""
+        if self.done and not self.holder:
+            for file in (self.resume_file, self.scored_file, self.identity_file, self.alive_file, self.error_file):
+                file.unlink(missing_ok=True)
+            remove_temporaries(self.path)

@@ -1,6 +1,4 @@
-"""The Dask cluster that a grid runs on: this machine's own, one worker a GPU, or any that is there already."""
-
-from __future__ import annotations
+"""The Dask cluster that a grid runs on: this machine's own, one worker a GPU, or a given one."""
 
 import contextlib
 import logging
@@ -10,15 +8,21 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import charmlib
-from charmlib.grid.cells import GridError, code_hash, notebook_code
-from charmlib.grid.worker import nanny_environment, notebooks_here, work
+import dask
+import distributed
+import distributed.client  # makes the loggers that _quiet silences
 
-GPU = "GPU"
-"""The resource that a worker offers for each GPU it may use, and a cell takes one of."""
+import charmlib
+from charmlib.grid.budget import Budget, seconds_of
+from charmlib.grid.cells import GridError, code_hash, notebook_code
+from charmlib.grid.worker import notebooks_here, work
+from charmlib.params import ParameterError
+
+GPU = "GPU"  # the resource that a worker offers for each of its GPUs; a cell takes one
 
 
 def gpus() -> list[str]:
@@ -33,161 +37,181 @@ def gpus() -> list[str]:
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in out.stdout.splitlines()))]
 
 
+@dataclass
+class Means:
+    """Where and how long cells run; times are given in seconds, or as texts such as '5m'.
+
+    Parameters
+    ----------
+    workers : int
+        Workers of the local cluster: one a GPU, or one on a CPU, by default.
+    scheduler, scheduler_file : str
+        Use this Dask cluster instead; its workers must see the grid's folder and the data under the same paths. A cell takes
+        one ``GPU`` of a worker's resources (``dask worker ... --resources GPU=1``, one worker a GPU with its own
+        ``CUDA_VISIBLE_DEVICES``); with ``any_worker`` workers without that resource are used too, a cell each. Without any
+        worker after ``wait_workers`` it is refused.
+    budget : str or float
+        Time from now on: a cell is started only if one epoch and its save fit, longest first; training ends in time at an
+        epoch's end, and the report is written within it.
+    hung_after : str or float
+        A cell without any sign of life (batch or file) for this time is ended.
+    rerun_changed : bool
+        Run finished cells again whose parameters, notebooks, split or charmlib version have changed.
+
+    Raises
+    ------
+    charmlib.params.ParameterError
+        A time is wrong, or two clusters are named.
+    """
+
+    workers: int | None = None
+    scheduler: str | None = None
+    scheduler_file: str | None = None
+    any_worker: bool = False
+    wait_workers: str | float = 60.0
+    budget: str | float | None = None
+    hung_after: str | float = 1800.0
+    rerun_changed: bool = False
+
+    def __post_init__(self):
+        if self.scheduler and self.scheduler_file:
+            raise ParameterError("--scheduler and --scheduler-file name two clusters; give one of them")
+        self.wait_workers = seconds_of(self.wait_workers, "--wait-workers")
+        self.hung_after = seconds_of(self.hung_after, "--hung-after")
+        self.budget = Budget(None if self.budget is None else seconds_of(self.budget))
+        self.given = self.scheduler or self.scheduler_file  # the cluster that runs already, if one is named
+        self.at_once = self.workers or max(1, len(gpus()))  # cells at once on this machine
+
+
 class Cluster:
-    """Places for cells: ``places`` at once, each started by :meth:`submit`."""
+    """A Dask cluster as seats for cells: :meth:`seats` at once, each filled by :meth:`submit`.
 
-    def __init__(self, client, *, devices=(), own: dict | None = None, gpu: bool = False):
-        self.client, self.devices, self.own, self.gpu = client, list(devices), own or {}, gpu
+    ``devices`` are shared out among the workers; ``threads`` (0: all) and ``stagger`` (seconds between starts) go to each
+    cell; ``gpu`` says whether a cell takes a GPU resource or a whole worker.
+    """
 
-    def places(self) -> int:
+    def __init__(self, client, *, devices=(), threads: int = 0, stagger: float = 0.0, gpu: bool = False):
+        self.client, self.devices, self.gpu = client, list(devices), gpu
+        self.own = {"threads": threads, "stagger": stagger}
+
+    def offers(self) -> list[dict]:
+        """The resources of each worker (``scheduler_info`` lists five workers only)."""
+        return self.client.run_on_scheduler(
+            lambda dask_scheduler: [dict(worker.resources) for worker in dask_scheduler.workers.values()])
+
+    def seats(self) -> int:
         """How many cells can run at once, now."""
-        offers = _offers(self.client)
-        return sum(int(o.get(GPU, 0)) for o in offers) if self.gpu else len(offers)
+        return sum(int(offer.get(GPU, 0)) if self.gpu else 1 for offer in self.offers())
 
     def submit(self, job: dict):
         """Start a cell; returns Dask's future."""
-        # pure=False and no retries: a cell is run because its result is not on disk, never because of a cached key
-        return self.client.submit(work, {**job, **self.own}, self.devices, key=f"cell-{job['id']}-{uuid.uuid4().hex[:8]}",
+        # pure=False and no retries: whether a cell runs depends on its files, never on a cached key
+        return self.client.submit(work, job | self.own, self.devices, key=f"cell-{job['id']}-{uuid.uuid4().hex[:8]}",
                                   pure=False, retries=0, resources={GPU: 1} if self.gpu else None)
 
 
 @contextlib.contextmanager
-def local_cluster(workers: int | None, cells: int) -> Iterator[Cluster]:
-    """This machine's own workers: one a GPU, or one on a CPU, unless told otherwise; no more than there are cells."""
-    from distributed import Client, LocalCluster
-
+def local_cluster(means: Means, cells: int) -> Iterator[Cluster]:
+    """This machine's own workers, at most one a cell."""
     _quiet()
-    devices = gpus()
-    count = min(workers or max(1, len(devices)), cells)
-    own = {"environment": {name: os.environ[name] for name in nanny_environment() if name in os.environ}}
-    if count > 1:
-        own |= {"threads": max(1, (os.cpu_count() or 1) // count), "stagger": 1.0}
-    with _not_for_children(signal.SIGINT):
-        cluster = LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0",
-                               silence_logs=logging.CRITICAL)
-    client = Client(cluster)
-    try:
-        yield Cluster(client, devices=devices, own=own)
-    finally:
-        client.close()
-        cluster.close()
+    count = min(means.at_once, cells)
+    several = {"threads": max(1, (os.cpu_count() or 1) // count), "stagger": 1.0} if count > 1 else {}
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": {}}):  # which pins cells to one thread by default
+        with handling(signal.SIGINT, signal.SIG_IGN):  # a terminal sends Ctrl-C to all, and only the runner should answer
+            cluster = distributed.LocalCluster(n_workers=count, threads_per_worker=1, processes=True,
+                                               dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
+        with cluster, distributed.Client(cluster) as client:
+            yield Cluster(client, devices=gpus(), **several)
 
 
 @contextlib.contextmanager
-def other_cluster(address: str | None, scheduler_file: str | None, *, folder: Path, data_roots: set[str], code: str,
-                  notebooks: Path, any_worker: bool = False, wait: float = 60.0) -> Iterator[Cluster]:
-    """A Dask cluster that is there already, checked before anything runs on it.
-
-    A cell takes one ``GPU`` of a worker's resources (``dask worker ... --resources GPU=1``, one worker a GPU with its own
-    ``CUDA_VISIBLE_DEVICES``). With ``any_worker`` workers that offer none are used too, a cell each.
+def given_cluster(means: Means, jobs: list[dict]) -> Iterator[Cluster]:
+    """A Dask cluster that runs already, checked before anything runs on it.
 
     Raises
     ------
     GridError
-        No scheduler there, no workers within ``wait`` seconds, none that offers a GPU, or workers that do not see the run
-        folder or the data or have another charmlib or other notebooks; says which and what to do.
+        No scheduler, no workers in time, none that offers a GPU, or workers that do not see the grid's folder or the data or
+        have another charmlib or other notebooks; says which and the remedy.
     """
-    where = address or scheduler_file
-    client = connect(address, scheduler_file, wait)
-    try:
-        _wait_for_workers(client, where, wait, any_worker)
-        gpu = any(GPU in offer for offer in _offers(client))
-        _refuse_strangers(client, folder, data_roots, notebooks, code)
-        yield Cluster(client, gpu=gpu, own={"stagger": 1.0})
-    finally:
-        client.close()
+    with connect(means) as client:
+        try:
+            client.wait_for_workers(1, timeout=means.wait_workers)
+        except TimeoutError as error:
+            raise GridError(f"the cluster at {means.given} has no workers (waited {means.wait_workers:.0f} s, --wait-workers); "
+                            f"start some with `dask worker {client.scheduler.address} --resources GPU=1` and try "
+                            "again") from error
+        offers = Cluster(client).offers()
+        gpu = any(GPU in offer for offer in offers)
+        if not gpu and not means.any_worker:
+            raise GridError(f"none of the {len(offers)} workers at {means.given} offers a GPU. Start them with --resources "
+                            "GPU=1, one a GPU with its own CUDA_VISIBLE_DEVICES, or say --any-worker to use them as they are, "
+                            "one cell each.")
+        _refuse_strangers(client, jobs)
+        yield Cluster(client, gpu=gpu, stagger=1.0)
 
 
-def connect(address: str | None, scheduler_file: str | None, wait: float = 60.0):
-    """A client of the scheduler at an address, or of the one that a file names once it is there.
-
-    Raises
-    ------
-    GridError
-        No scheduler within ``wait`` seconds.
-    """
-    from distributed import Client
-
+def connect(means: Means):
+    """A client of the scheduler at an address, or of the one that a file names once it exists; GridError without one."""
     _quiet()
-    end = time.monotonic() + wait
-    while scheduler_file and not Path(scheduler_file).is_file():  # Dask would wait for it for ever
+    file, end = means.scheduler_file, time.monotonic() + means.wait_workers
+    while file and not Path(file).is_file():  # Dask would wait for it for ever
         if time.monotonic() > end:
-            raise GridError(f"no file {scheduler_file} (waited {wait:.0f} s, --wait-workers): start the cluster with `dask "
-                            f"scheduler --scheduler-file {scheduler_file}`")
+            raise GridError(f"no file {file} (waited {means.wait_workers:.0f} s, --wait-workers): start the cluster with `dask "
+                            f"scheduler --scheduler-file {file}`")
         time.sleep(0.2)
     try:
-        return Client(address=address, scheduler_file=scheduler_file, timeout=30)
+        return distributed.Client(address=means.scheduler, scheduler_file=file, timeout=30)
     except (OSError, TimeoutError, ValueError) as error:
-        raise GridError(f"no Dask scheduler at {address or scheduler_file} ({type(error).__name__}: {error}); start one with "
+        raise GridError(f"no Dask scheduler at {means.given} ({type(error).__name__}: {error}); start one with "
                         "`dask scheduler`") from error
 
 
-def _wait_for_workers(client, where: str, wait: float, any_worker: bool) -> None:
-    end = time.monotonic() + wait
-    while True:
-        offers = _offers(client)
-        if any(GPU in offer for offer in offers) or (offers and any_worker):
-            return
-        if time.monotonic() > end:
-            break
-        time.sleep(0.5)
-    if offers:
-        raise GridError(f"none of the {len(offers)} workers at {where} offers a GPU. Start them with --resources GPU=1, one a "
-                        "GPU with its own CUDA_VISIBLE_DEVICES, or say --any-worker to use them as they are, one cell each.")
-    raise GridError(f"the cluster at {where} has no workers (waited {wait:.0f} s, --wait-workers); start some with "
-                    f"`dask worker {client.scheduler.address} --resources GPU=1` and try again")
-
-
-def _offers(client) -> list[dict]:
-    """The resources of each worker (``scheduler_info`` would tell of the first five only)."""
-    return client.run_on_scheduler(lambda dask_scheduler: [dict(w.resources) for w in dask_scheduler.workers.values()])
-
-
-def _refuse_strangers(client, folder: Path, data_roots: set[str], notebooks: Path, code: str) -> None:
+def _refuse_strangers(client, jobs: list[dict]) -> None:
     """Refuse workers on which a cell could not run, or would be another cell."""
+    folder, code = Path(jobs[0]["folder"]).parent, jobs[0]["code"]
     probe = folder / f".seen.{uuid.uuid4().hex}"
     probe.touch()
     try:
-        found = client.run(_look_around, str(probe), sorted(data_roots), str(notebooks), on_error="return")
+        wanted = [str(probe), *sorted({job["params"]["data_root"] for job in jobs})]
+        found = client.run(_look_around, wanted, jobs[0]["notebooks"], on_error="return")
     finally:
         probe.unlink(missing_ok=True)
     for worker, facts in found.items():
         if isinstance(facts, BaseException):
             raise GridError(f"worker {worker} cannot run charmlib ({type(facts).__name__}: {facts}): install charmlib "
                             f"{charmlib.__version__} there")
-        if missing := facts["missing"]:
-            raise GridError(f"worker {worker} does not see {missing[0]}: the run folder and the data must be there under the "
-                            "same paths on all machines. For machines that share no folder use --shard and `grid merge`.")
-        if facts["version"] != charmlib.__version__ or facts["code"] != code:
-            raise GridError(f"worker {worker} has charmlib {facts['version']} with notebooks {facts['code']}, this is "
-                            f"{charmlib.__version__} with {code}: install the same on all machines")
+        missing, version, theirs = facts
+        if missing:
+            raise GridError(f"worker {worker} does not see {folder if missing[0] == str(probe) else missing[0]}: the run "
+                            "folder and the data must be there under the same paths on all machines. For machines that share "
+                            "no folder use --shard and `grid merge`.")
+        if (version, theirs) != (charmlib.__version__, code):
+            raise GridError(f"worker {worker} has charmlib {version} with notebooks {theirs}, this is {charmlib.__version__} "
+                            f"with {code}: install the same on all machines")
 
 
-def _look_around(probe: str, data_roots: list[str], notebooks: str) -> dict:
-    missing = [str(Path(p).parent if p == probe else p) for p in (probe, *data_roots) if not Path(p).exists()]
-    return {"version": charmlib.__version__, "code": code_hash(notebook_code(notebooks_here(notebooks))),
-            "missing": missing}
+def _look_around(wanted: list[str], notebooks: str) -> tuple[list[str], str, str]:
+    """Missing paths, charmlib's version and the notebooks' hash on a worker."""
+    return ([path for path in wanted if not Path(path).exists()], charmlib.__version__,
+            code_hash(notebook_code(notebooks_here(notebooks))))
 
 
 def _quiet() -> None:
-    """Dask's tracebacks at an interrupt or a lost connection hide what matters; some loggers have a level of their own."""
-    import distributed.client  # noqa: F401  (makes them)
-
+    """Silence Dask, whose tracebacks at an interrupt or a lost connection hide ours; some loggers have their own level."""
     for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
         if name.split(".")[0] in ("distributed", "tornado", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
-def _not_for_children(number: int) -> Iterator[None]:
-    """Processes started meanwhile ignore a signal: a terminal sends Ctrl-C to all, and only the runner should answer."""
+def handling(number: int, handler: Callable | signal.Handlers) -> Iterator[None]:
+    """Handle a signal, in child processes started meanwhile too if it is ignored. Only the main thread may; others skip it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, signal.SIG_IGN)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
         signal.signal(number, before)
-
-

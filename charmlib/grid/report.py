@@ -1,6 +1,4 @@
-"""``report.html`` and ``roc.png`` of a grid: one self-contained page."""
-
-from __future__ import annotations
+"""``report.html``, pictures and tables of a grid."""
 
 from pathlib import Path
 
@@ -8,86 +6,120 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from charmlib.evaluation.evaluate import evaluate_run
+from charmlib.evaluation.enrichment import NONE, compare_enrichment
 from charmlib.evaluation.published import beside_published
+from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
 from charmlib.files import write_whole
-from charmlib.grid.banks import bank_pictures, bank_table, without_expected, write_bank_table
 from charmlib.grid.board import NO_VALIDATION, board_axes, over_seeds
 from charmlib.viz import page
+from charmlib.viz.bank import plot_bank_history, plot_enrichment_map
 from charmlib.viz.grid import heat_maps
 from charmlib.viz.history import plot_history
 from charmlib.viz.roc import plot_roc, plot_roc_bands
 
+_BANKS = ("Share of a bank's slots with a finding over its prevalence in the training part, the rarest first, with 95 % "
+          "intervals by bootstrap over the training part's patients; runs that differ only in their seed show the spread of "
+          "training. 'Expected' is the share in slots drawn at random, each from the images of its stage: a bank that still "
+          "holds slots of stage 1, which shows findings only, is enriched without any choice.")
 
-def write_report(folder: str | Path, board: pd.DataFrame, grid=None, *, out: str | Path | None = None) -> Path | None:
-    """Write ``roc.png``, ``roc_bands.png`` (of the cell that validation ranks first; where none has a rank, of the board's
-    first), ``seeds.csv`` (with a seed axis), ``enrichment.csv`` (with banks) and ``report.html`` into the grid's folder, or
-    ``out``; None while no cell is done."""
+
+def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = None,
+                 out: str | Path | None = None) -> Path | None:
+    """Write a grid's report into its folder, or ``out``; None while no cell is done.
+
+    Files: ``report.html``, ``roc.png`` and ``roc_bands.png`` (of the cell ranked first; the board's first if none has a rank),
+    ``seeds.csv`` (with a seed axis), ``enrichment.csv`` (with banks). ``name`` is the grid's, the folder's by default.
+    """
     folder = Path(folder)
     out = Path(out or folder)
-    ranked = board[board["rank"] == 1]
-    if ranked.empty:
-        ranked = board[board["status"].isin(["quick check", "control", NO_VALIDATION])]
-    if ranked.empty:
+    done = board[board["split"].notna()]
+    if done.empty:
         return None
-    best = ranked.iloc[0]
-    metrics, predictions = evaluate_run(folder / best["cell"])  # anew, so that runs of an older version have all of it
-    note, part = split_note(metrics), metrics["test"]
-    first = pd.notna(best["rank"])
-    named = f"{best['cell']}, {'ranked first by validation' if first else 'not ranked'}"
-    seeds = over_seeds(board)
-    if seeds is not None:
-        write_whole(out / "seeds.csv", lambda temporary: seeds.to_csv(temporary, index=False))
-    banks = bank_table(folder, board)
-    if banks is not None:
-        write_bank_table(out, banks)
+    best = done[done["rank"] == 1].iloc[0] if done["rank"].notna().any() else done.iloc[0]
+    run, first = RunFolder(folder / best["cell"]), pd.notna(best["rank"])
+    metrics, note = run.metrics, split_note(run.metrics)
+    title = f"{run.name}, {'ranked first by validation' if first else 'not ranked'}"
+    seeds, banks = over_seeds(board), bank_table(folder, board)
+    for file, table in (("seeds.csv", seeds), ("enrichment.csv", banks)):
+        if table is not None:
+            write_whole(out / file, lambda temporary, table=table: table.to_csv(temporary, index=False))
     with matplotlib.rc_context({"figure.max_open_warning": 0}):
-        roc = plot_roc(predictions, title=named, note=note)
-        write_whole(out / "roc.png", lambda temporary: roc.savefig(temporary, format="png", dpi=130))
-        bands = plot_roc_bands(predictions, part, title=named, note=note)
-        write_whole(out / "roc_bands.png", lambda temporary: bands.savefig(temporary, format="png", dpi=130))
-        pictures = [("ROC curves on the whole test part", roc), ("Interval bands", bands)]
+        pictures = [("ROC curves on the whole test part", plot_roc(run.test, title=title, note=note)),
+                    ("Interval bands", plot_roc_bands(run.test, metrics["test"], title=title, note=note))]
+        for file, (_, figure) in zip(("roc.png", "roc_bands.png"), pictures):
+            write_whole(out / file, lambda temporary, figure=figure: figure.savefig(temporary, format="png", dpi=130))
         maps = heat_maps(board, note=note)
         if maps is not None:
             pictures.append(("Mean test AUC over the grid (for reading; ranks come from validation)", maps))
-        pictures.append((f"Training of {best['cell']}", plot_history(pd.read_csv(folder / best["cell"] / "history.csv"),
-                                                                     note=note)))
+        pictures.append((f"Training of {run.name}", plot_history(pd.read_csv(run.history_file), note=note)))
         if banks is not None:
             pictures += bank_pictures(folder, board, banks, note=note)
         drawn = [text for title, figure in pictures for text in (page.heading(title), page.picture(figure, title))]
         for _, figure in pictures:  # or a notebook that runs the grid shows them all
             plt.close(figure)
-    name = grid.name if grid is not None else folder.name
     listed, apart = parted(board)
-    parts = [page.paragraph(f"{note}. {origin_note(metrics)}.", ""), page.heading("Leaderboard"),
-             page.paragraph(("Ranked by validation mean AUC. " if first else "No cell is ranked. ")
-                            + "The test columns are for reading, with 95 % intervals by bootstrap over patients."
-                            + (f" '=' marks cells whose paired difference from {best['cell']} has an interval that holds 0: "
-                               "the test part cannot tell them from it." if first else "")),
-             *([page.table(shown_board(listed), "first board" if first else "board")] if len(listed) else [])]
+    parts = [page.paragraph(f"{note}. {origin_note(metrics)}.", "")]
+    parts += _section("Leaderboard", ("Ranked by validation mean AUC. " if first else "No cell is ranked. ")
+                      + "The test columns are for reading, with 95 % intervals by bootstrap over patients."
+                      + (f" '=' marks cells whose paired difference to {run.name} has an interval that contains 0: the test "
+                         "part cannot tell them from it." if first else ""),
+                      shown_board(listed) if len(listed) else None, "first board" if first else "board")
     if seeds is not None:
-        parts += [page.heading("Over seeds"),
-                  page.paragraph("Mean and standard deviation over training seeds, on one test part."),
-                  page.table(with_intervals(seeds, 4), "first")]
-    parts += [page.heading(f"Classes of {best['cell']}"),
-              page.table(with_intervals(class_table(part, predictions.positives)), "first")]
+        parts += _section("Over seeds", "Mean and standard deviation over training seeds, on one test part.",
+                          with_intervals(seeds, 4), "first")
+    parts += _section(f"Classes of {run.name}", "", with_intervals(class_table(metrics["test"], run.test.positives)), "first")
     if banks is not None:
-        parts += [page.heading("Do the banks hold rare findings?"),
-                  page.paragraph("Share of a bank's slots with a finding over its prevalence in the training part, the rarest "
-                                 "first, with 95 % intervals by bootstrap over the training part's patients; runs that differ "
-                                 "in their seed alone show what training itself adds to that. 'Expected' is what slots drawn "
-                                 "at random would have, each from the images of its stage: a bank that still holds slots of "
-                                 "stage 1, which shows findings only, is enriched without any choice."),
-                  page.table(with_intervals(without_expected(banks), 2).replace("undefined", ""))]
+        shown = [c for c in banks if not c.endswith(" expected") or c.startswith(("any ", "no finding"))]
+        parts += _section("Do the banks hold rare findings?", _BANKS,
+                          with_intervals(banks[shown], 2).replace("undefined", ""))
     if len(apart):
-        parts += [page.heading("Without a validation part"), *(page.paragraph(f"{line}.") for line in board_notes(apart)),
-                  page.table(shown_apart(apart), "board")]
+        parts += _section("Without a validation part", "\n".join(f"{line}." for line in board_notes(apart)), shown_apart(apart),
+                          "board")
     published, remark = beside_published(metrics)
-    parts += [*drawn, page.heading("Beside published figures"), page.paragraph(remark)]
-    if published is not None:
-        parts.append(page.table(with_intervals(published, 4), "words"))
-    return page.write_page(out / "report.html", f"Grid {name}", parts, drawn=metrics["data"]["drawn"])
+    parts += drawn + _section("Beside published figures", remark,
+                              None if published is None else with_intervals(published, 4), "words")
+    return page.write_page(out / "report.html", f"Grid {name or folder.name}", parts, drawn=metrics["data"]["drawn"])
+
+
+def _section(heading: str, text: str, table: pd.DataFrame | None, kind: str = "") -> list[str]:
+    """A heading, a paragraph for each line of text, and a table."""
+    tables = [] if table is None else [page.table(table, kind)]
+    return [page.heading(heading), *map(page.paragraph, text.splitlines()), *tables]
+
+
+def bank_table(folder: Path, board: pd.DataFrame) -> pd.DataFrame | None:
+    """What the cells' banks hold: one row a finished cell with a filled bank, seeds of a setting together; None without any.
+
+    Columns: cell, the grid's axes, slots, then as :func:`charmlib.evaluation.enrichment.compare_enrichment`.
+    """
+    banks = {cell: RunFolder(folder / cell).metrics["bank"] or {} for cell in board["cell"][board["split"].notna()]}
+    found = {cell: bank["enrichment"] for cell, bank in banks.items() if bank.get("enrichment")}
+    if not found:
+        return None
+    axes = board_axes(board)
+    table = board[["cell", *axes]].merge(compare_enrichment(found), on="cell")
+    order = sorted(axes, key=lambda axis: axis == "seed")
+    return table.sort_values([*order, "cell"], key=lambda column: column.astype(str), ignore_index=True)
+
+
+def bank_pictures(folder: Path, board: pd.DataFrame, table: pd.DataFrame, *, note: str = "") -> list[tuple[str, object]]:
+    """(title, figure): enrichment of every cell, and, for cells of one split, the filling of the banks over time, a panel a
+    setting in the order of the board."""
+    pictures = [("What the memory banks hold", plot_enrichment_map(table, note=note))]
+    held = board[board["cell"].isin(table["cell"])]
+    axes = [a for a in (*board_axes(board), "split") if a != "seed" and held[a].astype(str).nunique() > 1]
+    histories: dict[str, list[pd.DataFrame]] = {}
+    for _, row in held.iterrows():
+        run = RunFolder(folder / row["cell"])
+        if run.bank_history_file.is_file():
+            setting = ", ".join(f"{a} {row[a]}" for a in axes) or ("" if "seed" in board_axes(board) else run.name)
+            histories.setdefault(setting or "all seeds", []).append(pd.read_csv(run.bank_history_file))
+    if histories and held["split"].nunique() == 1:  # one training part, so one prevalence of each finding
+        bank = RunFolder(folder / held["cell"].iloc[0]).metrics["bank"]["enrichment"]
+        shares = {name: finding["prevalence"] for name, finding in {**bank["classes"], NONE: bank[NONE]}.items()}
+        pictures.append(("What filled the memory banks", plot_bank_history(histories, shares, note=note)))
+    return pictures
 
 
 def board_notes(board: pd.DataFrame) -> list[str]:
@@ -103,28 +135,27 @@ def board_notes(board: pd.DataFrame) -> list[str]:
 
 
 def parted(board: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A leaderboard without the cells that had no validation part, and these."""
+    """The cells of a leaderboard with a validation part, and those without."""
     apart = board["status"] == NO_VALIDATION
     return board[~apart], board[apart]
 
 
 def shown_apart(apart: pd.DataFrame) -> pd.DataFrame:
     """Cells without a validation part for reading: a list, not a ranking."""
-    return shown_board(apart).drop(columns=["rank", "valid AUC", "less the first (95 %)"])
+    return shown_board(apart).drop(columns=["rank", "valid AUC", "difference to the first (95 %)"])
 
 
 def shown_board(board: pd.DataFrame) -> pd.DataFrame:
     """A leaderboard for reading: intervals in one column, '=' at cells that cannot be told from the first, and the split's
-    columns only where they differ (they are said above)."""
+    columns only where they differ (:func:`board_notes` has them too)."""
     shown = board.rename(columns={"ci_low": "test_mean_auc low", "ci_high": "test_mean_auc high",
                                   "diff_low": "diff_first low", "diff_high": "diff_first high"})
     shown["cell"] += shown["same_as_first"].eq(True).map({True: " =", False: ""})
     shown["overhead_seconds"] = shown["overhead_seconds"].round(1)
     if shown["split"].dropna().nunique() <= 1:
         shown = shown.drop(columns=["split", "n_images", "n_patients", "positive_share"])
-    plain = [*board_axes(board), "seconds", "overhead_seconds"]
-    for column in plain:
+    for column in (*board_axes(board), "seconds", "overhead_seconds"):
         shown[column] = ["" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v) for v in shown[column]]
     return with_intervals(shown.drop(columns="same_as_first")).replace("undefined", "").rename(columns={
-        "valid_mean_auc": "valid AUC", "test_mean_auc": "test AUC (95 %)", "diff_first": "less the first (95 %)",
+        "valid_mean_auc": "valid AUC", "test_mean_auc": "test AUC (95 %)", "diff_first": "difference to the first (95 %)",
         "overhead_seconds": "overhead"})

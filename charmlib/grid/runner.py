@@ -1,109 +1,62 @@
-"""Run a grid on Dask: one child process a cell, everything that matters on disk, finished cells skipped."""
+"""Run a grid on Dask: one child process a cell, all results on disk, finished cells skipped."""
 
-from __future__ import annotations
-
-import contextlib
 import itertools
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import yaml
+from fastcore.meta import delegates
 
 from charmlib.data.dataset import open_dataset
 from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.leaks import one_cross_validation
-from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_text, write_whole
-from charmlib.grid import estimate, lease
-from charmlib.grid.board import leaderboard
-from charmlib.grid.budget import KAGGLE_WEEK, Budget, hours, seconds_of
-from charmlib.grid.cells import (
-    GridError,
-    cell_hash,
-    cell_status,
-    code_hash,
-    find_notebooks,
-    notebook_code,
-    read_identity,
-    tidy,
-)
-from charmlib.grid.cluster import connect, gpus, local_cluster, other_cluster
-from charmlib.grid.earlier import bring_earlier
-from charmlib.grid.folders import remove_cell
+from charmlib.grid.board import leaderboard, record_of
+from charmlib.grid.bring import bring_earlier, remove_cell
+from charmlib.grid.budget import KAGGLE_WEEK, existing, hours, paces, refuse_without_space, remaining
+from charmlib.grid.cells import CellFolder, GridError, cell_hash, code_hash, find_notebooks, notebook_code
+from charmlib.grid.cluster import Means, connect, given_cluster, handling, local_cluster
 from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
-from charmlib.grid.space import refuse_without_space
-from charmlib.grid.spec import Cell, Grid, load_grid, parse_shard
-from charmlib.params import ParameterError, changes, with_absolute_paths
+from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell, refuse_dead_axes, remarks
+from charmlib.param_sources import find_file
+from charmlib.params import changes, with_absolute_paths
 
 _DATA = ("data_root", "classes", "csv", "labels", "split", "valid_fraction", "limit", "image_size", "aspect",
          "cache_dir", "workers")
 
 
-@dataclass(frozen=True)
-class Means:
-    """Where and how long cells run; see :func:`run_grid`."""
-
-    workers: int | None = None
-    scheduler: str | None = None
-    scheduler_file: str | None = None
-    any_worker: bool = False
-    wait_workers: float = 60.0
-    budget: float | None = None
-    hung_after: float = 1800.0
-    rerun_changed: bool = False
-
-    @property
-    def elsewhere(self) -> bool:
-        """Whether the cells run on a cluster that is there already."""
-        return bool(self.scheduler or self.scheduler_file)
-
-
-def run_grid(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,
-             workers: int | None = None, scheduler: str | None = None, scheduler_file: str | None = None,
-             any_worker: bool = False, wait_workers: str | float = 60.0, shard: str | tuple[int, int] | None = None,
-             budget: str | float | None = None, hung_after: str | float = 1800.0, continue_from: str | Path | None = None,
-             dry_run: bool = False, rerun_changed: bool = False, notebooks: str | Path | None = None,
-             say: Callable[[str], None] = print) -> pd.DataFrame:
+@delegates(Means)
+def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,
+             shard: str | tuple[int, int] | None = None, continue_from: str | Path | None = None, dry_run: bool = False,
+             notebooks: str | Path | None = None, say: Callable[[str], None] = print, **kwargs) -> pd.DataFrame:
     """Run or continue a grid; returns its leaderboard.
 
-    Cells whose ``metrics.json`` is there are skipped, half-done ones go on after their last finished epoch. A cell that
-    fails keeps its traceback (``error.txt`` and the executed notebook) and the others go on; the next call tries it again.
-    One whose process or kernel is killed, or that hangs, is started again, once for each time that it gets further. Several
-    calls on one folder, also from several machines, share the cells.
+    Finished cells are skipped, started ones go on after their last finished epoch. A failed cell keeps its traceback
+    (``error.txt`` and the executed notebook) and the others go on; the next call tries it again. A cell that hangs or whose
+    process or kernel is killed is started again, once for each time that it gets further. Several calls on one folder, also
+    from several machines, share the cells.
 
     Parameters
     ----------
-    path, assignments
-        See :func:`charmlib.grid.spec.load_grid`.
+    grid, assignments
+        A grid, or its file with assignments as in :func:`charmlib.grid.spec.load_grid`.
     out : path
         The grid's folder, ``runs/<name>`` by default.
-    workers : int
-        Workers of the local cluster: one a GPU, or one on a CPU, by default.
-    scheduler, scheduler_file : str
-        Use this Dask cluster instead; its workers must see ``out`` and the data under the same paths. A cell takes one ``GPU``
-        of a worker's resources; with ``any_worker`` also workers that offer none. Without any worker after ``wait_workers``
-        (seconds, or such as '5m') it is refused.
     shard : 'i/n' or (i, n)
         Only every n-th cell from the i-th on.
-    budget : str or float
-        A time such as '11h', from now on: a cell is started only if one epoch and its save fit, longest first; training ends in
-        time at an epoch's end, and the report is written within it.
-    hung_after : str or float
-        A cell that shows no sign of life for so long (no batch, no file) is ended.
     continue_from : path
-        An earlier session's folder of this grid, copied from first; on Kaggle attached outputs are found by themselves.
+        An earlier session's folder of this grid, copied from first; attached outputs are found by default on Kaggle.
     dry_run : bool
         Only say what would run, and how long it would take once an epoch has been timed.
-    rerun_changed : bool
-        Run finished cells again whose parameters, notebooks, split or charmlib version are not those of now.
     say : callable
         Gets each line of progress.
+    **kwargs
+        As :class:`charmlib.grid.cluster.Means`.
 
     Raises
     ------
@@ -112,156 +65,138 @@ def run_grid(path: str | Path, assignments: Iterable[str] = (), *, out: str | Pa
     GridError
         A finished cell was made with other settings, a cluster cannot be used, or the disk is full.
     """
-    if scheduler and scheduler_file:
-        raise ParameterError("--scheduler and --scheduler-file name two clusters; give one of them")
-    means = Means(workers, scheduler, scheduler_file, any_worker, seconds_of(wait_workers, "--wait-workers"),
-                  None if budget is None else seconds_of(budget), seconds_of(hung_after, "--hung-after"), rerun_changed)
-    if isinstance(shard, str):
-        shard = parse_shard(shard)
-    return run_loaded(load_grid(path, assignments), means, out=out, shard=shard, continue_from=continue_from, dry_run=dry_run,
-                      notebooks=notebooks, say=say)
-
-
-def run_loaded(grid: Grid, means: Means = Means(), *, out: str | Path | None = None, shard: tuple[int, int] | None = None,
-               continue_from: str | Path | None = None, dry_run: bool = False, notebooks: str | Path | None = None,
-               say: Callable[[str], None] = print) -> pd.DataFrame:
-    """:func:`run_grid` for a grid that is not a file."""
-    budget = Budget(means.budget)
-    part = grid.shard(*shard) if shard else grid
+    means = Means(**kwargs)
+    grid = grid if isinstance(grid, Grid) else load_grid(grid, assignments)
+    part = grid.shard(*(parse_shard(shard) if isinstance(shard, str) else shard)) if shard else grid
     folder = Path(out or Path("runs") / grid.name).expanduser().resolve()
     books = find_notebooks(notebooks)
     if dry_run:
         _tell_plan(part, folder, means, say)
         return pd.DataFrame()
-    _refuse_unusable(folder, means)
+    if not os.access(existing(folder), os.W_OK):
+        raise GridError(f"{existing(folder)} cannot be written to: name another --out (an earlier session's read-only output "
+                        "goes into --continue-from)")
+    if means.given:  # refused here if it is not there, since decoding the images may take an hour
+        connect(means).close()
     bring_earlier(grid, folder, continue_from, say=say)
-
-    def refresh(first: bool = False) -> pd.DataFrame:
-        if first:  # the whole grid, also where this call runs a shard of it
-            write_text(folder / "grid.yaml", as_yaml(grid))
-        return leaderboard(folder, grid)
-
-    run_cells(part, folder, books, means, budget=budget, split_folder=folder, refresh=refresh, say=say)
-    board = refresh()
-    write_report(folder, board, grid)
-    left = [cell for cell in part.cells if cell_status(folder / cell.id) not in ("done", "failed")]
-    if left and means.budget is not None:
-        used = "is used" if budget.left() < 1 else f"has no room for more ({hours(budget.left())} are left of it)"
-        say(f"the budget of {hours(means.budget)} {used}: {len(part.cells) - len(left)} of {len(part.cells)} cells are over, "
-            f"{len(left)} left to run ({_time_left(grid, part, folder)}). The same command goes on with them.")
+    run_cells(part, folder, books, means, whole=grid, say=say)
+    board = leaderboard(folder, grid)
+    write_report(folder, board, name=grid.name)
+    over, spare = sum(CellFolder(folder / cell.id).status in ("done", "failed") for cell in part.cells), means.budget.left()
+    if over < len(part.cells) and means.budget.seconds is not None:
+        used = "is used" if spare < 1 else f"has no room for more ({hours(spare)} are left of it)"
+        seconds = sum(_seconds_left(grid, part, folder))
+        more = f"at most {seconds / 3600:.2f} GPU hours" if seconds < float("inf") else "how long they take is not known yet"
+        say(f"the budget of {hours(means.budget.seconds)} {used}: {over} of {len(part.cells)} cells are over, "
+            f"{len(part.cells) - over} left to run ({more}). The same command goes on with them.")
     return board
 
 
-def _refuse_unusable(folder: Path, means: Means) -> None:
-    """Say what cannot work before the images are decoded, which may take an hour."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not os.access(there, os.W_OK):
-        raise GridError(f"{there} cannot be written to: name another --out (an earlier session's read-only output goes into "
-                        "--continue-from)")
-    if means.elsewhere:
-        connect(means.scheduler, means.scheduler_file, means.wait_workers).close()
+def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,
+               rerun_changed: bool = False, notebooks: str | Path | None = None, say=print) -> Path:
+    """Train and test one parameter file, with the files and rules of a grid's cell; returns the run's folder.
 
+    A finished run is left as it is.
 
-def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means = Means(), *, split_folder: Path,
-              budget: Budget | None = None, refresh: Callable[..., object] = lambda first=False: None,
-              say: Callable[[str], None] = print) -> None:
-    """Run those cells of a grid that are not done, each in ``folder / id``; see :func:`run_grid`.
-
-    ``refresh(first=True)`` is called before the first cell starts, ``refresh()`` after each that ends.
+    Raises
+    ------
+    charmlib.params.ParameterError, GridError
+        Wrong parameters; a finished run of other settings; or the run failed (its traceback is in ``error.txt``).
     """
-    budget = budget or Budget()
+    path = find_file(path)
+    folder = Path(out or Path("runs") / path.stem).resolve()
+    cell = read_cell(path, assignments, folder.name)
+    grid = Grid(folder.parent.name, path, (cell,), given=tuple(cell.axes))
+    run_cells(grid, folder.parent, find_notebooks(notebooks), Means(rerun_changed=rerun_changed), say=say)
+    run = CellFolder(folder)
+    if not run.done:
+        raise GridError(f"the run failed; its traceback is in {run.error_file}")
+    return folder
+
+
+def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole: Grid | None = None,
+              say: Callable[[str], None] = print) -> None:
+    """Run the unfinished cells of a grid, each in ``folder / id``; see :func:`run_grid`.
+
+    With ``whole``, the grid of which these cells are a shard, its record and leaderboard are kept up to date; without one the
+    split is written into the folder of the only cell.
+    """
     code = notebook_code(notebooks)
-    splits = _prepare(grid, split_folder, say)
-    hashes = {cell.id: cell_hash(cell.params, code, splits[cell.id]) for cell in grid.cells}
-    todo = _todo(grid, folder, hashes, means.rerun_changed, say)
-    refresh(first=True)
-    if not todo:
+    splits, images = _prepare(grid, folder if whole else folder / grid.cells[0].id, say)
+    if not whole or grid.cells == whole.cells:  # a shard does not show whether an axis has an effect
+        refuse_dead_axes(grid, images)
+    for line in remarks(grid, images):
+        say(line)
+    # absolute paths, because the notebooks run in the cell's folder
+    jobs = [{"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(notebooks),
+             "params": with_absolute_paths(cell.params | {"data_root": str(resolve_data_root(cell.params["data_root"]))}),
+             "hash": cell_hash(cell.params, code, splits[cell.id]), "split": splits[cell.id], "code": code_hash(code),
+             "hung_after": means.hung_after} for cell in grid.cells]
+    jobs = _todo(jobs, folder, means.rerun_changed, say)
+    refresh = partial(leaderboard, folder, whole) if whole else lambda: None
+    if whole:
+        write_text(folder / "grid.yaml", yaml.safe_dump(record_of(whole), sort_keys=False))
+    refresh()
+    if not jobs:
         return
-    jobs = [{**_job(cell, folder, notebooks), "hash": hashes[cell.id], "split": splits[cell.id], "code": code_hash(code),
-             "hung_after": means.hung_after} for cell in todo]
-    refuse_without_space(grid.cells, folder, means.workers or max(1, len(gpus())), say=say)
-    if means.elsewhere:
-        cluster = other_cluster(means.scheduler, means.scheduler_file, folder=folder, notebooks=notebooks, code=code_hash(code),
-                                data_roots={job["params"]["data_root"] for job in jobs}, any_worker=means.any_worker,
-                                wait=means.wait_workers)
-    else:
-        cluster = local_cluster(means.workers, len(jobs))
-    with _sigterm_as_interrupt(), cluster as places:
-        Schedule(list(grid.cells), jobs, folder, places, budget=budget, refresh=refresh, say=say).run()
+    refuse_without_space(grid.cells, folder, means.at_once, say=say)
+    cluster = given_cluster(means, jobs) if means.given else local_cluster(means, len(jobs))
+    with handling(signal.SIGTERM, _terminate), cluster as seats:
+        Schedule(grid.cells, jobs, folder, seats, budget=means.budget, refresh=refresh, say=say).run()
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does."""
 
 
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    def end(*_):
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _terminate(*_):
+    raise Terminated
 
 
 def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
-    """Each cell, where it stands and how long it still takes."""
+    """Say of each cell its status and how long it still takes."""
     seconds = _seconds_left(grid, grid, folder)
     for cell, left in zip(grid.cells, seconds):
-        status = cell_status(folder / cell.id)
-        if status == "done" and changes(RunFolder(folder / cell.id).metrics["params"], cell.params):
-            status = "done with other settings (refused without --rerun-changed)"
-        say(f"{cell.id}: {status}" + (f", at most {hours(left)} left" if left else ""))
+        run = CellFolder(folder / cell.id)
+        changed = run.done and changes(run.metrics["params"], cell.params)
+        say(f"{cell.id}: " + ("done with other settings (refused without --rerun-changed)" if changed else run.status)
+            + (f", at most {hours(left)} left" if 0 < left < float("inf") else ""))
     say(f"{len(grid.cells)} cells in {folder}; nothing was run")
-    at_once = means.workers or max(1, len(gpus()))
-    if None in seconds:
-        say("how long they take is known once one epoch has been timed here")
-    else:
-        total = sum(seconds)
-        more = f", {hours(total / at_once)} with {at_once} at once" if at_once > 1 else ""
-        say(f"at most {total / 3600:.2f} GPU hours are left{more}: {total / at_once / 3600 / KAGGLE_WEEK:.1%} of Kaggle's "
-            f"{KAGGLE_WEEK} session hours a week")
+    total, at_once = sum(seconds) / 3600, means.at_once
+    more = f", {hours(3600 * total / at_once)} with {at_once} at once" if at_once > 1 else ""
+    say(f"at most {total:.2f} GPU hours are left{more}: {total / at_once / KAGGLE_WEEK:.1%} of Kaggle's {KAGGLE_WEEK} session "
+        "hours a week" if total < float("inf") else "how long they take is known once one epoch has been timed here")
 
 
-def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float | None]:
-    """Of each cell of a part, by what has run of the whole grid."""
-    pace = estimate.paces(folder, grid.cells)
-    return [estimate.remaining(cell, folder / cell.id, pace[cell.id]) for cell in part.cells]
+def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float]:
+    """Of each cell of a part, by the finished epochs of the whole grid."""
+    pace = paces(folder, grid.cells)
+    return [remaining(cell, CellFolder(folder / cell.id), pace[cell.id]) for cell in part.cells]
 
 
-def _time_left(grid: Grid, part: Grid, folder: Path) -> str:
-    seconds = _seconds_left(grid, part, folder)
-    return "how long they take is not known yet" if None in seconds else f"at most {sum(seconds) / 3600:.2f} GPU hours"
-
-
-def _prepare(grid: Grid, folder: Path, say) -> dict[str, str]:
-    """Decode the images once for all cells, write the splits, and return the hash of each cell's."""
-    splits, of_cell = {}, {}
+def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """Decode the images once for all cells, write the splits; returns the hash of each cell's and its training images."""
+    opened, of_cell, images = {}, {}, {}
     for cell in grid.cells:
         key = tuple(cell.params[name] for name in _DATA)
-        if key not in splits:
-            data = open_dataset({name: cell.params[name] for name in _DATA})
-            splits[key] = data.split, data.split.frame(data.index)
+        if key not in opened:
+            data = opened[key] = open_dataset(dict(zip(_DATA, key)))
             say(str(data))
-        of_cell[cell.id] = splits[key][0].hash
-    different = {split.hash: frame for split, frame in splits.values()}
-    _refuse_leaking_splits(different, {split.hash: split.name for split, _ in splits.values()})
+        of_cell[cell.id] = opened[key].split.hash
+        images[cell.id] = opened[key].train_images()
+    splits = {data.split.hash: (data.split.name, data.split.frame(data.index)) for data in opened.values()}
+    _refuse_leaking_splits(splits)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, frame in different.items():
-        target = folder / ("split.csv" if len(different) == 1 else f"split_{name}.csv")
-        write_whole(target, lambda temporary, frame=frame: frame.to_csv(temporary, index=False))
-    return of_cell
+    for hash_, (_, frame) in splits.items():
+        write_whole(folder / ("split.csv" if len(splits) == 1 else f"split_{hash_}.csv"),
+                    lambda temporary, frame=frame: frame.to_csv(temporary, index=False))
+    return of_cell, images
 
 
-def _refuse_leaking_splits(frames: Mapping[str, pd.DataFrame], names: Mapping[str, str]) -> None:
-    """Refuse a grid whose cells could not stand on one leaderboard before any is trained; folds of a cross-validation may."""
-    for (one, a), (other, b) in itertools.permutations(frames.items(), 2):
-        if one_cross_validation(names[one], names[other]):
+def _refuse_leaking_splits(splits: Mapping[str, tuple[str, pd.DataFrame]]) -> None:
+    """Refuse splits (hash -> name and frame) that test what another trains on, unless they are one cross-validation's."""
+    for (one, (name, a)), (other, (other_name, b)) in itertools.permutations(splits.items(), 2):
+        if one_cross_validation(name, other_name):
             continue
         both = set(a["id"][a["part"] == "test"]) & set(b["id"][b["part"] != "test"])
         if both:
@@ -269,43 +204,22 @@ def _refuse_leaking_splits(frames: Mapping[str, pd.DataFrame], names: Mapping[st
                             f"such as {min(both)}: they cannot stand on one leaderboard. Make a grid for each split.")
 
 
-def _todo(grid: Grid, folder: Path, hashes: dict[str, str], rerun_changed: bool, say) -> list[Cell]:
-    todo, changed = [], []
-    for cell in grid.cells:
-        tidy(folder / cell.id)
-        kept = _hash_of(folder / cell.id)
-        if kept not in (None, hashes[cell.id]):
+def _todo(jobs: list[dict], folder: Path, rerun_changed: bool, say) -> list[dict]:
+    """The jobs of unfinished cells; cells with other settings are refused, or removed for another run."""
+    changed = []
+    for job in jobs:
+        cell = CellFolder(job["folder"])
+        cell.tidy()
+        theirs = cell.metrics["hash"] if cell.done else cell.identity.get("hash", job["hash"])
+        if theirs != job["hash"] and (cell.done or cell.resumable or cell.holder):
             changed.append(cell)
-        elif cell_status(folder / cell.id) != "done":
-            todo.append(cell)
     if changed and not rerun_changed:
-        names = ", ".join(c.id for c in changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        names = ", ".join(c.name for c in changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise GridError(f"{len(changed)} finished or started cells in {folder} were made with other parameters, notebooks, "
                         f"split or charmlib version: {names}. Use --rerun-changed to run them again (their results are "
                         "replaced), or another --out.")
     for cell in changed:
-        remove_cell(folder / cell.id)
-    done = len(grid.cells) - len(todo) - len(changed)
-    say(f"{len(grid.cells)} cells: {done} done, {len(todo) + len(changed)} to run, in {folder}")
-    return [cell for cell in grid.cells if cell in todo or cell in changed]
-
-
-def _hash_of(folder: Path) -> str | None:
-    """The hash that a finished or started cell was made under; None for one that has nothing to lose."""
-    if cell_status(folder) == "done":
-        return RunFolder(folder).metrics["hash"] or "a run by hand"
-    if (folder / "resume.pt").is_file() or (folder / "model.json").is_file() or lease.holder(folder):
-        return read_identity(folder).get("hash")
-    return None
-
-
-def _job(cell: Cell, folder: Path, notebooks: Path) -> dict:
-    # absolute, because the notebooks run in the cell's folder
-    params = with_absolute_paths({**cell.params, "data_root": str(resolve_data_root(cell.params["data_root"]))})
-    return {"id": cell.id, "params": params, "folder": str(folder / cell.id), "notebooks": str(notebooks)}
-
-
-def as_yaml(grid: Grid) -> str:
-    """The record of a grid that its folder keeps: axes and every cell with all its parameters."""
-    return yaml.safe_dump({"name": grid.name, "axes": list(grid.axes), "cells": [
-        {"id": c.id, "axes": c.axes, "params": c.params} for c in grid.cells]}, sort_keys=False)
+        remove_cell(cell.path)
+    todo = [job for job in jobs if not CellFolder(job["folder"]).done]
+    say(f"{len(jobs)} cells: {len(jobs) - len(todo)} done, {len(todo)} to run, in {folder}")
+    return todo

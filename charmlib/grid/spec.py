@@ -1,18 +1,26 @@
 """Grid files: axes and extra cells over a base, checked before anything runs."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
-from charmlib.param_sources import find_file, load_params, read_yaml
-from charmlib.params import ParameterError, coerce, nearest, resolve, with_absolute_paths
+from charmlib.param_sources import find_file, load_params, parse_assignments, read_params, read_yaml
+from charmlib.params import (
+    ParameterError,
+    coerce,
+    effect_text,
+    effective,
+    missing_need,
+    nearest,
+    resolve,
+    with_absolute_paths,
+)
+from charmlib.training.recipes import phases, steps
 
 KEYS = ("name", "base", "axes", "cells")
 _SHORT = {"momentum": "m", "k": "k", "threshold": "t"}
@@ -29,26 +37,26 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file, expanded. ``axes`` are those of the file, then what else its extra cells set differently."""
+    """A grid file, expanded.
+
+    ``axes`` are those of the file, then the parameters in which its extra cells differ; ``varied`` those given as lists;
+    ``given`` the names that ``-p`` or the topmost file sets to one value.
+    """
 
     name: str
     path: Path
     cells: tuple[Cell, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str, ...] = ()
+    varied: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
-    def shard(self, part: int, parts: int) -> Grid:
+    def shard(self, part: int, parts: int) -> Self:
         """Every ``parts``-th cell from the ``part``-th on (1-based): shards of about equal length."""
-        return Grid(self.name, self.path, self.cells[part - 1::parts], self.axes)
+        return replace(self, cells=self.cells[part - 1::parts])
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """``'2/3'`` as (2, 3).
-
-    Raises
-    ------
-    ParameterError
-        It is something else.
-    """
+    """``'2/3'`` as (2, 3); ParameterError for another form."""
     part, slash, parts = str(text).partition("/")
     if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise ParameterError(f"--shard {text!r}: wanted I/N such as 2/3, with 1 <= I <= N")
@@ -57,20 +65,16 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def cell_id(values: Mapping[str, Any]) -> str:
     """``m0.99_k5_t0.2`` for the three axes of CHARM, ``name=value`` for others, joined by ``_``."""
-    short = [f"{letter}{_text(values[name])}" for name, letter in _SHORT.items() if name in values]
-    long = [f"{name}={_text(value)}" for name, value in values.items() if name not in _SHORT]
-    return "_".join(short + long) or "base"
-
-
-def _text(value: Any) -> str:
-    return re.sub(r"[^\w.+-]", "-", str(value)).strip("-")
+    texts = {name: re.sub(r"[^\w.+-]", "-", str(value)).strip("-") for name, value in values.items()}
+    short = [f"{letter}{texts[name]}" for name, letter in _SHORT.items() if name in texts]
+    return "_".join(short + [f"{name}={text}" for name, text in texts.items() if name not in _SHORT]) or "base"
 
 
 def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
     """Read a grid file and lay ``name=value`` assignments over it.
 
     An assignment to an axis pins it; a list in YAML form (``k=[2,3]``) replaces it, or the list of an entry of ``cells``.
-    Every cell is resolved here, so whatever is wrong with any of them is an error before the first one runs.
+    Every cell is resolved here, so an error in any of them is raised before the first one runs.
 
     Raises
     ------
@@ -78,73 +82,138 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
         Names the file, the key or cell, and the nearest valid name.
     """
     path = find_file(path)
-    content = read_yaml(path)
+    content = {"axes": None, "cells": None, "base": None, "name": None} | read_yaml(path)
     for key in content:
         if key not in KEYS:
             raise ParameterError(f"{path}: unknown key '{key}'.{nearest(key, KEYS)} A grid file has {', '.join(KEYS)}.")
-    axes = _axes(content.get("axes") or {}, path)
-    entries = content.get("cells") or []
-    listed = {name for entry in entries if isinstance(entry, dict) for name, value in entry.items() if isinstance(value, list)}
-    fixed: dict[str, Any] = {}
-    replaced: dict[str, list] = {}
-    for pair in assignments:
-        name, eq, text = pair.partition("=")
-        if not eq:
-            raise ParameterError(f"-p {pair!r}: wanted name=value.")
-        name, values = name.strip(), _list_or_none(text)
-        if values is not None:
-            (replaced if name in listed and name not in axes else axes)[name] = _values(name, values, f"-p {name}")
-            fixed.pop(name, None)
-            continue
-        fixed[name] = coerce(name, text.strip(), "-p")
-        if name in axes:
-            axes[name] = [fixed[name]]
-    if "run_dir" in fixed or "run_dir" in axes:
-        raise ParameterError("run_dir cannot be set for a grid: each cell has its own folder. Use --out.")
-    cells = [_cell({}, dict(zip(axes, combination)), fixed, content.get("base"), path)
-             for combination in itertools.product(*axes.values())] if axes else []
+    axes, entries = content["axes"] or {}, content["cells"] or []
+    if not isinstance(axes, dict):
+        raise ParameterError(f"{path}: axes must be 'name: [values]' lines, found {axes!r}.")
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise ParameterError(f"{path}: cells[{i}] is {entry!r}, wanted a mapping of parameters.")
-        values = {k: v for k, v in entry.items() if k not in ("name", "base")}
-        own = {k: replaced.get(k) or _values(k, v, f"{path}: cells[{i}]") for k, v in values.items()
-               if isinstance(v, list) and k not in fixed}
-        values = {k: fixed[k] if k in fixed else v if k in own else coerce(k, v, f"{path}: cells[{i}]")
-                  for k, v in values.items()}
-        for combination in itertools.product(*own.values()):  # an entry with lists is one cell for each combination
-            chosen = dict(zip(own, combination))
-            named = {**entry, "name": f"{entry['name']}_{cell_id(chosen)}"} if own and "name" in entry else entry
-            cells.append(_cell(named, values | chosen, fixed, entry.get("base", content.get("base")), path))
+    axes = {name: _values(name, values, f"{path}: axes") for name, values in axes.items()}
+    fixed, lists = _assigned(assignments)
+    in_entries = {name for entry in entries for name, value in entry.items() if isinstance(value, list)} - axes.keys()
+    axes |= {name: values for name, values in lists.items() if name not in in_entries}
+    if "run_dir" in fixed or "run_dir" in axes:
+        raise ParameterError("run_dir cannot be set for a grid: each cell has its own folder. Use --out.")
+    cells = _cells(axes, f"{path}: axes", content["base"], path, fixed, {}) if axes else []
+    for i, entry in enumerate(entries):
+        cells += _cells(entry, f"{path}: cells[{i}]", content["base"], path, fixed, lists)
     if not cells:
         raise ParameterError(f"{path}: neither axes nor cells; nothing to run.")
     unique: dict[str, Cell] = {}
     for cell in cells:
-        other = unique.setdefault(cell.id, cell)
-        if other.params != cell.params:
+        if unique.setdefault(cell.id, cell).params != cell.params:
             raise ParameterError(f"{path}: two different cells would be called '{cell.id}'; give one of them a name.")
-    names = list(axes)
-    for name in dict.fromkeys(a for cell in unique.values() for a in cell.axes if a not in axes):
-        if len({str(cell.params[name]) for cell in unique.values()}) > 1:
-            names.append(name)
-    return Grid(str(content.get("name") or path.stem.removeprefix("grid_")), path, tuple(unique.values()),
-                tuple(dict.fromkeys(names)))
+    names = [name for cell in unique.values() for name in cell.axes
+             if len({str(other.params[name]) for other in unique.values()}) > 1]
+    varied = tuple(dict.fromkeys(name for name in (*axes, *in_entries) if name not in fixed))
+    grid = Grid(str(content["name"] or path.stem.removeprefix("grid_")), path, tuple(unique.values()),
+                tuple(dict.fromkeys([*axes, *names])), varied,
+                tuple(dict.fromkeys([*fixed, *(name for cell in unique.values() for name in cell.axes if name not in varied)])))
+    refuse_dead_axes(grid)
+    return grid
 
 
-def _cell(entry, values, fixed, base, path: Path) -> Cell:
+def refuse_dead_axes(grid: Grid, images: Mapping[str, Mapping[str, int]] | None = None) -> None:
+    """Refuse a grid with an axis that changes nothing in any cell.
+
+    Parameters
+    ----------
+    images : mapping
+        Cell id -> numbers of training images ('all', 'findings'), by which the steps of each cell are known.
+
+    Raises
+    ------
+    ParameterError
+        Names the axis, and what would give it an effect.
+    """
+    acts = {cell.id: acting(cell, images and images[cell.id]) for cell in grid.cells}
+    for name in grid.varied:
+        cells = [cell for cell in grid.cells if name in cell.axes]
+        alive = [cell for cell in cells if not missing_need(name, cell.params)]
+        if not alive:
+            raise ParameterError(f"{grid.path}: axis '{name}' has no effect in any cell; it needs "
+                                 f"{missing_need(name, cells[0].params)}. Set that in the base, or remove the axis.")
+        same = {acts[cell.id].get(name, cell.id) for cell in alive}
+        if len(same) == 1 and len({cell.params[name] for cell in alive}) > 1:
+            raise ParameterError(f"{grid.path}: all values of axis '{name}' amount to {same.pop():.5g} in every cell, so the runs "
+                                 "would be the same. Choose smaller values, or more epochs.")
+
+
+def acting(cell: Cell, images: Mapping[str, int] | None) -> dict[str, Any]:
+    """The parameters of a cell as they act in its number of steps; see :func:`charmlib.params.effective`."""
+    return effective(cell.params, steps(phases(cell.params), images) if images else None)
+
+
+def remarks(grid: Grid, images: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What to know before a grid runs: given values without effect, in one line, and cells that are the same run."""
+    found: dict[str, list[str]] = {}
+    for name in grid.given:
+        needs = [missing_need(name, cell.params) for cell in grid.cells if name in cell.axes] or \
+            [missing_need(name, cell.params) for cell in grid.cells]
+        if all(needs):
+            found.setdefault(needs[0], []).append(name)
+    runs: dict[str, list[str]] = {}
+    for cell in grid.cells:
+        runs.setdefault(str(acting(cell, images[cell.id])), []).append(cell.id)
+    twins = [" = ".join(ids) for ids in runs.values() if len(ids) > 1]
+    return [*([f"without effect: {effect_text(found)}"] if found else []),
+            *([f"the same run: {'; '.join(twins)}"] if twins else [])]
+
+
+def _assigned(assignments: Iterable[str]) -> tuple[dict[str, Any], dict[str, list]]:
+    """Single values and lists of ``name=value`` assignments; the last one of a name counts."""
+    fixed, lists = {}, {}
+    for pair in assignments:
+        name, _, text = (part.strip() for part in pair.partition("="))
+        fixed.pop(name, None)
+        if not text.startswith("["):
+            fixed |= parse_assignments([pair])
+            continue
+        try:
+            lists[name] = _values(name, yaml.safe_load(text), f"-p {name}")
+        except yaml.YAMLError as error:
+            raise ParameterError(f"-p: {text!r} is not a YAML list: {error}") from error
+    return fixed, lists
+
+
+def _cells(entry: Mapping, source: str, base: str | None, path: Path, fixed: Mapping, lists: Mapping) -> list[Cell]:
+    """The cells of the axes or of one entry: one for each combination of its lists."""
+    name, base = entry.get("name"), entry.get("base", base)
+    values, own = {}, {}
+    for key, value in entry.items():
+        if key in fixed:
+            values[key] = fixed[key]
+        elif isinstance(value, list):
+            own[key] = values[key] = lists.get(key) or _values(key, value, source)
+        elif key not in ("name", "base"):
+            values[key] = coerce(key, value, source)
     below = load_params(path.parent / base) if base else {}
-    params = resolve(below, values, fixed, sources=(str(base), str(path), "-p"))
-    with_absolute_paths(params)  # refuses what is not there
-    name = entry.get("name")
-    if name is not None and not re.fullmatch(r"[\w.=+-]+", str(name)):
-        raise ParameterError(f"{path}: the cell name {name!r} cannot be a folder; use letters, digits and . _ = + -")
+    cells = []
+    for combination in itertools.product(*own.values()):
+        chosen = dict(zip(own, combination))
+        id_ = cell_id(values | chosen) if name is None else f"{name}_{cell_id(chosen)}" if own else str(name)
+        if not re.fullmatch(r"[\w.=+-]+", id_):
+            raise ParameterError(f"{path}: the cell name {name!r} cannot be a folder; use letters, digits and . _ = + -")
+        cells.append(Cell(id_, _resolved(below, values | chosen, fixed, sources=(str(base), str(path), "-p")), values | chosen))
+    return cells
+
+
+def read_cell(path: str | Path, assignments: Iterable[str] = (), id_: str = "") -> Cell:
+    """A parameter file with assignments as a cell; raises ParameterError as :func:`charmlib.params.resolve`."""
+    (own, below), fixed = read_params(path), parse_assignments(assignments)
+    return Cell(id_, _resolved({**below, **own}, fixed, sources=(str(path), "-p")), own | fixed)
+
+
+def _resolved(*layers: Mapping, sources: tuple[str, ...]) -> dict[str, Any]:
+    params = resolve(*layers, sources=sources)
+    with_absolute_paths(params)  # refuses missing files
+    phases(params)  # refuses parameters that would train nothing
     del params["run_dir"]
-    return Cell(str(name or cell_id(values)), params, dict(values))
-
-
-def _axes(axes: Any, path: Path) -> dict[str, list]:
-    if not isinstance(axes, dict):
-        raise ParameterError(f"{path}: axes must be 'name: [values]' lines, found {axes!r}.")
-    return {name: _values(name, values, f"{path}: axes") for name, values in axes.items()}
+    return params
 
 
 def _values(name: str, values: Any, source: str) -> list:
@@ -154,13 +223,3 @@ def _values(name: str, values: Any, source: str) -> list:
     if len(set(out)) != len(out):
         raise ParameterError(f"{source}: axis '{name}' has a value twice: {values}.")
     return out
-
-
-def _list_or_none(text: str) -> list | None:
-    if not text.strip().startswith("["):
-        return None
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ParameterError(f"-p: {text!r} is not a YAML list: {error}") from error
-    return value if isinstance(value, list) else None

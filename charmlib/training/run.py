@@ -113,10 +113,6 @@ class Run:
         """The phases of the run's recipe."""
         return phases(self.params, self._rate or 0.0)
 
-    def images(self) -> dict[str, int]:
-        """Numbers of training images: 'all' and those with 'findings'."""
-        return {"all": len(self.data.rows("train")), "findings": len(self.data.rows("train", findings_only=True))}
-
     def phase(self, name: str = "") -> Phase:
         """A phase by name; the first by default."""
         return next(phase for phase in self.phases() if name in ("", phase.name))
@@ -192,7 +188,7 @@ class Run:
                  f"{self.data.split.hash}" + ("" if self.data.split.has_valid else ", no validation part: nothing is chosen")
                  + (f", going on after {len(state['history'])} finished epochs" if state else ""))
         if state is None:
-            self._note_effective(steps(plan, self.images()))
+            self._note_effective(steps(plan, self.data.train_images()))
         self.history = [{name: row[name] for name in HISTORY} for row in runner.run(plan, state)]
         logits, labels = self.logits("valid")
         self.bank.write()
@@ -326,7 +322,7 @@ class Run:
         metrics = {
             "params": self.params, "data": self._source(),
             "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
-            "classes": list(self.data.classes), "images": self.images(),
+            "classes": list(self.data.classes), "images": self.data.train_images(),
             "train_prevalence": train, "valid": valid, "test": test,
             "bank": bank, "stage1_lr": self.folder.card["stage1_lr"],
             "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": round(time.monotonic() - start, 3),

@@ -11,9 +11,10 @@ from sklearn.metrics import roc_auc_score
 from charmlib.evaluation.compare import MEAN, aligned, compare, verdict
 from charmlib.evaluation.controls import column_scores
 from charmlib.evaluation.ensemble import mean_ensemble
-from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_folders
+from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_folders, thresholds_at
 from charmlib.evaluation.intervals import bootstrap
 from charmlib.evaluation.leaks import LeakError, refuse_leaks, split_of
+from charmlib.evaluation.operating import choose_thresholds
 from charmlib.evaluation.runs import Predictions, RunFolder
 from charmlib.evaluation.tables import class_table, operating_table, point_note, run_table, split_note, with_intervals
 from charmlib.evaluation.walk import Walk
@@ -154,6 +155,15 @@ def test_evaluate_gives_what_training_stored(make_run):
     mean, both = evaluate_ensemble([run, make_run("g/b", seed=4)])
     assert mean["cell"] == "mean of 2 runs" and mean["test"]["mean_auc"] > max(stored["mean_auc"] - 0.02, 0.5)
     assert len(both.ids) == len(test.ids)
+
+
+def test_further_operating_points_are_chosen_on_validation(make_run):
+    run, point = make_run("g/a"), "sensitivity_0.70"
+    wanted, of_test = (choose_thresholds(p.labels, p.logits, p.classes, [point])[point]
+                       for p in (RunFolder(run).valid, RunFolder(run).test))
+    rows = evaluate_run(run, points=[point])[0]["test"]["operating"][point]
+    assert {name: row["threshold"] for name, row in rows.items()} == {k: v for k, v in wanted.items() if v is not None}
+    assert thresholds_at(run, point) == wanted != of_test
 
 
 def test_folders_of_runs_are_found(make_run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,11 +17,13 @@ import yaml
 
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import run_grid
+from charmlib.grid.cells import CellFolder
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
-CELLS = ("m0.9_k1_t0.1", "m0.9_k2_t0.1")
-SHORT = {"stage1_frozen_epochs": 0, "stage1_epochs": 2, "stage2_epochs": 2}
+CELLS = ("m0.5_k1_t0.1", "m0.5_k2_t0.1")
+# Every axis decides a result: k and threshold where slots answer with features, a momentum of 0.5 after eight steps.
+SHORT = {"stage1_frozen_epochs": 0, "stage1_epochs": 2, "stage2_epochs": 2, "answer": "features", "strategy": "rarity"}
 
 # What a real pair of notebooks leaves, without torch: each "epoch" takes a moment, saves, and minds the deadline.
 _TRAIN = '''import json, os, time
@@ -83,16 +86,18 @@ def small_grid(folder: Path, phantoms: Path, *, base: dict | None = None, **axes
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory):
-    """A grid of two cells, run once undisturbed for all test processes: its file, its folder, the lines it said."""
+    """A grid of two cells that differ in effect, run once undisturbed for all test processes: its file, its folder, the lines
+    it said."""
     from charmlib.data.phantom import make_phantoms
 
-    folder = tmp_path_factory.getbasetemp().parent / "done"  # shared by the processes of pytest-xdist
+    base = tmp_path_factory.getbasetemp()  # with pytest-xdist each process has one, below that of the whole run
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "done"
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "said.json").is_file():
             data = make_phantoms(folder / "phantoms", images=320, size=32, seed=1)
-            path, said = small_grid(folder, data, momentum=[0.9], k=[1, 2], threshold=[0.1]), []
+            path, said = small_grid(folder, data, momentum=[0.5], k=[1, 2], threshold=[0.1]), []
             run_grid(path, out=folder / "out", say=said.append)
             (folder / "said.json").write_text(json.dumps(said))
     return folder / "grid_small.yaml", folder / "out", json.loads((folder / "said.json").read_text())
@@ -129,6 +134,11 @@ def start(path: Path, out: Path, *more: str, log: Path | None = None) -> psutil.
 def run(path: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
     """Run it to its end."""
     return subprocess.run(command(path, out, *more), cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def epochs_done(cell: Path) -> int:
+    """Finished epochs, by the history; one more when trained, another when scored."""
+    return CellFolder(cell).progress
 
 
 def wait_for(what, seconds: float = 90.0, runner: subprocess.Popen | None = None):

@@ -6,12 +6,11 @@ import time
 
 import pytest
 
-from charmlib.grid import estimate
-from charmlib.grid.budget import Budget, hours, seconds_of
-from charmlib.grid.cells import epochs_done
+from charmlib.evaluation.runs import RunFolder
+from charmlib.grid.budget import Budget, hours, next_step, paces, remaining, seconds_of
 from charmlib.grid.spec import load_grid
 from charmlib.params import ParameterError
-from tests.grid.conftest import CELLS, run, small_grid
+from tests.grid.conftest import CELLS, epochs_done, run, small_grid
 
 
 @pytest.mark.parametrize("text, seconds", [("11h", 39600), ("1h30m", 5400), ("90m", 5400), ("45s", 45), ("2.5h", 9000),
@@ -84,7 +83,7 @@ def test_an_epoch_of_all_images_is_no_measure_of_one_of_the_findings(tmp_path, p
     for cell, seconds in zip(grid.cells, (2.0, 5.0)):
         (tmp_path / "out" / cell.id).mkdir(parents=True)
         (tmp_path / "out" / cell.id / "history.csv").write_text(f"stage,epoch,seconds\n1,0,{seconds}\n")
-    pace = estimate.paces(tmp_path / "out", grid.cells)
+    pace = paces(tmp_path / "out", grid.cells)
     assert [pace[cell.id].epoch("1") for cell in grid.cells] == [2.0, 5.0]
 
 
@@ -94,15 +93,15 @@ def test_estimates_from_what_has_run(done, tmp_path):
     mine = tmp_path / "out"
     shutil.copytree(out, mine)
     one, two = grid.cells
-    pace = estimate.paces(mine, grid.cells)[one.id]
+    pace = paces(mine, grid.cells)[one.id]
     assert set(pace.epochs) == {"1", "2"} and 0 < pace.epoch("1") < 30 and pace.overhead > 3 and pace.scoring > 0
     assert pace.epoch("frozen") == max(pace.epochs.values())  # never ran: as slow as the slowest
-    assert estimate.remaining(one, mine / one.id, pace) == 0
+    assert remaining(one, RunFolder(mine / one.id), pace) == 0
     (mine / two.id / "metrics.json").unlink()
-    only_scoring = estimate.remaining(two, mine / two.id, pace)
+    only_scoring = remaining(two, RunFolder(mine / two.id), pace)
     shutil.rmtree(mine / two.id)
-    whole = estimate.remaining(two, mine / two.id, pace)
+    whole = remaining(two, RunFolder(mine / two.id), pace)
     assert whole == pytest.approx(only_scoring + 2 * pace.epochs["1"] + 2 * pace.epochs["2"])
-    nothing = estimate.paces(tmp_path / "none", grid.cells)[one.id]
-    assert estimate.remaining(one, tmp_path / "none", nothing) is None
-    assert estimate.next_step(one, tmp_path / "none", nothing) == 0
+    nothing = paces(tmp_path / "none", grid.cells)[one.id]
+    assert remaining(one, RunFolder(tmp_path / "none"), nothing) == float("inf")
+    assert next_step(one, RunFolder(tmp_path / "none"), nothing) == 0

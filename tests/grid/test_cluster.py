@@ -12,9 +12,9 @@ import pytest
 
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import run_grid
-from charmlib.grid.cells import GridError, epochs_done
+from charmlib.grid.cells import GridError
 from charmlib.grid.cluster import gpus
-from tests.grid.conftest import CELLS, ROOT, family, wait_for
+from tests.grid.conftest import CELLS, ROOT, epochs_done, family, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -172,7 +172,7 @@ def test_a_killed_runner_ends_its_cells_on_the_cluster_too(light, cluster, tmp_p
     runner = light("--scheduler", cluster.scheduler, "-p", "stage1_epochs=60", k=[1], pace=0.5, background=True)
     wait_for(lambda: epochs_done(light.out / "k1") >= 1, runner=runner)
     host = psutil.Process(worker.pid)
-    cells = family(host, "charmlib.grid.child") + family(host, "ipykernel")
+    cells = family(host, "charmlib.grid.cell_process") + family(host, "ipykernel")
     assert len(cells) == 2
     runner.kill()
     _, alive = psutil.wait_procs(cells, timeout=15)

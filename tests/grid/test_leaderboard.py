@@ -1,5 +1,6 @@
 """What a leaderboard says of its cells, on finished runs."""
 
+import json
 import shutil
 
 import numpy as np
@@ -48,6 +49,17 @@ def test_cells_that_cannot_be_told_from_the_first_are_marked(make_run):
     assert not shown["cell"].str.fullmatch("far =").any() and shown["cell"].str.endswith(" =").sum() == 1
     page = write_report(folder, board.reset_index()).read_text()
     assert "cannot tell them from it" in page and "with a finding" in page
+
+
+def test_cells_are_ranked_by_validation_where_the_test_part_ranks_them_the_other_way(make_run):
+    for cell, skill, valid in (("chosen", 0.5, 0.9), ("other", 2.0, 0.6)):
+        path = make_run(f"g/{cell}", skill=skill) / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["valid"]["mean_auc"] = valid
+        path.write_text(json.dumps(metrics))
+    board = leaderboard(as_grid(path.parents[1]))
+    assert board["cell"].tolist() == ["chosen", "other"] and board["rank"].tolist() == [1, 2]
+    assert board["test_mean_auc"][0] < board["test_mean_auc"][1] and board["diff_first"][1] > 0
 
 
 def test_seeds_are_summed_up(make_run):
@@ -144,7 +156,7 @@ def test_controls_in_one_call(phantoms, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({
         **TINY, "data_root": str(phantoms), "stage1_frozen_epochs": 0, "stage1_epochs": 1, "stage2_epochs": 1}))
     table, held, remarks = run_controls(tmp_path / "mine.yaml", out=tmp_path / "out", say=lambda line: None)
-    assert "holds 0.5" in remarks[0] and "network less plain" in remarks[1]
+    assert "contains 0.5" in remarks[0] and "network minus plain" in remarks[1]
     table = table.set_index("control")
     assert list(table.index) == ["network", "plain network", "shuffled labels (must be 0.5)", "view position alone"]
     row = table.loc["shuffled labels (must be 0.5)"]

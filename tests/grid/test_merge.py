@@ -11,10 +11,9 @@ import pytest
 import yaml
 
 from charmlib.grid import Grid, lease, merge_grids
-from charmlib.grid.cells import GridError, cell_status, tidy
-from charmlib.grid.earlier import bring_earlier
-from charmlib.grid.folders import bring_cell, remove_cell
-from charmlib.grid.space import computed_sizes, free_bytes, refuse_without_space
+from charmlib.grid.bring import bring_cell, bring_earlier, remove_cell
+from charmlib.grid.budget import computed_sizes, free_bytes, refuse_without_space
+from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.spec import load_grid, parse_shard
 from charmlib.params import ParameterError
 from tests.grid.conftest import CELLS, run, same_results
@@ -57,8 +56,8 @@ def test_merged_shards_are_the_grid_of_one_machine(done, shards, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda m: m["split"].update(hash="0" * 16), r"the split differs: .*shard1.* 0000000000000000 of m0\.9_k2_t0\.1"),
-    (lambda m: m.update(code="f" * 16), r"the notebooks' code differs: .* ffffffffffffffff of m0\.9_k2_t0\.1"),
+    (lambda m: m["split"].update(hash="0" * 16), r"the split differs: .*shard1.* 0000000000000000 of m0\.5_k2_t0\.1"),
+    (lambda m: m.update(code="f" * 16), r"the notebooks' code differs: .* ffffffffffffffff of m0\.5_k2_t0\.1"),
     (lambda m: m["versions"].update(charmlib="0.0.9"), r"the version of charmlib differs: .*, 0\.0\.9 of"),
     (lambda m: m["versions"].update(torch="2.0"), r"the version of torch differs"),
 ])
@@ -107,7 +106,7 @@ def test_other_parameters_are_refused(shards, tmp_path):
     record = yaml.safe_load((shards[1] / "grid.yaml").read_text())
     record["cells"][0]["params"]["seed"] = 7
     (shards[1] / "grid.yaml").write_text(yaml.safe_dump(record))
-    with pytest.raises(GridError, match=r"cell m0\.9_k1_t0\.1 has seed 7 in .*shard2 and 85 in .*shard1"):
+    with pytest.raises(GridError, match=r"cell m0\.5_k1_t0\.1 has seed 7 in .*shard2 and 85 in .*shard1"):
         merge_grids(tmp_path / "all", shards)
     record["axes"] = ["k"]
     (shards[1] / "grid.yaml").write_text(yaml.safe_dump(record))
@@ -125,7 +124,7 @@ def test_the_cell_that_got_further_is_taken(shards, tmp_path):
     (half / "model.json").unlink()
     (half / "resume.pt").write_bytes(b"x")
     assert not bring_cell(half, shards[1] / CELLS[1]) and bring_cell(shards[1] / CELLS[1], half)
-    assert cell_status(half) == "done" and not (half / "resume.pt").exists()
+    assert CellFolder(half).status == "done" and not (half / "resume.pt").exists()
 
 
 def test_a_copy_that_was_killed_is_made_again(shards, tmp_path):
@@ -150,7 +149,7 @@ def test_an_earlier_sessions_output_is_copied_first(shards, tmp_path, mount, ins
     (there / CELLS[0]).chmod(0o555)
     said = []
     assert bring_earlier(grid, tmp_path / "out", inputs=inputs, say=said.append) == 1
-    assert cell_status(tmp_path / "out" / CELLS[0]) == "done" and os.access(tmp_path / "out" / CELLS[0] / "log.txt", os.W_OK)
+    assert CellFolder(tmp_path / "out" / CELLS[0]).done and os.access(tmp_path / "out" / CELLS[0] / "log.txt", os.W_OK)
     assert "1 cells of an earlier session copied from" in said[0]
     assert bring_earlier(grid, tmp_path / "out", inputs=inputs, say=said.append) == 0
     assert bring_earlier(Grid("other", there, grid.cells, ()), tmp_path / "other", inputs=inputs) == 0
@@ -185,7 +184,7 @@ def test_what_a_killed_end_left_in_a_finished_cell_is_dropped(shards):
     for name in ("resume.pt", "scored.json", "cell.json", ".alive", ".resume.pt.0123.tmp"):
         (cell / name).write_text("{}")
     kept = {p.name for p in cell.iterdir()}
-    tidy(cell)
+    CellFolder(cell).tidy()
     assert kept - {p.name for p in cell.iterdir()} == {"resume.pt", "scored.json", "cell.json", ".alive", ".resume.pt.0123.tmp"}
 
 
@@ -211,15 +210,15 @@ def test_kaggles_limit_counts_what_is_there(tmp_path):
 
 
 def test_a_grid_that_will_not_fit_is_told_so_beforehand(done, tmp_path, monkeypatch):
-    from charmlib.grid import space
+    from charmlib.grid import budget
 
     path, _, _ = done
     cells, said = load_grid(path).cells, []
     one = sum(computed_sizes([c.params for c in cells]))
-    monkeypatch.setattr(space, "free_bytes", lambda folder: 2.5 * one + 12e6)
+    monkeypatch.setattr(budget, "free_bytes", lambda folder: 2.5 * one + 12e6)
     refuse_without_space(cells, tmp_path, 1, say=said.append)
     assert said and said[0].startswith("WARNING: 2 cells need about") and "--shard" in said[0]
-    monkeypatch.setattr(space, "free_bytes", lambda folder: 0.9 * one)
+    monkeypatch.setattr(budget, "free_bytes", lambda folder: 0.9 * one)
     with pytest.raises(GridError, match="not even one fits"):
         refuse_without_space(cells, tmp_path, 1)
 

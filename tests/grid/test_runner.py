@@ -9,16 +9,18 @@ import sys
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import leaderboard, run_grid
-from charmlib.grid.cells import GridError, cell_hash, cell_status, find_notebooks, notebook_code
-from charmlib.grid.worker import child_environment, nanny_environment
+from charmlib.grid.cells import CellFolder, GridError, cell_hash, find_notebooks, notebook_code
+from charmlib.grid.cluster import Means, local_cluster
+from charmlib.grid.worker import child_environment
 from charmlib.params import ParameterError, resolve
-from tests.grid.conftest import ROOT, small_grid
+from tests.grid.conftest import CELLS, ROOT, small_grid
 
 
 @pytest.mark.slow
@@ -43,6 +45,21 @@ def test_a_grid_leaves_all_its_files(done):
             book = nbformat.read(out / cell / f"{name}.ipynb", as_version=4)
             assert not any(o.output_type == "error" for c in book.cells if c.cell_type == "code" for o in c.outputs)
     assert any("stage 2 epoch 2/2" in line for line in said)  # one line an epoch reaches the caller
+
+
+@pytest.mark.slow
+def test_each_cell_has_the_scores_of_its_own_k(done):
+    """The cells score differently, so that results in the wrong folder would be noticed, here and in every other test."""
+    from charmlib import Run
+
+    _, out, _ = done
+    kept = [RunFolder(out / cell).test.logits for cell in CELLS]
+    assert np.abs(kept[0] - kept[1]).max() > 0.01
+    assert len({RunFolder(out / cell).metrics["test"]["mean_auc"] for cell in CELLS}) == 2
+    for cell, k, logits in zip(CELLS, (1, 2), kept):
+        run = Run.load(out / cell)
+        assert run.net.bank.k == RunFolder(out / cell).metrics["params"]["k"] == k
+        np.testing.assert_allclose(run.logits("test")[0], logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -84,12 +101,12 @@ def test_a_finished_cell_of_other_settings_is_refused_by_name_then_rerun_when_as
     _, out, _ = done
     mine = tmp_path / "out"
     shutil.copytree(out, mine)
-    path = small_grid(tmp_path, phantoms, momentum=[0.9], k=[1], threshold=[0.1])
-    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.9_k1_t0\.1.*--rerun-changed"):
+    path = small_grid(tmp_path, phantoms, momentum=[0.5], k=[1], threshold=[0.1])
+    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.5_k1_t0\.1.*--rerun-changed"):
         run_grid(path, ["seed=7"], out=mine)
     board = run_grid(path, ["seed=7"], out=mine, rerun_changed=True)
-    assert RunFolder(mine / "m0.9_k1_t0.1").metrics["params"]["seed"] == 7
-    assert set(board["cell"]) == {"m0.9_k1_t0.1", "m0.9_k2_t0.1"}  # the other cell stays on the board
+    assert RunFolder(mine / CELLS[0]).metrics["params"]["seed"] == 7
+    assert set(board["cell"]) == set(CELLS)  # the other cell stays on the board
 
 
 @pytest.mark.slow
@@ -122,14 +139,14 @@ def test_a_half_done_cell_never_goes_on_under_other_settings(done, tmp_path):
     path, out, _ = done
     mine = tmp_path / "out"
     shutil.copytree(out, mine)
-    cell = mine / "m0.9_k1_t0.1"
-    (cell / "cell.json").write_text(json.dumps({"id": cell.name, "hash": RunFolder(cell).metrics["hash"]}))
+    cell = mine / CELLS[0]
+    (cell / "cell.json").write_text(json.dumps({"id": cell.name, "hash": RunFolder(cell).metrics["hash"], "spent": 0.0}))
     (cell / "metrics.json").unlink()
-    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.9_k1_t0\.1"):
+    with pytest.raises(GridError, match=r"1 finished or started cells.*m0\.5_k1_t0\.1"):
         run_grid(path, ["k=1", "seed=7"], out=mine)
     assert (cell / "model.safetensors").is_file()
     run_grid(path, ["k=1"], out=mine, say=lambda line: None)  # the same settings: only scored
-    assert (mine / "m0.9_k1_t0.1/history.csv").read_text() == (out / "m0.9_k1_t0.1/history.csv").read_text()
+    assert (cell / "history.csv").read_text() == (out / CELLS[0] / "history.csv").read_text()
 
 
 def no_cells_run(monkeypatch, runner, instead):
@@ -204,28 +221,37 @@ def test_a_hash_changes_with_what_a_result_depends_on_and_nothing_else():
 
 
 def test_status_from_files_alone(tmp_path):
-    assert cell_status(tmp_path) == "pending"
+    assert CellFolder(tmp_path).status == "pending"
     (tmp_path / "resume.pt").touch()
-    assert cell_status(tmp_path) == "started"
+    assert CellFolder(tmp_path).status == "started"
     (tmp_path / "error.txt").touch()
-    assert cell_status(tmp_path) == "failed"
+    assert CellFolder(tmp_path).status == "failed"
     (tmp_path / "metrics.json").touch()
-    assert cell_status(tmp_path) == "done"
+    assert CellFolder(tmp_path).status == "done"
     with pytest.raises(GridError, match="holds no grid"):
         leaderboard(tmp_path)
 
 
 def test_the_nannys_thread_and_malloc_settings_do_not_reach_a_cell(monkeypatch):
     """They made training three times slower without a word. What the user set stays, also where it is the same."""
-    nanny = nanny_environment()
+    import dask
+    import distributed  # noqa: F401  (fills dask.config)
+
+    def environment(threads=0):
+        return child_environment({"threads": threads, "deadline": None, "scoring_seconds": None})
+
+    nanny = dask.config.get("distributed.nanny.pre-spawn-environ")
     assert {"OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_"} <= set(nanny)
     for name, value in nanny.items():
-        monkeypatch.setenv(name, value)
-    assert not set(nanny) & set(child_environment())
-    assert child_environment(2)["OMP_NUM_THREADS"] == "2"
-    assert child_environment(2, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
+        monkeypatch.setenv(name, str(value))
+    assert not set(nanny) & set(environment())
+    assert environment(2)["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert child_environment()["OMP_NUM_THREADS"] == "7"
+    assert environment()["OMP_NUM_THREADS"] == "7"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with local_cluster(Means(workers=1), 1) as cluster:
+        inside = cluster.client.submit(environment, 2).result()
+    assert inside["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize("module", ["charmlib.grid", "charmlib.grid.runner", "charmlib.grid.report", "charmlib.params",
@@ -263,8 +289,8 @@ def test_a_board_whose_cells_set_the_split_and_switch_parts_off(tmp_path):
 
 
 def test_grid_yaml_is_readable(tmp_path):
-    from charmlib.grid.runner import as_yaml
+    from charmlib.grid.board import record_of
     from charmlib.grid.spec import load_grid
 
-    text = as_yaml(load_grid(ROOT / "params/grid_demo.yaml"))
-    assert len(yaml.safe_load(text)["cells"]) == 8 and json.dumps(yaml.safe_load(text))
+    record = record_of(load_grid(ROOT / "params/grid_demo.yaml"))
+    assert len(record["cells"]) == 8 and yaml.safe_load(yaml.safe_dump(record)) == record == json.loads(json.dumps(record))

@@ -16,8 +16,8 @@ import pytest
 
 from charmlib.files import LeaseLost
 from charmlib.grid import lease
-from charmlib.grid.cells import epochs_done
-from tests.grid.conftest import CELLS, family, run, same_results, start, wait_for
+from charmlib.grid.cells import CellFolder
+from tests.grid.conftest import CELLS, epochs_done, family, run, same_results, start, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -53,11 +53,11 @@ def test_kills_of_runner_worker_child_and_kernel_end_in_the_same_bits(done, tmp_
     runner = start(path, out)
     wait_for(lambda: epochs_done(cell) >= 3, runner=runner)
     wait_for(lambda: family(runner, "ipykernel"), runner=runner)[0].kill()
-    wait_for(lambda: (cell / "model.json").is_file() and family(runner, "charmlib.grid.child"), runner=runner)[0].kill()
-    wait_for(lambda: (cell / "metrics.json").is_file(), runner=runner)
+    wait_for(lambda: (cell / "model.json").is_file() and family(runner, "charmlib.grid.cell_process"), runner=runner)[0].kill()
+    wait_for(lambda: (cell / "metrics.json").is_file() and not (cell / ".lease").exists(), runner=runner)
     touched = {p: p.stat().st_mtime_ns for p in cell.iterdir()}
     wait_for(lambda: epochs_done(other) >= 1, runner=runner)
-    worker = next(p for p in runner.children() if family(p, "charmlib.grid.child"))
+    worker = next(p for p in runner.children() if family(p, "charmlib.grid.cell_process"))
     worker.kill()
     assert runner.wait(120) == 0, out.with_suffix(".log").read_text()
     for name in CELLS:
@@ -257,7 +257,7 @@ def test_a_lease_guards_its_folder_by_any_path(tmp_path, monkeypatch):
 def test_a_cells_process_ends_also_when_its_parent_was_killed_before_it_could_look(done, tmp_path):
     """Killed a tenth of a second after it started the cell, the parent left it running for good."""
     code = ("import json, os, subprocess, sys, time; from charmlib.session import with_this_package\n"
-            "child = subprocess.Popen([sys.executable, '-m', 'charmlib.grid.child'], stdin=subprocess.PIPE, text=True,\n"
+            "child = subprocess.Popen([sys.executable, '-m', 'charmlib.grid.cell_process'], stdin=subprocess.PIPE, text=True,\n"
             "                         env=with_this_package(os.environ))\n"
             "print(child.pid, flush=True); time.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -268,14 +268,14 @@ def test_a_cells_process_ends_also_when_its_parent_was_killed_before_it_could_lo
 
 def test_time_between_sessions_is_not_a_cells_overhead(tmp_path):
     """A copied cell has no last sign of life; what its epochs took is counted, the night before the copy is not."""
-    from charmlib.grid.child import _spent
+    from charmlib.grid.cell_process import _spent
 
     (tmp_path / "cell.json").write_text(json.dumps({"hash": "h", "spent": 5.0, "started": time.time() - 50000}))
     (tmp_path / "history.csv").write_text("stage,epoch,seconds\n1,0,20.0\n1,1,22.0\n")
-    assert _spent(tmp_path, "h") == 42.0
+    assert _spent(CellFolder(tmp_path), "h") == 42.0
     (tmp_path / ".alive").touch()
     os.utime(tmp_path / ".alive", (time.time() - 49000, time.time() - 49000))
-    assert _spent(tmp_path, "h") == pytest.approx(1005, abs=2) and _spent(tmp_path, "other") == 0.0
+    assert _spent(CellFolder(tmp_path), "h") == pytest.approx(1005, abs=2) and _spent(CellFolder(tmp_path), "other") == 0.0
 
 
 def test_of_many_that_want_a_lease_one_gets_it(tmp_path):

@@ -89,7 +89,7 @@ def small(tmp_path):
     """A grid of four cells; its base lies in a folder beside it."""
     folder = tmp_path / "mine"
     (folder / "bases").mkdir(parents=True)
-    base = {**TINY, "stage1_frozen_epochs": 0, "stage1_epochs": 1, "stage2_epochs": 1}
+    base = {**TINY, "stage1_frozen_epochs": 0, "stage1_epochs": 1, "stage2_epochs": 1, "answer": "features"}
     (folder / "bases/tiny.yaml").write_text(yaml.safe_dump(base))
     (folder / "grid_small.yaml").write_text(yaml.safe_dump({"base": "bases/tiny.yaml", "axes": {"k": [1, 2, 3, 4]}}))
     return folder / "grid_small.yaml"

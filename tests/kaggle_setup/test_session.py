@@ -47,7 +47,6 @@ def printed(book):
 
 def test_a_grid_goes_to_kaggle_and_comes_back_in_two_rounds(charm, small, server, nih, tmp_path, merged, monkeypatch):
     """Without network, on today's mounts and on those of before; what a killed session had finished is not trained again."""
-    pytest.importorskip("charmlib.grid.earlier")
     monkeypatch.setattr("kaggle_setup.wheel._POLL", 0.01)
     server.plan(run={"datasets": {"nih-chest-xrays/data": str(nih)}, "old_form": ["-s2of2-", "-r2"]})
     given = ("push", small, "--user", "anna", "--shards", 2, "-p", "k=[1,2,3]", "--accelerator", "none", "--out",

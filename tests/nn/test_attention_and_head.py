@@ -42,7 +42,9 @@ def test_half_precision_features_get_a_half_precision_map_from_float32_weights()
     x = torch.randn(2, 16, 6, 5)
     with torch.autocast("cpu", torch.bfloat16):
         got = attention(x.bfloat16())
-        assert attention.filter()[0].dtype == torch.float32 or got.dtype == torch.bfloat16
+    assert got.dtype == torch.bfloat16 and {p.dtype for p in attention.parameters()} == {torch.float32}
+    weight, bias = (part.bfloat16() for part in attention.filter())  # multiplied out in float32, rounded once
+    assert torch.equal(got, torch.sigmoid(F.conv2d(x.bfloat16(), weight, bias, padding=2)))
     torch.testing.assert_close(got.float(), attention(x), atol=0.02, rtol=0.02)
 
 
@@ -92,3 +94,15 @@ def test_head_layers_in_the_published_order():
     head = ClassifierHead(10, 14, hidden=6, dropout=0.3)
     assert [type(m).__name__ for m in head] == ["BatchNorm1d", "Linear", "ReLU", "Dropout", "Linear"]
     assert head(torch.randn(4, 10)).shape == (4, 14)
+
+
+def test_the_head_drops_its_hidden_units_in_training_only():
+    """Hidden units that are all 1 are read one by one: the share ``dropout`` of them is 0, the others make up for it."""
+    head = ClassifierHead(4, 2000, hidden=2000, dropout=0.3)
+    with torch.no_grad():
+        head[1].weight.zero_(), head[1].bias.fill_(1), head[4].weight.copy_(torch.eye(2000)), head[4].bias.zero_()
+    torch.manual_seed(0)
+    units = head.train()(torch.randn(8, 4))
+    assert (units == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    torch.testing.assert_close(units[units != 0].unique(), torch.tensor([1 / 0.7]))
+    assert (head.eval()(torch.randn(8, 4)) == 1).all()

@@ -36,6 +36,30 @@ def test_against_the_formula(loss, batch):
     assert loss(*batch).item() == pytest.approx(slow(loss, *batch), rel=1e-5)
 
 
+def gradient(name, logits, targets):
+    """Of the summed loss by the logits (B, C); with the probabilities and the targets, all in double precision."""
+    logits = logits.clone().requires_grad_()
+    make_loss(name)(logits, targets).backward()
+    return logits.grad.double() * logits.numel(), torch.sigmoid(logits.detach().double()), targets.double()
+
+
+def test_the_focal_gradient_flows_through_the_focusing_weight(batch):
+    """Lin et al., appendix B, eq. 11, gamma 2."""
+    got, p, y = gradient("focal", *batch)
+    p_t = torch.where(y == 1, p, 1 - p)
+    want = (2 * y - 1) * (1 - p_t) ** 2 * (2 * p_t * p_t.log() + p_t - 1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_no_asymmetric_gradient_flows_through_the_focusing_weights(batch):
+    """Those of the two logarithms alone, times the weights (gammas 4 and 1, clip 0.05)."""
+    got, p, y = gradient("asl", *batch)
+    p_m = (p - 0.05).clamp(min=0)
+    positive = (1 - p) * (p - 1)
+    negative = p_m**4 * p * (1 - p) / (1 - p_m)
+    torch.testing.assert_close(got, torch.where(y == 1, positive, negative), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", [FocalLoss(0), AsymmetricLoss(0, 0, 0)])
 def test_identities_with_bce(loss, batch):
     logits = batch[0].clone().requires_grad_()

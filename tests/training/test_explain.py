@@ -135,6 +135,16 @@ def test_metrics_keep_the_enrichment_of_the_last_bank(run):
     assert run.bank.shares()["no_finding"] == pytest.approx(1 - finding.mean())
 
 
+def test_slots_that_were_offered_findings_only_are_expected_to_be_enriched(tiny):
+    """Stage 1 alone: a finding is as much more frequent among its images as images without one are left out."""
+    run = Run.open(tiny, **FEATURES, stage1_epochs=0, stage2_epochs=0)
+    run.train()
+    held, none = run.score()["bank"]["enrichment"], run.bank.shares()["no_finding"]
+    assert 0.2 < none < 0.8 and held["no_finding"]["expected"] == 0
+    assert all(figure["expected"] == pytest.approx(1 / (1 - none)) for figure in held["classes"].values()
+               if figure["prevalence"])
+
+
 @pytest.mark.parametrize("steps", ["first", "second", "both"])
 def test_what_was_on_offer_follows_the_stage_that_wrote_the_slots(run, steps):
     rows, finding = run.data.rows("train"), run.data.index.has_finding()[run.data.rows("train")]

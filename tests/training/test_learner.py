@@ -70,6 +70,28 @@ def test_slots_know_their_images_and_labels(learn):
         assert bank.slot_labels[slot].tolist() == data.labels[row].tolist()
 
 
+def test_each_epoch_has_an_order_and_an_augmentation_of_its_own_and_a_second_fit_repeats_them(learn):
+    from fastai.callback.core import Callback
+
+    class Batches(Callback):
+        def before_batch(self):
+            if self.training:
+                epochs.setdefault(self.epoch, {}).update(zip(self.dl.ids.tolist(), self.x.as_subclass(torch.Tensor).clone()))
+
+    seen = []
+    for _ in range(2):
+        epochs = {}
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-3, cbs=Batches())
+        seen.append(epochs)
+    first, second = seen[0].values()
+    assert list(first) != list(second)
+    both = first.keys() & second.keys()
+    assert len(both) > 50 and not any(torch.equal(first[i], second[i]) for i in both)
+    for epoch, again in zip(*(epochs.values() for epochs in seen)):
+        assert list(epoch) == list(again) and all(torch.equal(epoch[i], again[i]) for i in epoch)
+
+
 def test_momentum_moves_after_each_step_but_not_after_a_skipped_one(learn):
     from fastai.callback.core import Callback, CancelStepException
 
@@ -118,6 +140,11 @@ def test_data_and_network_must_agree(phantoms, tmp_path):
     with pytest.raises(RuntimeError, match="needs a GPU"):
         dls = chest_dataloaders(data, bs=16, mean=HALF, std=HALF)
         charm_learner(dls, path=tmp_path, precision="fp16", **NET)
+
+
+def test_the_network_of_a_learner_has_the_values_it_was_given(learn):
+    net = charm_learner(learn.dls, **{**NET, "momentum": 0.123, "threshold": 0.321, "vote_weight": 0.77}).model
+    assert (net.momentum.momentum, net.bank.threshold, net.bank.weight) == (0.123, 0.321, 0.77)
 
 
 def test_the_suites_own_loss_reaches_the_learner(learn):

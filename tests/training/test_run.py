@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from charmlib import Run
+from charmlib.evaluation.calibration import fit_temperature
+from charmlib.evaluation.metrics import mean_auc
+from charmlib.evaluation.operating import choose_thresholds
 from charmlib.evaluation.runs import RunFolder, finish
 from charmlib.params import ParameterError
 from charmlib.training import fit
@@ -76,6 +79,22 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(quiet, tiny, monkeypatch
 
 
 @pytest.mark.slow
+def test_a_bank_that_answers_with_features_resumes_in_the_same_bits(tiny, tmp_path, monkeypatch):
+    """Its slots and its gate are part of training, which a voting bank leaves alone. Killed inside each stage."""
+    mine = {**tiny, "answer": "features", "strategy": "rarity", "retrieval": "gated"}
+    quiet = tmp_path / "quiet"
+    Run.open(mine, run_dir=str(quiet)).train()
+    assert load_model(quiet)[0].bank.gate != 0
+    for saves in (2, 2):
+        with monkeypatch.context() as m, pytest.raises(Killed):
+            killed_after(m, saves)
+            Run.open(mine).train()
+        torch.manual_seed(12345)
+    Run.open(mine).train()
+    same_run(Path(tiny["run_dir"]), quiet)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard"])
 def test_a_bank_of_any_strategy_resumes_in_the_same_bits(tiny, tmp_path, monkeypatch, strategy):
     """Killed inside stage 1 and again inside stage 2. Rarity is in the test above."""
@@ -96,6 +115,53 @@ def test_each_stage_has_its_bank_momentum(tiny):
     assert run.net.bank.bank_momentum == 0.5
     run.learner(run.phase("stage2"))
     assert run.net.bank.bank_momentum == 0.9999
+
+
+# Odd values of the network's parameters, and where its parts have them.
+VOTES = {"momentum": (0.123, lambda net: net.momentum.momentum), "threshold": (0.321, lambda net: net.bank.threshold),
+         "k": (7, lambda net: net.bank.k), "bank_size": (23, lambda net: net.bank.size),
+         "vote_weight": (0.77, lambda net: net.bank.weight), "vote_temperature": (0.35, lambda net: net.bank.temperature),
+         "vote_ridge": (1.7, lambda net: net.bank.ridge), "strategy": ("hybrid", lambda net: net.bank.strategy),
+         "rule": ("angle", lambda net: net.bank.rule), "dropout": (0.45, lambda net: net.head[3].p),
+         "hidden": (19, lambda net: net.head[1].out_features)}
+FEATURES = {name: VOTES[name] for name in ("k", "threshold", "bank_size", "strategy", "rule")} | {
+    "retrieval": ("cosine", lambda net: net.bank.retrieval), "bank_norm": ("query", lambda net: net.bank.bank_norm),
+    "normalize_retrieved": (True, lambda net: net.bank.normalize_retrieved)}
+
+
+@pytest.mark.parametrize("answer, odd", [("votes", VOTES), ("features", FEATURES)], ids=["votes", "features"])
+def test_the_parts_have_the_values_of_the_parameters_as_opened_and_as_loaded(tiny, answer, odd):
+    values = {name: value for name, (value, _) in odd.items()}
+    run = Run.open(tiny, answer=answer, **values, stage1_epochs=0, stage2_epochs=0)
+    run.train()
+    for net in (run.net, Run.load(run.folder).net):
+        assert {name: read(net) for name, (_, read) in odd.items()} == values
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What torch's AdamW was set to at each step that it made: a list of (rates, decays) of its groups, the first layers'
+    first."""
+    made, real = [], torch.optim.AdamW.step
+
+    def step(self, closure=None):
+        made.append(([group["lr"] for group in self.param_groups], [group["weight_decay"] for group in self.param_groups]))
+        return real(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return made
+
+
+def test_every_step_decays_weights_as_the_parameters_say(tiny, steps):
+    Run.open(tiny, weight_decay=0.123, stage1_epochs=1, stage2_epochs=1).train()
+    assert steps and {decay for _, decays in steps for decay in decays} == {0.123}
+
+
+def test_the_rates_of_stage_2_rise_from_the_first_layers_to_the_head(tiny, steps):
+    Run.open(tiny, stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=2, stage2_lr_min=1e-5, stage2_lr_max=1e-3).train()
+    rates = np.array([rates for rates, _ in steps])
+    np.testing.assert_allclose(rates / rates[:, -1:], np.tile([0.01, 0.1, 1], (len(steps), 1)), rtol=1e-6)
+    assert 0.9e-3 < rates.max() <= 1e-3
 
 
 def test_a_run_that_ends_in_time_after_each_epoch_ends_in_the_same_bits(quiet, tiny, monkeypatch):
@@ -184,6 +250,13 @@ def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):
     assert [r["stage"] for r in history] == ["1"] * 3 + ["2"] * 4
     for name, value in run.net.state_dict().items():
         assert torch.equal(value, states[4][name]), name
+
+
+def test_the_epoch_of_the_highest_auc_stays_where_the_auc_is_monitored(tiny):
+    run = Run.open(tiny, monitor="valid_auc", stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=4, stage2_lr_max=1e-2)
+    aucs = [row["valid_auc"] for row in run.train()]
+    logits, labels = run.logits("valid")
+    assert mean_auc(labels, logits, run.data.classes) == pytest.approx(max(aucs), abs=1e-9) and min(aucs) < max(aucs) - 1e-3
 
 
 def test_early_stopping_counts_on_after_a_kill(tiny, monkeypatch):
@@ -303,6 +376,19 @@ def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
         assert key in kept, key
     assert kept["split"]["test"]["patients"] > 1 and kept["data"]["drawn"] and not (folder / "resume.pt").exists()
     assert 0 < run.quick_check(40) < 1
+
+
+def test_thresholds_and_temperature_are_those_of_the_validation_part(quiet, tmp_path):
+    """Those that training chose, and those that scoring uses."""
+    run = Run.load(shutil.copytree(quiet, tmp_path / "scored"))
+    card, test = json.loads((run.folder / "model.json").read_text()), run.score()["test"]
+    assert {point: {name: row["threshold"] for name, row in rows.items()} for point, rows in test["operating"].items()} == {
+        point: {name: value for name, value in of.items() if value is not None} for point, of in card["thresholds"].items()}
+    assert test["calibration"]["scaled"]["temperature"] == card["temperature"]
+    for part in ("valid", "test"):
+        logits, labels = run.logits(part)
+        chosen = choose_thresholds(labels, logits, run.data.classes), fit_temperature(labels, logits)
+        assert [a == b for a, b in zip(chosen, (card["thresholds"], card["temperature"]))] == [part == "valid"] * 2
 
 
 def test_loading_is_strict_and_loud(quiet, tmp_path):

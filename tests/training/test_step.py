@@ -249,14 +249,13 @@ def test_half_precision_trains_as_float32_does(learn, phantoms, tmp_path):
 def test_weights_lie_channels_last_and_files_do_not_notice(learn, tmp_path):
     from safetensors.torch import load_file
 
+    from charmlib.params import resolve
     from charmlib.training.checkpoint import load_model, save_model
 
     net = learn.model
     weights = [p for p in net.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
-    params = {**NET, "use_momentum": True, "use_attention": True, "use_bank": True, "momentum": 0.99,
-              "strategy": "balanced", "rule": "rare", "answer": "votes", "keys": "scales", "retrieval": "softmax",
-              "bank_norm": "both", "dropout": 0.3}
+    params = resolve(NET)
     path = save_model(net, tmp_path, classes=learn.dls.vocab, params=params)
     assert all(v.is_contiguous() for v in load_file(path).values())
     again, _ = load_model(tmp_path)

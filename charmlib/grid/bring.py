@@ -1,0 +1,180 @@
+"""Cells brought from elsewhere: an earlier session's output, shards of machines that share no folder."""
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from charmlib.files import LEASE, sync, write_text, write_whole
+from charmlib.grid import lease
+from charmlib.grid.board import leaderboard, read_record
+from charmlib.grid.cells import CellFolder, GridError
+from charmlib.grid.report import write_report
+from charmlib.grid.spec import Grid
+from charmlib.params import changes
+
+KAGGLE_INPUT = Path("/kaggle/input")
+_MOUNTS = ("*", "notebooks/*/*", "datasets/*/*")  # where Kaggle mounts outputs: before, and today
+_HALF, _OLD = ".half", 600.0  # suffix of a copy, and seconds without a new file after which it counts as killed
+# cells that agree in these have the same split, or were made from other data
+_DATA = ("classes", "csv", "labels", "split", "valid_fraction", "limit")
+_VERSIONS = ("charmlib", "torch", "torchvision", "fastai")
+
+
+def bring_cell(source: Path, target: Path) -> bool:
+    """Copy the folder of a finished or started cell if it has got further than the target; returns whether it was copied.
+
+    The copy appears whole or not at all, and is writable where the source is read-only. Raises GridError if a process works on
+    the target.
+    """
+    if _progress(source) <= _progress(target):
+        return False
+    half = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{_HALF}")
+    half.mkdir(parents=True)
+    try:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not file.name.startswith(LEASE) and file != CellFolder(source).alive_file:
+                shutil.copyfile(file, half / file.name)
+                sync(half / file.name)
+        sync(half)
+        with lease.alone(target):
+            refuse_at_work(target)
+            if _progress(source) <= _progress(target):
+                return False
+            shutil.rmtree(target, ignore_errors=True)
+            half.rename(target)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    sync(target.parent)
+    return True
+
+
+def _progress(folder: Path) -> float:
+    """Epochs of a cell, infinity when it is done, -1 where there is nothing to resume."""
+    cell = CellFolder(folder)
+    return float("inf") if cell.done else cell.progress if cell.resumable else -1
+
+
+def remove_cell(folder: Path) -> None:
+    """Remove a cell's folder, for it to run again; raises GridError if a process works on it."""
+    with lease.alone(folder):
+        refuse_at_work(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_half_copies(folder: Path) -> None:
+    """Remove the rest of killed copies from a grid's folder."""
+    for half in folder.glob(f".*{_HALF}"):
+        if time.time() - half.stat().st_mtime > _OLD:  # a younger one may still be written
+            shutil.rmtree(half, ignore_errors=True)
+
+
+def refuse_at_work(folder: Path) -> None:
+    """Raise GridError, naming the process, if a living one works on a cell."""
+    if words := lease.holder(folder):
+        raise GridError(f"{folder} is being worked on by {words}: wait for its end, or stop it")
+
+
+def bring_earlier(grid: Grid, folder: Path, source: str | Path | None = None, *, inputs: Path = KAGGLE_INPUT,
+                  say: Callable[[str], None] = print) -> int:
+    """Copy the finished and started cells of an earlier session of this grid into its folder; returns how many.
+
+    ``source`` is that grid's folder (GridError if it holds none); without one, the outputs attached to a Kaggle notebook are
+    searched for grids of this name. Cells that have got as far here stay as they are.
+    """
+    if source is not None and not (Path(source) / "grid.yaml").is_file():
+        raise GridError(f"{source} holds no grid to continue from (no grid.yaml); name the folder that has the cells' folders")
+    remove_half_copies(folder)
+    brought = 0
+    for place in _attached(grid.name, inputs) if source is None else [Path(source)]:
+        here = place.resolve() == folder.resolve()
+        cells = [cell.id for cell in grid.cells if not here and bring_cell(place / cell.id, folder / cell.id)]
+        brought += len(cells)
+        if cells:
+            say(f"{len(cells)} cells of an earlier session copied from {place}: {', '.join(cells[:4])}"
+                + (f" and {len(cells) - 4} more" if len(cells) > 4 else ""))
+    return brought
+
+
+def _attached(name: str, inputs: Path) -> Iterator[Path]:
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ or inputs != KAGGLE_INPUT:
+        for pattern in (f"{mount}/{inside}/grid.yaml" for mount in _MOUNTS for inside in (name, f"runs/{name}", ".")):
+            yield from (record.parent for record in sorted(inputs.glob(pattern))
+                        if (yaml.safe_load(record.read_text()) or {}).get("name") == name)
+
+
+def merge_grids(out: str | Path, folders: Sequence[str | Path], *, say: Callable[[str], None] = print) -> pd.DataFrame:
+    """Put the cells of several folders of one grid into ``out``, with its leaderboard and report; returns the leaderboard.
+
+    Of a cell in several folders, the one that has got furthest is taken; ``out`` may hold cells already. The folders stay as
+    they are.
+
+    Raises
+    ------
+    GridError
+        A folder holds no grid, or a process works on a cell; the folders differ in the parameters of a cell, in a split, in the
+        notebooks or in versions: says where.
+    """
+    out = Path(out).expanduser().resolve()
+    places = [place for folder in folders if (place := Path(folder).expanduser().resolve()) != out]
+    records = {place: read_record(place) for place in ([out] if (out / "grid.yaml").is_file() else []) + places}
+    together = _one_record(records)
+    _refuse_mixture(records)
+    out.mkdir(parents=True, exist_ok=True)
+    remove_half_copies(out)
+    for place in places:
+        for split in place.glob("split*.csv"):
+            write_whole(out / split.name, lambda temporary, split=split: shutil.copyfile(split, temporary))
+        brought = sum(bring_cell(place / cell["id"], out / cell["id"]) for cell in together["cells"])
+        say(f"{brought} cells from {place}")
+    write_text(out / "grid.yaml", yaml.safe_dump(together, sort_keys=False))
+    board = leaderboard(out)
+    write_report(out, board)
+    return board
+
+
+def _one_record(records: dict[Path, dict]) -> dict:
+    """The grid that all folders are parts of; raises GridError where they differ in axes or parameters."""
+    (first_place, first), *others = records.items()
+    cells = {cell["id"]: cell for cell in first["cells"]}
+    for place, record in others:
+        if record["axes"] != first["axes"]:
+            raise GridError(f"{place} is a grid over {', '.join(record['axes'])}, {first_place} one over "
+                            f"{', '.join(first['axes'])}: not parts of one grid")
+        for cell in record["cells"]:
+            ours, theirs = cells.setdefault(cell["id"], cell)["params"], cell["params"]
+            for name in changes(theirs, ours):
+                raise GridError(f"cell {cell['id']} has {name} {theirs[name]!r} in {place} and {ours[name]!r} in "
+                                f"{first_place}: their scores do not belong on one leaderboard")
+    return {**first, "cells": list(cells.values())}
+
+
+def _refuse_mixture(records: dict[Path, dict]) -> None:
+    """Refuse finished and started cells that differ in versions, in the notebooks' code, or in the split of the same data."""
+    seen: dict[tuple, tuple[str, str]] = {}
+    for place, cell in ((place, cell) for place, record in records.items() for cell in record["cells"]):
+        refuse_at_work(place / cell["id"])
+        for key, value in _made_with(CellFolder(place / cell["id"]), cell["params"]).items():
+            where = f"of {cell['id']} in {place}"
+            known, first = seen.setdefault(key, (value, where))
+            if known != value:
+                raise GridError(f"{key[0]} differs: {known} {first}, {value} {where}. Their scores do not belong on one "
+                                "leaderboard; run the differing cells again.")
+
+
+def _made_with(cell: CellFolder, params: dict) -> dict[tuple, str]:
+    """The split, code and versions that a finished or started cell was made with."""
+    identity, data = cell.identity, tuple(str(params[name]) for name in _DATA)
+    if cell.done:
+        split, code, versions = cell.metrics["split"]["hash"], cell.metrics["code"], cell.metrics["versions"]
+    elif identity:
+        split, code, versions = identity["split"], identity["code"], {"charmlib": identity["charmlib"]}
+    else:
+        return {}
+    return {("the split", data): split, ("the notebooks' code",): code,
+            **{(f"the version of {name}",): versions[name] for name in _VERSIONS if name in versions}}

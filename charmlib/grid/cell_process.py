@@ -1,0 +1,179 @@
+"""The process that runs one cell: ``python -m charmlib.grid.cell_process`` with the cell as JSON on standard input.
+
+Papermill executes both notebooks here, in one kernel, so that a crash or a kill stays in this process and its kernel. The
+process holds the lease of the cell's folder; its exit status is a :class:`charmlib.grid.cells.Ended`.
+"""
+
+import ast
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+import charmlib
+from charmlib import session
+from charmlib.files import DiskFull, LeaseLost, is_disk_full, remove_temporaries, write_json, write_text
+from charmlib.grid import lease
+from charmlib.grid.cells import NOTEBOOKS, CellFolder, Ended
+from charmlib.param_sources import changed
+from charmlib.params import UNHASHED, coerce
+from charmlib.session import PARENT, die_with_parent, end_children
+
+_BETWEEN = "between"  # tag of the cell that deletes the train notebook's variables before the test notebook starts
+_CLEAR = """import matplotlib.pyplot
+matplotlib.pyplot.close("all")
+get_ipython().run_line_magic("reset", "-f")
+import gc
+_ = gc.collect()"""
+
+
+def run_cell(job: dict) -> None:
+    """Execute train and test of a cell (id, hash, split, code, params, folder, notebooks, started) and write its metrics.
+
+    Both run in one kernel, cleared in between: a second start and a second import of torch cost as much as a short epoch.
+    """
+    from charmlib.evaluation.runs import finish
+
+    cell, notebooks = CellFolder(job["folder"]), Path(job["notebooks"])
+    spent = _spent(cell, job["hash"])
+    write_json(cell.identity_file, {key: job[key] for key in ("id", "hash", "split", "code", "started")}
+               | {"charmlib": charmlib.__version__, "spent": spent})
+    params = {name: coerce(name, value, "cell") for name, value in job["params"].items()}
+    params["run_dir"] = str(cell.path)
+    wanted = {"train": params, "test": {name: params[name] for name in UNHASHED if name in params}}
+    books = [_with_parameters(notebooks / f"{name}.ipynb", wanted[name]) for name in NOTEBOOKS]
+    _execute(books, cell)
+    finish(cell.path, cell=job["id"], hash=job["hash"], code=job["code"], wall=spent + time.time() - job["started"])
+    for file in (cell.identity_file, cell.alive_file):
+        file.unlink(missing_ok=True)
+
+
+def _spent(cell: CellFolder, hash_: str) -> float:
+    """Seconds of earlier attempts at this cell; a killed one counts up to its last sign of life."""
+    before = cell.identity
+    if before.get("hash") != hash_:
+        return 0.0
+    spent = before["spent"]
+    if cell.alive_file.is_file():
+        spent += max(0.0, cell.alive_file.stat().st_mtime - before["started"])
+    # a copied cell comes without its last sign of life, whose time would be that of the copy
+    return max(spent, sum(float(row["seconds"]) for row in cell.history))
+
+
+def injected(notebook: Path, params: Mapping) -> dict[str, Any]:
+    """The parameters that papermill sets in a notebook: those that differ from its ``parameters`` cell and, in its ``options``,
+    all others that differ from their declaration."""
+    cell = next((c for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])), None)
+    if cell is None:
+        raise ValueError(f"{notebook} has no cell tagged 'parameters'")
+    lines = [node for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)]
+    there = {node.target.id: ast.literal_eval(node.value) for node in lines}
+    given = {name: value for name, value in params.items() if name in there and value != there[name]}
+    options = {name: value for name, value in changed(params).items() if name not in there} if "options" in there else {}
+    return given | ({"options": options} if options else {})
+
+
+def _with_parameters(notebook: Path, params: Mapping) -> nbformat.NotebookNode:
+    import papermill
+
+    return papermill.execute_notebook(str(notebook), None, parameters=injected(notebook, params), prepare_only=True,
+                                      progress_bar=False)
+
+
+def _execute(books: list[nbformat.NotebookNode], cell: CellFolder) -> None:
+    """Run both notebooks as one, and keep each as executed, also when it failed."""
+    import papermill
+
+    train, test = books
+    joined = nbformat.from_dict(train)
+    between = nbformat.v4.new_code_cell(_CLEAR, metadata={"tags": [_BETWEEN]})
+    joined.cells = [*train.cells, between, *test.cells]
+    source = cell.path / ".both.ipynb"
+    write_text(source, nbformat.writes(joined))
+    try:
+        papermill.execute_notebook(str(source), str(cell.running_file), cwd=str(cell.path), progress_bar=False,
+                                   log_output=False, start_timeout=180)
+    finally:
+        source.unlink(missing_ok=True)
+        _split(books, cell)
+
+
+def _split(books: list[nbformat.NotebookNode], cell: CellFolder) -> None:
+    """Write ``train.ipynb`` and ``test.ipynb`` from the executed notebook of both."""
+    try:
+        done = nbformat.read(cell.running_file, as_version=4)
+    except (FileNotFoundError, nbformat.reader.NotJSONError):  # nothing ran, or the disk was full
+        return
+    finally:
+        cell.running_file.unlink(missing_ok=True)
+    at = next(i for i, part in enumerate(done.cells) if _BETWEEN in part.metadata.get("tags", []))
+    for name, book, parts in zip(NOTEBOOKS, books, (done.cells[:at], done.cells[at + 1:])):
+        if any(part.get("execution_count") for part in parts):
+            took = sum(part.metadata.get("papermill", {}).get("duration") or 0.0 for part in parts)
+            book.cells = parts
+            book.metadata.papermill |= {"output_path": str(cell.path / f"{name}.ipynb"), "duration": round(took, 3)}
+            write_text(cell.path / f"{name}.ipynb", nbformat.writes(book))
+
+
+def main() -> int:
+    die_with_parent(int(os.environ[PARENT]))  # the notebook's own kernel watches this process and ends with it
+    warnings.filterwarnings("ignore")
+    job = json.load(sys.stdin)
+    cell = CellFolder(job["folder"])
+    try:
+        held = lease.take(cell)
+    except (lease.Busy, OSError) as problem:
+        return _ended(problem)
+
+    def leave(ended: Ended) -> None:
+        end_children()
+        held.release()
+        os._exit(ended)
+
+    signal.signal(signal.SIGTERM, lambda *_: leave(Ended.STOPPED))
+    held.keep(lost=lambda: leave(Ended.LEASE_LOST))
+    os.environ.update(held.environment)
+    os.environ.update({session.CELL: job["id"], session.BATCH: "1", session.ALIVE: str(cell.alive_file)})
+    try:
+        remove_temporaries(cell)
+        cell.error_file.unlink(missing_ok=True)
+        if not cell.done_as(job["hash"]):  # finished by another while this one waited for the lease
+            run_cell(job)
+        return Ended.DONE
+    except Exception as problem:
+        ended = _ended(problem)
+        if ended is Ended.FAILED:
+            write_text(cell.error_file, traceback.format_exc())
+        return ended
+    finally:
+        held.release()
+
+
+# by the class of an exception, which papermill passes on by name only
+_ENDS = {"DeadKernelError": Ended.CRASHED, "Busy": Ended.BUSY, session.OutOfTime.__name__: Ended.OUT_OF_TIME,
+         LeaseLost.__name__: Ended.LEASE_LOST, DiskFull.__name__: Ended.DISK_FULL}
+
+
+def _ended(problem: Exception) -> Ended:
+    """How a cell ended whose notebooks, or whose process, raised this; prints one line for the runner.
+
+    The line is the last one of the problem's text (fastai adds some before it), after its class if the status does not tell.
+    """
+    name, text = getattr(problem, "ename", type(problem).__name__), str(getattr(problem, "evalue", "") or problem)
+    full = is_disk_full(problem) or (name == "OSError" and "No space left on device" in text)
+    ended = Ended.DISK_FULL if full else _ENDS.get(name, Ended.FAILED)
+    last = "".join(text.strip().splitlines()[-1:]).strip()
+    print(f"{name}: {last}" if ended is Ended.FAILED else last, file=sys.stderr)
+    return ended
+
+
+if __name__ == "__main__":
+    sys.exit(main())

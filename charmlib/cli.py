@@ -14,16 +14,12 @@ from pathlib import Path
 import click
 
 from charmlib import __version__
-from charmlib.kaggle.commands import kaggle
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli():
     """CHARM-Xray notebooks' helper. Research use only."""
-
-
-cli.add_command(kaggle)
 
 
 @cli.command()

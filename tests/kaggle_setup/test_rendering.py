@@ -11,12 +11,11 @@ import yaml
 
 import charmlib
 from charmlib.grid import load_grid
-from charmlib.kaggle.errors import KaggleError
-from charmlib.kaggle.metadata import check_source, check_user, dataset_metadata, kernel_metadata, slug_of
-from charmlib.kaggle.prepare import check_budget, prepare
-from charmlib.kaggle.redaction import redact
-from charmlib.kaggle.render import grid_files, shard_notebook
 from charmlib.params import ParameterError
+from kaggle_setup.client import KaggleError
+from kaggle_setup.kernel import grid_files, id_of, kernel_metadata, shard_notebook, slug_of
+from kaggle_setup.prepare import prepare
+from kaggle_setup.redaction import redact
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,30 +35,28 @@ def test_kernel_metadata_has_every_field_and_an_id_that_is_its_title():
 def test_names_that_kaggle_would_not_take_are_refused_before():
     for wrong in ("Anna B", "anna@x.org", "", "Anna"):
         with pytest.raises(KaggleError, match="kaggle.com/NAME"):
-            check_user(wrong)
+            kernel_metadata(wrong, "charmlib charm")
     for wrong in ("data", "a/b/c/d", "https://www.kaggle.com/datasets/a/b"):
-        with pytest.raises(KaggleError, match="OWNER/NAME"):
-            check_source(wrong, "--data")
-    with pytest.raises(KaggleError, match="6 to 50"):
-        dataset_metadata("anna", "x" * 51, "")
-    meta = dataset_metadata("anna", "charmlib wheel", "MIT")
-    assert meta["id"] == "anna/charmlib-wheel" and len(meta["licenses"]) == 1
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("11h", 39600), ("90m", 5400), ("1.5h", 5400)])
-def test_budgets(text, seconds):
-    assert check_budget(text) == seconds
+        with pytest.raises(KaggleError, match="--data.*OWNER/NAME"):
+            kernel_metadata("anna", "charmlib charm", datasets=[wrong])
+        with pytest.raises(KaggleError, match="--notebook-outputs.*OWNER/NAME"):
+            kernel_metadata("anna", "charmlib charm", kernels=[wrong])
+    for wrong in ("x" * 51, "x" * 5, "charm" + "!" * 5):
+        with pytest.raises(KaggleError, match="6 to 50"):
+            id_of("anna", wrong)
+    assert id_of("anna", "charmlib wheel") == "anna/charmlib-wheel"
 
 
 @pytest.mark.parametrize("text", ["12h", "0h", "11", "soon", "-1h"])
-def test_a_budget_that_a_session_cannot_have_is_refused(text):
+def test_a_budget_that_a_session_cannot_have_is_refused(small, tmp_path, text):
     with pytest.raises((KaggleError, ParameterError), match="11h"):
-        check_budget(text)
+        prepare(small, user="anna", out=tmp_path, budget=text)
 
 
 def test_every_shipped_grid_renders_with_all_its_files(tmp_path):
     for path in sorted((ROOT / "params").glob("grid_*.yaml")):
-        place, files = grid_files(path)
+        files = grid_files(path)
+        place = next(iter(files))
         for name, text in files.items():
             (tmp_path / path.stem / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path.stem / name).write_text(text)
@@ -75,12 +72,12 @@ def test_bases_of_bases_travel_too(tmp_path):
     (tmp_path / "here/first_of_chain.yaml").write_text("base: low/last_of_chain.yaml\nseed: 3\n")
     last = tmp_path / "here/low/last_of_chain.yaml"
     last.write_text("bank_size: 7\n")
-    place, files = grid_files(tmp_path / "here/grid_chain.yaml")
+    files = grid_files(tmp_path / "here/grid_chain.yaml")
     assert len(files) == 3
     for name, text in files.items():
         (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "there" / name).write_text(text)
-    (cell,) = load_grid(tmp_path / "there" / place).cells
+    (cell,) = load_grid(tmp_path / "there" / next(iter(files))).cells
     assert (cell.params["seed"], cell.params["bank_size"]) == (3, 7)
     last.write_text(f"base: {tmp_path}/x.yaml\n")
     with pytest.raises(KaggleError, match=r"last_of_chain\.yaml.*path of this machine"):
@@ -92,22 +89,25 @@ def test_a_grid_whose_bases_lie_elsewhere_keeps_its_layout(small):
     deeper.mkdir(parents=True)
     (deeper / "grid_x.yaml").write_text("base: ../../bases/tiny.yaml\naxes: {k: [1]}\ncells: [{name: p, base: ../more.yaml}]\n")
     (small.parent / "deep/more.yaml").write_text("k: 2\n")
-    place, files = grid_files(deeper / "grid_x.yaml")
+    files = grid_files(deeper / "grid_x.yaml")
+    place = next(iter(files))
     assert place == "params/deep/er/grid_x.yaml" and set(files) == {place, "params/bases/tiny.yaml", "params/deep/more.yaml"}
 
 
 def test_a_base_that_ships_with_charmlib_goes_where_the_grid_looks_for_it(tmp_path):
     (tmp_path / "params").mkdir()
     (tmp_path / "params/grid_mine.yaml").write_text("base: charm.yaml\naxes: {k: [1]}\n")
-    place, files = grid_files(tmp_path / "params/grid_mine.yaml")
-    assert place == "params/grid_mine.yaml" and files["params/charm.yaml"] == (ROOT / "params/charm.yaml").read_text()
+    files = grid_files(tmp_path / "params/grid_mine.yaml")
+    assert next(iter(files)) == "params/grid_mine.yaml"
+    assert files["params/charm.yaml"] == (ROOT / "params/charm.yaml").read_text()
     (tmp_path / "params/grid_mine.yaml").write_text(f"base: {ROOT}/params/charm.yaml\naxes: {{k: [1]}}\n")
     with pytest.raises(KaggleError, match="relative to the file"):
         grid_files(tmp_path / "params/grid_mine.yaml")
 
 
 def test_the_rendered_notebook_holds_its_parameters_and_no_output(small):
-    place, files = grid_files(small)
+    files = grid_files(small)
+    place = next(iter(files))
     book = shard_notebook({"grid": place, "shard": "1/2", "overrides": ['csv=a "b" \\ c']}, files)
     nbformat.validate(book)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
@@ -123,7 +123,7 @@ def test_the_rendered_notebook_holds_its_parameters_and_no_output(small):
 
 def test_a_parameter_that_the_notebook_does_not_declare_is_refused(small):
     with pytest.raises(KaggleError, match="declares no parameter 'shards'.*Did you mean 'shard'"):
-        shard_notebook({"shards": "1/2"}, grid_files(small)[1])
+        shard_notebook({"shards": "1/2"}, grid_files(small))
 
 
 def test_paths_must_be_kaggles(small, tmp_path):
@@ -171,14 +171,17 @@ def test_plain_words_stay_as_they_are():
 
 @pytest.mark.slow
 def test_the_wheels_dataset_is_complete(tmp_path):
-    """The wheel as ``kaggle push`` builds it, from a checkout that it leaves as it was."""
-    from charmlib.kaggle.wheel import write_dataset
+    """The wheel as ``kaggle_setup push`` builds it, from a checkout that it leaves as it was."""
+    from kaggle_setup.wheel import write_dataset
 
     before = sorted(path for path in ROOT.iterdir())
     first = write_dataset(tmp_path / "wheel", "anna")
     assert {path.name for path in (tmp_path / "wheel").iterdir()} == {
         f"charmlib-{charmlib.__version__}-py3-none-any.whl", "check_gpu.py", "dataset-metadata.json"}
+    meta = json.loads((tmp_path / "wheel/dataset-metadata.json").read_text())
+    assert meta["id"] == "anna/charmlib-wheel" and len(meta["licenses"]) == 1 and "MIT" in meta["description"]
     held = set(zipfile.ZipFile(next((tmp_path / "wheel").glob("*.whl"))).namelist())
+    assert not any(name.startswith("kaggle_setup") for name in held)
     for path in ROOT.glob("charmlib/**/*"):
         if path.is_file() and "__pycache__" not in path.parts:
             assert str(path.relative_to(ROOT)) in held, path

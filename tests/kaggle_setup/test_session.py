@@ -10,9 +10,9 @@ import pytest
 
 import charmlib
 from charmlib.data.phantom import make_phantoms
-from charmlib.kaggle.prepare import prepare
-from charmlib.kaggle.wheel import write_dataset
-from tests.kaggle.session import can_mount, image_python, run_session
+from kaggle_setup.prepare import prepare
+from kaggle_setup.wheel import write_dataset
+from tests.kaggle_setup.session import can_mount, image_python, run_session
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow,
@@ -47,7 +47,7 @@ def printed(book):
 
 def test_a_grid_goes_to_kaggle_and_comes_back_in_two_rounds(charm, small, server, nih, tmp_path, merged, monkeypatch):
     """Without network, on today's mounts and on those of before; what a killed session had finished is not trained again."""
-    monkeypatch.setattr("charmlib.kaggle.upload._POLL", 0.01)
+    monkeypatch.setattr("kaggle_setup.wheel._POLL", 0.01)
     server.plan(run={"datasets": {"nih-chest-xrays/data": str(nih)}, "old_form": ["-s2of2-", "-r2"]})
     given = ("push", small, "--user", "anna", "--shards", 2, "-p", "k=[1,2,3]", "--accelerator", "none", "--out",
              tmp_path / "out")

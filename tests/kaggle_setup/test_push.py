@@ -1,4 +1,4 @@
-"""The flow against a stand-in that behaves as the official client does, refusals included."""
+"""The flow against a stand-in that behaves as the official client's package does, refusals included."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from charmlib.kaggle.state import locked
-from tests.kaggle.conftest import TOKEN
+from kaggle_setup.state import locked
+from tests.kaggle_setup.conftest import TOKEN
 
 ROOT = Path(__file__).parents[2]
 CELLS = {"1of2": ["k1", "k3"], "2of2": ["k2", "k4"]}
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_wheel")
 
 @pytest.fixture
 def push(charm, small, tmp_path, merged):
-    """``kaggle push`` of the small grid."""
+    """``kaggle_setup push`` of the small grid."""
     return lambda *args: charm("push", small, "--user", "anna", "--out", tmp_path / "out", *args)
 
 
@@ -33,11 +33,13 @@ def test_a_dry_run_writes_everything_and_asks_nothing(push, server, tmp_path):
     there = {str(path.relative_to(tmp_path / "out/kaggle")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     kernels = {f"s{i}-r1/kernel/{name}" for i in (1, 2) for name in ("notebook.ipynb", "kernel-metadata.json")}
     wheel = {f"wheel/{name}" for name in ("charmlib-0.0.0-py3-none-any.whl", "dataset-metadata.json", "check_gpu.py")}
-    assert there == kernels | wheel | {"state.json", "state.lock"}
+    assert there - {"state.lock"} == kernels | wheel | {"state.json"}
 
 
 def test_a_dry_run_needs_no_client(charm, small, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
+    (tmp_path / "kaggle").mkdir()
+    (tmp_path / "kaggle/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'kaggle'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     status, text = charm("push", small, "--user", "anna", "--out", tmp_path / "out", "--dry-run")
     assert status == 0, text
     status, text = charm("push", small, "--user", "anna", "--out", tmp_path / "out")
@@ -48,10 +50,9 @@ def test_two_shards_are_pushed_after_their_wheel_fetched_and_merged(push, charm,
     server.plan(done={f"{shard}-r1": cells for shard, cells in CELLS.items()})
     status, text = push("--shards", 2)
     assert status == 0, text
-    assert [call[:2] for call in server.calls()] == [
-        ["datasets", "status"], ["datasets", "create"], ["datasets", "status"], ["datasets", "status"], ["kernels", "push"],
-        ["kernels", "push"]]
-    assert all(call[-2:] == ["-t", str(11 * 3600 + 1800)] for call in server.calls("kernels", "push"))
+    assert [name for name, _ in server.calls()] == [
+        "dataset_status", "dataset_create_new", "dataset_status", "dataset_status", "kernels_push", "kernels_push"]
+    assert all(call["timeout"] == 11 * 3600 + 1800 for call in server.calls("kernels_push"))
     pushed = server.kernels()
     assert set(pushed) == {"1of2-r1", "2of2-r1"} and all(meta["is_private"] for meta in pushed.values())
     status, text = charm("status", tmp_path / "out")
@@ -77,11 +78,11 @@ def test_a_merge_that_failed_is_made_by_the_next_fetch(push, charm, server, tmp_
         raise GridError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["charmlib.grid.bring"], "merge_grids", broken)
-        with pytest.raises(GridError):
-            charm("fetch", tmp_path / "out")
+        patch.setattr("kaggle_setup.rounds.merge_grids", broken)
+        status, text = charm("fetch", tmp_path / "out")
+        assert status == 2 and "the disk is full" in text
     status, text = charm("fetch", tmp_path / "out")
-    assert status == 0 and len(merged) == 1 and len(server.calls("kernels", "output")) == 1, text
+    assert status == 0 and len(merged) == 1 and len(server.calls("kernels_output")) == 1, text
 
 
 def test_status_disturbs_nothing_and_a_second_push_is_refused(push, charm, server, tmp_path):
@@ -92,11 +93,11 @@ def test_status_disturbs_nothing_and_a_second_push_is_refused(push, charm, serve
         status, text = charm("status", tmp_path / "out")
         assert status == 0 and "ended, complete" in text and (tmp_path / "out/kaggle/state.json").read_bytes() == before
         for status, text in (push(), charm("fetch", tmp_path / "out")):
-            assert status == 2 and "another `kaggle push` or `fetch` works" in text
+            assert status == 2 and "another `kaggle_setup push` or `fetch` works" in text
 
 
 def test_a_wait_fetches_what_runs_before_it_gives_up_on_a_refusal(push, server, merged):
-    server.plan(done={"1of2-r1": ["k1", "k3"]}, steps={"kernels push": ["", "maximum", "quota", "quota", "quota", "quota"]})
+    server.plan(done={"1of2-r1": ["k1", "k3"]}, steps={"kernels_push": ["", "maximum", "quota", "quota", "quota", "quota"]})
     status, text = push("--shards", 2, "--wait", "--poll", 0)
     assert status == 2 and "1of2-r1: fetched, 2 of 2 cells done" in text and "kaggle quota" in text and len(merged) == 1
 
@@ -128,7 +129,7 @@ def test_with_wait_it_pushes_the_rest_goes_on_in_rounds_and_ends_when_all_is_don
     ids = [kernel["id"] for kernel in state_of(tmp_path)["kernels"]]
     assert server.kernels()["1of3-r2"]["kernel_sources"] == [one for one in ids if one.endswith("s1of3-r1")]
     assert merged[-1][1] == [tmp_path / f"out/kaggle/{place}/output/runs/small" for place in ("s1-r2", "s2-r1", "s3-r1")]
-    assert len(server.calls("kernels", "push")) == 4
+    assert len(server.calls("kernels_push")) == 4
 
 
 def test_with_wait_failed_cells_and_rounds_that_get_nowhere_cost_no_more_hours(push, server):
@@ -136,7 +137,7 @@ def test_with_wait_failed_cells_and_rounds_that_get_nowhere_cost_no_more_hours(p
     status, text = push("--shards", 2, "--wait", "--poll", 0)
     assert status == 1 and "3 cells are not done: k3, k2, k4" in text and "failed: k3" in text
     assert "no grid in its output; ImportError: no torch" in text
-    assert len(server.calls("kernels", "push")) == 2
+    assert len(server.calls("kernels_push")) == 2
 
 
 def test_push_again_after_fetch_goes_on_with_what_is_left(push, charm, server, tmp_path):
@@ -149,24 +150,26 @@ def test_push_again_after_fetch_goes_on_with_what_is_left(push, charm, server, t
     assert server.kernels()["1of1-r2"]["kernel_sources"] == [state_of(tmp_path)["kernels"][0]["id"]]
     for _ in range(3):
         charm("fetch", tmp_path / "out")
-    assert state_of(tmp_path)["kernels"][1]["left"] == []
+    status, text = charm("fetch", tmp_path / "out")
+    assert status == 0 and "not done" not in text and {path.parent.name for path in (tmp_path / "out/kaggle/s1-r2").rglob(
+        "metrics.json")} == {"k1", "k2", "k3", "k4"}
 
 
 @pytest.mark.parametrize(("step", "words"), [
     ("quota", ("kaggle quota", "exceeded the number of hours")), ("leak", ("bad credentials",))])
 def test_a_refusal_names_its_remedy_and_nothing_counts_as_pushed(push, server, tmp_path, step, words):
-    server.plan(steps={"kernels push": [step]})
+    server.plan(steps={"kernels_push": [step]})
     status, text = push("--shards", 2)
     assert status == 2 and all(word in text for word in words), text
     assert [kernel["state"] for kernel in state_of(tmp_path)["kernels"]] == ["waiting", "waiting"]
-    assert len(server.calls("kernels", "push")) == 1
+    assert len(server.calls("kernels_push")) == 1
     status, text = push("--shards", 2)
-    assert status == 0 and len(server.calls("datasets", "create")) == 1, text
+    assert status == 0 and len(server.calls("dataset_create_new")) == 1, text
 
 
 def test_the_session_limit_makes_a_shard_wait(push, server, tmp_path):
     """Sessions that were started elsewhere count too, so the server may say no before there are two from here."""
-    server.plan(steps={"kernels push": ["", "maximum"]})
+    server.plan(steps={"kernels_push": ["", "maximum"]})
     status, text = push("--shards", 2)
     assert status == 1 and "Maximum batch GPU session count of 2 reached" in text and "View Active Events" in text
     assert [kernel["state"] for kernel in state_of(tmp_path)["kernels"]] == ["running", "waiting"]
@@ -184,20 +187,21 @@ def test_a_dataset_that_kaggle_does_not_have_is_an_error_and_the_next_push_has_a
 
 
 def test_a_push_that_was_killed_goes_on_and_pushes_nothing_twice(small, server, tmp_path, push):
-    server.plan(steps={"kernels push": ["die"]})
-    done = subprocess.run([sys.executable, "-m", "charmlib", "kaggle", "push", str(small), "--user", "anna", "--shards", "2",
-                           "--out", str(tmp_path / "out")], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    server.plan(steps={"kernels_push": ["die"]})
+    path = f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}"
+    done = subprocess.run([sys.executable, "-m", "kaggle_setup", "push", str(small), "--user", "anna", "--shards", "2",
+                           "--out", str(tmp_path / "out")], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
                           capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     assert [kernel["state"] for kernel in state_of(tmp_path)["kernels"]] == ["pushing", "waiting"]
     status, text = push("--shards", 2)
     assert status == 0, text
     assert {key: meta["version"] for key, meta in server.kernels().items()} == {"1of2-r1": 1, "2of2-r1": 1}
-    assert len(server.calls("kernels", "push")) == 2
+    assert len(server.calls("kernels_push")) == 2
 
 
 def test_a_push_whose_client_lost_its_connection_is_asked_for_and_then_made(push, server, tmp_path):
-    server.plan(steps={"kernels push": ["crash"]})
+    server.plan(steps={"kernels_push": ["crash"]})
     status, text = push()
     assert status == 2 and "Connection aborted" in text and state_of(tmp_path)["kernels"][0]["state"] == "pushing"
     status, text = push()
@@ -205,16 +209,16 @@ def test_a_push_whose_client_lost_its_connection_is_asked_for_and_then_made(push
 
 
 def test_a_client_that_hangs_is_stopped(push, server, tmp_path, monkeypatch):
-    server.plan(steps={"kernels push": ["hang"]})
-    monkeypatch.setattr("charmlib.kaggle.client._ANSWER_SECONDS", 2)
+    server.plan(steps={"kernels_push": ["hang"]})
+    monkeypatch.setattr("kaggle_setup.client._ANSWER_SECONDS", 3)
     status, text = push()
-    assert status == 2 and "kaggle kernels push -p" in text and "no answer" in text and TOKEN not in text
+    assert status == 2 and "kernels_push" in text and "no answer" in text and TOKEN not in text
     assert state_of(tmp_path)["kernels"][0]["state"] == "pushing"
 
 
 def test_a_broken_download_goes_on_and_hides_signed_addresses(push, charm, server, tmp_path, merged):
     server.plan(sessions={"1of1-r1": ["COMPLETE"]}, done={"1of1-r1": ["k1", "k2", "k3", "k4"]},
-                steps={"kernels output": ["half"]})
+                steps={"kernels_output": ["half"]})
     push()
     status, text = charm("fetch", tmp_path / "out")
     assert status == 2 and "0a1b2c3d" not in text and merged == []
@@ -223,7 +227,7 @@ def test_a_broken_download_goes_on_and_hides_signed_addresses(push, charm, serve
 
 
 def test_a_wait_outlives_moments_without_network(push, server):
-    server.plan(done={"1of1-r1": ["k1", "k2", "k3", "k4"]}, steps={"kernels status": ["crash", "crash"]})
+    server.plan(done={"1of1-r1": ["k1", "k2", "k3", "k4"]}, steps={"kernels_status": ["crash", "crash"]})
     status, text = push("--wait", "--poll", 0)
     assert status == 0 and text.count("trying again") == 2, text
 
@@ -240,9 +244,9 @@ def test_other_settings_or_another_grid_do_not_go_on_in_the_same_folder(push, se
 def test_a_new_wheel_becomes_a_new_version_of_its_dataset(push, charm, small, server, tmp_path):
     push()
     status, text = charm("push", small, "--user", "anna", "--out", tmp_path / "other")
-    assert status == 0 and len(server.calls("datasets", "create")) == 1, text
-    (call,) = server.calls("datasets", "version")
-    assert call[2:6] == ["-p", str(tmp_path / "other/kaggle/wheel"), "-r", "zip"] and call[6] == "-m"
+    assert status == 0 and len(server.calls("dataset_create_new")) == 1, text
+    (call,) = server.calls("dataset_create_version")
+    assert call["folder"] == str(tmp_path / "other/kaggle/wheel") and "charmlib wheel" in call["version_notes"]
     there = list((tmp_path / "server/kernels/anna").iterdir())
     assert len(there) == 2  # the second push of this grid has names of its own
 
@@ -255,7 +259,7 @@ def test_a_token_appears_nowhere(push, charm, server, tmp_path, monkeypatch, whe
         monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "config"))
         (tmp_path / "config").mkdir()
         (tmp_path / "config/kaggle.json").write_text(json.dumps({"username": "anna", "key": token}))
-    server.plan(steps={"kernels push": ["leak"], "kernels status": ["leak"], "datasets status": ["leak"]})
+    server.plan(steps={"kernels_push": ["leak"], "kernels_status": ["leak"], "dataset_status": ["leak"]})
     texts = [push()[1], push()[1], push()[1], charm("status", tmp_path / "out")[1], charm("fetch", tmp_path / "out")[1]]
     assert sum("[token hidden]" in text for text in texts) >= 3
     assert not any(token in text for text in texts)

@@ -1,18 +1,15 @@
-"""A stand-in for the kaggle command on PATH, and a small grid."""
+"""A stand-in for the official client's package, and a small grid."""
 
+import contextlib
+import io
 import json
-import os
-import shutil
-import stat
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from charmlib.cli import cli
+from kaggle_setup import rounds
+from kaggle_setup.__main__ import main
 from tests.conftest import TINY
 
 TOKEN = "KGAT_0123456789abcdefSECRET"
@@ -30,11 +27,11 @@ class Kaggle:
         kept = json.loads(path.read_text()) if path.is_file() else {"name": "small", "datasets": ["nih-chest-xrays/data"]}
         path.write_text(json.dumps({**kept, **content}))
 
-    def calls(self, *command):
-        """The calls so far, of one command if named."""
+    def calls(self, method=""):
+        """The calls so far as name and arguments; the arguments alone of one method if named."""
         path = self.folder / "calls.jsonl"
         calls = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        return [call for call in calls if tuple(call[:len(command)]) == command]
+        return [arguments for name, arguments in calls if name == method] if method else calls
 
     def kernels(self):
         """Metadata of what lies on the server, by the end of its name."""
@@ -44,14 +41,10 @@ class Kaggle:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """The stand-in as ``kaggle`` on PATH, with a token in the environment."""
-    folder, bin_ = tmp_path / "server", tmp_path / "bin"
+    """The stand-in as package ``kaggle`` of the child processes, with a token in the environment."""
+    folder = tmp_path / "server"
     folder.mkdir()
-    bin_.mkdir()
-    command = bin_ / "kaggle"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("stand_in.py")} "$@"\n')
-    command.chmod(command.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("stand_in")))
     monkeypatch.setenv("KAGGLE_STAND_IN", str(folder))
     monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -62,35 +55,24 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture
 def merged(monkeypatch):
-    """Calls of merge_grids; a plain copy where that module is not there."""
-    calls = []
-    try:
-        from charmlib.grid import bring as module
-
-        really = module.merge_grids
-    except ImportError:
-        module = types.ModuleType("charmlib.grid.bring")
-        monkeypatch.setitem(sys.modules, "charmlib.grid.bring", module)
-
-        def really(out, folders, say=print):
-            for folder in folders:
-                shutil.copytree(folder, out, dirs_exist_ok=True)
+    """Calls of merge_grids."""
+    calls, really = [], rounds.merge_grids
 
     def merge_grids(out, folders, say=print):
         calls.append((out, list(folders)))
         if all((folder / "split.csv").is_file() for folder in folders):  # drawn cells of the stand-in cannot be merged
             really(out, folders, say=say)
 
-    monkeypatch.setattr(module, "merge_grids", merge_grids, raising=False)
+    monkeypatch.setattr(rounds, "merge_grids", merge_grids)
     return calls
 
 
 @pytest.fixture
 def quick_wheel(monkeypatch):
     """A wheel of a few bytes: building the real one takes seconds, and has tests of its own."""
-    import charmlib.kaggle.wheel as module
+    import kaggle_setup.wheel as module
 
-    def build(checkout, folder):
+    def build(folder):
         import zipfile
 
         path = folder / "charmlib-0.0.0-py3-none-any.whl"
@@ -99,7 +81,7 @@ def quick_wheel(monkeypatch):
         return path
 
     monkeypatch.setattr(module, "build_wheel", build)
-    monkeypatch.setattr("charmlib.kaggle.upload._POLL", 0.01)
+    monkeypatch.setattr(module, "_POLL", 0.01)
 
 
 @pytest.fixture
@@ -117,10 +99,13 @@ def small(tmp_path):
 def charm(tmp_path):
     """The command line, in this process; returns exit status and all that was printed."""
     def run(*args):
-        result = CliRunner().invoke(cli, ["kaggle", *map(str, args)], catch_exceptions=True)
-        error = result.exception
-        if error is not None and not isinstance(error, SystemExit):
-            raise error
-        return result.exit_code, result.output + (str(error) if error and not isinstance(error.code, int) else "")
+        status, printed = 0, io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                main(list(map(str, args)))
+            except SystemExit as error:  # a text is printed by Python when it ends, with status 1
+                status = error.code if isinstance(error.code, int) else 1
+                print("" if isinstance(error.code, int) else error.code)
+        return status, printed.getvalue()
 
     return run

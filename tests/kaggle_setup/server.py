@@ -12,7 +12,7 @@ ADDRESS = "http://localhost"
 
 
 class Server:
-    """Keeps what it was asked; ``answers`` replace its own by request name."""
+    """Keeps what it was asked; ``answers`` replace its own by request name, with a status other than 200 as a pair."""
 
     def __init__(self):
         self.asked: list[tuple[str, dict]] = []
@@ -20,6 +20,7 @@ class Server:
         self.datasets: dict[str, int] = {}
         self.kernels: dict[str, dict] = {}
         self.files: dict[str, str] = {}
+        self.signature = "0a1b2c3d"
         self._http = ThreadingHTTPServer(("localhost", PORT), self._handler())
 
     def __enter__(self):
@@ -34,8 +35,13 @@ class Server:
         """Status and body of a request."""
         self.asked.append((name, content))
         if name in self.answers:
-            return 200, self.answers[name]
+            return self.answers[name] if isinstance(self.answers[name], tuple) else (200, self.answers[name])
         return getattr(self, f"_{name}")(content)
+
+    def file(self, path: str) -> tuple[int, str]:
+        """Status and text of an output file, by name and signature."""
+        name, _, signature = path.partition("?Signature=")
+        return (200, self.files[name]) if signature == self.signature else (403, "<Error>the signature has expired</Error>")
 
     def _IntrospectToken(self, content):
         return 200, {"active": True, "username": "anna"}
@@ -70,7 +76,8 @@ class Server:
         return 200, {"status": "COMPLETE"}
 
     def _ListKernelSessionOutput(self, content):
-        return 200, {"files": [{"fileName": name, "url": f"{ADDRESS}/files/{name}"} for name in self.files], "log": "[]"}
+        files = [{"fileName": name, "url": f"{ADDRESS}/files/{name}?Signature=0a1b2c3d"} for name in self.files]
+        return 200, {"files": files, "log": "[]"}
 
     def _handler(server):
         class Handler(BaseHTTPRequestHandler):
@@ -83,7 +90,7 @@ class Server:
                 self._send(200, {})
 
             def do_GET(self):
-                self._send(200, server.files[self.path.removeprefix("/files/")])
+                self._send(*server.file(self.path.removeprefix("/files/")))
 
             def _send(self, status, content):
                 data = content.encode() if isinstance(content, str) else json.dumps(content).encode()

@@ -1,23 +1,17 @@
-"""The official client itself against a local server, where it is installed: its true arguments, checks and words."""
+"""The official client itself against a local server, where it is installed: its true interface, checks and words."""
 
+import importlib.util
 import json
-import shutil
-import subprocess
+import time
 
 import pytest
 
-from tests.kaggle.conftest import TOKEN
-from tests.kaggle.server import Server
-
-
-def official():
-    """Whether ``kaggle`` is there and runs."""
-    command = shutil.which("kaggle")
-    return bool(command) and "Kaggle CLI" in subprocess.run([command, "--version"], capture_output=True, text=True).stdout
-
+from tests.kaggle_setup.conftest import TOKEN
+from tests.kaggle_setup.server import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_wheel"),
-              pytest.mark.skipif(not official(), reason="the official client is not installed (pip install kaggle)")]
+              pytest.mark.skipif(importlib.util.find_spec("kaggle") is None,
+                                 reason="the official client is not installed (pip install kaggle)")]
 
 
 @pytest.fixture
@@ -37,7 +31,7 @@ def kaggle(tmp_path, monkeypatch):
 
 @pytest.fixture
 def push(charm, small, tmp_path, merged):
-    """``kaggle push`` of the small grid."""
+    """``kaggle_setup push`` of the small grid."""
     return lambda *args: charm("push", small, "--user", "anna", "--out", tmp_path / "out", *args)
 
 
@@ -82,6 +76,41 @@ def test_refusals(push, kaggle, tmp_path, request_name, answer, words):
     assert status != 0 and all(word in text for word in words), text
     states = [kernel["state"] for kernel in json.loads((tmp_path / "out/kaggle/state.json").read_text())["kernels"]]
     assert "running" not in states and TOKEN not in text
+
+
+@pytest.mark.parametrize(("status", "words", "state"), [
+    (429, "wait some minutes", "waiting"), (403, "403 Client Error", "waiting"), (502, "502 Server Error", "pushing")])
+def test_what_a_failed_push_means_is_read_from_its_number(push, kaggle, tmp_path, status, words, state):
+    kaggle.answers["SaveKernel"] = (status, "no")
+    code, text = push()
+    assert code == 2 and words in text, text
+    (kernel,) = json.loads((tmp_path / "out/kaggle/state.json").read_text())["kernels"]
+    assert kernel["state"] == state
+
+
+def test_a_signed_address_that_has_expired_stays_hidden(push, charm, kaggle, tmp_path):
+    push()
+    kaggle.files["runs/small/k1/metrics.json"] = "{}"
+    kaggle.signature = "another"
+    status, text = charm("fetch", tmp_path / "out")
+    assert status == 2 and "403 Client Error" in text and "0a1b2c3d" not in text, text
+
+
+def test_a_server_that_gives_no_answer_is_not_waited_for(push, kaggle, tmp_path, monkeypatch):
+    monkeypatch.setattr("kaggle_setup.client._ANSWER_SECONDS", 4)
+    monkeypatch.setattr(kaggle, "_SaveKernel", lambda content: time.sleep(8))
+    status, text = push()
+    assert status == 2 and "kernels_push gave no answer" in text and TOKEN not in text, text
+
+
+def test_a_session_that_failed_says_why(push, charm, kaggle, tmp_path):
+    push()
+    kaggle.answers["GetKernelSessionStatus"] = {"status": "ERROR", "failureMessage": "out of memory"}
+    status, text = charm("status", tmp_path / "out")
+    assert status == 0 and "ended, failed" in text and "out of memory" in text, text
+    kaggle.answers["GetKernelSessionStatus"] = (403, {"code": 403, "message": "Permission 'kernels.get' was denied"})
+    status, text = charm("fetch", tmp_path / "out")
+    assert status == 2 and "is not there any more" in text, text
 
 
 def test_a_wrong_token(push, kaggle):

@@ -90,8 +90,8 @@ def test_the_published_grid_is_exactly_the_published_one():
 
 
 def test_published_yaml_pins_all_that_a_changed_default_could_move():
-    free = {"system", "data_root", "csv", "valid_fraction", "cache_dir", "limit", "run_dir", "precision", "workers", "device", "resume",
-            "preload", "grad_checkpointing"}
+    free = {"system", "data_root", "csv", "valid_fraction", "cache_dir", "limit", "run_dir", "precision", "workers", "device",
+            "resume", "preload", "grad_checkpointing"}
     assert set(load_params(PARAMS_DIR / "published.yaml")) == set(PARAMS) - free
 
 
@@ -115,7 +115,8 @@ def test_every_grid_file_resolves(path):
 
 
 def test_an_entry_with_lists_is_a_cell_for_each_combination(tmp_path):
-    path = grid_file(tmp_path, "base: base.yaml\ncells: [{name: a, split: ['fold:1/2', 'fold:2/2'], seed: [1, 2], k: 4}, {k: [2, 3]}]\n")
+    path = grid_file(tmp_path, "base: base.yaml\ncells: [{name: a, split: ['fold:1/2', 'fold:2/2'], seed: [1, 2], k: 4}, "
+                               "{k: [2, 3]}]\n")
     cells = load_grid(path).cells
     assert [c.id for c in cells] == ["a_split=fold-1-2_seed=1", "a_split=fold-1-2_seed=2", "a_split=fold-2-2_seed=1",
                                      "a_split=fold-2-2_seed=2", "k2", "k3"]

@@ -84,7 +84,7 @@ def test_an_epoch_of_all_images_is_no_measure_of_one_of_the_findings(tmp_path, p
         (tmp_path / "out" / cell.id).mkdir(parents=True)
         (tmp_path / "out" / cell.id / "history.csv").write_text(f"stage,epoch,seconds\n1,0,{seconds}\n")
     pace = paces(tmp_path / "out", grid.cells)
-    assert [pace[cell.id].epoch("1") for cell in grid.cells] == [2.0, 5.0]
+    assert [pace[cell.id].epoch("stage1") for cell in grid.cells] == [2.0, 5.0]
 
 
 def test_estimates_from_what_has_run(done, tmp_path):
@@ -94,14 +94,14 @@ def test_estimates_from_what_has_run(done, tmp_path):
     shutil.copytree(out, mine)
     one, two = grid.cells
     pace = paces(mine, grid.cells)[one.id]
-    assert set(pace.epochs) == {"1", "2"} and 0 < pace.epoch("1") < 30 and pace.overhead > 3 and pace.scoring > 0
-    assert pace.epoch("frozen") == max(pace.epochs.values())  # never ran: as slow as the slowest
+    assert set(pace.epochs) == {"stage1", "stage2"} and 0 < pace.epoch("stage1") < 30 and pace.overhead > 3 and pace.scoring > 0
+    assert pace.epoch("stage1_frozen") == max(pace.epochs.values())  # never ran: as slow as the slowest
     assert remaining(one, RunFolder(mine / one.id), pace) == 0
     (mine / two.id / "metrics.json").unlink()
     only_scoring = remaining(two, RunFolder(mine / two.id), pace)
     shutil.rmtree(mine / two.id)
     whole = remaining(two, RunFolder(mine / two.id), pace)
-    assert whole == pytest.approx(only_scoring + 2 * pace.epochs["1"] + 2 * pace.epochs["2"])
+    assert whole == pytest.approx(only_scoring + 2 * pace.epochs["stage1"] + 2 * pace.epochs["stage2"])
     nothing = paces(tmp_path / "none", grid.cells)[one.id]
     assert remaining(one, RunFolder(tmp_path / "none"), nothing) == float("inf")
     assert next_step(one, RunFolder(tmp_path / "none"), nothing) == 0

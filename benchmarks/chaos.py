@@ -2,10 +2,10 @@
 
     python -m benchmarks.chaos
 
-Twelve cells on drawn phantoms, two at once, run twice: quietly, and with SIGKILL for the runner, its Dask workers, the cells'
-papermill processes and their kernels, each at a random moment of stage 1, stage 2, scoring or writing a file. Whenever the
-runner has ended the same command is started again. At the end both leaderboards must be equal apart from times, and every
-cell's ``metrics.json`` and predictions must have the same bits. Keeps ``results/chaos.log`` (a line a kill) and
+Twelve cells on drawn phantoms, two at once, run twice: undisturbed, and with kills. SIGKILL goes to the runner, its Dask
+workers, the cells' papermill processes and their kernels, at random moments of stage 1, stage 2, scoring or writing a file.
+When the runner has ended, the same command is started again. At the end both leaderboards must be equal except for times, and
+every cell's ``metrics.json`` and predictions must have the same bits. Keeps ``results/chaos.log`` (a line per kill) and
 ``results/chaos.json``.
 """
 
@@ -132,7 +132,7 @@ class Chaos:
 
 
 def differences(quiet: Path, chaos: Path) -> list[str]:
-    """What is not equal, apart from times, memory and places."""
+    """The files that differ, except for times, memory and paths."""
     boards = [pd.read_csv(f / "leaderboard.csv").drop(columns=["seconds", "overhead_seconds"]) for f in (quiet, chaos)]
     found = [] if boards[0].equals(boards[1]) else ["leaderboard.csv"]
     for cell in boards[0]["cell"]:

@@ -1,10 +1,10 @@
-"""Copy what is worth keeping of the grid that compares memory strategies, and hold each against no memory.
+"""Keep the results of the grid that compares memory strategies, with the difference of each from no memory.
 
     python benchmarks/keep_memaug.py runs/nih64_memaug benchmarks/results/nih64_memaug
 
 writes ``<target>_leaderboard.csv``, ``<target>_against_none.csv`` (for each setting, the mean over its seeds of the paired
 difference in mean test AUC from no memory with the same seed), ``<target>_enrichment.csv`` and ``.png``,
-``<target>_history.png`` (what filled the banks) and ``<target>.json`` (split, device, versions, seconds).
+``<target>_history.png`` (content of the banks by epoch) and ``<target>.json`` (split, device, versions, seconds).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from charmlib.grid.report import bank_pictures, bank_table
 
 NONE = "no_memory"
 RARE = 4
-"""How many of the rarest findings stand by themselves."""
+"""Number of the rarest findings with a mean of their own."""
 
 
 def setting(cell: str) -> str:
@@ -39,27 +39,26 @@ def setting(cell: str) -> str:
 
 
 def against_none(folder: Path, board: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting: validation and test mean AUC over seeds, and the paired difference from no memory, also over the
-    rarest findings. Resamples draw patients; the differences of the seeds are averaged within each resample, and stand
-    beside it one by one."""
-    cells: dict[str, dict[int, str]] = {}
-    for cell in board["cell"]:
-        cells.setdefault(setting(cell), {})[RunFolder(folder / cell).metrics["params"]["seed"]] = cell
+    """One row per setting: validation and test mean AUC over seeds, and the paired difference from no memory, also over the
+    rarest findings. Resamples draw patients. Differences are averaged over the seeds within each resample, and also given by
+    seed."""
+    runs: dict[str, dict[int, RunFolder]] = {}
+    for run in (RunFolder(folder / cell) for cell in board["cell"]):
+        runs.setdefault(setting(run.name), {})[run.metrics["params"]["seed"]] = run
     first = RunFolder(folder / board["cell"].iloc[0]).metrics
     rare = [first["classes"].index(name) for name in rarest(first)]
     rows = []
-    for name, by_seed in cells.items():
-        metrics = {seed: RunFolder(folder / cell).metrics for seed, cell in by_seed.items()}
+    for name, by_seed in runs.items():
         row = {"setting": name, "seeds": len(by_seed),
-               "valid_mean_auc": np.mean([m["valid"]["mean_auc"] for m in metrics.values()]),
-               "test_mean_auc": np.mean([m["test"]["mean_auc"] for m in metrics.values()])}
+               "valid_mean_auc": np.mean([run.metrics["valid"]["mean_auc"] for run in by_seed.values()]),
+               "test_mean_auc": np.mean([run.metrics["test"]["mean_auc"] for run in by_seed.values()])}
         if name != NONE:
             for what, columns in (("difference", slice(None)), ("rare_difference", rare)):
                 samples, points = [], []
-                for seed, cell in by_seed.items():
-                    ours, theirs = (RunFolder(folder / c).resamples.auc[:, columns] for c in (cell, cells[NONE][seed]))
-                    samples.append(mean_of_defined(ours) - mean_of_defined(theirs))
-                    points.append(_mean(metrics[seed], columns) - _mean(RunFolder(folder / cells[NONE][seed]).metrics, columns))
+                for ours, theirs in ((run, runs[NONE][seed]) for seed, run in by_seed.items()):
+                    samples.append(mean_of_defined(ours.resamples.auc[:, columns])
+                                   - mean_of_defined(theirs.resamples.auc[:, columns]))
+                    points.append(_mean(ours.metrics, columns) - _mean(theirs.metrics, columns))
                 low, high, _ = interval(np.mean(samples, axis=0))
                 row |= {what: np.mean(points), f"{what}_low": low, f"{what}_high": high,
                         f"{what}_by_seed": " ".join(f"{p:+.4f}" for p in points)}

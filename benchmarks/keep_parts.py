@@ -1,18 +1,17 @@
-"""Hold the configurations of a cross-validated grid against each other, out of fold, and keep what is worth keeping.
+"""Compare the configurations of a cross-validated grid out of fold, and keep the results.
 
     python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
 
-writes ``<target>.csv`` (one row a configuration: mean AUC over all images and within folds, with intervals, the paired
-differences from the plain network, from CHARM as published and from CHARM, log loss and Brier score of its uncalibrated
-probabilities, mean over classes), ``<target>_per_class.csv``,
-``<target>_views.csv`` (the same among images of one view position, which by itself tells much of what a patient has),
-``<target>.png`` (CHARM less the plain network, by class) and ``<target>.json`` (splits, device, versions, seconds).
+writes ``<target>.csv``, ``<target>_per_class.csv``,
+``<target>_views.csv`` (the same among images of one view position, which alone predicts many findings),
+``<target>.png`` (CHARM minus the plain network, by class) and ``<target>.json`` (splits, device, versions, seconds).
 
-Beside the grid's configurations stand three that need no training, since votes leave training alone: CHARM's own networks with
-no memory, with a memory of one scale, and with one that is not class-balanced.
+``<target>.csv`` has one row per configuration: mean AUC over all images and within folds, with intervals; the paired
+differences from the plain network, from CHARM as published and from CHARM; and the log loss and Brier score of its
+uncalibrated probabilities, mean over classes. Three more configurations need no training, because votes have no effect on
+it: CHARM's own networks with no memory, with a memory of one scale, and with one that is not class-balanced.
 
-Intervals are of drawing patients, with the networks of one seed: another training is another source of chance, which they do
-not hold.
+Intervals are by bootstrap over patients, with the networks of one seed. They do not include the variance between trainings.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ import torch
 from charmlib import Run
 from charmlib.data.index import read_index
 from charmlib.data.loaders import grey_to_network
+from charmlib.evaluation.combine import auc_within_folds, out_of_fold, pooled
 from charmlib.evaluation.compare import aligned
-from charmlib.evaluation.folds import auc_within_folds, out_of_fold, pooled
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.runs import Predictions, RunFolder
@@ -64,11 +63,11 @@ def configurations(folder: Path) -> dict[str, list[Path]]:
 
 
 def other_memories(cell: Path) -> dict[str, Predictions]:
-    """What a trained run of CHARM scores on its test part with another memory: none, one whose keys are the fused feature only
+    """The test predictions of a trained run of CHARM with another memory: none, one whose keys are the fused feature only
     (of the same images), and one of training images drawn at random.
 
-    In training mode votes do nothing, so these are the networks that runs with such memories would have trained, but for the
-    epoch that validation picked.
+    Votes have no effect in training mode. So runs with such memories would have trained the same networks, except for the
+    epoch that validation selects.
     """
     run = Run.load(cell, workers=0)
     net, bank, labels = run.net.eval(), run.net.bank, torch.from_numpy(run.data.labels.copy())
@@ -101,14 +100,12 @@ def other_memories(cell: Path) -> dict[str, Predictions]:
 
 
 def in_order(folds: list[Predictions]) -> list[Predictions]:
-    """Each fold's predictions with images in the order of their ids, as all configurations have them."""
-    order = [np.argsort(p.ids) for p in folds]
-    return [replace(p, ids=p.ids[o], patients=p.patients[o], labels=p.labels[o], logits=p.logits[o])
-            for p, o in zip(folds, order)]
+    """Each fold's predictions with images in the order of their ids, the same for all configurations."""
+    return [p.take(np.argsort(p.ids)) for p in folds]
 
 
 def losses(p: Predictions) -> dict[str, float]:
-    """Log loss and Brier score of the probabilities as they come, mean over classes and images whose label is known."""
+    """Log loss and Brier score of the uncalibrated probabilities, mean over the known labels of all classes."""
     logits, labels, known = p.logits.astype(np.float64), p.labels, ~np.isnan(p.labels)
     log_loss = np.logaddexp(0, logits) - np.nan_to_num(labels) * logits
     brier = (1 / (1 + np.exp(-logits)) - np.nan_to_num(labels)) ** 2
@@ -160,8 +157,7 @@ def by_view(folds: dict[str, list[Predictions]], views: pd.Series) -> pd.DataFra
     parts, rows = dict(zip(folds, aligned(first, *others))), []
     for view in sorted(views.dropna().unique()):
         these = views.reindex(first.ids).to_numpy() == view
-        some = {n: replace(p, ids=p.ids[these], patients=p.patients[these], labels=p.labels[these], logits=p.logits[these])
-                for n, p in parts.items()}
+        some = {n: p.take(these) for n, p in parts.items()}
         samples = {n: mean_of_defined(bootstrap(p.labels, p.logits, p.patients).auc) for n, p in some.items()}
         means = {n: np.nanmean(list(auc_by_class(p.labels, p.logits, p.classes).values())) for n, p in some.items()}
         for name in parts:
@@ -173,7 +169,7 @@ def by_view(folds: dict[str, list[Predictions]], views: pd.Series) -> pd.DataFra
 
 
 def picture(by_class: pd.DataFrame, note: str):
-    """CHARM less the plain network by class, rarest first, with intervals."""
+    """CHARM minus the plain network by class, rarest first, with intervals."""
     ours = by_class[by_class["configuration"] == OURS].sort_values("images", ascending=False)
     figure, axis = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     at = np.arange(len(ours))
@@ -181,7 +177,7 @@ def picture(by_class: pd.DataFrame, note: str):
                   color="#1b6ca8", ecolor="#8fb8d9", elinewidth=3, capsize=0)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(at, [f"{name.replace('_', ' ')} ({images})" for name, images in zip(ours["class"], ours["images"])])
-    axis.set_xlabel("AUC of CHARM less that of the plain network, out of fold (95 % over patients)")
+    axis.set_xlabel("AUC of CHARM minus that of the plain network, out of fold (95 % over patients)")
     axis.set_title(note, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -194,21 +190,20 @@ def what_it_is(params: dict) -> dict:
 
 
 def main(folder: Path, target: Path) -> None:
-    runs = configurations(folder)
+    runs = {name: [RunFolder(cell) for cell in cells] for name, cells in configurations(folder).items()}
     for cells in runs.values():
-        out_of_fold(cells)  # refuses what is no cross-validation
-    parts = {name: [RunFolder(cell).test for cell in cells] for name, cells in runs.items()}
-    others = [other_memories(cell) for cell in runs[OURS]]
+        out_of_fold(cells)  # refuses cells of different cross-validations
+    parts = {name: [cell.test for cell in cells] for name, cells in runs.items()}
+    others = [other_memories(cell.path) for cell in runs[OURS]]
     parts |= {name: [other[name] for other in others] for name in others[0]}
     rows, by_class = table(parts)
     rows.round(4).to_csv(f"{target}.csv", index=False)
     by_class.round(4).to_csv(f"{target}_per_class.csv", index=False)
-    frame = read_index(RunFolder(runs[PLAIN][0]).metrics["params"]["data_root"]).frame
+    frame = read_index(runs[PLAIN][0].metrics["params"]["data_root"]).frame
     by_view(parts, frame.set_index("id")["view"]).round(4).to_csv(f"{target}_views.csv", index=False)
-    metrics = {cell.name: RunFolder(cell).metrics for cells in runs.values() for cell in cells}
+    metrics = {cell.name: cell.metrics for cells in runs.values() for cell in cells}
     one = next(iter(metrics.values()))
-    patients = sum(RunFolder(cell).metrics["split"]["test"]["patients"] for cell in runs[PLAIN])
-    images = sum(RunFolder(cell).metrics["split"]["test"]["images"] for cell in runs[PLAIN])
+    patients, images = (sum(cell.metrics["split"]["test"][key] for cell in runs[PLAIN]) for key in ("patients", "images"))
     note = f"{images:,} radiographs of {patients:,} patients, {len(runs[PLAIN])} folds, {one['params']['image_size']} pixels"
     figure = picture(by_class, note)
     figure.savefig(f"{target}.png", dpi=100)
@@ -216,7 +211,7 @@ def main(folder: Path, target: Path) -> None:
         "splits": {m["split"]["name"]: m["split"] for m in metrics.values()}, "seed": one["params"]["seed"],
         "device": one["device"], "precision": one["precision"], "versions": one["versions"],
         "seconds": {name: m["seconds"] for name, m in metrics.items()},
-        "params": {name: what_it_is(RunFolder(cells[0]).metrics["params"]) for name, cells in runs.items()}})
+        "params": {name: what_it_is(cells[0].metrics["params"]) for name, cells in runs.items()}})
     with pd.option_context("display.width", 200):
         print(note)
         print(rows.round(4).T.to_string())

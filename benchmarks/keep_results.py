@@ -1,9 +1,9 @@
-"""Copy what is worth keeping of a finished grid: leaderboard, classes, operating points, paired differences, pictures.
+"""Keep the results of a finished grid: leaderboard, classes, operating points, paired differences, pictures.
 
     python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
 
 writes ``<target>_leaderboard.csv``, ``<target>_per_class.csv`` (cells and classes with intervals),
-``<target>_operating.csv`` (at Youden's point), ``<target>_paired.csv`` (each cell less the first), ``<target>_*.png`` of the
+``<target>_operating.csv`` (at Youden's point), ``<target>_paired.csv`` (each cell minus the first), ``<target>_*.png`` of the
 cell that validation ranks first, and ``<target>.json`` (split, device, versions, calibration).
 """
 
@@ -21,17 +21,16 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from charmlib.evaluation.compare import compare, verdict
-from charmlib.evaluation.evaluate import evaluate_run
-from charmlib.evaluation.runs import RunFolder
+from charmlib.evaluation.score import evaluate_run
 from charmlib.evaluation.tables import class_table, operating_table, with_intervals
 from charmlib.files import write_json
 from charmlib.grid.board import leaderboard
 from charmlib.grid.report import board_notes, shown_board
-from charmlib.viz.report import run_pictures
+from charmlib.viz.run_report import run_pictures
 
 KEPT = {"ROC curves with interval bands": "bands", "Precision and recall": "precision_recall", "AUC by class": "per_class",
         "Counts at the operating point 'youden'": "counts", "Calibration": "calibration",
-        "Findings that come together (test part)": "cooccurrence"}
+        "Co-occurrence of findings (test part)": "cooccurrence"}
 
 
 def main(folder: Path, target: Path) -> None:
@@ -45,8 +44,8 @@ def main(folder: Path, target: Path) -> None:
     calls.round(4).to_csv(f"{target}_operating.csv", index=False)
     pairs = []
     for cell in list(scored)[1:]:
-        table = compare(test, RunFolder(folder / cell).test)
-        print(f"{cell} less {first}: {verdict(table, first, cell)}")
+        table = compare(test, scored[cell][1])
+        print(f"{cell} minus {first}: {verdict(table, first, cell)}")
         pairs.append(table.assign(first_run=first, second_run=cell))
     pd.concat(pairs).round(4).to_csv(f"{target}_paired.csv", index=False)
     write_json(f"{target}.json", {

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.vision.core import imagenet_stats
 from PIL import Image
 
 from benchmarks.measure import median_ratio, save
+from charmlib.data.augment import FlipRotate
 from charmlib.data.cache import open_images
 from charmlib.data.images import open_grey
-from charmlib.data.loaders import IMAGENET_MEAN, IMAGENET_STD, ChestDL, ChestImages, FlipRotate, GreyToNetwork
+from charmlib.data.loaders import ChestDL, ChestImages, GreyToNetwork
 from charmlib.training.device import pick_device
 from charmlib.training.run import peak_memory_mb
 
@@ -94,8 +96,8 @@ def main() -> None:
             cache = open_images(ids, paths, args.size, cache_dir=home, workers=2)
             rates["build"].append(len(ids) / (time.perf_counter() - start))
             data = ChestImages(cache, np.zeros((len(ids), 14), np.float32), np.arange(len(ids)), [str(c) for c in range(14)],
-                               ids, train=True)
-            turned = [FlipRotate(), GreyToNetwork(IMAGENET_MEAN, IMAGENET_STD)]
+                               train=True)
+            turned = [FlipRotate(), GreyToNetwork(*imagenet_stats)]
             for name, transforms in (("uint8", []), ("float", turned)):
                 loader = ChestDL(data, bs=args.batch, shuffle=True, drop_last=True, after_batch=transforms, device=device)
                 epoch(loader, device)

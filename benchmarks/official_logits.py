@@ -1,5 +1,5 @@
 """Real predictions on the whole official test part: each class with its interval, paired differences, a mean ensemble, and
-what the bootstrap costs beside a plain scikit-learn loop.
+the time of the bootstrap compared with a plain scikit-learn loop.
 
     python benchmarks/official_logits.py ../shared benchmarks/results
 
@@ -24,9 +24,9 @@ import pandas as pd
 import sklearn
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from charmlib.evaluation.combine import mean_ensemble
 from charmlib.evaluation.compare import compare, verdict
 from charmlib.evaluation.controls import column_scores
-from charmlib.evaluation.ensemble import mean_ensemble
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.runs import Predictions
@@ -34,22 +34,21 @@ from charmlib.evaluation.score import score_part
 from charmlib.evaluation.tables import class_table, with_intervals
 from charmlib.files import write_json
 from charmlib.nih import NIH14
+from charmlib.viz.curves import plot_precision_recall, plot_roc_bands
 from charmlib.viz.per_class import plot_per_class
-from charmlib.viz.precision_recall import plot_precision_recall
-from charmlib.viz.roc import plot_roc_bands
 
 NAMES = ("densenet121_seed0", "densenet121_seed1", "resnet18_seed0", "resnet18_seed1")
 
 
 def read(path: Path) -> Predictions:
-    """A file of logits; its images have no names, so their place is one."""
+    """A file of logits; images are named by their position, because the file has no names."""
     with np.load(path, allow_pickle=False) as file:
         labels, logits, patients = file["test_labels"], file["test_logits"], file["test_patient"]
     return Predictions(np.array([f"{i:05}" for i in range(len(labels))]), patients, labels, logits, tuple(NIH14))
 
 
 def naive(p: Predictions, resamples: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The loop that everyone writes first: scikit-learn on the drawn images, one call a resample and class."""
+    """The straightforward loop: scikit-learn on the drawn images, one call per resample and class."""
     names, index = np.unique(p.patients, return_inverse=True)
     draws = np.random.default_rng(85).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
     auc, ap = np.full((2, resamples, len(p.classes)), np.nan)
@@ -63,7 +62,7 @@ def naive(p: Predictions, resamples: int) -> tuple[np.ndarray, np.ndarray, float
 
 
 def speed(p: Predictions, out: Path, resamples: int = 1000, few: int = 5) -> None:
-    """Time both in one run, and hold them against each other."""
+    """Time both in one run, and compare their results."""
     bootstrap(p.labels, p.logits, p.patients, resamples=few)
     start = time.perf_counter()
     found = bootstrap(p.labels, p.logits, p.patients, resamples=resamples)
@@ -83,7 +82,7 @@ def speed(p: Predictions, out: Path, resamples: int = 1000, few: int = 5) -> Non
 
 
 def view_alone(shared: Path) -> dict:
-    """The official test part scored by the view position, its direction learnt on the training list."""
+    """The official test part scored by the view position alone, with prevalences by view from the training list."""
     frame = pd.read_csv(shared / "nih_meta/Data_Entry_2017_v2020.csv.gz").rename(columns={"Image Index": "id"})
     for name in NIH14:
         frame[name] = frame["Finding Labels"].str.split("|").map(lambda found, n=name: float(n in found))
@@ -109,11 +108,10 @@ def main(shared: Path, out: Path) -> None:
             f"{split['positive_share']:.1%} with a finding")
     view = view_alone(shared)
     train_prevalence = view.pop("prevalence")
-    count = dict(zip(first.classes, (first.labels == 1).sum(0).astype(int).tolist()))
     rows, tables = [], []
     for name, p in runs.items():
         part, _ = score_part(vars(p), p.classes, prevalence=train_prevalence)
-        table = class_table(part, count)
+        table = class_table(part, p.positives)
         tables.append(table.assign(run=name)[["run", *table.columns]])
         rows.append({"run": name, "AUC": part["mean_auc"], "AUC low": part["mean_auc_low"], "AUC high": part["mean_auc_high"],
                      "AP": part["mean_ap"], **dict(zip(("AP low", "AP high"), part["intervals"]["mean_ap"]))})
@@ -128,10 +126,10 @@ def main(shared: Path, out: Path) -> None:
                  ("densenet121_seed0", "densenet121_seed1"), ("densenet121_seed1", "mean of the four")):
         table = compare(runs[a], runs[b])
         pairs.append(table.assign(first_run=a, second_run=b))
-        print(f"{b} less {a}: {verdict(table, a, b)}")
+        print(f"{b} minus {a}: {verdict(table, a, b)}")
     pd.concat(pairs).round(5).to_csv(out / "official_paired.csv", index=False)
-    metrics = {"test": part, "split": {"name": "official", "test": split}, "params": {}, "classes": first.classes,
-               "data": {"drawn": False, "name": "NIH"}, "cell": "mean of the four"}
+    metrics = {"test": part, "split": {"name": "official", "test": split}, "params": {"labels": "real"}, "quick_check": False,
+               "classes": first.classes, "data": {"drawn": False, "name": "NIH"}, "cell": "mean of the four"}
     mean = runs["mean of the four"]
     title = "mean of DenseNet-121 and ResNet-18 (28 pixels, two seeds each)"
     for name, figure in (("roc", plot_roc_bands(mean, part, title=title, note=note)),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
 import os
 import shutil
@@ -27,9 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import save
-from charmlib.data.cache import FORMAT, IDS, MANIFEST
-from charmlib.data.decoding import DONE, PIXELS, ROW, ROWS
-from charmlib.data.images import FILTER
+from charmlib.data.cache_file import DONE, IDS, MANIFEST, PIXELS, ROW, ROWS, Request, manifest_of
 from charmlib.data.index import read_index
 
 TIMED = """
@@ -65,9 +62,7 @@ def synthetic_cache(ids: list[str], paths: list[str], size: int, folder: Path) -
         rows[i] = (DONE, known[real][0], 1024, 1024, known[real][1], black)
     np.save(folder / ROWS, rows)
     (folder / IDS).write_text("\n".join(ids))
-    (folder / MANIFEST).write_text(json.dumps({
-        "format": FORMAT, "images": len(ids), "size": size, "aspect": "stretch", "filter": FILTER, "bad": {},
-        "ids_hash": hashlib.sha256("\n".join(ids).encode()).hexdigest(), "hash": hashlib.sha256(rows.tobytes()).hexdigest()}))
+    (folder / MANIFEST).write_text(json.dumps(manifest_of(Request(ids, paths, size, "stretch"), rows, {})))
 
 
 def main() -> None:

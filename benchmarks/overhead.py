@@ -1,10 +1,10 @@
-"""What a cell of a grid costs beside training and scoring, in bare imports of what it needs.
+"""Overhead of a grid cell (its time without training and scoring), as a multiple of the bare imports that it needs.
 
     python -m benchmarks.overhead
 
-Cells on drawn phantoms (`overhead_seconds` of their leaderboard: everything from the start of a cell's process to its
-metrics.json but the epochs and the scoring), and before each of them one ``import torch, fastai.vision.learner`` in a fresh
-interpreter, so that both see the same machine.
+Measures `overhead_seconds` of cells on drawn phantoms: the time from the start of a cell's process to its metrics.json,
+without the epochs and the scoring. Before each cell, one ``import torch, fastai.vision.learner`` is timed in a fresh
+interpreter, so that both run under the same load.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ _PUBLIC = {
     "chest_dataloaders": "charmlib.data.loaders",
     "open_dataset": "charmlib.data.dataset",
     "predict": "charmlib.training.predict",
-    "evaluate_run": "charmlib.evaluation.evaluate",
+    "evaluate_run": "charmlib.evaluation.score",
     "compare": "charmlib.evaluation.compare",
     "Explorer": "charmlib.viz.explorer",
     "make_phantoms": "charmlib.data.phantom",

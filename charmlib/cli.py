@@ -53,17 +53,16 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
 
     Writes data.html into the cache: findings by part, patients, views, co-occurrence, sample images.
     """
-    from charmlib.data.cache import content_of, open_images, verify_images
-    from charmlib.data.dataset import assemble
+    from charmlib.data.cache import content_of, open_images
+    from charmlib.data.dataset import assemble, find_data
     from charmlib.data.index import read_index
-    from charmlib.data.paths import resolve_data_root
     from charmlib.data.splits import SplitError
-    from charmlib.viz.dataset import finding_table, part_table, write_dataset_page
+    from charmlib.viz.dataset_page import finding_table, part_table, write_dataset_page
 
-    index = read_index(resolve_data_root(data_root), classes="own" if csv else "nih14", csv=csv)
+    index = read_index(find_data(data_root), classes="own" if csv else "nih14", csv=csv)
     start = time.monotonic()
-    images = (verify_images if verify else open_images)(
-        index.frame["id"].tolist(), index.frame["path"].tolist(), size, aspect=aspect, cache_dir=cache_dir, workers=workers)
+    images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), size, aspect=aspect, cache_dir=cache_dir,
+                         workers=workers, verify=verify)
     seconds = time.monotonic() - start
     click.echo(f"{len(images):,} images at {size} pixels, {images.pixels.nbytes / 1e9:.2f} GB, in {images.folder} "
                f"({seconds:.1f} s)")
@@ -106,10 +105,11 @@ _POINT = click.option("--point", default="youden", show_default=True, metavar="P
               help="Where report.html and per_class.csv go [default: each run's folder; an ensemble has none].")
 def evaluate(runs, point, ensemble, out):
     """Score finished runs anew from their prediction files, with intervals; a grid's folder stands for its cells."""
-    from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_folders, run_names
     from charmlib.evaluation.leaks import refuse_leaks
+    from charmlib.evaluation.runs import run_folders, run_names
+    from charmlib.evaluation.score import evaluate_ensemble, evaluate_run
     from charmlib.evaluation.tables import run_table, with_intervals
-    from charmlib.viz.report import evaluation_text, write_evaluation
+    from charmlib.viz.run_report import evaluation_text, write_evaluation
 
     folders = run_folders(runs)
     refuse_leaks(folders)
@@ -122,7 +122,7 @@ def evaluate(runs, point, ensemble, out):
     for folder, name in zip(folders, run_names(folders)):
         metrics, test = evaluate_run(folder, points=[point])
         metrics["cell"] = name
-        target = out if out and len(folders) == 1 else out / name if out else folder
+        target = out if out and len(folders) == 1 else out / name if out else folder.path
         click.echo(evaluation_text(metrics, test, point))
         click.echo(f"{write_evaluation(target, metrics, test, point)}\n")
         scored.append(metrics)
@@ -145,22 +145,23 @@ def compare(first, second, point, out):
     """The paired difference SECOND minus FIRST of two runs on the same images, with its interval."""
     from charmlib.evaluation.compare import compare as paired
     from charmlib.evaluation.compare import verdict
-    from charmlib.evaluation.evaluate import thresholds_at
     from charmlib.evaluation.leaks import refuse_leaks
     from charmlib.evaluation.runs import RunFolder
+    from charmlib.evaluation.score import thresholds_at
     from charmlib.evaluation.tables import split_note, with_intervals, with_origin
     from charmlib.files import write_whole
 
     if first.resolve() == second.resolve():
         raise click.UsageError(f"{first} is named twice; compare two runs")
-    refuse_leaks([first, second])
-    metrics = RunFolder(first).metrics
-    thresholds = [thresholds_at(run, point) for run in (first, second)]
-    table = paired(RunFolder(first).test, RunFolder(second).test, thresholds=thresholds if all(thresholds) else None)
+    runs = [RunFolder(first), RunFolder(second)]
+    refuse_leaks(runs)
+    metrics = runs[0].metrics
+    thresholds = [thresholds_at(run, point) for run in runs]
+    table = paired(runs[0].test, runs[1].test, thresholds=thresholds if all(thresholds) else None)
     click.echo(f"{split_note(metrics)}\nfirst: {first}, second: {second}; " + (
         f"each at its own operating point '{point}', chosen on validation\n" if all(thresholds) else
         "no operating points: trained without a validation part was "
-        f"{' and '.join(str(run) for run, t in zip((first, second), thresholds) if not t)}\n"))
+        f"{' and '.join(str(run) for run, t in zip(runs, thresholds) if not t)}\n"))
     click.echo(with_intervals(table.rename(columns={"low": "difference low", "high": "difference high"}), 4)
                .to_string(index=False))
     click.echo("\n" + verdict(table, str(first), str(second)))

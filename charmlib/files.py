@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under a temporary name, synced, renamed, the folder synced."""
+"""Atomic and durable file writes: write to a temporary name, sync, rename, sync the folder."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Any
 
 LEASE = ".lease"
 TOKEN = "CHARM_LEASE_TOKEN"
-"""Environment variable with the token of the lease under which this process writes."""
+"""Environment variable with the token of this process's lease."""
 FOLDER = "CHARM_LEASE_FOLDER"
-"""Environment variable with the folder that the token is for."""
+"""Environment variable with the folder of that lease."""
 
 
 class DiskFull(OSError):
-    """No space for a file; names the folder and what to do. What was there before is still there."""
+    """No space for a file. The message names the folder and the remedy; the previous file is kept."""
 
 
 class LeaseLost(RuntimeError):
-    """This process no longer holds the lease of the folder, and must not write there."""
+    """This process no longer holds the lease of the folder and must not write there."""
 
 
 def read_lease(folder: Path) -> dict:
-    """The lease of a folder, see :mod:`charmlib.grid.lease`; empty if there is none or it is damaged."""
+    """The lease of a folder (:mod:`charmlib.grid.lease`); empty if it is missing or damaged."""
     try:
         return json.loads((folder / LEASE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -36,12 +36,12 @@ def read_lease(folder: Path) -> dict:
 
 
 def check_lease(path: str | Path, environment=os.environ) -> None:
-    """Refuse to write into a leased folder if this process's lease was lost.
+    """Refuse to write into a leased folder whose lease this process has lost.
 
     Raises
     ------
     LeaseLost
-        The lease has another token, or is gone.
+        The lease has another token or is missing.
     """
     token, folder = environment.get(TOKEN), environment.get(FOLDER)
     if not token or Path(path).resolve().parent != Path(folder):
@@ -54,7 +54,7 @@ def check_lease(path: str | Path, environment=os.environ) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Make what was written to a file, or renamed in a folder, outlast a power cut."""
+    """Flush a file, or the renames in a folder, to the disk, so that they survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -63,14 +63,14 @@ def sync(path: str | Path) -> None:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, then put its file in place for good.
+    """Call ``write`` with a temporary path in the same folder, then rename the result to ``path``.
 
     Raises
     ------
     DiskFull
-        No space is left; the file that was there before stays.
-    charmlib.files.LeaseLost
-        The folder is leased, and no longer to this process.
+        No space is left; the previous file is kept.
+    LeaseLost
+        The lease of the folder has another token or is missing.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
@@ -78,12 +78,12 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes its files private
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes files with mode 600
         check_lease(path)
         os.replace(temporary, path)
     except DiskFull:
         raise
-    except Exception as error:  # torch and safetensors say it in classes and words of their own
+    except Exception as error:  # torch and safetensors raise errors of their own classes for a full disk
         if is_disk_full(error) or shutil.disk_usage(path.parent).free < _FULL:
             raise DiskFull(errno.ENOSPC, f"no space left to write {path.name}; make room and start the same command again",
                            str(path.parent)) from error
@@ -98,12 +98,12 @@ _FULL = 2**16
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error is that of a full disk or quota."""
+    """Whether an error reports a full disk or quota."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """Remove what writers that were killed left half written; only for who may write there alone."""
+    """Remove the temporary files of killed writers. The caller must be the only writer in the folder."""
     for path in Path(folder).glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
@@ -115,12 +115,12 @@ def _umask() -> int:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """A text file, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """A JSON file, whole or not at all; NaN and infinities become null, numpy numbers plain ones."""
+    """Write a JSON file atomically. NaN and infinities become null; numpy values become plain numbers."""
     write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
 
 

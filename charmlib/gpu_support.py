@@ -1,7 +1,7 @@
-"""Whether a torch build can use a card, and what to do when it cannot; the same words for notebooks and for training.
+"""Whether a torch build supports a GPU, with a remedy if it does not.
 
-On a card that a torch was not built for, ``torch.cuda.is_available()`` is True and the first kernel fails, so the
-architecture list is asked. Torch is imported only to read the machine that this runs on.
+On an unsupported GPU ``torch.cuda.is_available()`` is True and the first kernel fails. The architecture list of the build is
+therefore compared instead. Only functions that read the current machine import torch.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ _OLDEST_OF_CU128 = (7, 5)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a torch can do on a card: ``usable``, and a sentence that says why or what to do instead."""
+    """Whether a torch build can use a GPU, and a sentence with the capability or the remedy."""
 
     usable: bool
     text: str
 
 
 def sm(capability: tuple[int, int]) -> str:
-    """``sm_75`` for (7, 5)."""
+    """Name of an architecture: ``sm_75`` for (7, 5)."""
     return f"sm_{capability[0]}{capability[1]}"
 
 
 def has_kernels(capability: tuple[int, int], architectures: Iterable[str]) -> bool:
-    """Whether a build with these architectures runs on this card: binary code of the same major version and at most
-    its minor one, or PTX (``compute_``) of at most its version."""
+    """Whether a build with these architectures runs on a GPU of this compute capability.
+
+    It needs binary code (``sm_``) of the same major and at most the same minor version, or PTX (``compute_``) of at most the
+    same version.
+    """
     major, minor = capability
     for name in architectures:
         kind, _, digits = name.partition("_")
@@ -36,25 +39,23 @@ def has_kernels(capability: tuple[int, int], architectures: Iterable[str]) -> bo
         if not digits:
             continue
         theirs = (int(digits[:-1]), int(digits[-1]))
-        if kind == "sm" and theirs[0] == major and theirs[1] <= minor:
-            return True
-        if kind == "compute" and theirs <= (major, minor):
+        if (kind == "sm" and theirs[0] == major and theirs[1] <= minor) or (kind == "compute" and theirs <= (major, minor)):
             return True
     return False
 
 
 def verdict(name: str, capability: tuple[int, int] | None, architectures: Iterable[str], torch_version: str,
             cuda_version: str | None) -> Verdict:
-    """Judge one card.
+    """The verdict on one GPU.
 
     Parameters
     ----------
     name, capability
-        Of the card; a capability of None where torch sees no card.
+        Name and compute capability of the GPU; None if torch sees no GPU.
     architectures
         ``torch.cuda.get_arch_list()``.
     torch_version, cuda_version
-        ``torch.__version__`` and ``torch.version.cuda``, which is None in a build for CPUs only.
+        ``torch.__version__`` and ``torch.version.cuda``, which is None in a CPU build.
     """
     if capability is None and cuda_version is None:
         return Verdict(False, f"torch {torch_version} is a build for CPUs only. On Kaggle choose Settings, Accelerator, GPU "
@@ -80,7 +81,7 @@ def _remedy(capability: tuple[int, int]) -> str:
 
 
 def verdict_on(device: int | None = None) -> Verdict:
-    """The verdict on a card of this machine, torch's current one by default."""
+    """The verdict on a GPU of this machine, by default torch's current device."""
     import torch
 
     about_torch = torch.cuda.get_arch_list(), torch.__version__, torch.version.cuda
@@ -90,12 +91,12 @@ def verdict_on(device: int | None = None) -> Verdict:
 
 
 def gpu_report(*, required: bool = False) -> str:
-    """A line for each card that torch sees, or one that says why there is none.
+    """One line for each GPU that torch sees, or one line with the reason why there is none.
 
     Raises
     ------
     RuntimeError
-        ``required`` and no card can be used: better at once than after hours of a session on its CPU.
+        ``required`` is true and no GPU is usable.
     """
     import torch
 

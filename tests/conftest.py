@@ -93,7 +93,7 @@ def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int
     write_json(folder / "metrics.json", {
         "format": FORMAT, "cell": folder.name, "hash": None, "params": params, "data": {"name": data.source, "drawn": not real},
         "split": {"name": data.split.name, "hash": data.split.hash, **data.split.counts}, "classes": data.classes,
-        "train_prevalence": train, "valid": validated, "test": test, "bank": None,
+        "images": data.train_images(), "train_prevalence": train, "valid": validated, "test": test, "bank": None,
         "seconds": {"train": 1.0, "score": 1.0, "overhead": 1.0}, "device": "cpu", "precision": "fp32",
         "versions": {"torch": "0", "charmlib": "0"}, "quick_check": bool(params["limit"])})
     (folder / "history.csv").write_text("stage,epoch,train_loss,valid_loss,valid_auc,lr,seconds,bank_filled,bank_accepted\n"

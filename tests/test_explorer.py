@@ -14,7 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from charmlib.data.reader import ImageReader
+from charmlib.data.dataset import ImageReader
 from charmlib.evaluation.runs import RunFolder
 from charmlib.viz.explorer import SHOWN, Explorer, _Board
 from tests.test_notebooks import papermill, pictures
@@ -37,10 +37,10 @@ def test_moving_along_the_curve_changes_numbers_and_pictures(board):
     numbers, curve = board.numbers.value, board.curve.value
     board.slider.value += 12
     assert board.numbers.value != numbers and board.curve.value != curve and "change sides" in board.moved.value
-    here = board.walk.stand(board.at)
-    for value in (here.tp, here.fp, here.fn, here.tn):
+    here = board.walk.point(board.at)
+    for value in (here["tp"], here["fp"], here["fn"], here["tn"]):
         assert f"<td>{value:,}</td>" in board.numbers.value
-    assert f"{here.sensitivity:.3f}" in board.numbers.value
+    assert f"{here['sensitivity']:.3f}" in board.numbers.value
     strip = board.changed.value
     board.slider.value -= 5
     assert "no longer called" in board.moved.value and board.changed.value != strip
@@ -76,7 +76,7 @@ def test_operating_points_are_those_of_validation(board):
         assert board.point.value == "(by hand)"
         board.point.value = name  # and back
         row = board.metrics["test"]["operating"][name][board.finding.value]
-        assert board.walk.stand(board.at)[1:5] == (row["tp"], row["fp"], row["fn"], row["tn"])
+        assert all(board.walk.point(board.at)[k] == row[k] for k in ("tp", "fp", "fn", "tn"))
         low, high, _ = row["specificity_interval"]
         assert f"({low:.3f} to {high:.3f})" in board.numbers.value  # the report's own
 
@@ -93,16 +93,16 @@ def test_choosing_run_finding_and_order(board, runs):
     board.finding.value = findings[1]
     board.run.value = "one"
     assert board.finding.value == findings[1] and np.array_equal(board.test.logits, RunFolder(runs[0]).test.logits)
-    board.order.value = "missed findings"
-    assert len(board.places) == board.walk.stand(board.at).fn and board.walk.y[board.places].all()
+    board.order.value = "false negatives"
+    assert len(board.positions) == board.walk.point(board.at)["fn"] and board.walk.y[board.positions].all()
     board.slider.value = 0  # nothing is called: all are missed
-    assert len(board.places) == board.test.positives[findings[1]]
+    assert len(board.positions) == board.test.positives[findings[1]]
     board.slider.value = board.slider.max
-    assert len(board.places) == 0 and "0 images" in board.pages.value
+    assert len(board.positions) == 0 and "0 images" in board.pages.value
     board.order.value = "largest error"
     first = board.errors.value
     board.page.value = 2
-    assert board.errors.value != first and board.page.max == -(-len(board.places) // SHOWN)
+    assert board.errors.value != first and board.page.max == -(-len(board.positions) // SHOWN)
 
 
 def test_runs_of_one_name_and_controls_with_other_labels(make_run):
@@ -124,7 +124,7 @@ def test_two_runs_are_compared_only_on_the_same_split(board, runs):
     board.order.value = "the two runs differ most"
     mine, theirs = (RunFolder(r).test.logits[:, board.c] for r in (runs[1], runs[0]))
     ranks = [np.argsort(np.argsort(v[board.walk.rows])) for v in (mine, theirs)]
-    assert abs(ranks[0] - ranks[1])[board.places[0]] == abs(ranks[0] - ranks[1]).max()
+    assert abs(ranks[0] - ranks[1])[board.positions[0]] == abs(ranks[0] - ranks[1]).max()
     board.other.value = "(none)"
     assert board.said.value == "" and board.order.value == "largest error"
 

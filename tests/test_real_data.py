@@ -86,14 +86,15 @@ def test_full_size_files_go_through_the_cache_as_pillow_reads_them(shared, tmp_p
     from PIL import Image
 
     from benchmarks.loader import repeated, worst_difference
-    from charmlib.data import cache
+    from charmlib.data import cache_build
+    from charmlib.data.cache import open_images
     from charmlib.data.loaders import ChestDL, ChestImages
 
-    monkeypatch.setattr(cache, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(cache_build, "_WORTH_PROCESSES", 0)
     ids, paths = repeated(shared / "nih_full", tmp_path / "images", 64)
-    images = cache.open_images(ids, paths, 224, cache_dir=tmp_path / "cache")
+    images = open_images(ids, paths, 224, cache_dir=tmp_path / "cache")
     assert worst_difference(ids, paths, images, 224) <= 1 and images.bad == {}
-    loader = ChestDL(ChestImages(images, np.zeros((64, 1), np.float32), np.arange(64), ["a"], ids), bs=64)
+    loader = ChestDL(ChestImages(images, np.zeros((64, 1), np.float32), np.arange(64), ["a"]), bs=64)
     next(iter(loader))
     start = time.perf_counter()
     (grey, _), = loader

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from charmlib.viz.grid import heat_maps
-from charmlib.viz.roc import plot_roc
+from charmlib.viz.curves import plot_roc
+from charmlib.viz.heat_maps import heat_maps
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +67,14 @@ def test_all_curves_with_their_auc_in_the_legend():
 
 @pytest.fixture
 def scored(make_run):
-    from charmlib.evaluation.evaluate import evaluate_run
+    from charmlib.evaluation.score import evaluate_run
 
     return evaluate_run(make_run("g/a"))
 
 
 def test_every_picture_names_its_data_and_every_class(scored):
     from charmlib.evaluation.tables import split_note
-    from charmlib.viz.report import run_pictures
+    from charmlib.viz.run_report import run_pictures
 
     metrics, test = scored
     note = split_note(metrics)
@@ -92,7 +92,7 @@ def test_every_picture_names_its_data_and_every_class(scored):
 
 def test_panels_show_the_stored_numbers(scored):
     from charmlib.viz.counts import plot_counts
-    from charmlib.viz.roc import plot_roc_bands
+    from charmlib.viz.curves import plot_roc_bands
 
     metrics, test = scored
     part = metrics["test"]
@@ -113,7 +113,7 @@ def test_cooccurrence_counts_pairs():
 
 
 def test_a_report_needs_nothing_else(scored, tmp_path):
-    from charmlib.viz.report import evaluation_text, write_evaluation
+    from charmlib.viz.run_report import evaluation_text, write_evaluation
 
     metrics, test = scored
     text = evaluation_text(metrics, test, "f1")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from charmlib.evaluation.enrichment import compare_enrichment, enrichment, training_shares
-from charmlib.viz.bank import PANELS, plot_bank_history, plot_enrichment, plot_enrichment_map
+from charmlib.viz.bank_content import PANELS, plot_bank_history, plot_enrichment, plot_enrichment_map
 
 CLASSES = tuple(f"Class_{i}" for i in range(14))
 

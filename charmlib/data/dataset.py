@@ -1,15 +1,17 @@
 """A data set ready for use: index, split and decoded images together. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from charmlib.data.cache import ImageCache, open_images
+from charmlib.data.cache import open_images
+from charmlib.data.cache_file import ImageCache
+from charmlib.data.images import read_grey
 from charmlib.data.index import Index, read_index
-from charmlib.data.paths import resolve_data_root
+from charmlib.data.paths import default_cache_dir, resolve_data_root
+from charmlib.data.phantom import make_phantoms
 from charmlib.data.splits import SPLIT_SEED, Split, make_split
 from charmlib.nih import PARTS
 
@@ -18,8 +20,8 @@ from charmlib.nih import PARTS
 class ChestData:
     """Index, split and images, row for row.
 
-    ``images[i]`` and ``images[rows]`` are uint8 arrays (size, size) and (rows, size, size) from the image cache;
-    ``labels`` is (n, classes) float32.
+    ``images[i]`` and ``images[rows]`` are uint8 arrays (size, size) and (rows, size, size) from the image cache; ``labels`` is
+    (n, classes) float32.
     """
 
     index: Index
@@ -33,11 +35,11 @@ class ChestData:
 
     @property
     def source(self) -> str:
-        """What stands on tables and pictures: the folder's name, or that the images are drawn."""
+        """Label of tables and figures: the folder's name, or that the images are drawn."""
         return "drawn phantoms" if self.index.drawn else self.index.root.resolve().name
 
     def rows(self, part: str, *, findings_only: bool = False) -> np.ndarray:
-        """Row numbers of 'train', 'valid' or 'test'; with ``findings_only`` the images that have a finding (stage 1)."""
+        """Row numbers of 'train', 'valid' or 'test'; with ``findings_only`` of its images with a finding (stage 1)."""
         rows = self.split.rows(part)
         return rows[self.index.has_finding()[rows]] if findings_only else rows
 
@@ -46,7 +48,7 @@ class ChestData:
         return {"all": len(self.rows("train")), "findings": len(self.rows("train", findings_only=True))}
 
     def note(self, part: str) -> str:
-        """What stands beside scores on a part: data, split, images, patients and share of positives."""
+        """Caption for scores on a part: data, split, images, patients and share of images with a finding."""
         count, split = self.split.counts[part], f"{self.source}, split '{self.split.name}' ({self.split.hash[:8]})"
         if part == "valid" and not self.split.has_valid:
             return f"{split}: no validation part"
@@ -59,6 +61,19 @@ class ChestData:
                 f"{self.images.shape[1]} pixels\n{self.split}\nreport: {self.index.report}")
 
 
+def find_data(data_root: str | Path = "", **where) -> Path:
+    """The data folder of :func:`charmlib.data.paths.resolve_data_root`; without any data, drawn phantoms in the cache folder.
+
+    Drawing them is announced on standard output, and every table and figure made from them names them as drawn.
+    """
+    root = resolve_data_root(data_root, **where)
+    if root is None:
+        folder = default_cache_dir() / "phantoms"
+        print(f"no data_root given and no NIH data found: taking DRAWN PHANTOMS in {folder}", flush=True)
+        root = make_phantoms(folder, size=128)
+    return root
+
+
 def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     """The data set that parameters describe (group *data* of :mod:`charmlib.params`).
 
@@ -68,9 +83,8 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     """
     from charmlib.params import resolve
 
-    p = resolve({"patience": 0}, dict(params or {}), changes)  # data alone trains nothing: valid_fraction 0 is enough
-    root = resolve_data_root(p["data_root"])
-    index = read_index(root, classes=p["classes"], csv=p["csv"])
+    p = resolve({"patience": 0}, dict(params or {}), changes)  # no training here, so valid_fraction 0 needs no check
+    index = read_index(find_data(p["data_root"]), classes=p["classes"], csv=p["csv"])
     images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), p["image_size"], aspect=p["aspect"],
                          cache_dir=p["cache_dir"], workers=p["workers"])
     return assemble(index, images, split=p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"], labels=p["labels"])
@@ -97,14 +111,33 @@ def assemble(index: Index, images: ImageCache, *, split: str = "official", valid
 
 
 def shuffle_labels(index: Index, split: Split) -> Index:
-    """A control: within each part of the split, the images get one another's label rows.
+    """A control: the label rows are permuted within each part of the split, with the seed of the splits.
 
-    Prevalence and co-occurrence stay as they are and nothing is left to learn, so a test AUC other than 0.5 (within its
-    interval) means that labels reach the network by another way than the images. Seeded as the splits are.
+    Prevalence and co-occurrence stay as they are. A test AUC whose interval excludes 0.5 therefore shows a leak of labels.
     """
     frame, generator = index.frame.copy(), np.random.default_rng(SPLIT_SEED)
     labels = list(index.classes)
-    for part in PARTS:
-        rows = split.rows(part)
+    for rows in map(split.rows, PARTS):
         frame.loc[rows, labels] = index.frame.loc[generator.permutation(rows), labels].to_numpy()
     return replace(index, frame=frame)
+
+
+class ImageReader:
+    """``reader(metrics, image_id)`` -> (size, size) uint8, from the files of the data set of the run with these metrics.
+
+    ``data_root`` is the folder of the images; '' takes that of each run's parameters. A call raises OSError or KeyError if the
+    data is missing or lacks the image.
+    """
+
+    def __init__(self, data_root: str | Path = "", size: int = 192):
+        self.data_root, self.size = data_root, size
+        self._paths: dict[tuple, dict[str, str]] = {}
+
+    def __call__(self, metrics: Mapping, image_id: str) -> np.ndarray:
+        params = metrics["params"]
+        key = str(self.data_root or params["data_root"]), params["classes"], params["csv"]
+        if key not in self._paths:
+            self._paths[key] = {}  # missing data is searched once, too
+            frame = read_index(key[0], classes=key[1], csv=key[2]).frame
+            self._paths[key] = dict(zip(frame["id"], frame["path"]))
+        return read_grey(self._paths[key][image_id], self.size)

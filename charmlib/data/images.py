@@ -1,7 +1,5 @@
 """One grey channel from any image file."""
 
-from __future__ import annotations
-
 import io
 import struct
 from pathlib import Path
@@ -14,17 +12,15 @@ try:
 except ImportError:
     try:
         from kornia_rs import decode_image_png_u8 as _decode_png  # before 0.2
-    except ImportError:  # Kaggle has it with kornia, but --no-deps may leave it out elsewhere
+    except ImportError:  # an installation without dependencies may lack it
         _decode_png = None
 
-ASPECTS = ("stretch", "pad", "crop")
 FILTER = "bilinear"
-
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_CHANNELS = {0: ("mono", 1), 2: ("rgb", 3), 6: ("rgba", 4)}  # of the PNG colour types that the fast decoder reads
 
 
 def read_grey(source: str | Path | bytes, size: int | None = None, aspect: str = "stretch") -> np.ndarray:
-    """An image file (or its bytes) as uint8 (size, size), or as it is with ``size=None``; see :func:`fit`.
+    """An image file (or its bytes) as uint8 (size, size), or (height, width) for ``size=None``; see :func:`fit`.
 
     Raises
     ------
@@ -38,47 +34,41 @@ def read_grey(source: str | Path | bytes, size: int | None = None, aspect: str =
 def open_grey(source: str | Path | bytes) -> Image.Image:
     """An image file (or its bytes) as a picture of one 8-bit grey channel.
 
-    L, RGB, RGBA, palette and 1-bit files go through Pillow's ``L`` conversion (an alpha channel is dropped, not
-    blended: in the NIH's RGBA files it is opaque). Files of more than 8 bits are scaled by
-    the bits that their largest value needs: 8, 12 (as detectors give) or 16; floats within [0, 1] by 255.
+    L, RGB, RGBA, palette and 1-bit files are converted by Pillow's ``L``; an alpha channel is dropped. Files of more than 8
+    bits are scaled by the bits that their largest value needs: 8, 12 (as from detectors) or 16. Floats in [0, 1] are scaled by
+    255.
 
     Raises
     ------
     OSError
         Unreadable or truncated; Pillow's message.
     """
-    if isinstance(source, bytes) and (picture := _plain_png(source)) is not None:
-        return picture
-    with _opened(source) as image:
-        if image.mode in _SIXTEEN_BIT:
-            grey = _eight_bits(image)
-        else:
-            if image.format == "JPEG":  # may be stored lying, with a note which way is up
-                image = ImageOps.exif_transpose(image)
-            grey = image.convert("L") if image.mode != "L" else image
-            grey.load()
-        return grey
-
-
-def _opened(source: str | Path | bytes) -> Image.Image:
+    if isinstance(source, bytes):
+        if (picture := _plain_png(source)) is not None:
+            return picture
+        source = io.BytesIO(source)
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = Image.open(source)
     except UnidentifiedImageError as error:
         raise UnidentifiedImageError("not a picture of any kind that Pillow knows") from error
+    with image:
+        if image.mode.startswith("I") or image.mode == "F":
+            return _eight_bits(image)
+        if image.format == "JPEG":  # may be stored rotated, with a note of its orientation
+            image = ImageOps.exif_transpose(image)
+        return image.convert("L")
 
 
 def _plain_png(source: bytes) -> Image.Image | None:
-    """The grey picture of an 8-bit grey, RGB or RGBA PNG by a decoder that takes a third of Pillow's time, if installed.
+    """The grey picture of an 8-bit grey, RGB or RGBA PNG, by a decoder that takes a third of Pillow's time.
 
-    PNG is lossless, so the pixels are Pillow's. None for anything else, and for what it refuses, which Pillow then may read.
+    PNG is lossless, so the pixels equal Pillow's. None for other files, for files that it refuses, and without the decoder.
     """
     if _decode_png is None or len(source) < 33 or source[:8] + source[12:16] != b"\x89PNG\r\n\x1a\nIHDR":
         return None
-    if b"tRNS" in source[33:4096]:
-        return None
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", source[16:29])
-    mode, channels = {0: ("mono", 1), 2: ("rgb", 3), 6: ("rgba", 4)}.get(colour, ("", 0))
-    if depth != 8 or not channels or interlaced or width * height > Image.MAX_IMAGE_PIXELS:
+    mode, channels = _CHANNELS.get(colour, ("", 0))
+    if depth != 8 or not channels or interlaced or b"tRNS" in source[33:4096] or width * height > Image.MAX_IMAGE_PIXELS:
         return None
     try:
         pixels = _decode_png(source, (height, width), mode)
@@ -86,7 +76,7 @@ def _plain_png(source: bytes) -> Image.Image | None:
         return None
     if pixels.shape != (height, width, channels):
         return None
-    return Image.fromarray(pixels[:, :, 0]) if channels == 1 else Image.fromarray(pixels).convert("L")
+    return Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels).convert("L")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -95,17 +85,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise OSError("pixel values that are not finite")
     top = values.max(initial=0)
     if image.mode == "F" and top <= 1:
-        values = values * 255
+        values *= 255
     elif top > 255:
-        values = values * (255 / (4095 if top <= 4095 else 65535))
+        values *= 255 / (4095 if top <= 4095 else 65535)
     return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
 
 
 def fit(grey: Image.Image, size: int, aspect: str = "stretch") -> np.ndarray:
     """A grey picture as uint8 (size, size), by Pillow's bilinear filter (with antialiasing when shrinking).
 
-    ``aspect`` says what becomes of pictures that are not square: 'stretch' them, 'pad' the shorter side with black, or
-    'crop' the longer one about its middle.
+    ``aspect`` says what to do with pictures that are not square: 'stretch' them, 'pad' the shorter side with black, or 'crop'
+    the longer one about its middle.
 
     Raises
     ------
@@ -113,12 +103,8 @@ def fit(grey: Image.Image, size: int, aspect: str = "stretch") -> np.ndarray:
         Another aspect rule.
     """
     bilinear = Image.Resampling.BILINEAR
-    if aspect == "pad":
-        grey = ImageOps.pad(grey, (size, size), method=bilinear, color=0)
-    elif aspect == "crop":
-        grey = ImageOps.fit(grey, (size, size), method=bilinear)
-    elif aspect == "stretch":
-        grey = grey.resize((size, size), bilinear) if grey.size != (size, size) else grey
-    else:
-        raise ValueError(f"aspect must be one of {', '.join(ASPECTS)}, got {aspect!r}")
-    return np.asarray(grey)
+    rules = {"stretch": lambda: grey.resize((size, size), bilinear), "crop": lambda: ImageOps.fit(grey, (size, size), bilinear),
+             "pad": lambda: ImageOps.pad(grey, (size, size), bilinear, color=0)}
+    if aspect not in rules:
+        raise ValueError(f"aspect must be one of {', '.join(rules)}, got {aspect!r}")
+    return np.asarray(rules[aspect]())

@@ -1,11 +1,8 @@
 """fastai DataLoaders over the image cache: one indexed read a batch, everything else on the device.
 
-A batch is read ahead of its use, by a thread, straight into one uint8 tensor (page-locked for a GPU, so that its copy there
-is not waited for). What goes to the device is one byte a pixel; turning, mirroring, scaling and the expansion to three
-channels happen there, for the whole batch at once.
+A thread reads batches ahead, each into one uint8 tensor (page-locked for a GPU, so that nothing waits for its copy). One byte
+a pixel goes to the device. Augmentation, scaling and the expansion to three channels happen there, for a whole batch at once.
 """
-
-from __future__ import annotations
 
 import gc
 import math
@@ -16,76 +13,72 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Transform
 from fastai.torch_core import TensorImage, TensorMultiCategory
+from fastai.vision.core import imagenet_stats
 from torch import Tensor
 
+from charmlib.data.augment import FlipRotate
 from charmlib.data.dataset import ChestData
 from charmlib.data.images import read_grey
+from charmlib.nih import NO_FINDING, PARTS
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 READ_AHEAD = 2
 """Batches that are read while the network computes."""
 
 
 class ChestImages:
-    """A part of a data set as (image uint8 (1, S, S), labels float32 (C,)) pairs, with the row each came from.
+    """A part of a data set as (image uint8 (1, S, S), labels float32 (C,)) pairs, with the row of each.
 
     Parameters
     ----------
     images : ImageCache, or array (n, S, S) uint8
     labels : array (n, C) float32
     rows : array (m,)
-        Which rows of the two belong to this part; also the image ids that the bank's slots remember.
-    classes : sequence of str
-    ids : sequence of str
-        File names of all n rows.
+        Rows of the two that belong to this part; the bank stores them as image ids.
+    train : bool
+        Whether training transforms apply.
     known : bool
-        False for images from elsewhere, whose rows must not be taken for those of a data set.
+        False for images from elsewhere, whose rows are reported as -1.
     note : str
-        Stands over every picture of these images (that they are drawn).
+        Title of every figure of these images.
     """
 
-    n_inp = 1
-
-    def __init__(self, images, labels, rows, classes: Sequence[str], ids: Sequence[str], *, train: bool = False,
-                 known: bool = True, note: str = ""):
-        self.images, self.labels, self.rows = images, labels, np.asarray(rows)
+    def __init__(self, images, labels, rows, classes: Sequence[str], *, train: bool = False, known: bool = True,
+                 note: str = ""):
+        self.images, self.labels, self.rows, self.classes = images, labels, np.asarray(rows), tuple(classes)
         self.known, self.note = known, note
-        self.classes, self.ids = tuple(classes), ids
         self.split_idx = 0 if train else 1  # fastai's name for training (0) and validation (1) transforms
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.held: tuple[Tensor, Tensor, Tensor] | None = None  # images, labels and rows on the device
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, index: Sequence[int], *, pin: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, index: Sequence[int], *, pin: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Images (B, 1, S, S) uint8, labels (B, C) float32 and rows (B,) int64, page-locked if ``pin``.
 
         Of a preloaded part the first two are None and the third counts within the part.
         """
         index = np.asarray(index, dtype=np.int64)
         if self.held is not None:
-            return None, None, _pinned(torch.from_numpy(index), pin)
+            return None, None, _pinned(index, pin)
         rows = self.rows[index]
         images = torch.empty((len(rows), 1, *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pin)
         self.images.take(rows, axis=0, out=images.numpy()[:, 0])
-        return images, _pinned(torch.from_numpy(self.labels[rows]), pin), _pinned(torch.from_numpy(rows), pin)
+        return images, _pinned(self.labels[rows], pin), _pinned(rows, pin)
 
     def pixels(self, rows) -> Tensor:
-        """Images (n, 1, S, S) uint8 of any rows of the data set, of this part or not."""
+        """Images (n, 1, S, S) uint8 of any rows of the data set, also outside this part."""
         return torch.from_numpy(self.images.take(np.asarray(rows), axis=0))[:, None]
 
     def send(self, images, labels, rows, device) -> tuple[tuple[TensorImage, TensorMultiCategory], Tensor]:
-        """What :meth:`read` gave, on the device, and the rows there; never waits for a GPU."""
+        """The result of :meth:`read` on the device, as a batch and its rows; never waits for a GPU."""
         rows = rows.to(device, non_blocking=True)
         if self.held is not None:
-            images, labels, rows = self.held[0][rows], self.held[1][rows], self._held_rows[rows]
-        x, y = (TensorImage(images.to(device, non_blocking=True)),
-                TensorMultiCategory(labels.to(device, non_blocking=True)))
-        return (x, y), rows if self.known else torch.full_like(rows, -1)
+            images, labels, rows = (held[rows] for held in self.held)
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
+        return (TensorImage(images), TensorMultiCategory(labels)), rows if self.known else torch.full_like(rows, -1)
 
     def preload(self, device) -> None:
         """Hold the whole part as uint8 on a device; batches are then gathered there.
@@ -93,38 +86,38 @@ class ChestImages:
         Raises
         ------
         MemoryError
-            The GPU has too little free memory; says how much is needed and how much there is.
+            The GPU has too little free memory; names the gigabytes needed and free.
         """
         device, size = torch.device(device), self.images.shape[1:]
         if device.type == "cuda":
-            gc.collect()  # a Learner is a cycle, and an earlier one may hold another stage's images
-            needed, free = len(self) * math.prod(size), torch.cuda.mem_get_info(device)[0]
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own to give again
+            gc.collect()  # a Learner is a reference cycle, and an earlier one may hold another stage's images
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # in torch's own cache
+            needed, free = len(self) * math.prod(size), torch.cuda.mem_get_info(device)[0] + unused
             if needed > 0.6 * free:
                 raise MemoryError(f"preload: {len(self):,} images of {size[0]} pixels are {needed / 1e9:.1f} GB, the GPU has "
                                   f"{free / 1e9:.1f} GB free, and training needs its part of it: say preload=False")
         images = torch.empty((len(self), 1, *size), dtype=torch.uint8, device=device)
         for start in range(0, len(self), 1024):
-            part = np.arange(start, min(start + 1024, len(self)))
-            images[start:start + len(part)] = self.read(part)[0].to(device)
-        self._held_rows = torch.from_numpy(self.rows.astype(np.int64)).to(device)
-        self.held = images, torch.from_numpy(self.labels[self.rows]).to(device)
+            part = images[start:start + 1024]
+            part.copy_(self.pixels(self.rows[start:start + len(part)]))
+        self.held = (images, torch.from_numpy(self.labels[self.rows]).to(device),
+                     torch.from_numpy(self.rows.astype(np.int64)).to(device))
 
     def __getitem__(self, i: int):
         (x, y), _ = self.send(*self.read([i]), "cpu" if self.held is None else self.held[0].device)
         return x[0], y[0]
 
 
-def _pinned(tensor: Tensor, pin: bool) -> Tensor:
+def _pinned(array: np.ndarray, pin: bool) -> Tensor:
+    tensor = torch.from_numpy(array)
     return tensor.pin_memory() if pin else tensor
 
 
 class ChestDL(TfmdDL):
     """A fastai loader that reads whole batches.
 
-    ``ids`` are the rows of the batch that it gave last, (B,) int64 on the device, -1 for images that are not of the data set.
-
-    Shuffling draws from torch's generator, so that one seed fixes order and augmentation together.
+    ``ids`` are the rows of the last batch, (B,) int64 on the device; -1 for images from outside the data set. Shuffling draws
+    from torch's generator, so that one seed fixes order and augmentation together.
     """
 
     def __init__(self, dataset: ChestImages, bs: int = 64, shuffle: bool = False, num_workers: int = 0, **kwargs):
@@ -137,9 +130,9 @@ class ChestDL(TfmdDL):
 
     def create_batches(self, samps):
         device = torch.device("cpu" if self.device is None else self.device)
-        chunks, ahead = self.chunkify(iter(samps)), deque()
+        ahead = deque()
         with ThreadPoolExecutor(1) as reader:
-            for chunk in chunks:
+            for chunk in self.chunkify(iter(samps)):
                 ahead.append(reader.submit(self.dataset.read, chunk, pin=device.type == "cuda"))
                 if len(ahead) > READ_AHEAD:
                     yield self._next(ahead, device)
@@ -152,24 +145,22 @@ class ChestDL(TfmdDL):
 
     def show_batch(self, b=None, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings; returns the figure, or the decoded batch with ``show=False``."""
-        from charmlib.data.show import show_images
-
-        b = self.one_batch() if b is None else b
-        x, y = self.decode(b)[:2]
-        titles = ["\n".join(self._names(row)) for row in y[:max_n].numpy()]
-        return show_images(x[:max_n].numpy(), titles, axes=ctxs, note=self.dataset.note) if show else (x, y)
+        x, y = self.decode(self.one_batch() if b is None else b)[:2]
+        return self._drawn(x[:max_n], ["\n".join(self._names(row)) for row in y], ctxs) if show else (x, y)
 
     def show_results(self, b, out, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
-        """Draw images with their findings, and below them what the network calls at probability 0.5."""
+        """Draw images with their findings, and below them the findings predicted at probability 0.5."""
+        x, y = self.decode(b)[:2]
+        titles = ["\n".join(self._names(truth)) + "\n-> " + ", ".join(self._names(call)) for truth, call in zip(y, out)]
+        return self._drawn(x[:max_n], titles, ctxs) if show else (x, y, out)
+
+    def _drawn(self, x, titles, axes):
         from charmlib.data.show import show_images
 
-        x, y = self.decode(b)[:2]
-        titles = ["\n".join(self._names(truth)) + "\n-> " + ", ".join(self._names(call))
-                  for truth, call in zip(y[:max_n].numpy(), out[:max_n].float().numpy())]
-        return show_images(x[:max_n].numpy(), titles, axes=ctxs, note=self.dataset.note) if show else (x, y, out)
+        return show_images(x.numpy(), titles[:len(x)], axes=axes, note=self.dataset.note)
 
     def _names(self, row) -> list[str]:
-        return [c for c, v in zip(self.dataset.classes, row) if v == 1] or ["No Finding"]
+        return [c for c, v in zip(self.dataset.classes, row) if v == 1] or [NO_FINDING]
 
 
 class GreyToNetwork(Transform):
@@ -182,8 +173,7 @@ class GreyToNetwork(Transform):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], **kwargs):
         super().__init__(**kwargs)
-        self.mean = torch.tensor(mean).view(1, -1, 1, 1)
-        self.std = torch.tensor(std).view(1, -1, 1, 1)
+        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
     def to(self, device):
         self.mean, self.std = self.mean.to(device), self.std.to(device)
@@ -199,68 +189,30 @@ class GreyToNetwork(Transform):
 def grey_to_network(grey: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(B, 1, H, W) of 0 to 255 -> float32 (B, 3, H, W) = (grey / 255 - mean) / std, channels last; mean, std (1, 3, 1, 1)."""
     scale, shift = 1 / (255 * std), -mean / std
-    pixels = grey.permute(0, 2, 3, 1)  # (B, H, W, 1), to be multiplied out to (B, H, W, 3) in one pass
-    if not pixels.is_floating_point():
-        pixels = pixels.float()
+    pixels = grey.permute(0, 2, 3, 1)  # (B, H, W, 1), which one pass expands to (B, H, W, 3)
+    pixels = pixels if pixels.is_floating_point() else pixels.float()
     return torch.addcmul(shift.flatten(), pixels, scale.flatten()).permute(0, 3, 1, 2)
 
 
-class FlipRotate(Transform):
-    """Training only, a whole batch at once: horizontal flip for half of the images, rotation by up to ``degrees``.
-
-    Turned-in corners repeat the border. It comes before the expansion to three channels, so that one is turned instead of
-    three. Angles are drawn on the CPU, so that a run is the same on every device.
-    """
-
-    order, split_idx = 0, 0
-
-    def __init__(self, degrees: float = 10.0, flip: float = 0.5, **kwargs):
-        super().__init__(**kwargs)
-        self.degrees, self.flip = degrees, flip
-
-    def encodes(self, x: TensorImage):
-        flip = (torch.rand(len(x)) < self.flip).float() * -2 + 1
-        angle = (torch.rand(len(x)) * 2 - 1) * math.radians(self.degrees)
-        return TensorImage(flip_rotate(x.as_subclass(Tensor).float(), flip, angle))
-
-
-def flip_rotate(x: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
-    """Images (B, C, S, S), mirrored where ``flip`` (B,) is -1 and turned by ``angle`` (B,) radians, bilinear."""
-    size = x.shape[-1]
-    c, s = torch.cos(angle), torch.sin(angle)
-    turns = _pinned(torch.stack([c * flip, -s, s * flip, c]), x.is_cuda).to(x.device, x.dtype, non_blocking=True)
-    at = (torch.arange(size, device=x.device, dtype=x.dtype) * 2 + 1) / size - 1  # pixel centres in [-1, 1]
-    along, down = turns[:, :, None, None] * at, turns[:, :, None, None] * at[:, None]  # (4, B, 1, S) and (4, B, S, 1)
-    grid = torch.empty((len(x), size, size, 2), device=x.device, dtype=x.dtype)
-    torch.add(along[0], down[1], out=grid[..., 0])
-    torch.add(along[2], down[3], out=grid[..., 1])
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
 class ChestDataLoaders(DataLoaders):
-    """Training, validation and, where asked for, test loaders of one data set."""
+    """Training, validation and, if asked for, test loaders of one data set."""
 
-    @property
-    def vocab(self) -> tuple[str, ...]:
-        return self.train.dataset.classes
+    aspect = "stretch"  # rule for new images that are not square
 
+    vocab = property(lambda self: self.train.dataset.classes)
     c = property(lambda self: len(self.vocab))
     test = property(lambda self: self.loaders[2])
 
-    aspect = "stretch"  # what becomes of new images that are not square
-
     def test_dl(self, items: Sequence, bs: int | None = None, **kwargs) -> ChestDL:
         """A loader over image files (any grey or colour mode), in their order, with unknown (NaN) labels."""
-        size = self.train.dataset.images.shape[1]
-        images = np.stack([read_grey(path, size, self.aspect) for path in items])
+        images = np.stack([read_grey(path, self.train.dataset.images.shape[1], self.aspect) for path in items])
         labels = np.full((len(items), self.c), np.nan, np.float32)
-        part = ChestImages(images, labels, np.arange(len(items)), self.vocab, [Path(p).name for p in items], known=False)
-        dl = self.valid.new(part, bs=bs or self.valid.bs)
-        return dl
+        part = ChestImages(images, labels, np.arange(len(items)), self.vocab, known=False)
+        return self.valid.new(part, bs=bs or self.valid.bs)
 
 
 def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = False,
-                      mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
+                      mean: Sequence[float] = imagenet_stats[0], std: Sequence[float] = imagenet_stats[1],
                       degrees: float = 10.0, flip: float = 0.5, preload: bool = False, device=None,
                       path: str | Path = ".") -> ChestDataLoaders:
     """fastai DataLoaders ``[train, valid, test]`` over a :class:`ChestData`.
@@ -268,40 +220,38 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
     Parameters
     ----------
     bs : int
-        Batch. The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one.
+        Batch size. The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one.
     findings_only : bool
-        Stage 1: training and validation take only images with a finding. The test part is always whole.
-        The validation loader of a split without a validation part gives no batch.
+        Stage 1: training and validation take only images with a finding. The test part is always complete. The validation
+        loader of a split without a validation part gives no batch.
     mean, std : sequences of 3
-        What the network expects of RGB in [0, 1] (``net.mean``, ``net.std``); ImageNet's by default.
+        Normalisation that the network expects for RGB in [0, 1] (``net.mean``, ``net.std``); ImageNet's by default.
     degrees, flip : float
-        Augmentation of the training part.
+        Augmentation of the training part (:class:`charmlib.data.augment.FlipRotate`).
     preload : bool
         Hold the training images as uint8 on the device (50 KB an image at 224 pixels); the batches are the same.
 
     Raises
     ------
     ValueError
-        Fewer training images than 2.
+        A part without images, or fewer than two training images.
     MemoryError
         ``preload`` on a GPU with too little free memory.
     """
-    device = torch.device("cpu") if device is None else torch.device(device)
-    ids = data.index.frame["id"].tolist()
+    device = torch.device("cpu" if device is None else device)
     loaders = []
-    for part in ("train", "valid", "test"):
+    for part in PARTS:
         train = part == "train"
         rows = data.rows(part, findings_only=findings_only and part != "test")
-        missing = part == "valid" and not data.split.has_valid
-        if len(rows) < (2 if train else 1) and not missing:
+        if len(rows) < (2 if train else 1) and (part != "valid" or data.split.has_valid):
             raise ValueError(f"the {part} part has {len(rows)} images" + (" with a finding" if findings_only else ""))
-        dataset = ChestImages(data.images, data.labels, rows, data.classes, ids, train=train,
+        dataset = ChestImages(data.images, data.labels, rows, data.classes, train=train,
                               note=data.source if data.index.drawn else "")
-        transforms = [GreyToNetwork(mean, std)] + ([FlipRotate(degrees, flip)] if train and (degrees or flip) else [])
-        size = min(bs, len(rows)) or bs
         if train and preload:
             dataset.preload(device)
-        loaders.append(ChestDL(dataset, bs=size, shuffle=train, drop_last=train, after_batch=transforms, device=device))
+        augment = [FlipRotate(degrees, flip)] if train and (degrees or flip) else []
+        loaders.append(ChestDL(dataset, bs=min(bs, len(rows)) or bs, shuffle=train, drop_last=train, device=device,
+                               after_batch=[GreyToNetwork(mean, std), *augment]))
     dls = ChestDataLoaders(*loaders, path=path, device=device)
     dls.aspect = data.images.manifest["aspect"]
     return dls

@@ -1,22 +1,20 @@
 """Drawn chest radiographs: the embedded data set of the demo and the fixture of the tests.
 
-Each image is drawn from geometry: lungs, heart, mediastinum, ribs, diaphragm, and the 14 findings as lesions with
-known boxes. The folder has the layout of the NIH data set on Kaggle, plus ``PHANTOM.json``, by which every table and
-picture made from it is labelled as drawn. Phantoms test software; they say nothing about patients.
+Each image is drawn from geometry: lungs, heart, mediastinum, ribs, diaphragm, and the 14 findings as lesions with known boxes.
+The folder has the layout of the NIH data set on Kaggle, plus ``PHANTOM.json``. Tables and figures made from a folder with that
+file are labelled as drawn. Phantoms test software; they say nothing about patients.
 """
-
-from __future__ import annotations
 
 import csv
 import json
-import os
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
-from charmlib.nih import NIH14, NO_FINDING, PHANTOM_MARK
+from charmlib.files import write_text
+from charmlib.nih import NIH14, NO_FINDING, PHANTOM_MARK, TABLES, TEST_LISTS, TRAIN_LISTS
 
 _NIH_COUNTS = dict(zip(NIH14, (11559, 2776, 13317, 19894, 5782, 6331, 1431, 5302, 4667, 2303, 2516, 1686, 3385, 227)))
 PREVALENCE = {name: 0.16 * (count / 19894) ** 0.4 for name, count in _NIH_COUNTS.items()}
@@ -26,30 +24,23 @@ NIH_PIXELS = 1024
 FORMAT = 1
 
 
-@dataclass
 class _Canvas:
     """One image being drawn, in body coordinates of about [0, 1], x to the right and y downwards.
 
-    The body stands a little turned, shifted and scaled in the picture, differently in every image.
+    The body is slightly rotated, shifted and scaled in the picture, differently in every image.
     """
 
-    size: int
-    rng: np.random.Generator
-    light: np.ndarray = field(init=False)
-    x: np.ndarray = field(init=False)
-    y: np.ndarray = field(init=False)
-
-    def __post_init__(self):
-        line = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size - 0.5
+    def __init__(self, size: int, rng: np.random.Generator):
+        self.size, self.rng = size, rng
+        line = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
         v, u = np.meshgrid(line, line, indexing="ij")
-        angle, scale = np.radians(self.rng.normal(0, 6)), self.rng.uniform(0.87, 1.12)
+        angle, scale = np.radians(rng.normal(0, 6)), rng.uniform(0.87, 1.12)
         self.turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
-        self.shift = self.rng.normal(0, 0.035, 2)
+        self.shift = rng.normal(0, 0.035, 2)
         back = np.linalg.inv(self.turn)
         u, v = u - self.shift[0], v - self.shift[1]
-        self.x = (back[0, 0] * u + back[0, 1] * v + 0.5).astype(np.float32)
-        self.y = (back[1, 0] * u + back[1, 1] * v + 0.5).astype(np.float32)
-        self.light = np.zeros((self.size, self.size), np.float32)
+        self.x, self.y = ((row[0] * u + row[1] * v + 0.5).astype(np.float32) for row in back)
+        self.light = np.zeros((size, size), np.float32)
 
     def box_in_picture(self, box) -> np.ndarray:
         """(x0, y0, x1, y1) of the body -> the upright box around it in the picture, within [0, 1]."""
@@ -78,39 +69,26 @@ class _Canvas:
         return np.asarray(Image.fromarray(grid).resize((self.size, self.size), Image.Resampling.BICUBIC))
 
 
-@dataclass(frozen=True)
-class _Anatomy:
-    """What a patient keeps from one image to the next."""
-
-    lung_x: tuple[float, float]
-    lung_rx: float
-    lung_ry: float
-    lung_y: float
-    heart_r: float
-    heart_x: float
-    ribs: float
-    fat: float
-
-    @classmethod
-    def draw(cls, rng) -> _Anatomy:
-        middle = rng.normal(0, 0.008)
-        spread = rng.uniform(0.205, 0.235)
-        return cls((0.5 - spread + middle, 0.5 + spread + middle), rng.uniform(0.155, 0.18), rng.uniform(0.30, 0.35),
-                   rng.uniform(0.44, 0.48), rng.uniform(0.105, 0.13), rng.uniform(0.53, 0.56), rng.uniform(0.075, 0.09),
-                   rng.uniform(0.0, 0.10))
+def _anatomy(rng: np.random.Generator) -> SimpleNamespace:
+    """The shape of a patient's body, the same in all images: centres, radii, distance of the ribs, fat."""
+    middle, spread = rng.normal(0, 0.008), rng.uniform(0.205, 0.235)
+    return SimpleNamespace(
+        lung_x=(0.5 - spread + middle, 0.5 + spread + middle), lung_rx=rng.uniform(0.155, 0.18),
+        lung_ry=rng.uniform(0.30, 0.35), lung_y=rng.uniform(0.44, 0.48), heart_r=rng.uniform(0.105, 0.13), 
+        heart_x=rng.uniform(0.53, 0.56), ribs=rng.uniform(0.075, 0.09), fat=rng.uniform(0.0, 0.10))
 
 
-def _place(a: _Anatomy, rng, low=-0.6, high=0.6) -> tuple[float, float, int]:
-    """A random point inside a lung and that lung's side (0 left in the picture, 1 right)."""
+def _place(a: SimpleNamespace, rng, low=-0.6, high=0.6) -> tuple[float, float]:
+    """A random point inside a lung."""
     side = int(rng.integers(2))
     v = rng.uniform(low, high)
     reach = 0.62 * np.sqrt(max(1 - v * v, 0.1))
-    return (a.lung_x[side] + a.lung_rx * rng.uniform(-reach, reach), a.lung_y + a.lung_ry * v, side)
+    return a.lung_x[side] + a.lung_rx * rng.uniform(-reach, reach), a.lung_y + a.lung_ry * v
 
 
 # Each lesion adds to the canvas and returns its box (x0, y0, x1, y1) in [0, 1].
 def _atelectasis(c, a, lungs):
-    x, y, _ = _place(a, c.rng, 0.0, 0.65)
+    x, y = _place(a, c.rng, 0.0, 0.65)
     angle, length, thick = c.rng.uniform(-0.5, 0.5), c.rng.uniform(0.075, 0.11), c.rng.uniform(0.010, 0.015)
     for offset in (0.0, c.rng.uniform(0.035, 0.05)):
         c.light += 0.34 * c.ellipse(x, y + offset, length, thick, 0.02, angle) * lungs
@@ -134,7 +112,7 @@ def _effusion(c, a, lungs):
 
 
 def _infiltration(c, a, lungs):
-    x, y, _ = _place(a, c.rng, -0.4, 0.6)
+    x, y = _place(a, c.rng, -0.4, 0.6)
     r = c.rng.uniform(0.10, 0.13)
     streaks = np.clip(c.texture(26), 0, 1)
     c.light += 0.50 * c.ellipse(x, y, r, r * 1.2, 0.1) * streaks * lungs
@@ -142,24 +120,22 @@ def _infiltration(c, a, lungs):
 
 
 def _mass(c, a, lungs):
-    x, y, _ = _place(a, c.rng)
+    x, y = _place(a, c.rng)
     r = c.rng.uniform(0.045, 0.065)
     c.light += 0.42 * c.ellipse(x, y, r, r * c.rng.uniform(0.85, 1.1), 0.02)
     return x - r, y - r, x + r, y + r
 
 
 def _nodule(c, a, lungs):
-    boxes = []
-    for _ in range(int(c.rng.integers(1, 4))):
-        x, y, _ = _place(a, c.rng)
-        r = c.rng.uniform(0.017, 0.024)
+    spots = [(*_place(a, c.rng), c.rng.uniform(0.017, 0.024)) for _ in range(int(c.rng.integers(1, 4)))]
+    for x, y, r in spots:
         c.light += 0.46 * c.ellipse(x, y, r, r, 0.012)
-        boxes.append((x - r, y - r, x + r, y + r))
-    return boxes[0]
+    x, y, r = spots[0]
+    return x - r, y - r, x + r, y + r
 
 
 def _pneumonia(c, a, lungs):
-    x, y, _ = _place(a, c.rng, -0.2, 0.55)
+    x, y = _place(a, c.rng, -0.2, 0.55)
     r = c.rng.uniform(0.065, 0.085)
     for _ in range(7):  # confluent fluffy spots
         dx, dy = c.rng.normal(0, r * 0.55, 2)
@@ -170,13 +146,11 @@ def _pneumonia(c, a, lungs):
 def _pneumothorax(c, a, lungs):
     side = int(c.rng.integers(2))
     shrink, shift = c.rng.uniform(0.72, 0.82), c.rng.uniform(0.05, 0.09)
-    inner = ((c.x - a.lung_x[side] + (0.025 if side else -0.025)) / (a.lung_rx * shrink)) ** 2 \
-        + ((c.y - a.lung_y - shift) / (a.lung_ry * shrink)) ** 2
-    inner = np.sqrt(inner)
+    inner = np.sqrt(((c.x - a.lung_x[side] + (0.025 if side else -0.025)) / (a.lung_rx * shrink)) ** 2
+                    + ((c.y - a.lung_y - shift) / (a.lung_ry * shrink)) ** 2)
     near = (np.abs(c.x - a.lung_x[side]) < a.lung_rx * 1.05) & (c.y < a.lung_y + 0.12)
     c.light += near * lungs * (0.40 * np.exp(-(((inner - 1) / 0.05) ** 2)) - 0.07 * c.soft(1.04 - inner, 0.05))
-    top = a.lung_y - a.lung_ry
-    return a.lung_x[side] - a.lung_rx, top, a.lung_x[side] + a.lung_rx, a.lung_y + 0.1
+    return a.lung_x[side] - a.lung_rx, a.lung_y - a.lung_ry, a.lung_x[side] + a.lung_rx, a.lung_y + 0.1
 
 
 def _consolidation(c, a, lungs):
@@ -184,8 +158,7 @@ def _consolidation(c, a, lungs):
     x, y = a.lung_x[side], a.lung_y + a.lung_ry * c.rng.uniform(-0.45, 0.45)
     w, h = a.lung_rx * 0.85, c.rng.uniform(0.07, 0.09)
     mask = c.soft(np.abs(c.y - y) - h, 0.03) * c.soft(np.abs(c.x - x) - w, 0.03)
-    bronchi = np.exp(-(((c.x - x) * np.cos(0.7) + (c.y - y) * np.sin(0.7)) / 0.010) ** 2) \
-        + np.exp(-(((c.x - x) * np.cos(-0.7) + (c.y - y) * np.sin(-0.7)) / 0.010) ** 2)
+    bronchi = sum(np.exp(-(((c.x - x) * np.cos(tilt) + (c.y - y) * np.sin(tilt)) / 0.010) ** 2) for tilt in (0.7, -0.7))
     c.light += 0.30 * mask * lungs - 0.30 * mask * np.clip(bronchi, 0, 1) * lungs
     return x - w, y - h, x + w, y + h
 
@@ -204,7 +177,7 @@ def _edema(c, a, lungs):
 def _emphysema(c, a, lungs):
     c.light -= 0.03 * lungs
     for _ in range(9):  # bullae: dark, thin-walled
-        x, y, _ = _place(a, c.rng, -0.75, 0.3)
+        x, y = _place(a, c.rng, -0.75, 0.3)
         r = c.rng.uniform(0.024, 0.036)
         c.light += lungs * (0.30 * c.ellipse(x, y, r * 1.25, r * 1.25, 0.012) - 0.42 * c.ellipse(x, y, r, r, 0.012))
     return a.lung_x[0] - a.lung_rx, a.lung_y - a.lung_ry, a.lung_x[1] + a.lung_rx, a.lung_y + a.lung_ry * 0.4
@@ -231,8 +204,7 @@ def _pleural_thickening(c, a, lungs):
 def _hernia(c, a, lungs):
     x, y, r = 0.5 + c.rng.normal(0, 0.01), 0.70 + c.rng.normal(0, 0.012), c.rng.uniform(0.07, 0.085)
     c.light += 0.30 * c.ellipse(x, y, r, r * 0.85, 0.015)
-    gas = c.ellipse(x, y - 0.01, r * 0.78, r * 0.6, 0.012) * c.soft(c.y - y, 0.012)  # fluid level below the gas
-    c.light -= 0.50 * gas
+    c.light -= 0.50 * (c.ellipse(x, y - 0.01, r * 0.78, r * 0.6, 0.012) * c.soft(c.y - y, 0.012))  # gas above a fluid level
     return x - r, y - r, x + r, y + r
 
 
@@ -260,13 +232,12 @@ def draw_phantom(findings=(), *, size: int = 64, seed: int = 0, anatomy_seed: in
     image, boxes
         uint8 (size, size), and for each finding its box (x0, y0, x1, y1) in [0, 1].
     """
-    a = _Anatomy.draw(np.random.default_rng([anatomy_seed, 1]))
+    a = _anatomy(np.random.default_rng([anatomy_seed, 1]))
     rng = np.random.default_rng([seed, 2])
     c = _Canvas(size, rng)
     trunk = (np.abs((c.x - 0.5) / (0.45 + a.fat * 0.3)) ** 3 + np.abs((c.y - 0.66) / 0.62) ** 3) ** (1 / 3)
     body = c.soft((trunk - 1) * 0.45, 0.05)
-    neck = c.ellipse(0.5, 0.0, 0.13, 0.12, 0.05)
-    c.light += 0.58 * np.maximum(body, neck) + 0.1 * c.texture(5) * body
+    c.light += 0.58 * np.maximum(body, c.ellipse(0.5, 0.0, 0.13, 0.12, 0.05)) + 0.1 * c.texture(5) * body
     lungs = np.zeros_like(c.light)
     for side in (0, 1):
         shape = c.ellipse(a.lung_x[side], a.lung_y, a.lung_rx, a.lung_ry, 0.03, 0.10 if side else -0.10)
@@ -290,30 +261,28 @@ def draw_phantom(findings=(), *, size: int = 64, seed: int = 0, anatomy_seed: in
     c.light += 0.14 * c.soft(np.abs(c.x - 0.5) - 0.055, 0.04) * c.soft(c.y - 0.95, 0.1)  # spine and mediastinum
     heart = a.heart_r * (1.10 if view == "AP" else 1.0)
     c.light += 0.30 * c.ellipse(a.heart_x, 0.64, heart * 1.2, heart, 0.03, 0.35) * np.maximum(lungs, 0.25)
-    for _ in range(int(rng.integers(0, 3))):  # leads and tubes: bright thin things that mean nothing
+    for _ in range(int(rng.integers(0, 3))):  # leads and tubes: bright thin lines without meaning
         x = rng.uniform(0.25, 0.75)
         c.light += 0.10 * np.exp(-(((c.x - x - 0.05 * np.sin(6 * c.y + x)) / 0.006) ** 2)) * (c.y < rng.uniform(0.3, 0.8))
 
     boxes = {}
-    c.rng = np.random.default_rng([seed, 5])  # apart, so that the rest of the picture is the same without the lesions
+    c.rng = np.random.default_rng([seed, 5])  # of its own, so that the rest of the picture is the same without the lesions
     for name in sorted(findings, key=NIH14.index):
-        box = c.box_in_picture(_LESIONS[name](c, a, lungs))
-        boxes[name] = tuple(float(v) for v in box)
+        boxes[name] = tuple(c.box_in_picture(_LESIONS[name](c, a, lungs)).tolist())
     tilt = rng.normal(0, 0.2, 2)  # uneven exposure
     c.light *= 1 + tilt[0] * (c.x - 0.5) + tilt[1] * (c.y - 0.5)
     contrast = rng.uniform(0.85, 1.1) * (0.92 if view == "AP" else 1.0)
-    light = 0.16 + rng.normal(0, 0.03) + contrast * c.light
-    light = np.clip(light, 0.0, 1.0) ** rng.uniform(0.85, 1.2)
+    light = np.clip(0.16 + rng.normal(0, 0.03) + contrast * c.light, 0.0, 1.0) ** rng.uniform(0.85, 1.2)
     light = light + rng.normal(0, 0.018, light.shape)
     return (np.clip(light, 0, 1) * 255 + 0.5).astype(np.uint8), boxes
 
 
 def make_phantoms(out: str | Path, *, images: int = 3000, size: int = 64, seed: int = 85) -> Path:
-    """Write a phantom data set in the exact NIH layout; an existing one of the same settings is left as it is.
+    """Write a phantom data set in the exact NIH layout; an existing one of the same settings is kept.
 
     ``images_001/images/*.png`` ..., ``Data_Entry_2017.csv`` (with its trailing empty column), ``train_val_list.txt``,
-    ``test_list.txt``, ``BBox_List_2017.csv`` (boxes in 1024-pixel space), ``PHANTOM.json``. Patients have one to
-    twelve images and keep their anatomy and, mostly, their findings; a fifth of them are test patients.
+    ``test_list.txt``, ``BBox_List_2017.csv`` (boxes in 1024-pixel space), ``PHANTOM.json``. Patients have one to twelve images
+    and keep their anatomy and most of their findings. A fifth of them are test patients.
 
     Parameters
     ----------
@@ -325,7 +294,7 @@ def make_phantoms(out: str | Path, *, images: int = 3000, size: int = 64, seed: 
     FileExistsError
         The folder holds something else, or phantoms of other settings.
     ValueError
-        Too few images, or too few pixels to draw on.
+        Fewer than 20 images, or fewer than 16 pixels a side.
     """
     if images < 20 or size < 16:
         raise ValueError(f"a phantom set needs at least 20 images of 16 pixels, got {images} of {size}")
@@ -339,9 +308,7 @@ def make_phantoms(out: str | Path, *, images: int = 3000, size: int = 64, seed: 
         raise FileExistsError(f"{out} holds phantoms of other settings: remove it or name another folder")
     if out.exists() and any(out.iterdir()) and not (out / "images_001").is_dir():
         raise FileExistsError(f"{out} is not empty and holds no phantoms; name another folder")
-    rows, patients = _plan(images, seed)
-    boxes = []
-    test = _test_patients(rows, patients, seed)
+    rows, boxes = _plan(images, seed), []
     for i, row in enumerate(rows):
         folder = out / f"images_{i // 5000 + 1:03d}" / "images"
         folder.mkdir(parents=True, exist_ok=True)
@@ -349,17 +316,23 @@ def make_phantoms(out: str | Path, *, images: int = 3000, size: int = 64, seed: 
                                     anatomy_seed=seed * 7919 + row["patient"], view=row["view"])
         Image.fromarray(image).save(folder / row["id"])
         for name, (x0, y0, x1, y1) in found.items():
-            boxes.append([row["id"], name, x0 * NIH_PIXELS, y0 * NIH_PIXELS, (x1 - x0) * NIH_PIXELS,
-                          (y1 - y0) * NIH_PIXELS])
-    _write_tables(out, rows, boxes, test)
-    temporary = mark.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=1))
-    os.replace(temporary, mark)
+            short = "Infiltrate" if name == "Infiltration" else name  # as in the NIH's box list
+            boxes.append([row["id"], short, *(f"{v * NIH_PIXELS:.3f}" for v in (x0, y0, x1 - x0, y1 - y0)), "", "", ""])
+    _write_csv(out / TABLES[0], [
+        ["Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position",
+         "OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]", ""],
+        *([r["id"], "|".join(sorted(r["findings"])) or NO_FINDING, r["visit"], r["patient"], r["age"], r["sex"], r["view"],
+           NIH_PIXELS, NIH_PIXELS, 0.143, 0.143, ""] for r in rows)])
+    _write_csv(out / "BBox_List_2017.csv", [["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", ""], *boxes])
+    test = _test_patients(rows, seed)
+    for name, inside in ((TRAIN_LISTS[0], False), (TEST_LISTS[0], True)):
+        (out / name).write_text("".join(f"{r['id']}\n" for r in rows if (r["patient"] in test) == inside))
+    write_text(mark, json.dumps(settings, indent=1))  # last: a folder with its mark is complete
     return out
 
 
-def _plan(images: int, seed: int) -> tuple[list[dict], int]:
-    """Who has how many images with what: rows of id, patient, visit, age, sex, view, findings; and how many patients."""
+def _plan(images: int, seed: int) -> list[dict]:
+    """The images of all patients: rows of id, patient, visit, age, sex, view, findings."""
     rng = np.random.default_rng([seed, 3])
     rows, patient = [], 0
     while len(rows) < images:
@@ -368,43 +341,28 @@ def _plan(images: int, seed: int) -> tuple[list[dict], int]:
         chronic = {name for name, share in PREVALENCE.items() if rng.random() < share}
         age, sex = int(rng.integers(18, 88)), "MF"[int(rng.integers(2))]
         for visit in range(visits):
-            findings = {name for name in NIH14
-                        if rng.random() < (0.85 if name in chronic else 0.04 * PREVALENCE[name])}
+            findings = {name for name in NIH14 if rng.random() < (0.85 if name in chronic else 0.04 * PREVALENCE[name])}
+            view = "AP" if rng.random() < (0.5 if findings else 0.3) else "PA"
             rows.append({"id": f"{patient:08d}_{visit:03d}.png", "patient": patient, "visit": visit, "age": age + visit,
-                         "sex": sex, "view": "AP" if rng.random() < (0.5 if findings else 0.3) else "PA",
-                         "findings": findings})
-    return rows, patient
+                         "sex": sex, "view": view, "findings": findings})
+    return rows
 
 
-def _test_patients(rows, patients: int, seed: int) -> set[int]:
-    """A fifth of the patients, drawn until no class is short of its share among the test images."""
-    best, best_score = set(), -1.0
-    totals = {name: sum(name in r["findings"] for r in rows) for name in NIH14}
-    for attempt in range(20):
-        order = np.random.default_rng([seed, 4, attempt]).permutation(patients) + 1
-        chosen = set(order[: max(1, patients // 5)].tolist())
-        inside = {name: sum(name in r["findings"] for r in rows if r["patient"] in chosen) for name in NIH14}
-        score = min(inside[n] / totals[n] if totals[n] else 1.0 for n in NIH14)
-        if score > best_score:
-            best, best_score = chosen, score
-    return best
+def _test_patients(rows: list[dict], seed: int) -> set[int]:
+    """A fifth of the patients: of 20 draws that with the largest test share of the class with the smallest one."""
+    labels = np.array([[name in r["findings"] for name in NIH14] for r in rows])
+    patient = np.array([r["patient"] for r in rows])
+    totals = labels.sum(0)
+
+    def smallest_share(chosen: set[int]) -> float:
+        inside = labels[np.isin(patient, list(chosen))].sum(0)
+        return (inside[totals > 0] / totals[totals > 0]).min(initial=1.0)
+
+    count = patient[-1]
+    draws = (np.random.default_rng([seed, 4, attempt]).permutation(count)[:max(1, count // 5)] + 1 for attempt in range(20))
+    return max((set(draw.tolist()) for draw in draws), key=smallest_share)
 
 
-def _write_tables(out: Path, rows, boxes, test: set[int]) -> None:
-    with open(out / "Data_Entry_2017.csv", "w", newline="") as file:
-        write = csv.writer(file)
-        write.writerow(["Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender",
-                        "View Position", "OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]", ""])
-        for r in rows:
-            labels = "|".join(sorted(r["findings"])) or NO_FINDING
-            write.writerow([r["id"], labels, r["visit"], r["patient"], r["age"], r["sex"], r["view"],
-                            NIH_PIXELS, NIH_PIXELS, 0.143, 0.143, ""])
-    for name, inside in (("train_val_list.txt", False), ("test_list.txt", True)):
-        (out / name).write_text("".join(f"{r['id']}\n" for r in rows if (r["patient"] in test) == inside))
-    with open(out / "BBox_List_2017.csv", "w", newline="") as file:
-        write = csv.writer(file)
-        write.writerow(["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]", "", "", ""])
-        for box in boxes:
-            # the NIH writes this one finding short in its box list
-            name = "Infiltrate" if box[1] == "Infiltration" else box[1]
-            write.writerow([box[0], name, *(f"{v:.3f}" for v in box[2:]), "", "", ""])
+def _write_csv(path: Path, rows: list[list]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)

@@ -1,7 +1,5 @@
 """Grids of radiographs."""
 
-from __future__ import annotations
-
 import math
 
 import matplotlib.pyplot as plt
@@ -9,19 +7,16 @@ import numpy as np
 
 
 def show_images(images, titles=(), *, columns: int = 5, axes=None, boxes=None, note: str = ""):
-    """Draw (n, H, W) or (n, 1, H, W) grey images, in [0, 1] or uint8, with a title each and a note over all;
-    returns the figure."""
+    """Figure of grey images (n, H, W) or (n, 1, H, W), in [0, 1] or uint8, each with a title and ``boxes`` (x0, y0, x1, y1).
+
+    ``axes`` draws into given axes; ``note`` is the title of the figure.
+    """
     images = [np.asarray(image).squeeze() for image in images]
     if axes is None:
         columns = min(columns, max(len(images), 1))
-        rows = math.ceil(len(images) / columns)
-        lines = max((t.count("\n") + 1 for t in titles), default=1)
-        figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, (2.2 + 0.16 * lines) * rows), squeeze=False,
-                                    layout="constrained")
-        axes = axes.flat
-    else:
-        axes = np.ravel(axes)
-        figure = axes[0].figure
+        rows, lines = math.ceil(len(images) / columns), max((t.count("\n") + 1 for t in titles), default=1)
+        _, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, (2.2 + 0.16 * lines) * rows), layout="constrained")
+    axes = np.ravel(axes)
     for i, axis in enumerate(axes):
         axis.axis("off")
         if i < len(images):
@@ -31,5 +26,5 @@ def show_images(images, titles=(), *, columns: int = 5, axes=None, boxes=None, n
             for x0, y0, x1, y1 in (boxes[i] if boxes is not None else ()):
                 axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec="#e69f00", lw=1.2))
     if note:
-        figure.suptitle(note, fontsize=9, color="#b34700")
-    return figure
+        axes[0].figure.suptitle(note, fontsize=9, color="#b34700")
+    return axes[0].figure

@@ -1,4 +1,4 @@
-"""Calibration: do findings called with probability p turn out to be there in a share p of the images?"""
+"""Calibration: whether the share of positives among predictions of probability p is p."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from sklearn.metrics import brier_score_loss
 
 from charmlib.evaluation.metrics import known, mean_over_classes
 
-BINS = 15
-_LOWEST, _HIGHEST = 0.01, 100.0
-
 
 def fit_temperature(labels, logits) -> float:
-    """The one temperature T > 0 for all classes that makes sigmoid(logits / T) most likely (Guo et al. 2017, section 4).
+    """One temperature T for all classes that minimises the log loss of sigmoid(logits / T) (Guo et al. 2017, section 4).
 
-    To be fitted on validation data. One number keeps every ranking and so every AUC as it is. Guo et al. scale a softmax;
-    here it is one sigmoid a class. It cannot mend a constant shift, such as asymmetric loss leaves.
+    Fitted on validation data. A single number leaves every ranking and so every AUC unchanged. Guo et al. scale a softmax,
+    here it is one sigmoid per class. A constant shift of the logits, as asymmetric loss causes, remains.
 
     Parameters
     ----------
@@ -28,7 +25,7 @@ def fit_temperature(labels, logits) -> float:
 
     Returns
     -------
-    float in [0.01, 100]; 1.0 where no label is known.
+    float in [0.01, 100]; 1.0 without known labels.
     """
     labels, logits = np.asarray(labels, np.float64), np.asarray(logits, np.float64)
     there = ~np.isnan(labels)
@@ -40,15 +37,15 @@ def fit_temperature(labels, logits) -> float:
         scaled = z * np.exp(-log_t)
         return float(np.mean(np.maximum(scaled, 0) + np.log1p(np.exp(-np.abs(scaled))) - scaled * y))
 
-    found = minimize_scalar(loss, bounds=(np.log(_LOWEST), np.log(_HIGHEST)), method="bounded", options={"xatol": 1e-6})
+    found = minimize_scalar(loss, bounds=(np.log(0.01), np.log(100.0)), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
 
 
 def reliability_curve(y, probability, *, bins: int = 10, strategy: str = "quantile"
                       ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean probability, share of positives and number of samples in each bin that is not empty.
+    """Mean probability, share of positives and number of samples of each filled bin.
 
-    As scikit-learn's ``calibration_curve``, with the counts.
+    Like scikit-learn's ``calibration_curve``, but with the counts.
 
     Parameters
     ----------
@@ -71,7 +68,7 @@ def reliability_curve(y, probability, *, bins: int = 10, strategy: str = "quanti
     return mean, share, count[filled]
 
 
-def calibration_error(y, probability, *, bins: int = BINS, strategy: str = "uniform") -> float:
+def calibration_error(y, probability, *, bins: int = 15, strategy: str = "uniform") -> float:
     """Expected calibration error: the mean distance of probability and share of positives over the bins, weighted by their
     samples (Naeini et al. 2015; 15 equal bins as in Guo et al. 2017). NaN without samples."""
     mean, share, count = reliability_curve(y, probability, bins=bins, strategy=strategy)
@@ -81,7 +78,7 @@ def calibration_error(y, probability, *, bins: int = BINS, strategy: str = "unif
 def calibration(labels, logits, classes: Sequence[str], temperature: float = 1.0) -> dict:
     """ECE and Brier score (mean squared error of the probability) by class and their means, at a temperature.
 
-    Rare findings have small values whatever the network does: predicting the prevalence p scores p (1 - p).
+    Brier scores of rare findings are small for any network: predicting the prevalence p scores p (1 - p).
     """
     labels, logits = np.asarray(labels), np.asarray(logits)
     ece, brier = {}, {}

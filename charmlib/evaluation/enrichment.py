@@ -1,4 +1,4 @@
-"""Whether a memory bank holds rare findings: what it holds against what it was trained on, with intervals over patients."""
+"""Enrichment of a memory bank: the share of each finding in its slots over its prevalence, with intervals over patients."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from scipy.stats import chi2
 
 from charmlib.evaluation.intervals import LEVEL, RESAMPLES, SEED, Interval, draws, enough_patients, interval
 from charmlib.evaluation.metrics import frequency_groups, prevalence
+from charmlib.evaluation.runs import number
+from charmlib.evaluation.tables import limits_of
 from charmlib.nih import NO_FINDING
 
 FEW = 15
-"""Patients in the bank with a finding, below which resampling them says too little of chance."""
+"""Patients in the bank with a finding, below which the bootstrap interval is too narrow."""
 NONE = "no_finding"
 """The key and column of images without any finding, whether or not 'No Finding' is a class too."""
 
@@ -22,32 +24,31 @@ def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *
                seed: int = SEED) -> dict:
     """Share of the bank's slots with a finding over the finding's prevalence in the training part.
 
-    1 is a bank that holds a finding as often as the training part does. Intervals are by bootstrap over the training part's
-    patients: a patient's slots and images enter a resample together, so numerator and denominator are of the same one. Where
-    fewer than :data:`FEW` patients in the bank have the finding (where no slot holds it, resamples have no spread at all), the
-    limits are moved out to those of the exact Poisson interval for that number of patients (Garwood 1936), each counting as
-    many slots as such patients have in the mean. They say how much hangs on single patients and chance, with the bank as this
-    one training filled it; what another seed would fill it with is another question, which only further runs answer.
+    At 1, the bank holds a finding as often as the training part does. Intervals are by bootstrap over the training part's
+    patients: a patient's slots and images enter a resample together. With fewer than :data:`FEW` patients of the finding in
+    the bank, the bootstrap is too narrow, and without any it has no spread. The limits are then widened to those of the exact
+    Poisson interval for that number of patients (Garwood 1936), each with as many slots as such patients have on average.
+    Intervals are for the bank of this one training; the spread between seeds needs further runs.
 
     Parameters
     ----------
     slots, slot_patients : array-like of shape (n_slots, n_classes) and (n_slots,)
-        Labels of the filled slots: 1, 0, or -1 or NaN where unknown (left out, class by class); at least one slot.
+        Labels of the filled slots: 1, 0, or -1 or NaN if unknown (left out, class by class); at least one slot.
     labels, patients : array-like of shape (n_images, n_classes) and (n_images,)
         The training part, 1, 0 or NaN.
     classes : sequence of n_classes names
-        A class 'No Finding' is none of the findings; it is given as ``no_finding``.
+        A class 'No Finding' is not a finding; it is reported as ``no_finding``.
     offered : array-like of shape (n_images,)
-        Weights: the chance of each image to be in a slot, had the slots been drawn at random from what was on offer when they
-        were written. The figure ``expected`` is the enrichment of such slots: above 1 where a stage shows images with findings
-        only, which no strategy must be credited with. All alike by default.
+        Weights: the probability of each image under slots drawn at random from the images on offer when they were written.
+        ``expected`` is the enrichment of such slots. It is above 1 if a stage shows only images with findings, which is not to
+        a strategy's credit. Equal weights by default.
 
     Returns
     -------
     dict
-        ``level``, ``resamples``, ``seed``, ``clustered_by``, ``slots``, ``patients`` (distinct ones in the bank), and three
-        mappings of figures: ``classes`` (name -> figures), ``no_finding``, ``groups`` (head, medium, tail: at least one of
-        the group's findings -> figures and ``classes``). Figures: ``prevalence``, ``slots`` (how many have it), ``share``,
+        ``level``, ``resamples``, ``seed``, ``clustered_by``, ``slots``, ``patients`` (distinct ones in the bank), and the
+        statistics of each of ``classes`` (by name), of ``no_finding``, and of ``groups`` (head, medium, tail: at least one of
+        the group's findings; also its ``classes``). Statistics: ``prevalence``, ``slots`` (number that have it), ``share``,
         ``enrichment``, ``interval`` (low, high, share of resamples that do not define it) and ``expected``.
 
     Raises
@@ -74,49 +75,43 @@ def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *
                        for v in (units == 1, ~np.isnan(units))])  # (4, patients, units)
     point = _ratio(*counts.sum(1))
     if enough_patients(patients):
-        found = np.concatenate([_ratio(*(weights.T @ count for count in counts))
+        drawn = np.concatenate([_ratio(*(weights.T @ count for count in counts))
                                 for weights in draws(len(names), resamples, seed, int(np.clip(2**24 // len(names), 8, 256)))])
-        limits = [_moved_out(interval(found[:, u]), *exact) for u, exact in enumerate(_exact(counts))]
+        limits = _widened([interval(column) for column in drawn.T], counts)
     else:
         limits = [Interval(float("nan"), float("nan"), 1.0)] * len(point)
     weight = np.ones(len(labels)) if offered is None else np.asarray(offered, np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         rate, base = counts[0].sum(0) / counts[1].sum(0), counts[2].sum(0) / counts[3].sum(0)
         expected = (weight @ (seen == 1)) / (weight @ ~np.isnan(seen)) / base
-    figures = [{"prevalence": base[u], "slots": int(counts[0, :, u].sum()), "share": rate[u], "enrichment": point[u],
-                "interval": limits[u], "expected": expected[u]} for u in range(len(point))]
+    found = [{"prevalence": base[u], "slots": int(counts[0, :, u].sum()), "share": rate[u], "enrichment": point[u],
+              "interval": limits[u], "expected": expected[u]} for u in range(len(point))]
     many = len(findings)
     return {"level": LEVEL, "resamples": resamples, "seed": seed, "clustered_by": "patient", "slots": len(slots),
-            "patients": len(np.unique(at)), "classes": dict(zip((str(classes[c]) for c in findings), figures)),
-            NONE: figures[many], "groups": {group: {"classes": members, **figures[many + 1 + g]}
-                                            for g, (group, members) in enumerate(groups.items())}}
+            "patients": len(np.unique(at)), "classes": dict(zip((str(classes[c]) for c in findings), found)), NONE: found[many],
+            "groups": {group: {"classes": members, **found[many + 1 + g]} for g, (group, members) in enumerate(groups.items())}}
 
 
-def _exact(counts: np.ndarray) -> list[tuple[int, float, float]]:
-    """For each unit: patients in the bank with it, and the limits that an exact Poisson interval for their number gives."""
+def _widened(limits: Sequence[Interval], counts: np.ndarray) -> list[Interval]:
+    """The limits of each unit, widened to the exact Poisson ones if fewer than :data:`FEW` patients in the bank have it."""
     held, of, seen, images = counts.sum(1)
-    patients = (counts[0] > 0).sum(0)
-    in_bank = (counts[1] > 0).sum(0)
+    patients, in_bank = (counts[:2] > 0).sum(1)
+    tail = (1 - LEVEL) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
         slots_each = np.where(patients > 0, held / patients, of / in_bank)
         scale = slots_each / of / (seen / images)
-        tail = (1 - LEVEL) / 2
         low = scale * np.where(patients > 0, chi2.ppf(tail, 2 * patients) / 2, 0.0)
         high = scale * chi2.ppf(1 - tail, 2 * patients + 2) / 2
-    return list(zip(patients.tolist(), low.tolist(), high.tolist()))
-
-
-def _moved_out(limits: Interval, patients: int, low: float, high: float) -> Interval:
-    if patients >= FEW or not np.isfinite(high):
-        return limits
-    return Interval(float(np.fmin(limits.low, low)), float(np.fmax(limits.high, high)), limits.undefined)
+    few = (patients < FEW) & np.isfinite(high)
+    return [Interval(float(np.fmin(own.low, low[u])), float(np.fmax(own.high, high[u])), own.undefined) if few[u] else own
+            for u, own in enumerate(limits)]
 
 
 def _units(labels: np.ndarray, columns: Sequence[Sequence[int]]) -> np.ndarray:
     """(n, findings + 1 + groups) of 1, 0 and NaN from labels: each finding, none of them, any of each group.
 
-    An image whose findings are all unknown is unknown in these; a finding that is unknown beside known ones counts as not
-    there, as it does for the images of stage 1.
+    'None' and 'any' are unknown if all findings of an image are. Single unknown findings count as absent, as they do for the
+    images of stage 1.
     """
     out = [labels[:, columns[0]]]
     for members in columns:
@@ -131,13 +126,13 @@ def _by_patient(values: np.ndarray, patient: np.ndarray, patients: int) -> np.nd
 
 
 def _ratio(held, of, seen, images) -> np.ndarray:
-    """Share of slots over prevalence; NaN where no slot's or image's label is known, or no image has the finding."""
+    """Share of slots over prevalence; NaN without known labels of slots or images, or without images of the finding."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where((of > 0) & (seen > 0), held / of / (seen / images), np.nan)
 
 
 def training_shares(labels, classes: Sequence[str]) -> dict[str, float]:
-    """Prevalence in the training part of each finding, and of ``no_finding``: what a bank's history is measured against."""
+    """Prevalence in the training part of each finding, and of ``no_finding``: the reference of a bank's history."""
     labels = np.asarray(labels, np.float64)
     findings = [c for c, name in enumerate(classes) if name != NO_FINDING]
     return {**prevalence(labels[:, findings], [classes[c] for c in findings]),
@@ -145,43 +140,40 @@ def training_shares(labels, classes: Sequence[str]) -> dict[str, float]:
 
 
 def rows_of(found: Mapping) -> dict[str, dict]:
-    """Name -> figures, as read: the findings from the rarest up, 'no finding', then 'any tail finding' and so on."""
-    groups = [group for group in ("tail", "medium", "head") if group in found["groups"]]
-    classes = sorted(found["classes"].items(), key=lambda item: _number(item[1]["prevalence"]))
-    return {**dict(classes), "no finding": found[NONE], **{f"any {group} finding": found["groups"][group] for group in groups}}
-
-
-def _number(value) -> float:
-    return -1.0 if value is None or value != value else value
+    """Name -> statistics in reading order: findings by rising prevalence, 'no finding', 'any tail finding' and so on."""
+    classes = sorted(found["classes"].items(), key=lambda item: number(item[1]["prevalence"], -1))
+    return {**dict(classes), "no finding": found[NONE],
+            **{f"any {name} finding": found["groups"][name] for name in ("tail", "medium", "head") if name in found["groups"]}}
 
 
 def enrichment_table(found: Mapping) -> pd.DataFrame:
     """Columns: finding, prevalence, slots, share, enrichment, enrichment low, enrichment high, expected, undefined."""
-    rows = [{"finding": name, "prevalence": f["prevalence"], "slots": f["slots"], "share": f["share"],
-             "enrichment": f["enrichment"], "enrichment low": f["interval"][0], "enrichment high": f["interval"][1],
-             "expected": f["expected"], "undefined": f["interval"][2]} for name, f in rows_of(found).items()]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([
+        {"finding": name, **{key: f[key] for key in ("prevalence", "slots", "share", "enrichment")},
+         **limits_of("enrichment", f["interval"]), "expected": f["expected"], "undefined": f["interval"][2]}
+        for name, f in rows_of(found).items()])
     return table.astype({c: float for c in table.columns if c not in ("finding", "slots")})
 
 
 def enrichment_note(found: Mapping) -> str:
-    """How the figures came about, in words."""
+    """How enrichment is computed, in words."""
     return (f"{found['slots']:,} slots with images of {found['patients']:,} patients. Enrichment is the share of slots with a "
             f"finding over its prevalence in the training part, with {found['level']:.0%} intervals by bootstrap over its "
             f"patients, not narrower than an exact Poisson interval where fewer than {FEW} of them have it. 'Expected' is what "
-            "slots drawn at random from the images of their stage would have: where stage 1 shows findings only, its slots are "
+            "slots drawn at random from the images of their stage would have: if stage 1 shows findings only, its slots are "
             "enriched without any choice.")
 
 
 def compare_enrichment(cells: Mapping[str, Mapping]) -> pd.DataFrame:
-    """One row a bank: cell, slots, then for each finding (the rarest first), 'no finding' and the groups its enrichment,
-    with the limits in 'NAME low' and 'NAME high', and in 'NAME expected' that of slots drawn at random from what was on offer
-    (see :func:`enrichment`)."""
+    """One row per bank: cell, slots, then the enrichment of each finding (the rarest first), 'no finding' and the groups.
+
+    Limits are in 'NAME low' and 'NAME high'. 'NAME expected' is the enrichment of slots drawn at random from the images on
+    offer (see :func:`enrichment`).
+    """
     rows = []
     for cell, found in cells.items():
         rows.append({"cell": cell, "slots": found["slots"]})
         for name, f in rows_of(found).items():
-            rows[-1] |= {name: f["enrichment"], f"{name} low": f["interval"][0], f"{name} high": f["interval"][1],
-                         f"{name} expected": f["expected"]}
+            rows[-1] |= {name: f["enrichment"], **limits_of(name, f["interval"]), f"{name} expected": f["expected"]}
     table = pd.DataFrame(rows)
     return table.astype({c: float for c in table.columns[2:]})

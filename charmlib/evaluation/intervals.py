@@ -1,14 +1,14 @@
-"""Intervals by bootstrap over patients: images of one patient are not independent.
+"""Intervals by bootstrap over patients, because images of one patient are not independent.
 
 A resample draws as many patients as there are, with replacement (Davison and Hinkley 1997, section 2.4, with patients as
-the units); every image gets the number of times that its patient was drawn as its weight. Figures of the same patients with
+the units). The weight of an image is the number of times that its patient was drawn. Metrics of the same patients with
 the same seed use the same draws, so differences of two runs are paired.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,16 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from charmlib.evaluation.metrics import known
-from charmlib.evaluation.operating import COUNTS, called, figures
+from charmlib.evaluation.operating import COUNTS, RATES, confusion, rates
 from charmlib.evaluation.runs import Predictions, write_arrays
 
 RESAMPLES, SEED, LEVEL = 1000, 85, 0.95
+BAND_X = np.linspace(0, 1, 101)
+"""False positive rates, or recalls, at which curves have an interval."""
 
 
 class Interval(NamedTuple):
-    """``undefined`` is the share of resamples in which the figure does not exist; the limits are over the others."""
+    """``undefined`` is the share of resamples that do not define the metric; the limits are over the others."""
 
     low: float
     high: float
@@ -34,10 +36,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Resamples:
-    """Figures of every class in every resample, NaN where a resample has no positives or no negatives of a class.
-
-    ``auc`` and ``ap`` are (resamples, n_classes).
-    """
+    """ROC-AUC and average precision (resamples, n_classes); NaN if a resample has no positives or no negatives of a class."""
 
     auc: np.ndarray
     ap: np.ndarray
@@ -46,7 +45,7 @@ class Resamples:
 def bootstrap(labels, scores, patients, *, resamples: int = RESAMPLES, seed: int = SEED) -> Resamples:
     """ROC-AUC and average precision of each class in resamples of patients.
 
-    Scores are sorted once a class. What lies between two positives is then folded into one row of a sparse matrix
+    Scores are sorted once for each class. The images between two positives are then folded into one row of a sparse matrix
     (rows x patients), so that a whole block of resamples is one sparse product. Equal to scikit-learn's weighted
     metrics to 1e-12; ties count half in the AUC and as one threshold in the average precision.
 
@@ -70,14 +69,14 @@ def bootstrap(labels, scores, patients, *, resamples: int = RESAMPLES, seed: int
         start = 0
         for weights in draws(len(names), resamples, seed, block):
             rows = slice(start, start + weights.shape[1])
-            for c, found in enumerate(pool.map(lambda ranking, w=weights: ranking.figures(w), rankings)):
+            for c, found in enumerate(pool.map(lambda ranking, w=weights: ranking.auc_and_ap(w), rankings)):
                 auc[rows, c], ap[rows, c] = found
             start = rows.stop
     return Resamples(auc, ap)
 
 
 def save_resamples(path: str | Path, samples: Resamples | None) -> None:
-    """Keep the bootstrap of a test part, which a leaderboard reads again; nothing is written for None."""
+    """Write the bootstrap of a test part for leaderboards to read; nothing is written for None."""
     if samples is not None:
         write_arrays(path, auc=samples.auc, ap=samples.ap, seed=SEED)
 
@@ -93,7 +92,7 @@ def read_resamples(path: str | Path, test: Predictions) -> Resamples | None:
 
 def operating_resamples(labels, logits, patients, thresholds: Sequence[float | None], *, resamples: int = RESAMPLES,
                         seed: int = SEED) -> dict[str, np.ndarray]:
-    """Sensitivity, specificity, precision and F1 at fixed thresholds in resamples of patients.
+    """The :func:`~charmlib.evaluation.operating.rates` at fixed thresholds in resamples of patients.
 
     Parameters
     ----------
@@ -102,15 +101,21 @@ def operating_resamples(labels, logits, patients, thresholds: Sequence[float | N
 
     Returns
     -------
-    Figure -> array (resamples, n_classes), NaN where a resample does not define it.
+    Name of the rate -> array (resamples, n_classes), NaN if a resample does not define it; one row of NaN for a single patient.
     """
     labels, logits = np.asarray(labels), np.asarray(logits)
     names, patient = np.unique(np.asarray(patients), return_inverse=True)
-    counts = _counts_by_patient(labels, logits, patient, len(names), thresholds)
-    block = int(np.clip(2**24 // len(names), 8, 256))
+    if len(names) < 2:
+        return dict.fromkeys(RATES, np.full((1, len(thresholds)), np.nan))
+    counts = np.zeros((len(thresholds), len(COUNTS), len(names)))
+    for c, threshold in enumerate(thresholds):
+        y, score, who = known(labels, logits, c, patient)
+        if threshold is not None:
+            counts[c] = [np.bincount(who[mask], minlength=len(names)) for mask in confusion(y, score, threshold)]
+    counts = counts.reshape(-1, len(names))
     found = [(counts @ weights).T.reshape(-1, len(thresholds), len(COUNTS))
-             for weights in draws(len(names), resamples, seed, block)]
-    return figures(*np.moveaxis(np.concatenate(found), -1, 0))
+             for weights in draws(len(names), resamples, seed, int(np.clip(2**24 // len(names), 8, 256)))]
+    return rates(*np.moveaxis(np.concatenate(found), -1, 0))
 
 
 def draws(patients: int, resamples: int, seed: int, block: int) -> Iterator[np.ndarray]:
@@ -147,7 +152,7 @@ class Ranking:
         negatives = np.cumsum(self.negatives @ weights, axis=0)
         return self.positives @ weights, negatives[:-1:2], negatives[1::2], negatives[-1]
 
-    def figures(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def auc_and_ap(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """AUC and average precision (resamples,) for weights (patients, resamples)."""
         positives, above, upto, rest = self.totals(weights)
         total = positives.sum(0)
@@ -157,34 +162,21 @@ class Ranking:
             auc = np.where(defined, 1 - lost / (2 * total * rest), np.nan)
             hits = np.cumsum(positives, axis=0)
             called_positive = upto + hits
-            called_positive[called_positive == 0] = 1  # above the first drawn image nothing is called yet
+            called_positive[called_positive == 0] = 1  # above the first drawn image no image is called positive
             hits /= called_positive
             ap = np.where(defined, np.einsum("gr,gr->r", positives, hits) / total, np.nan)
         return auc, ap
 
 
-def _counts_by_patient(labels, scores, patient, patients: int, thresholds) -> np.ndarray:
-    """(n_classes * 4, patients): true and false positives and negatives of each patient at fixed thresholds."""
-    out = np.zeros((labels.shape[1], len(COUNTS), patients))
-    for c, threshold in enumerate(thresholds):
-        y, score, who = known(labels, scores, c, patient)
-        if threshold is None or not len(y):
-            continue
-        positive, call = y == 1, called(score, threshold)
-        for k, mask in enumerate((call & positive, call & ~positive, ~call & positive, ~call & ~positive)):
-            out[c, k] = np.bincount(who[mask], minlength=patients)
-    return out.reshape(-1, patients)
-
-
 def mean_of_defined(samples: np.ndarray) -> np.ndarray:
-    """(resamples,): the mean over the classes that a resample defines; NaN where it defines none."""
+    """(resamples,): the mean over the classes that a resample defines; NaN if it defines none."""
     defined = ~np.isnan(samples)
     count = defined.sum(1)
     return np.where(count > 0, np.where(defined, samples, 0).sum(1) / np.maximum(count, 1), np.nan)
 
 
 def interval(samples: np.ndarray, level: float = LEVEL) -> Interval:
-    """Percentile interval of one figure (resamples,); NaN limits where fewer than two resamples define it."""
+    """Percentile interval of one metric (resamples,); NaN limits if fewer than two resamples define it."""
     defined = samples[~np.isnan(samples)]
     share = 1 - len(defined) / max(len(samples), 1)
     if len(defined) < 2:
@@ -199,10 +191,53 @@ def intervals_by_class(samples: np.ndarray, classes, level: float = LEVEL) -> di
 
 
 def enough_patients(patients) -> bool:
-    """Whether there is anything to resample: a single patient has no interval."""
+    """Whether there are at least two patients: a single one has no interval."""
     return len(np.unique(np.asarray(patients))) > 1
 
 
-def thresholds_of(point: Mapping[str, float | None], classes) -> list[float | None]:
-    """The thresholds of an operating point in the order of the classes; None for a class that has none."""
-    return [point.get(str(c)) for c in classes]
+class Band(NamedTuple):
+    """Pointwise limits ``low`` and ``high`` (101,) of a curve at ``x`` in 0 to 1; NaN for a single patient."""
+
+    x: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def roc_bands(labels, scores, patients, *, resamples: int = 300, seed: int = SEED) -> list[Band]:
+    """For each class the interval of the sensitivity at each false positive rate, linear between the curve's points."""
+    return _bands(labels, scores, patients, _sensitivity_at, resamples, seed)
+
+
+def precision_recall_bands(labels, scores, patients, *, resamples: int = 300, seed: int = SEED) -> list[Band]:
+    """For each class the interval of the precision at each recall, at the highest threshold that reaches it."""
+    return _bands(labels, scores, patients, _precision_at, resamples, seed)
+
+
+def _bands(labels, scores, patients, curve, resamples: int, seed: int) -> list[Band]:
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    names, patient = np.unique(np.asarray(patients), return_inverse=True)
+    nothing = Band(BAND_X, np.full(len(BAND_X), np.nan), np.full(len(BAND_X), np.nan))
+    if len(names) < 2:
+        return [nothing] * labels.shape[1]
+    rankings = [Ranking(*known(labels, scores, c, patient), len(names)) for c in range(labels.shape[1])]
+    found: list[list[np.ndarray]] = [[] for _ in rankings]
+    for weights in draws(len(names), resamples, seed, int(np.clip(2**24 // len(patient), 8, 64))):
+        for ranking, curves in zip(rankings, found):
+            positives, above, upto, rest = ranking.totals(weights)
+            hits = np.cumsum(positives, axis=0)
+            curves += [curve(hits[:, r], above[:, r], upto[:, r], rest[r]) for r in range(weights.shape[1])
+                       if len(hits) and hits[-1, r] > 0 and rest[r] > 0]
+    limits = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    return [Band(BAND_X, *np.quantile(np.stack(curves), limits, axis=0)) if len(curves) > 1 else nothing for curves in found]
+
+
+def _sensitivity_at(hits: np.ndarray, above: np.ndarray, upto: np.ndarray, negatives: float) -> np.ndarray:
+    before = np.concatenate([[0.0], hits[:-1]])  # level to the next group with positives, then up (diagonally with ties)
+    false = np.concatenate([[0.0], np.stack([above, upto], 1).ravel() / negatives, [1.0]])
+    return np.interp(BAND_X, false, np.concatenate([[0.0], np.stack([before, hits], 1).ravel() / hits[-1], [1.0]]))
+
+
+def _precision_at(hits: np.ndarray, above: np.ndarray, upto: np.ndarray, negatives: float) -> np.ndarray:
+    recall = hits / hits[-1]
+    first = np.searchsorted(recall, np.maximum(BAND_X, recall[recall > 0][0]) - 1e-12)
+    return (hits / np.maximum(hits + upto, 1))[first]

@@ -1,4 +1,4 @@
-"""ROC-AUC and average precision per class and their means; labels may be NaN, a class without positives is named."""
+"""ROC-AUC and average precision by class and their means. Labels may be NaN; means name the classes that they leave out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
+
+from charmlib.evaluation.runs import number
 
 
 def _check(labels, scores, classes) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -22,18 +24,16 @@ def _check(labels, scores, classes) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def known(labels: np.ndarray, scores: np.ndarray, c: int, *others: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Labels and scores of class ``c`` where its label is known, and further arrays (n_samples,), at least one, alike."""
+    """Labels and scores of class ``c`` at the samples whose label is known; then those samples' rows, or the entries of
+    ``others`` (n_samples,) at them."""
     there = ~np.isnan(labels[:, c]) if labels.dtype.kind == "f" else np.ones(len(labels), bool)
     return labels[there, c], scores[there, c], *(o[there] for o in others or (np.arange(len(labels)),))
 
 
 def _by_class(metric, labels, scores, classes) -> dict[str, float]:
     labels, scores, classes = _check(labels, scores, classes)
-    out = {}
-    for i, name in enumerate(classes):
-        y, score, _ = known(labels, scores, i)
-        out[name] = float(metric(y, score)) if 0 < y.sum() < len(y) else float("nan")
-    return out
+    found = ((name, *known(labels, scores, c)) for c, name in enumerate(classes))
+    return {name: float(metric(y, score)) if 0 < y.sum() < len(y) else float("nan") for name, y, score, _ in found}
 
 
 def auc_by_class(labels, scores, classes: Sequence[str] | None = None) -> dict[str, float]:
@@ -59,18 +59,13 @@ def ap_by_class(labels, scores, classes: Sequence[str] | None = None) -> dict[st
     return _by_class(average_precision_score, labels, scores, classes)
 
 
-def undefined(by_class: dict[str, float]) -> list[str]:
-    """The classes whose value is NaN."""
-    return [name for name, value in by_class.items() if np.isnan(value)]
-
-
 def mean_over_classes(by_class: dict[str, float], *, what: str = "AUC", why: str = "no positives or no negatives") -> float:
     """Unweighted mean over the defined classes; warns of the others by name; NaN if none is defined."""
-    left_out = undefined(by_class)
-    if left_out:
-        warnings.warn(f"{what} is undefined for {', '.join(left_out)} ({why}) and left out of the mean over "
-                      f"{len(by_class)} classes", stacklevel=2)
     values = [v for v in by_class.values() if not np.isnan(v)]
+    if len(values) < len(by_class):
+        left_out = ", ".join(name for name, value in by_class.items() if np.isnan(value))
+        warnings.warn(f"{what} is undefined for {left_out} ({why}) and left out of the mean over "
+                      f"{len(by_class)} classes", stacklevel=2)
     return float(np.mean(values)) if values else float("nan")
 
 
@@ -82,23 +77,19 @@ def mean_auc(labels, scores, classes: Sequence[str] | None = None) -> float:
 def micro(labels, scores) -> dict[str, float]:
     """ROC-AUC and average precision over all (sample, class) pairs together; NaN without positives or negatives.
 
-    It asks for scores that can be compared between classes, and common findings dominate it.
+    It requires scores that are comparable between classes, and common findings dominate it.
     """
     labels, scores, _ = _check(labels, scores, None)
-    there = ~np.isnan(labels)
-    y, score = labels[there], scores[there]
-    defined = 0 < y.sum() < len(y)
-    return {"auc": float(roc_auc_score(y, score)) if defined else float("nan"),
-            "ap": float(average_precision_score(y, score)) if defined else float("nan")}
+    pairs = labels.reshape(-1, 1), scores.reshape(-1, 1)
+    return {"auc": auc_by_class(*pairs, ["all"])["all"], "ap": ap_by_class(*pairs, ["all"])["all"]}
 
 
 def frequency_groups(prevalence: dict[str, float]) -> dict[str, list[str]]:
     """'head', 'medium' and 'tail' classes: prevalence in the training part above 5 %, 2 to 5 %, below 2 %."""
     groups: dict[str, list[str]] = {"head": [], "medium": [], "tail": []}
     for name, share in prevalence.items():
-        if share is None or share != share:  # a class whose label is known nowhere is in no group
-            continue
-        groups["head" if share > 0.05 else "medium" if share >= 0.02 else "tail"].append(name)
+        if np.isfinite(number(share)):  # a class without any known label is in no group
+            groups["head" if share > 0.05 else "medium" if share >= 0.02 else "tail"].append(name)
     return groups
 
 
@@ -111,7 +102,7 @@ def prevalence(labels, classes: Sequence[str]) -> dict[str, float]:
 
 
 def summarize(labels, scores, classes: Sequence[str]) -> dict:
-    """What ``metrics.json`` holds of a part: mean_auc, mean_ap, auc and ap by class, undefined classes."""
+    """The metrics of a part as in ``metrics.json``: mean_auc, mean_ap, auc and ap by class, undefined classes."""
     auc, ap = auc_by_class(labels, scores, classes), ap_by_class(labels, scores, classes)
     return {"mean_auc": mean_over_classes(auc), "mean_ap": mean_over_classes(ap, what="average precision"),
-            "auc": auc, "ap": ap, "undefined": undefined(auc)}
+            "auc": auc, "ap": ap, "undefined": [name for name, value in auc.items() if np.isnan(value)]}

@@ -1,8 +1,10 @@
-"""Operating points: thresholds that are chosen on validation data and then kept, and what they call on test data."""
+"""Operating points: thresholds that are chosen on validation data and then kept, and the confusion matrix at them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from scipy.special import expit
@@ -14,6 +16,7 @@ POINTS = ("youden", "f1", "sensitivity_0.90")
 """The operating points that training stores."""
 
 COUNTS = ("tp", "fp", "fn", "tn")
+RATES = ("sensitivity", "specificity", "precision", "f1")
 
 
 def choose_thresholds(labels, logits, classes: Sequence[str], points: Sequence[str] = POINTS
@@ -22,10 +25,10 @@ def choose_thresholds(labels, logits, classes: Sequence[str], points: Sequence[s
 
     - ``youden``: the largest sensitivity + specificity - 1 (Youden 1950);
     - ``f1``: the largest F1 score;
-    - ``sensitivity_0.90`` (any share): the highest threshold that still finds this share of the positives.
+    - ``sensitivity_0.90`` (any share): the highest threshold with at least this sensitivity.
 
-    A prediction counts as positive from the threshold on. Of equally good thresholds the highest is taken. None for a
-    class without positives or without negatives.
+    A prediction is positive if its probability is at least the threshold. Of equally good thresholds the highest is taken.
+    None for a class without positives or without negatives.
 
     Parameters
     ----------
@@ -48,24 +51,19 @@ def choose_thresholds(labels, logits, classes: Sequence[str], points: Sequence[s
 
 
 def _rule(point: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    if point == "youden":
-        return _youden
-    if point == "f1":
-        return _best_f1
-    name, _, share = point.partition("_")
-    try:
-        wanted = float(share)
-    except ValueError:
-        wanted = -1
-    if name != "sensitivity" or not 0 < wanted <= 1:
+    share = re.fullmatch(r"sensitivity_(\d*\.?\d+)", point)
+    if share and 0 < float(share[1]) <= 1:
+        return partial(_sensitivity, share=float(share[1]))
+    rules = {"youden": _youden, "f1": _best_f1}
+    if point not in rules:
         raise ValueError(f"unknown operating point '{point}'; known are youden, f1 and sensitivity_S with 0 < S <= 1, "
                          "such as sensitivity_0.95")
-    return lambda y, p: _sensitivity(y, p, wanted)
+    return rules[point]
 
 
 def _youden(y: np.ndarray, probability: np.ndarray) -> float:
     false, true, thresholds = roc_curve(y, probability, drop_intermediate=False)
-    return float(thresholds[int(np.argmax((true - false)[1:])) + 1])  # the first point calls nothing positive
+    return float(thresholds[int(np.argmax((true - false)[1:])) + 1])  # at the first point no image is positive
 
 
 def _best_f1(y: np.ndarray, probability: np.ndarray) -> float:
@@ -80,11 +78,17 @@ def _sensitivity(y: np.ndarray, probability: np.ndarray, share: float) -> float:
 
 
 def called(logits, threshold: float) -> np.ndarray:
-    """Whether each logit is called positive: the probability, in float64, is at least the threshold."""
+    """Whether each prediction is positive: its probability, in float64, is at least the threshold."""
     return expit(np.asarray(logits, np.float64)) >= threshold
 
 
-def figures(tp, fp, fn, tn) -> dict[str, np.ndarray]:
+def confusion(y, logits, threshold: float) -> tuple[np.ndarray, ...]:
+    """Masks (n,) of one class's true positives, false positives, false negatives and true negatives, as in :data:`COUNTS`."""
+    positive, call = np.asarray(y) == 1, called(logits, threshold)
+    return call & positive, call & ~positive, ~call & positive, ~call & ~positive
+
+
+def rates(tp, fp, fn, tn) -> dict[str, np.ndarray]:
     """Sensitivity, specificity, precision and F1 from counts (numbers or arrays of one shape); NaN for 0 / 0."""
     tp, fp, fn, tn = (np.asarray(v, np.float64) for v in (tp, fp, fn, tn))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -93,7 +97,7 @@ def figures(tp, fp, fn, tn) -> dict[str, np.ndarray]:
 
 
 def at_thresholds(labels, logits, classes: Sequence[str], thresholds: Mapping[str, float | None]) -> dict[str, dict]:
-    """Class -> threshold, the four counts and the :func:`figures` at it; classes without a threshold are left out.
+    """Class -> threshold, the four counts and the :func:`rates` at it; only for classes with a threshold.
 
     Parameters
     ----------
@@ -103,12 +107,10 @@ def at_thresholds(labels, logits, classes: Sequence[str], thresholds: Mapping[st
     """
     labels, logits = np.asarray(labels), np.asarray(logits)
     out = {}
-    for c, name in enumerate(classes):
-        if thresholds.get(str(name)) is None:
-            continue
-        y, score, _ = known(labels, logits, c)
-        positive, call = y == 1, called(score, thresholds[str(name)])
-        counts = [int(m.sum()) for m in (call & positive, call & ~positive, ~call & positive, ~call & ~positive)]
-        out[str(name)] = {"threshold": float(thresholds[str(name)]), **dict(zip(COUNTS, counts)),
-                          **{k: float(v) for k, v in figures(*counts).items()}}
+    for c, name in enumerate(map(str, classes)):
+        if thresholds.get(name) is not None:
+            y, score, _ = known(labels, logits, c)
+            counts = [int(mask.sum()) for mask in confusion(y, score, thresholds[name])]
+            out[name] = {"threshold": float(thresholds[name]), **dict(zip(COUNTS, counts)),
+                         **{k: float(v) for k, v in rates(*counts).items()}}
     return out

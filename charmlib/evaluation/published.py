@@ -1,7 +1,8 @@
-"""Published figures, put only beside runs on the same kind of split."""
+"""Published results, shown only beside runs on the same kind of split."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 
 import pandas as pd
@@ -10,73 +11,68 @@ OFFICIAL_IMAGES = 25596
 
 
 def published_results() -> pd.DataFrame:
-    """system, split, metric, value, source of the figures that ship with charmlib."""
-    with (files("charmlib.evaluation") / "published_results.csv").open() as file:
-        return pd.read_csv(file)
+    """system, split, metric, value and source of the results that ship with charmlib."""
+    return _read("published_results.csv")
 
 
 def published_charm_grid() -> pd.DataFrame:
-    """momentum, k, threshold, auc of the 26 published cells (scored on a 12.5 % sample of a random-patient split)."""
-    with (files("charmlib.evaluation") / "published_charm_grid.csv").open() as file:
-        return pd.read_csv(file)
+    """momentum, k, threshold and auc of the 26 published cells (scored on a 12.5 % sample of a random-patient split)."""
+    return _read("published_charm_grid.csv")
 
 
 def published_per_class() -> pd.DataFrame:
-    """system, split, source, and one column of ROC-AUC for each of the 14 findings (blank where not given)."""
-    with (files("charmlib.evaluation") / "published_per_class.csv").open(encoding="utf-8") as file:
+    """system, split, source, and one column of ROC-AUC for each of the 14 findings (blank if unpublished)."""
+    return _read("published_per_class.csv")
+
+
+def _read(name: str) -> pd.DataFrame:
+    with (files("charmlib.evaluation") / name).open(encoding="utf-8") as file:
         return pd.read_csv(file)
 
 
-def _kind(metrics: dict) -> tuple[str | None, str]:
-    """Which published split a run may stand beside, or None and why not."""
-    if metrics["data"]["drawn"]:
-        return None, "Drawn phantoms: no published figure belongs beside them."
-    if metrics["params"].get("labels") == "shuffled":
-        return None, "Shuffled labels, a control: no published figure belongs beside it."
-    if metrics.get("quick_check"):
-        return None, "A quick check on part of the data: no published figure belongs beside it."
-    if len(metrics["classes"]) != 14:
-        return None, f"{len(metrics['classes'])} classes: the published means are over the 14 findings."
-    name, part = metrics["split"]["name"], metrics["split"]["test"]
-    if name == "official":
-        remark = "All on the official lists."
-        if part["images"] != OFFICIAL_IMAGES:
-            remark += (f" The published figures are on all {OFFICIAL_IMAGES:,} test images; this run's {part['images']:,} are "
-                       "a part of them, so the comparison is rough.")
-        return "official", remark
+def _kind(metrics: Mapping) -> tuple[str | None, str]:
+    """The kind of published split that a run is comparable with and a remark on it, or None and the reason."""
+    name, images, classes = metrics["split"]["name"], metrics["split"]["test"]["images"], len(metrics["classes"])
+    for incomparable, reason in (
+            (metrics["data"]["drawn"], "Drawn phantoms: no published figure belongs beside them."),
+            (metrics["params"]["labels"] == "shuffled", "Shuffled labels, a control: no published figure belongs beside it."),
+            (metrics["quick_check"], "A quick check on part of the data: no published figure belongs beside it."),
+            (classes != 14, f"{classes} classes: the published means are over the 14 findings."),
+            (name.startswith("fold:"), f"Split '{name}' is a part of a cross-validation: no published figure belongs beside "
+                                       "it."),
+            (name not in ("official", "patient"), f"Split '{name}' is your own: no published figure belongs beside it.")):
+        if incomparable:
+            return None, reason
     if name == "patient":
         return "random patient", ("Random splits by patient: each is another draw of patients, so differences of about 0.01 "
                                   "say nothing, and none may be compared with official-split figures.")
-    if name.startswith("fold:"):
-        return None, f"Split '{name}' is a part of a cross-validation: no published figure belongs beside it."
-    return None, f"Split '{name}' is your own: no published figure belongs beside it."
+    return "official", "All on the official lists." + ("" if images == OFFICIAL_IMAGES else (
+        f" The published figures are on all {OFFICIAL_IMAGES:,} test images; this run's {images:,} are "
+        "a part of them, so the comparison is rough."))
 
 
-def per_class_beside(metrics: dict) -> tuple[pd.DataFrame | None, str]:
-    """Per-class figures of the same kind of split, a row a system, and the remark that must stand beside them."""
+def per_class_beside(metrics: Mapping) -> tuple[pd.DataFrame | None, str]:
+    """Published results by class on the same kind of split, one row per system, and a remark to show with them."""
+    kind, remark = _kind(metrics)
+    table = published_per_class()
+    return (table[table["split"] == kind].set_index("system").drop(columns=["split", "source"]) if kind else None), remark
+
+
+def beside_published(metrics: Mapping) -> tuple[pd.DataFrame | None, str]:
+    """A table of published mean AUCs with this run among them, best first, and a remark to show with it.
+
+    Runs on the official split are compared with official results, runs on ``patient`` with random-patient results, which
+    are on another draw of patients. For your own lists and drawn data there is no published counterpart, and no table.
+    """
     kind, remark = _kind(metrics)
     if kind is None:
         return None, remark
-    table = published_per_class()
-    return table[table["split"] == kind].set_index("system").drop(columns=["split", "source"]), remark
-
-
-def beside_published(metrics: dict) -> tuple[pd.DataFrame | None, str]:
-    """A table of published figures with this run in it, and the remark that must stand beside it.
-
-    Official beside official; ``patient`` beside random-patient figures, which are another draw of patients. Lists of
-    your own and drawn data have no published counterpart: then the table is None.
-    """
-    wanted, remark = _kind(metrics)
-    if wanted is None:
-        return None, remark
-    kind, part = metrics["split"]["name"], metrics["split"]["test"]
+    name, part = metrics["split"]["name"], metrics["split"]["test"]
     table = published_results()
-    table = table[(table["metric"] == "mean AUC") & table["split"].str.contains(wanted)]
-    ours = pd.DataFrame([{"system": f"THIS RUN: {metrics['cell']}", "split": kind, "value": metrics["test"]["mean_auc"],
+    table = table[(table["metric"] == "mean AUC") & table["split"].str.contains(kind)][["system", "split", "value", "source"]]
+    if name == "patient":
+        table["split"] += ", another draw"
+    ours = pd.DataFrame([{"system": f"THIS RUN: {metrics['cell']}", "split": name, "value": metrics["test"]["mean_auc"],
                           "source": f"{part['images']:,} images of {part['patients']:,} patients"}])
-    out = pd.concat([table[["system", "split", "value", "source"]], ours], ignore_index=True)
-    if kind == "patient":
-        out.loc[:len(out) - 2, "split"] += ", another draw"
-    out = out.sort_values("value", ascending=False, ignore_index=True).rename(columns={"value": "mean AUC"})
-    return out, remark
+    table = pd.concat([table, ours], ignore_index=True).sort_values("value", ascending=False, ignore_index=True)
+    return table.rename(columns={"value": "mean AUC"}), remark

@@ -1,11 +1,11 @@
-"""The folder of a run: the names of its files, and what they hold, read once. Light: every cell's process imports it."""
+"""The folder of a run: the names and contents of its files, read once. A light module: every cell's process imports it."""
 
 from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,9 +39,14 @@ class Predictions:
         """Class -> number of positive images."""
         return dict(zip(self.classes, (self.labels == 1).sum(0).tolist()))
 
+    def take(self, rows) -> Predictions:
+        """The images at some positions, or those that a mask (n,) selects."""
+        return replace(self, ids=self.ids[rows], patients=self.patients[rows], labels=self.labels[rows],
+                       logits=self.logits[rows])
+
 
 class RunFolder:
-    """The files of one run. Each is read on first use and kept, so make a new one to see what has changed.
+    """The files of one run. Each is read on first use and cached; a new object reads them again.
 
     Attributes
     ----------
@@ -77,6 +82,11 @@ class RunFolder:
         self.predictions_file, self.resamples_file = self.path / "predictions.npz", self.path / "resamples.npz"
         self.scored_file, self.metrics_file = self.path / PART_FILE, self.path / "metrics.json"
         self.log_file, self.error_file = self.path / "log.txt", self.path / "error.txt"
+
+    @classmethod
+    def of(cls, run: str | Path | RunFolder) -> RunFolder:
+        """A run given as itself, whose files are then not read again, or as the path of its folder."""
+        return run if isinstance(run, cls) else cls(run)
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -158,6 +168,41 @@ class RunFolder:
         return chosen_on_validation(self.valid.labels, self.valid.logits, self.valid.classes)  # fetched without its checkpoint
 
 
+def run_folders(paths: Iterable[str | Path]) -> list[RunFolder]:
+    """Finished runs: the given folders, or those that they hold (a grid's cells; a folder of grids).
+
+    Raises
+    ------
+    FileNotFoundError
+        A folder that is neither; names it.
+    """
+    out = []
+    for path in map(Path, paths):
+        cells = sorted(p.parent for depth in ("*", "*/*") for p in path.glob(f"{depth}/metrics.json"))
+        if RunFolder(path).done:
+            cells = [path]
+        elif not cells:
+            raise FileNotFoundError(f"{path} is neither a finished run (it has no metrics.json) nor a folder that holds some")
+        out += cells
+    return [RunFolder(path) for path in dict.fromkeys(out)]
+
+
+def run_names(runs: Sequence[RunFolder]) -> list[str]:
+    """A short name for each run: the last parts of its path, as many as distinguish all of them.
+
+    Raises
+    ------
+    ValueError
+        Two of the runs are the same folder.
+    """
+    parts = [run.path.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(p[-length:]).lstrip("/") for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("the same run was named twice")
+
+
 def _json(path: Path, missing: str, remedy: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(missing.format(path))
@@ -205,10 +250,14 @@ def chosen_on_validation(labels, logits, classes: Sequence[str]) -> dict:
     return {"thresholds": choose_thresholds(labels, logits, classes), "temperature": fit_temperature(labels, logits)}
 
 
+def number(value: float | None, otherwise: float = float("nan")) -> float:
+    """A metric as a float, whether in memory or read from JSON, where null is NaN; ``otherwise`` in place of NaN."""
+    return otherwise if value is None or value != value else float(value)
+
+
 def valid_auc(metrics: Mapping) -> float:
     """Mean AUC on the validation part; NaN if it is undefined or there is no such part."""
-    auc = (metrics["valid"] or {}).get("mean_auc")
-    return float("nan") if auc is None else auc
+    return number(metrics["valid"] and metrics["valid"]["mean_auc"])
 
 
 def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None, code: str | None = None,

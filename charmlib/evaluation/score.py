@@ -1,17 +1,19 @@
-"""Everything that is said of one part of a run: metrics, intervals, operating points, calibration."""
+"""The scores of a run: metrics, intervals, operating points and calibration of a part, and of finished runs anew from their
+prediction files (no images, no network, no GPU)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from charmlib.evaluation.calibration import calibration
+from charmlib.evaluation.combine import mean_ensemble
 from charmlib.evaluation.intervals import (
     LEVEL,
     RESAMPLES,
     SEED,
-    Interval,
     Resamples,
     bootstrap,
     enough_patients,
@@ -19,10 +21,11 @@ from charmlib.evaluation.intervals import (
     intervals_by_class,
     mean_of_defined,
     operating_resamples,
-    thresholds_of,
 )
-from charmlib.evaluation.metrics import frequency_groups, mean_over_classes, micro, summarize
-from charmlib.evaluation.operating import at_thresholds
+from charmlib.evaluation.leaks import refuse_leaks
+from charmlib.evaluation.metrics import frequency_groups, mean_auc, mean_over_classes, micro, summarize
+from charmlib.evaluation.operating import at_thresholds, choose_thresholds
+from charmlib.evaluation.runs import Predictions, RunFolder, chosen_on_validation, run_names
 
 
 def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
@@ -36,7 +39,7 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
     values : mapping
         ``labels`` and ``logits`` (n, classes), ``patients`` (n,).
     thresholds : mapping
-        Operating point -> class -> probability, chosen on validation data; empty where there was none.
+        Operating point -> class -> probability, chosen on validation data; empty for a run without a validation part.
     temperature : float
         Fitted on validation data; calibration is then given with and without it. With empty thresholds and no temperature
         it is given as trained.
@@ -44,18 +47,15 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
         Class -> share of positives in the training part, for the frequency groups.
     """
     labels, logits, patients = values["labels"], values["logits"], values["patients"]
-    out = summarize(labels, logits, classes)
-    both = micro(labels, logits)
-    out |= {"micro_auc": both["auc"], "micro_ap": both["ap"]}
+    out = summarize(labels, logits, classes) | {f"micro_{name}": value for name, value in micro(labels, logits).items()}
     samples = bootstrap(labels, logits, patients, resamples=resamples, seed=seed) if enough_patients(patients) else None
+    found = {figure: getattr(samples, figure, np.full((1, len(classes)), np.nan)) for figure in ("auc", "ap")}
     out["intervals"] = {"level": LEVEL, "resamples": resamples, "seed": seed, "clustered_by": "patient"}
-    for figure in ("auc", "ap"):
-        found = getattr(samples, figure) if samples else np.full((1, len(classes)), np.nan)
-        out["intervals"] |= {f"mean_{figure}": interval(mean_of_defined(found)),
-                             figure: intervals_by_class(found, classes)}
+    for figure, drawn in found.items():
+        out["intervals"] |= {f"mean_{figure}": interval(mean_of_defined(drawn)), figure: intervals_by_class(drawn, classes)}
     out["mean_auc_low"], out["mean_auc_high"], _ = out["intervals"]["mean_auc"]
     if prevalence is not None:
-        out["groups"] = {group: _group(out, members, samples, classes)
+        out["groups"] = {group: _group(out, members, found, classes)
                          for group, members in frequency_groups(dict(prevalence)).items() if members}
     if thresholds is not None:
         out["operating"] = {point: _operating(values, classes, chosen, resamples, seed)
@@ -67,26 +67,77 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
     return out, samples
 
 
-def _group(scores: dict, members: list[str], samples: Resamples | None, classes: Sequence[str]) -> dict:
+def _group(scores: dict, members: list[str], found: Mapping[str, np.ndarray], classes: Sequence[str]) -> dict:
     columns = [list(classes).index(name) for name in members]
     out: dict = {"classes": members}
-    for figure in ("auc", "ap"):
+    for figure, drawn in found.items():
         out[f"mean_{figure}"] = mean_over_classes({name: scores[figure][name] for name in members}, what=figure)
-        found = getattr(samples, figure)[:, columns] if samples else np.full((1, 1), np.nan)
-        out[f"mean_{figure}_interval"] = interval(mean_of_defined(found))
+        out[f"mean_{figure}_interval"] = interval(mean_of_defined(drawn[:, columns]))
     return out
 
 
 def _operating(values, classes, thresholds: Mapping[str, float | None], resamples: int, seed: int) -> dict[str, dict]:
     out = at_thresholds(values["labels"], values["logits"], classes, thresholds)
-    if not enough_patients(values["patients"]):
-        nothing = Interval(float("nan"), float("nan"), 1.0)
-        return {name: {**row, **{f"{f}_interval": nothing for f in ("sensitivity", "specificity", "precision", "f1")}}
-                for name, row in out.items()}
-    found = operating_resamples(values["labels"], values["logits"], values["patients"], thresholds_of(thresholds, classes),
-                                resamples=resamples, seed=seed)
-    for figure, samples in found.items():
-        for name, limits in intervals_by_class(samples, classes).items():
-            if name in out:
-                out[name][f"{figure}_interval"] = limits
-    return out
+    found = operating_resamples(values["labels"], values["logits"], values["patients"],
+                                [thresholds.get(str(name)) for name in classes], resamples=resamples, seed=seed)
+    limits = {rate: intervals_by_class(drawn, classes) for rate, drawn in found.items()}
+    return {name: {**row, **{f"{rate}_interval": limits[rate][name] for rate in found}} for name, row in out.items()}
+
+
+def evaluate_run(run: str | Path | RunFolder, *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
+    """A finished run's metrics with its test part scored anew, and its test predictions.
+
+    ``points`` are further operating points (such as 'sensitivity_0.95'), chosen on the run's validation predictions.
+    """
+    run = RunFolder.of(run)
+    return {**run.metrics, "test": _test(run.test, run.valid, run.choices, points, run.metrics["train_prevalence"])}, run.test
+
+
+def evaluate_ensemble(runs: Sequence[str | Path | RunFolder], *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
+    """The mean of several runs, in the form of :func:`evaluate_run`; ``members`` names the runs.
+
+    Thresholds and temperature come from the mean of their validation predictions. There are none if a member has no
+    validation part, because it was trained on those images of the others.
+
+    Raises
+    ------
+    charmlib.evaluation.leaks.LeakError
+        A run's test images were in another's training part.
+    ValueError
+        The runs differ in images, classes or labels.
+    """
+    members = [RunFolder.of(run) for run in runs]
+    refuse_leaks(members)
+    test = mean_ensemble([member.test for member in members])
+    unvalidated = [member.valid for member in members if not len(member.valid.ids)]
+    valid = unvalidated[0] if unvalidated else mean_ensemble([member.valid for member in members])
+    chosen = chosen_on_validation(valid.labels, valid.logits, valid.classes)
+    each = [member.metrics for member in members]
+
+    def together(values) -> str:
+        return ", ".join(dict.fromkeys(map(str, values)))
+
+    return {**each[0], "bank": None, "cell": f"mean of {len(members)} runs", "members": run_names(members),
+            "params": {**each[0]["params"], "seed": together(m["params"]["seed"] for m in each)},
+            "device": together(m["device"] for m in each), "precision": together(m["precision"] for m in each),
+            "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes)} if len(valid.ids) else None,
+            "test": _test(test, valid, chosen, points, each[0]["train_prevalence"])}, test
+
+
+def thresholds_at(run: str | Path | RunFolder, point: str) -> dict[str, float | None]:
+    """A run's thresholds at any operating point: stored by training, or chosen now on its validation predictions. Empty for a
+    run without a validation part."""
+    run = RunFolder.of(run)
+    return _with_points(run.choices["thresholds"], run.valid, [point]).get(point, {})
+
+
+def _with_points(thresholds: dict, valid: Predictions, points: Sequence[str]) -> dict:
+    """The stored thresholds, and those of further points; none without validation predictions."""
+    missing = [point for point in points if point not in thresholds]
+    further = choose_thresholds(valid.labels, valid.logits, valid.classes, missing)  # also refuses unknown points
+    return thresholds | further if len(valid.ids) else {}
+
+
+def _test(test: Predictions, valid: Predictions, chosen: dict, points: Sequence[str], prevalence) -> dict:
+    return score_part(vars(test), test.classes, thresholds=_with_points(chosen["thresholds"], valid, points),
+                      temperature=chosen["temperature"], prevalence=prevalence)[0]

@@ -13,10 +13,10 @@ from charmlib.evaluation.tables import class_table, origin_note, split_note, wit
 from charmlib.files import write_whole
 from charmlib.grid.board import NO_VALIDATION, board_axes, over_seeds
 from charmlib.viz import page
-from charmlib.viz.bank import plot_bank_history, plot_enrichment_map
-from charmlib.viz.grid import heat_maps
+from charmlib.viz.bank_content import plot_bank_history, plot_enrichment_map
+from charmlib.viz.curves import plot_roc, plot_roc_bands
+from charmlib.viz.heat_maps import heat_maps
 from charmlib.viz.history import plot_history
-from charmlib.viz.roc import plot_roc, plot_roc_bands
 
 _BANKS = ("Share of a bank's slots with a finding over its prevalence in the training part, the rarest first, with 95 % "
           "intervals by bootstrap over the training part's patients; runs that differ only in their seed show the spread of "

@@ -11,8 +11,7 @@ import pandas as pd
 import yaml
 from fastcore.meta import delegates
 
-from charmlib.data.dataset import open_dataset
-from charmlib.data.paths import resolve_data_root
+from charmlib.data.dataset import find_data, open_dataset
 from charmlib.evaluation.leaks import one_cross_validation
 from charmlib.files import write_text, write_whole
 from charmlib.grid.board import leaderboard, record_of
@@ -129,7 +128,7 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
         say(line)
     # absolute paths, because the notebooks run in the cell's folder
     jobs = [{"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(notebooks),
-             "params": with_absolute_paths(cell.params | {"data_root": str(resolve_data_root(cell.params["data_root"]))}),
+             "params": with_absolute_paths(cell.params | {"data_root": str(find_data(cell.params["data_root"]))}),
              "hash": cell_hash(cell.params, code, splits[cell.id]), "split": splits[cell.id], "code": code_hash(code),
              "hung_after": means.hung_after} for cell in grid.cells]
     jobs = _todo(jobs, folder, means.rerun_changed, say)

@@ -30,7 +30,7 @@ class Schedule:
         self.waiting, self.total, self.over = list(jobs), len(jobs), 0
         self.running: dict = {}  # Dask's future -> job
         self.elsewhere: dict[str, float] = {}  # waiting cell of another runner -> when to look again
-        self.tries: dict[str, tuple[int, int]] = {}  # cell -> progress at its last failure, failures since
+        self.progress: dict[str, int] = {}  # cell -> its progress when it was started again
         self.shown = {job["id"]: len(_log(CellFolder(job["folder"]))) for job in jobs}  # lines of its log
 
     def run(self) -> None:
@@ -117,7 +117,8 @@ class Schedule:
             self.say(f"{words}; looked at again when that has ended")
             self.elsewhere[cell.name] = time.monotonic() + _LOOK_ELSEWHERE
             self.waiting.append(job)
-        elif ended is not Ended.FAILED and self._may_retry(cell):
+        elif ended is not Ended.FAILED and cell.progress > self.progress.get(cell.name, -1):
+            self.progress[cell.name] = cell.progress
             self.say(f"{cell.name}: {_WORDS[ended]}{f' ({words})' if words else ''}; started again")
             self.waiting.insert(0, job)
         else:
@@ -136,12 +137,6 @@ class Schedule:
             raise GridError("the connection to the Dask scheduler is lost; everything finished is on disk, start the same "
                             "command again")
         return Ended.CRASHED, "the scheduler dropped it"
-
-    def _may_retry(self, cell: CellFolder) -> bool:
-        """Once, and again each time that the cell got further."""
-        before, failures = self.tries.get(cell.name, (-1, 0))
-        self.tries[cell.name] = cell.progress, failures + 1 if cell.progress <= before else 1
-        return self.tries[cell.name][1] <= 1
 
     def _keep_error(self, cell: CellFolder, ended: Ended, words: str) -> None:
         if (ended is Ended.FAILED and cell.error_file.is_file()) or cell.holder:

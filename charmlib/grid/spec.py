@@ -10,16 +10,7 @@ from typing import Any, Self
 import yaml
 
 from charmlib.param_sources import find_file, load_params, parse_assignments, read_params, read_yaml
-from charmlib.params import (
-    ParameterError,
-    coerce,
-    effect_text,
-    effective,
-    missing_need,
-    nearest,
-    resolve,
-    with_absolute_paths,
-)
+from charmlib.params import ParameterError, coerce, effect_text, effective, missing_need, nearest, resolve, with_absolute_paths
 from charmlib.training.recipes import phases, steps
 
 KEYS = ("name", "base", "axes", "cells")
@@ -139,8 +130,8 @@ def refuse_dead_axes(grid: Grid, images: Mapping[str, Mapping[str, int]] | None 
                                  f"{missing_need(name, cells[0].params)}. Set that in the base, or remove the axis.")
         same = {acts[cell.id].get(name, cell.id) for cell in alive}
         if len(same) == 1 and len({cell.params[name] for cell in alive}) > 1:
-            raise ParameterError(f"{grid.path}: all values of axis '{name}' amount to {same.pop():.5g} in every cell, so the runs "
-                                 "would be the same. Choose smaller values, or more epochs.")
+            raise ParameterError(f"{grid.path}: all values of axis '{name}' amount to {same.pop():.5g} in every cell, so all "
+                                 "runs would be the same. Choose smaller values, or more epochs.")
 
 
 def acting(cell: Cell, images: Mapping[str, int] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Building blocks: tensors in, tensors out. Nothing here knows files or fastai."""
+"""Building blocks of networks, with tensors as inputs and outputs and without files or fastai."""
 
 from charmlib.nn.attention import FilterAttention, MultiScaleAttention, make_attention
 from charmlib.nn.backbone import Backbone, split_backbone
@@ -10,20 +10,6 @@ from charmlib.nn.recompute import recompute
 from charmlib.nn.scales import find_scales
 from charmlib.nn.votes import VotingBank
 
-__all__ = [
-           "AsymmetricLoss",
-           "BCELoss",
-           "Backbone",
-           "ClassifierHead",
-           "FilterAttention",
-           "FocalLoss",
-           "MomentumEncoder",
-           "MultiScaleAttention",
-           "RareMemoryBank",
-           "VotingBank",
-           "find_scales",
-           "make_attention",
-           "make_loss",
-           "recompute",
-           "split_backbone",
-]
+__all__ = ["AsymmetricLoss", "BCELoss", "Backbone", "ClassifierHead", "FilterAttention", "FocalLoss", "MomentumEncoder",
+           "MultiScaleAttention", "RareMemoryBank", "VotingBank", "find_scales", "make_attention", "make_loss", "recompute",
+           "split_backbone"]

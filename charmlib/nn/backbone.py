@@ -1,4 +1,4 @@
-"""Backbones, each cut into a trunk and a final block, with ImageNet weights, a file of your own, or none."""
+"""Backbones split into a trunk and a final block, with ImageNet weights, weights from a file, or random weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 class Backbone:
     """A network in two parts: ``final(trunk(x))`` is its last feature map (B, features, H, W).
 
-    ``mean`` and ``std`` (of RGB in [0, 1]) are what the weights expect; None where a file of weights cannot say.
+    ``mean`` and ``std`` are the normalisation of RGB inputs in [0, 1] that the weights expect. Both are None for weights from
+    a file, which does not record them.
     """
 
     name: str
@@ -41,7 +42,7 @@ def _resnet(net):
 
 
 def _densenet(net):
-    # The published code takes norm5 alone for the final block; the last dense block is the sensible reading.
+    # Differs from the published code, whose final block is norm5 alone and holds no convolution.
     layers = OrderedDict(net.features.named_children())
     names = list(layers)
     cut = names.index("denseblock4")
@@ -65,27 +66,26 @@ CLASSIFIERS = ("classifier.", "fc.", "head.")
 
 
 def split_backbone(name: str, weights: str | Path = "imagenet") -> Backbone:
-    """A named network as trunk and final block.
+    """A named network, split into trunk and final block.
 
-    EfficientNets and MobileNetV2: ``features[:-1]`` and ``features[-1]``; ResNets: to ``layer3`` and ``layer4``;
-    DenseNet-121: to the third transition, and the last dense block with norm and ReLU; VGG16: to the fourth pool and
-    the conv5 block. ``timm:NAME``: any timm model that offers its stages in sequence (``features_only``) and gives
-    (B, D, H, W); the final block is its last stage.
+    The final block is ``features[-1]`` of EfficientNets and MobileNetV2, ``layer4`` of ResNets, the last dense block with norm
+    and ReLU of DenseNet-121, the conv5 block of VGG16, and the last stage of a timm model. timm models must offer their
+    stages in sequence (``features_only``) and give maps (B, D, H, W).
 
     Parameters
     ----------
     name : str
         A key of ``TORCHVISION``, or ``timm:NAME``.
     weights : str or Path
-        'imagenet', 'none', or a .pt, .pth or .safetensors state dict of the whole network. The file must fit in every
-        layer except the classifier, which is not used here and may have any number of classes.
+        'imagenet', 'none' (random), or a .pt, .pth or .safetensors state dict of the whole network. The file must match in
+        every layer but the classifier, which may have any number of classes.
 
     Raises
     ------
     ValueError
-        Unknown name; a timm model without a spatial map; a weight file that does not fit (says which keys).
+        Unknown name; a timm model without a spatial map; a weight file that does not match (the message lists its keys).
     FileNotFoundError
-        Weights that are neither here nor to be downloaded; says which file to put where.
+        Weights are neither cached nor downloadable; the message names the missing file and its folder.
     """
     weights = str(weights)
     if name.startswith("timm:"):
@@ -93,7 +93,7 @@ def split_backbone(name: str, weights: str | Path = "imagenet") -> Backbone:
     if name not in TORCHVISION:
         near = difflib.get_close_matches(name, TORCHVISION, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"unknown arch '{name}'.{hint} There are {', '.join(TORCHVISION)}, and timm:NAME.")
+        raise ValueError(f"unknown arch '{name}'.{hint} Available are {', '.join(TORCHVISION)}, and timm:NAME.")
     cut, features = TORCHVISION[name]
     state, mean, std = None, *IMAGENET
     if weights == "imagenet":
@@ -111,26 +111,28 @@ def split_backbone(name: str, weights: str | Path = "imagenet") -> Backbone:
 
 
 def _download(entry, name: str) -> Mapping[str, Tensor]:
-    """torchvision's own weight file, from its cache or the network."""
+    """torchvision's weights, from its cache or the network."""
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
     try:
         return entry.get_state_dict(progress=False, check_hash=not target.exists(), weights_only=True)
-    except OSError as error:  # URLError, HTTPError and time-outs are OSErrors
+    except OSError as error:  # URLError, HTTPError and TimeoutError are OSErrors
         raise FileNotFoundError(
             f"the ImageNet weights of {name} are not at {target} and could not be downloaded ({error}). Put "
-            f"{target.name} there (on Kaggle: attach a dataset that holds it and copy it), or say weights: none, or "
+            f"{target.name} there (on Kaggle: attach a dataset that holds it and copy it), or set weights: none or "
             "weights: /path/to/a/file.pt") from error
 
 
 def read_state_dict(path: str | Path) -> Mapping[str, Tensor]:
-    """A state dict from .safetensors, or from .pt/.pth without unpickling objects.
+    """A state dict from a .safetensors file, or from a .pt or .pth file without unpickling objects.
 
-    ``state_dict``, ``model`` or ``model_state`` around it, and a ``module.`` before its names, are taken off.
+    An enclosing ``state_dict``, ``model`` or ``model_state`` entry and the prefix ``module.`` of names are removed.
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        No such file; a file that is no state dict or would need unpickling.
+    FileNotFoundError
+        No such file.
+    ValueError
+        The file holds no state dict, or needs unpickling.
     """
     path = Path(path)
     if not path.is_file():
@@ -153,12 +155,12 @@ def read_state_dict(path: str | Path) -> Mapping[str, Tensor]:
 
 
 def _misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``state`` from filling ``own``, classifiers apart, as lines for an error."""
+    """Missing, unknown and misshapen keys of ``state`` compared with ``own``, classifiers excluded, as error lines."""
     def rest(keys):
         return {k for k in keys if not k.startswith(CLASSIFIERS)}
 
     lines = []
-    optional = {k for k in own if k.endswith("num_batches_tracked")}  # absent from files of before 2018
+    optional = {k for k in own if k.endswith("num_batches_tracked")}  # added in PyTorch 0.4.1
     missing = sorted(rest(own) - set(state) - optional)
     extra = sorted(rest(state) - set(own))
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
@@ -171,12 +173,12 @@ def _misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]
 
 
 def load_except_classifier(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Fill all of ``net`` but its classifier; anything else that differs is an error.
+    """Load ``state`` strictly into all layers of ``net`` but its classifier.
 
     Raises
     ------
     ValueError
-        Names the source, and the keys that are missing, unknown or of another shape.
+        Keys are missing, unknown or of another shape; the message lists them and the source.
     """
     lines = _misfit(net.state_dict(), state)
     if lines:
@@ -204,11 +206,11 @@ def _split_timm(name: str, weights: str) -> Backbone:
     except (AttributeError, NotImplementedError, RuntimeError, AssertionError) as error:
         if weights == "imagenet" and "pretrained" in str(error).lower():
             raise FileNotFoundError(f"timm has no ImageNet weights for {name}: {error}") from error
-        raise ValueError(f"{name} offers no feature maps (timm: {error}); take one with feature_info") from error
-    except Exception as error:  # the hub's client raises its own kinds when there is no network
+        raise ValueError(f"{name} offers no feature maps (timm: {error}); choose a model with feature_info") from error
+    except Exception as error:  # without a network the hub's client raises errors of several classes
         raise FileNotFoundError(
             f"the weights of {name} are not in timm's cache and could not be downloaded ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Download the model's file elsewhere and say weights: /path/to/model.safetensors, "
+            f"{str(error).splitlines()[0]}). Download the model's file elsewhere and set weights: /path/to/model.safetensors "
             "or weights: none") from error
 
     stages = OrderedDict()
@@ -220,8 +222,8 @@ def _split_timm(name: str, weights: str) -> Backbone:
     names = list(stages)
     marks = [f["module"].replace(".", "_") for f in net.feature_info.get_dicts()]
     if not set(marks) <= set(names):
-        raise ValueError(f"{name} does not offer its stages in sequence; take a convolutional model with feature_info")
-    for mark in reversed(marks[:-1]):  # the last stage that learns something, so not a pool by itself
+        raise ValueError(f"{name} does not offer its stages in sequence; choose a convolutional model with feature_info")
+    for mark in reversed(marks[:-1]):  # the last stage with weights: a pool alone is no final block
         cut = names.index(mark) + 1
         final = nn.Sequential(OrderedDict((n, stages[n]) for n in names[cut:]))
         if any(p.dim() > 1 for p in final.parameters()):
@@ -233,7 +235,7 @@ def _split_timm(name: str, weights: str) -> Backbone:
         shape = final.eval()(trunk.eval()(torch.zeros(1, 3, 224, 224))).shape
     trunk.train(was_training), final.train(was_training)
     if len(shape) != 4 or shape[1] != features:
-        raise ValueError(f"{name} gives features of shape {tuple(shape)}, wanted (B, {features}, H, W): "
+        raise ValueError(f"{name} gives features of shape {tuple(shape)}, expected (B, {features}, H, W): "
                          "no spatial map to attend to")
     config = timm.get_pretrained_cfg(short)
     known = weights != "none" and config is not None

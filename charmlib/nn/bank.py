@@ -20,48 +20,42 @@ NORMS = ("both", "query", "memory", "none")
 
 
 class RareMemoryBank(nn.Module):
-    """Remembered features; a query is answered by its ``k`` most similar slots.
+    """Adds the ``k`` most similar stored features to each query: ``z' = z + sum_j w_j m_j`` (MemAug, ISCIT 2024, eq. 5, 6).
 
-    Called on features ``z`` it returns ``z' = z + sum_j w_j m_j`` (MemAug, ISCIT 2024, eq. 5 and 6) and, in training
-    mode, writes some of ``z`` afterwards, so that no sample meets itself. In eval mode it is frozen. An empty bank gives
-    z' = z.
+    In training mode the bank stores features of the batch after retrieval. The ``strategy`` selects them and their slots
+    (:mod:`charmlib.nn.strategies`). In eval mode the bank is frozen. An empty bank returns z' = z.
 
-    What is written, and over which slots, is the ``strategy``'s to say (:mod:`charmlib.nn.strategies`): by default ('rarity')
-    features of odd length go into a ring.
-
-    How slots are weighted: ``softmax`` of the k similarities (MemAug eq. 6), ``cosine`` the raw similarities
-    (CHARM's code), or ``gated``: softmax times one learned scalar that starts at 0.
-
-    Differs from the published code: a slot knows which image it holds, and a query's own image is left out by that,
-    not by its similarity; slots not yet filled are never retrieved; of a batch with overflow nothing is stored; state lives
-    in buffers, so a checkpoint, the learning-rate finder and a resumed run restore it; and neither writing nor reading
-    loops over the batch or waits for the GPU.
+    Differs from the published code in five points. Slots store the id of their image, and a query's own image is excluded by
+    its id instead of by similarity. Empty slots are never retrieved. A batch with overflow is not stored. All state is in
+    buffers, which checkpoints, the learning-rate finder and resumed runs restore. Neither reading nor writing loops over the
+    batch or waits for the GPU.
 
     Parameters
     ----------
     features : int
         D.
     classes : int
-        C, the width of the labels that slots remember.
+        C, the number of labels per slot.
     size : int
-        N slots.
+        N, the number of slots.
     k : int
         Slots per query, 1 to N.
     threshold : float
-        0 or more: of the score for the strategies 'rarity' and 'statistical'; the share of the batch that is kept for
-        'entropy', 'diversity' and 'hybrid'; not used by the others.
+        0 or more. The threshold of the score for 'rarity' and 'statistical'; the fraction of the batch to store for
+        'entropy', 'diversity' and 'hybrid'; unused by the other strategies.
     strategy : {'rarity', 'statistical', 'entropy', 'diversity', 'hybrid', 'fifo', 'reservoir', 'hard', 'balanced'}
-        What a feature is judged by.
+        A key of :data:`charmlib.nn.strategies.STRATEGIES`.
     rule : {'rare', 'published', 'angle'}
-        Which rarity, and which side of the threshold: see :class:`charmlib.nn.strategies.Rarity`.
+        The rarity score and the side of the threshold, see :class:`charmlib.nn.strategies.Rarity`.
     retrieval : {'softmax', 'cosine', 'gated'}
-        As above.
+        The weights w: the softmax of the k similarities (MemAug eq. 6), the similarities themselves (CHARM's code), or the
+        softmax times a learned scalar with initial value 0.
     bank_norm : {'both', 'query', 'memory', 'none'}
-        What is scaled to unit length before the dot product; 'both' is the cosine.
+        The sides scaled to unit length before the dot product; 'both' gives cosine similarity.
     normalize_retrieved : bool
-        Scale the weighted sum of slots to the query's length (MemAug's code; a gate comes after).
+        Scale the weighted sum of slots to the length of the query, before the gate (MemAug's code).
     bank_momentum : float
-        Of the running mean that the strategy 'statistical' keeps, 0 to 1; no other strategy uses it. May be set between
+        Momentum of the running mean of 'statistical', 0 to 1; unused by the other strategies. It may be changed between
         stages.
 
     Raises
@@ -79,7 +73,7 @@ class RareMemoryBank(nn.Module):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if size < 1 or not 1 <= k <= size:
-            raise ValueError(f"wanted 1 <= k <= size, got k={k}, size={size}")
+            raise ValueError(f"expected 1 <= k <= size, got k={k}, size={size}")
         if threshold < 0:
             raise ValueError(f"threshold must be 0 or more, got {threshold}")
         if not 0 <= bank_momentum <= 1:
@@ -102,25 +96,25 @@ class RareMemoryBank(nn.Module):
         self._expected: tuple[Tensor, Tensor | None] | None = None
 
     def expect(self, ids: Tensor, labels: Tensor | None = None) -> None:
-        """Name the images of the next batch: ids (B,) of whole numbers >= 0, labels (B, C) of 0, 1 or NaN.
+        """Announce the images of the next batch: integer ids (B,) of 0 or more, and labels (B, C) of 0, 1 or NaN (unknown).
 
-        Used by the next call only. Without it, slots get id -1 and nothing can be left out as a self-match.
+        The announcement holds for one call. Without it slots get the id -1 and self-matches are not excluded.
         """
         self._expected = (ids, labels)
 
     def forward(self, z: Tensor, predict: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(B, D) -> z' (B, D), in float32: retrieve, then (in training mode) write.
+        """Features (B, D) -> z' (B, D) in float32: retrieve, then write in training mode.
 
         Parameters
         ----------
         predict : callable
-            z' (B, D) -> logits (B, C), such as the head. Given, its logits are returned instead of z', and strategies that
-            judge by predictions or losses see them; 'entropy' and 'hard' cannot do without.
+            z' (B, D) -> logits (B, C), such as the head. If given, its logits are returned instead of z' and passed to the
+            strategy; 'entropy' and 'hard' require it.
 
         Raises
         ------
         ValueError
-            ``expect`` announced a batch of another size; the strategy needs logits or labels and was given none.
+            ``expect`` announced a batch of another size, or logits or labels that the strategy needs are missing.
         """
         ids, labels = self.announced(z)
         with torch.autocast(device_type=z.device.type, enabled=False):
@@ -134,12 +128,12 @@ class RareMemoryBank(nn.Module):
         return answer
 
     def announced(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What :meth:`expect` was told of this batch, ids on its device and labels; used up by the call.
+        """Ids (B,) on the batch's device, and labels (B, C), from :meth:`expect`, whose announcement this call consumes.
 
         Raises
         ------
         ValueError
-            It was told of a batch of another size.
+            :meth:`expect` announced a batch of another size.
         """
         expected, self._expected = self._expected, None
         if expected is None:
@@ -151,7 +145,7 @@ class RareMemoryBank(nn.Module):
         return ids.to(batch.device), labels
 
     def answer(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
-        """What the bank adds to each query, (B, D): the weighted sum of its slots, scaled and gated as set up."""
+        """The term that the bank adds to each query (B, D): the weighted sum of its slots, scaled and gated."""
         _, weights, values = self.retrieve(z, ids)
         found = torch.einsum("bk,bkd->bd", weights, values)
         if self.normalize_retrieved:
@@ -159,16 +153,16 @@ class RareMemoryBank(nn.Module):
         return found if self.gate is None else self.gate * found
 
     def retrieve(self, z: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The slots that answer each query.
+        """The k slots most similar to each query (B, D).
 
-        Returns slot numbers (B, k), best first and -1 where fewer than k slots may answer, their weights (B, k;
-        0 there; before the gate) and their features (B, k, D). Gradients flow into the query through the weights.
+        Returns slot indices (B, k), the most similar first and -1 where fewer than k slots are eligible; weights (B, k) before
+        the gate, 0 for index -1; and features (B, k, D). Gradients flow into the query through the weights.
         """
         query = F.normalize(z, dim=1) if self.bank_norm in ("both", "query") else z
         lengths = None
         if self.bank_norm in ("both", "memory"):
             lengths = torch.linalg.vector_norm(self.slots, dim=1).clamp_(min=1e-12)  # (N,)
-        with torch.no_grad():  # which slots answer has no gradient
+        with torch.no_grad():  # the selection of slots has no gradient
             similarity = query @ self.slots.T  # (B, N)
             if lengths is not None:
                 similarity /= lengths
@@ -178,7 +172,7 @@ class RareMemoryBank(nn.Module):
             best, index = similarity.masked_fill_(banned, -torch.inf).topk(self.k, dim=1)  # (B, k)
             valid = best > -torch.inf
         values = self.slots[index]  # (B, k, D)
-        top = torch.einsum("bd,bkd->bk", query, values)  # the k similarities again, through which gradients flow
+        top = torch.einsum("bd,bkd->bk", query, values)  # the k similarities, with gradient
         if lengths is not None:
             top = top / lengths[index]
         top = top.masked_fill(~valid, 0.0)
@@ -190,20 +184,20 @@ class RareMemoryBank(nn.Module):
 
     @torch.no_grad()
     def write(self, z: Tensor, ids: Tensor | None = None, labels: Tensor | None = None, logits: Tensor | None = None) -> None:
-        """Offer (B, D) to the strategy and store what it takes; of a batch with infinite or undefined features nothing.
+        """Store the features (B, D) that the strategy selects; none of a batch with infinite or NaN features.
 
-        ``ids`` (B,), ``labels`` (B, C) of 0, 1 or NaN and ``logits`` (B, C) as in :meth:`expect` and :meth:`forward`.
+        ``ids`` (B,), ``labels`` (B, C) and ``logits`` (B, C) are those of :meth:`expect` and :meth:`forward`.
 
         Raises
         ------
         ValueError
-            The strategy needs logits or labels and was given none.
+            Logits or labels that the strategy needs are missing.
         """
         if self.policy.needs_logits and logits is None:
-            raise ValueError(f"strategy '{self.strategy}' judges by predictions: call bank(z, predict=head)")
+            raise ValueError(f"strategy '{self.strategy}' needs logits: call bank(z, predict=head)")
         if self.policy.needs_labels and labels is None:
-            raise ValueError(f"strategy '{self.strategy}' {self.policy.by}: call bank.expect(ids, labels) before the batch, or "
-                             "choose one that needs no labels, such as 'rarity'")
+            raise ValueError(f"strategy '{self.strategy}' needs labels: call bank.expect(ids, labels) before the batch, or "
+                             "choose a strategy without labels, such as 'rarity'")
         z, batch = z.detach(), len(z)
         if ids is None:
             ids = torch.full((batch,), -1, device=z.device)
@@ -218,7 +212,7 @@ class RareMemoryBank(nn.Module):
         taken, slot = self.policy.place(self, keep & finite & torch.isfinite(score), score, ids)
         renewed = taken & (self.slot_ids[slot] == ids) & (ids >= 0) & self.policy.refreshes
 
-        # Rows that are not stored repeat the first one that is; where none is, they rewrite what their slot holds.
+        # Rejected rows repeat the first accepted row. Without accepted rows the slots are rewritten with their own content.
         first = taken.to(torch.uint8).argmax().view(1)
         row = torch.where(taken, torch.arange(batch, device=z.device), first)
         slot = torch.where(taken, slot, slot.index_select(0, first))
@@ -234,10 +228,10 @@ class RareMemoryBank(nn.Module):
 
     @torch.no_grad()
     def label_counts(self, findings: Sequence[int] | None = None) -> Tensor:
-        """How many filled slots hold each class, and how many hold none: (C + 1,) int64, on the bank's device.
+        """Numbers of filled slots with each class positive, then without a finding: (C + 1,) int64 on the bank's device.
 
-        ``findings`` are the columns that count as findings, all by default; a column 'No Finding' is none. The last number
-        counts slots none of whose findings is positive, those apart of which no label is known.
+        ``findings`` are the columns of findings, by default all; 'No Finding' is no finding. Slots whose findings are all
+        unknown are excluded from the last number.
         """
         labels = self.slot_labels[:, list(findings)] if findings is not None else self.slot_labels
         filled = torch.arange(self.size, device=labels.device) < self.filled
@@ -246,17 +240,17 @@ class RareMemoryBank(nn.Module):
         return torch.cat([positive.sum(0), none.sum()[None]])
 
     def table(self, names: Sequence[str] | None = None, classes: Sequence[str] | None = None) -> pd.DataFrame:
-        """The filled slots, one row each, in the order of their numbers.
+        """One row for each filled slot, by index.
 
-        Columns: ``slot``; ``image``, its id, or its name where ``names`` gives those of all ids; ``labels``, the positive ones
-        as the NIH writes them ('Effusion|Mass', 'No Finding'; blank where all are unknown); ``step``, the training batch that
-        wrote it, from 0; ``score``, what it was judged by; then one column a class of 0, 1 or <NA>, named by ``classes``, or
-        numbered. An image that nobody announced (see :meth:`expect`) is <NA>.
+        ``image`` is the id, or its entry in ``names``, and <NA> without an announcement (:meth:`expect`). ``labels`` joins the
+        positive classes as the NIH does ('Effusion|Mass', 'No Finding') and is empty if all are unknown. ``step`` is the
+        training batch that wrote the slot, from 0; ``score`` is the strategy's. One column for each class follows, with values
+        0, 1 or <NA>, named by ``classes`` or numbered.
 
         Raises
         ------
         ValueError
-            As many class names as classes are wanted.
+            The number of names in ``classes`` is not C.
         """
         import pandas as pd
 
@@ -275,8 +269,10 @@ class RareMemoryBank(nn.Module):
 
     @torch.no_grad()
     def similarity(self, z: Tensor, index: Tensor) -> Tensor:
-        """What slots were chosen by: the dot products (B, k) of features (B, D) with slots number ``index`` (B, k), each side
-        scaled to unit length as ``bank_norm`` says (so 'both' gives cosines); NaN where ``index`` is -1."""
+        """Similarities (B, k) of features (B, D) and slots of index (B, k): dot products, with ``bank_norm`` applied.
+
+        The range is [-1, 1] for 'both' (cosines). Index -1 gives NaN.
+        """
         slots = self.slots[index.clamp(min=0)]  # (B, k, D)
         if self.bank_norm in ("both", "query"):
             z = F.normalize(z, dim=1)

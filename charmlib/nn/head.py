@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class ClassifierHead(nn.Sequential):
@@ -16,6 +16,3 @@ class ClassifierHead(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(hidden, classes),
         )
-
-    def forward(self, z: Tensor) -> Tensor:
-        return super().forward(z)

@@ -1,7 +1,7 @@
-"""Multi-label losses: logits (B, C) and targets (B, C) of 0, 1, or NaN for unknown; computed in float32.
+"""Multi-label losses of logits (B, C) and targets (B, C) of 0, 1, or NaN for unknown; computed in float32.
 
-Each is the mean over the known entries, so that ``FocalLoss(gamma=0)`` and ``AsymmetricLoss(0, 0, clip=0)`` equal
-:class:`BCELoss`. All carry what fastai asks of a loss: ``activation`` (sigmoid), ``decodes``, ``reduction``.
+Each loss is a mean over the known entries. ``FocalLoss(gamma=0)`` and ``AsymmetricLoss(0, 0, clip=0)`` therefore equal
+:class:`BCELoss`. All losses have the attributes that fastai uses: ``activation`` (sigmoid), ``decodes``, ``reduction``.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 
 class MultiLabelLoss(nn.Module):
-    """Base: masks unknown targets, keeps float32, reduces. Subclasses give ``terms``.
+    """Base class, which masks unknown targets and reduces in float32. Subclasses define ``terms``.
 
     Parameters
     ----------
     reduction : {'mean', 'sum', 'none'}
+        'mean' and 'sum' give a scalar, 'none' gives (B, C).
 
     Raises
     ------
     ValueError
-        Shapes of logits and targets differ (from ``forward``).
+        The shapes of logits and targets differ (raised by ``forward``).
     """
 
     def __init__(self, *, reduction: str = "mean"):
@@ -29,13 +30,13 @@ class MultiLabelLoss(nn.Module):
         self.reduction = reduction
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each entry, (B, C)."""
+        """Loss of each entry (B, C)."""
         raise TypeError("MultiLabelLoss is a base class; use BCELoss, FocalLoss or AsymmetricLoss")
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         if logits.shape != targets.shape:
             raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape")
-        # as_subclass: fastai's TensorBase would otherwise dispatch every operation through Python
+        # as_subclass: fastai's TensorBase dispatches every operation through Python
         logits, targets = logits.as_subclass(Tensor), targets.as_subclass(Tensor)
         with torch.autocast(device_type=logits.device.type, enabled=False):
             logits, targets = logits.float(), targets.float()
@@ -52,7 +53,7 @@ class MultiLabelLoss(nn.Module):
 
     @staticmethod
     def decodes(probabilities: Tensor) -> Tensor:
-        """Calls at probability 0.5, which is for pictures: a real threshold is chosen on validation data."""
+        """Labels at probability 0.5, for ``show_results``. Operating points are chosen on validation data instead."""
         return probabilities > 0.5
 
 
@@ -64,14 +65,14 @@ class BCELoss(MultiLabelLoss):
 
 
 class FocalLoss(MultiLabelLoss):
-    """``-(1 - p_t)^gamma log p_t`` for each entry (Lin et al., arXiv 1708.02002, eq. 4), p_t the probability of the truth.
+    """Focal loss ``-(1 - p_t)^gamma log p_t``, p_t the probability of the true label (Lin et al., arXiv 1708.02002, eq. 4).
 
     Parameters
     ----------
     gamma : float
-        Focusing; 0 is BCE, 2 the paper's choice.
+        Focusing parameter, 0 or more; 0 gives BCE, the paper uses 2.
     alpha : float or None
-        Weight of positives, 1 - alpha of negatives (the paper's eq. 5); None weighs both as 1.
+        Weight of positives in [0, 1]; negatives have 1 - alpha (the paper's eq. 5). None gives both the weight 1.
     """
 
     def __init__(self, gamma: float = 2.0, alpha: float | None = None, *, reduction: str = "mean"):
@@ -89,18 +90,24 @@ class FocalLoss(MultiLabelLoss):
 
 
 class AsymmetricLoss(MultiLabelLoss):
-    """ASL (Ridnik et al., arXiv 2009.14119, eq. 7): focusing apart for positives and negatives, and a clip.
+    """Asymmetric loss (ASL): separate focusing of positives and negatives, and a probability margin for negatives.
 
-    ``L+ = (1 - p)^gamma_pos log p`` and ``L- = p_m^gamma_neg log(1 - p_m)`` with ``p_m = max(p - clip, 0)``.
-    As in the authors' code no gradient flows through the focusing weights. Differs from it in the mean for the sum,
-    and in log-sigmoid for the clamped log where nothing is clipped, which keeps float32 exact for confident logits.
+    ``L+ = -(1 - p)^gamma_pos log p`` and ``L- = -p_m^gamma_neg log(1 - p_m)`` with ``p_m = max(p - clip, 0)`` (Ridnik et al.,
+    arXiv 2009.14119, eq. 7). As in the authors' code, no gradient flows through the focusing weights. Differs from that code
+    in two points: entries are averaged instead of summed, and log-sigmoid replaces the clamped log where ``clip`` does not
+    apply, which keeps float32 exact for large logits.
 
     Parameters
     ----------
     gamma_neg, gamma_pos : float
-        4 and 1 as published; both 0 with clip 0 is BCE.
+        Focusing parameters, 0 or more (4 and 1 as published); both 0 with clip 0 gives BCE.
     clip : float
-        Probability margin in [0, 1) by which negatives are eased (0.05 as published).
+        Margin in [0, 1) subtracted from the probability of negatives (0.05 as published).
+
+    Raises
+    ------
+    ValueError
+        ``clip`` outside [0, 1).
     """
 
     def __init__(self, gamma_neg: float = 4.0, gamma_pos: float = 1.0, clip: float = 0.05, *, reduction: str = "mean"):
@@ -125,14 +132,14 @@ class AsymmetricLoss(MultiLabelLoss):
 
 
 def make_loss(name: str) -> MultiLabelLoss:
-    """The loss that a parameter names: 'bce', 'focal' (gamma 2) or 'asl' (4, 1, 0.05).
+    """A loss by name: 'bce', 'focal' (gamma 2) or 'asl' (gamma_neg 4, gamma_pos 1, clip 0.05).
 
     Raises
     ------
     ValueError
-        An unknown name.
+        Unknown name.
     """
     losses = {"bce": BCELoss, "focal": FocalLoss, "asl": AsymmetricLoss}
     if name not in losses:
-        raise ValueError(f"unknown loss {name!r}; there are {', '.join(losses)}")
+        raise ValueError(f"unknown loss {name!r}; available are {', '.join(losses)}")
     return losses[name]()

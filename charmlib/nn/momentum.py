@@ -1,4 +1,4 @@
-"""The momentum encoder of CHARM-Xray: a slow copy of a block that never sees a gradient."""
+"""The momentum encoder of CHARM-Xray."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from torch import Tensor, nn
 
 
 class MomentumEncoder(nn.Module):
-    """An exponential moving average of ``source``, evaluated without gradient and in eval mode.
+    """An exponential moving average of the weights of ``source``, evaluated without gradient and in eval mode.
 
-    After each optimizer step ``p_k <- m_t p_k + (1 - m_t) p_q`` (CHARM-Xray; as MoCo, arXiv 1911.05722, eq. 2) with
-    the warm-up ``m_t = min(m, (1 + t) / (10 + t))``, t the number of updates so far, so that early training is
-    followed at once. Weights and floating norm statistics are averaged; integer buffers are copied.
+    Each update computes ``p_k <- m_t p_k + (1 - m_t) p_q`` (CHARM-Xray; MoCo, arXiv 1911.05722, eq. 2). The warm-up
+    ``m_t = min(m, (1 + t) / (10 + t))``, with t the number of earlier updates, lets the average follow early training
+    quickly. Parameters and floating-point buffers are averaged; integer buffers are copied.
 
-    Differs from the published code, which averages the parameters only: its norm layers keep the statistics that
-    the copy started with, although the weights before them move.
+    Differs from the published code, which averages the parameters only and keeps the initial norm statistics.
 
     Parameters
     ----------
     source : nn.Module
-        The block to follow; copied, not held.
+        The block to follow. A copy is stored.
     momentum : float
-        m in [0, 1]. 0 copies at every update, 1 freezes.
+        m in [0, 1]. 0 copies at every update, 1 freezes (without warm-up).
     warmup : bool
-        False uses m from the first update on.
+        False uses m from the first update.
 
     Raises
     ------
@@ -44,17 +43,17 @@ class MomentumEncoder(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> MomentumEncoder:
-        """Stay in eval mode: the copy's norm layers use their averaged statistics."""
+        """Stay in eval mode, in which norm layers use their averaged statistics."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """``encoder(x)``, shape as the source block gives it, without gradient."""
+        """``encoder(x)`` without gradient, of the shape of ``source(x)``."""
         return self.encoder(x)
 
     @torch.no_grad()
     def current_momentum(self) -> Tensor:
-        """m_t of the next update as a 0-dim tensor on the module's device (reading it would synchronise)."""
+        """m_t of the next update, a 0-dim tensor on the module's device."""
         if not self.warmup:
             return torch.full((), self.momentum, device=self.updates.device)
         t = self.updates.to(torch.float32)
@@ -62,11 +61,11 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, source: nn.Module, skipped: Tensor | None = None) -> None:
-        """Move one step towards ``source``; call it after an optimizer step.
+        """Average the weights of ``source`` into the copy; call this after each optimizer step.
 
-        ``skipped`` is a 0-dim tensor that is not 0 where the step was not made (a gradient scaler's ``found_inf``);
-        nothing moves then, and the warm-up does not count it. It and the weight stay on the device, so no update
-        waits for the GPU; all tensors move together.
+        ``skipped`` is a 0-dim tensor, such as the ``found_inf`` of a gradient scaler. Any value but 0 means a skipped step,
+        which changes neither the averages nor the count of updates. No value is read from the device, so an update never
+        waits for the GPU.
         """
         weight = 1 - self.current_momentum()
         made = torch.ones_like(self.updates) if skipped is None else (skipped == 0).to(self.updates.dtype)
@@ -83,7 +82,7 @@ class MomentumEncoder(nn.Module):
         if slow:
             torch._foreach_mul_(slow, 1 - weight)
             torch._foreach_add_(slow, torch._foreach_mul(fast, weight))
-        if whole:  # counters of norm layers, which nothing reads
+        if whole:  # batch counters of norm layers, unused in eval mode
             torch._foreach_copy_(mine_whole, whole)
         self.updates += made
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a stack of blocks whose activations are computed again in the backward pass."""
+"""Gradient checkpointing of a stack of blocks, exact to the bit."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)`` with only the inputs of its :func:`segments` kept for the backward pass (Chen et al., arXiv 1604.06174).
+    """``module(x)``, keeping only the inputs of its :func:`segments` for the backward pass (Chen et al., arXiv 1604.06174).
 
-    The backward pass runs one segment forward again at a time, so its memory is that of the segments' inputs and of one
-    segment's activations instead of all. Outputs, gradients, buffers and the stream of random numbers are bit by bit those
-    of ``module(x)``: the second forward pass draws the first one's random numbers (dropout, stochastic depth), and its batch
-    norms leave their running statistics and counters alone, which would otherwise take each batch twice.
+    The backward pass recomputes the activations of one segment at a time. Outputs, gradients, buffers and the random number
+    stream equal those of ``module(x)`` to the bit. The second forward pass repeats the random numbers of the first (dropout,
+    stochastic depth) and leaves the running statistics and counters of batch norms unchanged.
 
-    Hooks of ``module`` itself and of the ``nn.Sequential`` inside it are not called, those of the blocks are.
+    Forward hooks of the blocks are called. Those of ``module`` and of any ``nn.Sequential`` inside it are skipped.
 
     Raises
     ------
     RuntimeError
-        A segment changes its input in place, so that it cannot be run again.
+        A segment changes its input in place and cannot be run again.
     """
     for parts in segments(module):
         before = x._version
@@ -32,17 +31,17 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
                          context_fn=lambda parts=parts: (nullcontext(), _statistics_kept(parts)))
         if x._version != before:
             raise RuntimeError(f"grad_checkpointing: {type(parts[0]).__name__} changes its input in place and cannot be run "
-                               "again; say grad_checkpointing: false for this arch")
+                               "again; set grad_checkpointing: false for this arch")
         x = out
     return x
 
 
 def segments(module: nn.Module) -> list[list[nn.Module]]:
-    """A module as runs of blocks, one after another what the module does.
+    """The consecutive blocks of a module, grouped into segments.
 
-    Plain ``nn.Sequential`` is opened, at any depth; its subclasses and everything else are blocks, since they may do more than
-    run their children. A block without a weight matrix or filter (norm, activation, pool) joins the segment before it: it
-    keeps little to itself, and may change its input in place, which is that segment's output.
+    Plain ``nn.Sequential`` is opened at any depth. Every other module is a block, including subclasses of ``nn.Sequential``,
+    whose ``forward`` may differ. A block without a weight matrix or filter (norm, activation, pool) joins the segment before
+    it, because it may change its input in place.
     """
     found: list[list[nn.Module]] = []
     for block in _blocks(module):
@@ -69,9 +68,9 @@ def _run(parts: list[nn.Module], x: Tensor) -> Tensor:
 
 @contextmanager
 def _statistics_kept(parts: list[nn.Module]) -> Iterator[None]:
-    """Batch norms write their statistics into scratch tensors and count nothing.
+    """Redirect the statistics of batch norms to temporary tensors and stop their counters.
 
-    Switching them off would be simpler, but autograd keeps the two tensors and must find as many of them the second time.
+    The statistics stay enabled because checkpointing requires both forward passes to save equally many tensors.
     """
     norms = [m for part in parts for m in part.modules()
              if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]

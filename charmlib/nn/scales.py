@@ -1,4 +1,4 @@
-"""A trunk's maps at several scales: what memory keys, and a reading beside the head, are made of."""
+"""Feature maps of a trunk at several strides, pooled to the keys of a :class:`charmlib.nn.VotingBank`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDES = (4, 8, 16)
-"""In pixels of the input. Finer maps are little more than the image; the coarsest is the final block's matter."""
+"""In input pixels. Stride 32 belongs to the final block."""
 GRID = 2
-"""Maps are averaged over so many cells a side: chest radiographs lie alike, so where something shows counts."""
+"""Pooling cells per side. Chest radiographs are aligned, so the position of a finding is informative."""
 _PROBE = 224
 
 
-def find_scales(trunk: nn.Module, strides: tuple[int, ...] = STRIDES) -> tuple[list[int], list[int]]:
-    """Behind which blocks of a trunk its last maps at some strides lie: how many blocks each is made by, and its channels.
+def find_scales(trunk: nn.Module) -> tuple[list[int], list[int]]:
+    """Index (from 1) and channels of the last block at each stride of ``STRIDES``, measured on an image of zeros.
 
-    A trunk that is no plain ``nn.Sequential``, that has none of the strides, or whose blocks do not give maps (B, C, H, W) is
-    taken as one block with its own channels.
+    A trunk without maps (B, C, H, W) at these strides, or other than a plain ``nn.Sequential``, counts as a whole. The result
+    is then the index of its last block and its output channels.
     """
     blocks = list(trunk.children()) if type(trunk) is nn.Sequential else [trunk]
-    last: dict[int, tuple[int, int]] = {}  # stride -> blocks, channels
+    last: dict[int, tuple[int, int]] = {}  # stride -> index, channels
     was = {module: module.training for module in trunk.modules()}
     trunk.eval()
     with torch.no_grad():
@@ -34,15 +34,15 @@ def find_scales(trunk: nn.Module, strides: tuple[int, ...] = STRIDES) -> tuple[l
                 last[round(_PROBE / x.shape[-1])] = i, x.shape[1]
     for module, mode in was.items():
         module.training = mode
-    found = [last[stride] for stride in strides if stride in last] or [(len(blocks), x.shape[1])]
+    found = [last[stride] for stride in STRIDES if stride in last] or [(len(blocks), x.shape[1])]
     return [end for end, _ in found], [channels for _, channels in found]
 
 
 def maps_of(trunk: nn.Module, ends: list[int], x: Tensor,
             run: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """A trunk's output for ``x`` and its maps behind blocks number ``ends``, as :func:`find_scales` counts them.
+    """Output of a trunk for images (B, 3, H, W), and the maps (B, C_i, H_i, W_i) after the blocks of index ``ends``.
 
-    ``run(part, x)`` is asked for the output of each part of the trunk in turn.
+    ``ends`` comes from :func:`find_scales`. ``run(part, x)`` computes the output of each part of the trunk.
     """
     if type(trunk) is not nn.Sequential:
         out = run(trunk, x)
@@ -55,6 +55,6 @@ def maps_of(trunk: nn.Module, ends: list[int], x: Tensor,
     return run(nn.Sequential(*blocks[start:]), x) if start < len(blocks) else x, maps
 
 
-def cells(maps: list[Tensor], grid: int = GRID) -> Tensor:
-    """Maps (B, C_i, H_i, W_i) -> means over a grid of cells, one map after another (B, grid * grid * sum C_i), float32."""
-    return torch.cat([F.adaptive_avg_pool2d(m, grid).flatten(1).float() for m in maps], 1)
+def cells(maps: list[Tensor]) -> Tensor:
+    """Maps (B, C_i, H_i, W_i), each pooled to a GRID x GRID average and concatenated: (B, GRID^2 * sum C_i), float32."""
+    return torch.cat([F.adaptive_avg_pool2d(m, GRID).flatten(1).float() for m in maps], 1)

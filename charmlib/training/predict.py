@@ -12,8 +12,8 @@ from scipy.special import expit
 
 from charmlib.data.loaders import grey_to_network
 from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
-from charmlib.evaluation.evaluate import thresholds_at
 from charmlib.evaluation.runs import RunFolder
+from charmlib.evaluation.score import thresholds_at
 from charmlib.training.checkpoint import load_model
 from charmlib.training.device import pick_device
 

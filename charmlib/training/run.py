@@ -14,9 +14,8 @@ import torch
 import yaml
 
 from charmlib import session
-from charmlib.data.dataset import ChestData, open_dataset
+from charmlib.data.dataset import ChestData, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
-from charmlib.data.paths import resolve_data_root
 from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.runs import RunFolder, chosen_on_validation, save_predictions
@@ -69,7 +68,7 @@ class Run:
         phases(p)  # refuses parameters that would train nothing
         if not session.in_grid() and (words := without_effect(p, changed(p))):
             print(words, flush=True)
-        p["data_root"] = str(resolve_data_root(p["data_root"]))
+        p["data_root"] = str(find_data(p["data_root"]))
         device = pick_device(p["device"])
         precision = pick_precision(p["precision"], device)
         data = open_dataset(p)
@@ -270,7 +269,7 @@ class Run:
         data, rows = self.data, self.data.rows(part) if rows is None else rows
         if not len(rows):  # a split without a validation part
             return np.empty((0, len(data.classes)), np.float32), np.empty((0, len(data.classes)), np.float32)
-        images = ChestImages(data.images, data.labels, rows, data.classes, data.index.frame["id"].tolist())
+        images = ChestImages(data.images, data.labels, rows, data.classes)
         dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device,
                      after_batch=[GreyToNetwork(self.net.mean, self.net.std)])
         self.net.eval()

@@ -1,11 +1,11 @@
-"""One self-contained HTML page: tables and pictures that open without a network."""
+"""One self-contained HTML page: tables and pictures that open without network access."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -29,32 +29,37 @@ def heading(text: str) -> str:
 
 
 def paragraph(text: str, kind: str = "note") -> str:
-    """Plain text; 'note' sets it back."""
+    """Plain text; the kind 'note' is grey."""
     return f"<p class='{kind}'>{html.escape(text)}</p>"
 
 
 def table(frame: pd.DataFrame, kind: str = "") -> str:
-    """A table of texts and numbers as they are; blank where missing. ``kind``: 'first' sets off the first row, 'words'
+    """A table of texts and numbers as they are; blank if missing. ``kind``: 'first' makes the first row bold, 'words'
     aligns left, 'board' the second column."""
     shown = frame.astype(object).where(frame.notna(), "")
     return f"<div class='scroll {kind}'>{shown.to_html(index=False, border=0)}</div>"
 
 
-def png(figure) -> bytes:
+def png(figure, dpi: int = 110) -> bytes:
     """A matplotlib figure as a PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
 def picture(figure, title: str) -> str:
-    """A matplotlib figure, or the bytes of a PNG, held in the page itself."""
+    """A matplotlib figure, or the bytes of a PNG, embedded in the page."""
     data = base64.b64encode(figure if isinstance(figure, bytes) else png(figure)).decode()
     return f"<img alt='{html.escape(title, quote=True)}' src='data:image/png;base64,{data}'>"
 
 
+def pictures(drawn: Mapping) -> list[str]:
+    """Each picture under its title; a mapping from title to figure or PNG."""
+    return [part for title, figure in drawn.items() for part in (heading(title), picture(figure, title))]
+
+
 def write_page(path: str | Path, title: str, parts: Iterable[str], *, drawn: bool = False) -> Path:
-    """Write the page; ``drawn`` says over everything that the images are no radiographs."""
+    """Write the page; ``drawn`` puts a warning on top that the images are not radiographs."""
     warning = ("<p class='drawn'>Made from <b>drawn phantoms</b>, not radiographs: this shows that the software works and "
                "nothing else.</p>") if drawn else ""
     write_text(path, f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"

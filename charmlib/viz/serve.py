@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import charmlib
+from charmlib.evaluation.runs import run_folders
 
 WEB = Path(__file__).with_name("web")
 """Holds a Voilà template that loads nothing from the internet."""
@@ -26,22 +27,18 @@ def explore(runs: Sequence[str | Path], *, data_root: str = "", port: int = 8866
     FileNotFoundError
         A folder without finished runs.
     ValueError
-        Voilà is not installed; says how to. The port is in use.
+        Voilà is not installed (says how to), or the port is in use.
     """
-    from charmlib.evaluation.evaluate import run_folders
-
     if importlib.util.find_spec("voila") is None:
         raise ValueError("the explorer's page needs Voilà: pip install 'charmlib[explore]', or open notebooks/explore.ipynb "
                          "in JupyterLab")
     import papermill
 
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ValueError(f"port {port} is in use, perhaps by another explorer: name another with --port") from error
-    folders = [str(folder.resolve()) for folder in run_folders(runs)]
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise ValueError(f"port {port} is in use, perhaps by another explorer: name another with --port") from error
+    folders = [str(run.path.resolve()) for run in run_folders(runs)]
     package = Path(charmlib.__file__).parent
     book = next(p for p in (package.parent / "notebooks/explore.ipynb", package / "shipped/notebooks/explore.ipynb")
                 if p.is_file())
@@ -57,7 +54,7 @@ def explore(runs: Sequence[str | Path], *, data_root: str = "", port: int = 8866
                    "--show_tracebacks=True", *([] if browser else ["--no-browser"])]
         print(f"{len(folders)} runs at http://127.0.0.1:{port}/ (Ctrl-C ends it)", flush=True)
         server = subprocess.Popen(command, env=env)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # or the server would outlive this process
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # without this, the server would outlive this process
         try:
             return server.wait()
         except KeyboardInterrupt:

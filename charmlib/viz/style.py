@@ -1,4 +1,4 @@
-"""One style for all pictures: readable at notebook width and in print, safe for colour-blind readers."""
+"""One style for all pictures: readable at notebook width and in print, safe for colour-blind readers; and shared elements."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "
 """The palette of Okabe and Ito."""
 
 LINES = ("-", "--")
-"""Seven colours and two line kinds tell fourteen classes apart."""
+"""Seven colours and two line styles distinguish fourteen classes."""
 
 FIRST, SECOND, GUIDE = OKABE_ITO[0], OKABE_ITO[1], "#999999"
-"""One thing, another thing beside it, and lines that only guide the eye."""
+"""The main colour, the colour of a second series, and that of reference lines."""
 
 RC = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
       "legend.fontsize": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
@@ -35,36 +35,77 @@ def styled(draw):
 
 
 def class_style(i: int) -> dict:
-    """Colour and line kind of class ``i``."""
+    """Colour and line style of class ``i``."""
     return {"color": OKABE_ITO[i % len(OKABE_ITO)], "ls": LINES[i // len(OKABE_ITO) % len(LINES)]}
 
 
 def square_root_scale(axis, which: str) -> None:
-    """Make the ``x`` or ``y`` axis of probabilities square-rooted: rare findings are flat on a straight one."""
+    """Make the ``x`` or ``y`` axis of probabilities square-rooted: rare findings are flat on a linear one."""
 
     def root(values):
-        return np.sqrt(np.maximum(values, 0))  # matplotlib 3.10 asks for values left of 0 while it lays out, and warns of them
+        return np.sqrt(np.maximum(values, 0))  # matplotlib 3.10 asks for values left of 0 during layout, and warns of them
 
     getattr(axis, f"set_{which}scale")("function", functions=(root, np.square))
 
 
 def readable(name: str) -> str:
-    """A class's name as it stands in pictures."""
+    """A class's name for pictures: without underscores."""
     return str(name).replace("_", " ")
 
 
-def heading(figure, title: str = "", note: str = "") -> None:
-    """Title over the picture, and under it the note that says what data it is of."""
+def heading(figure, title: str = "", note: str = ""):
+    """Title over the picture, and under it a note on the data; returns the figure."""
     text = "\n".join([title, *textwrap.wrap(note, int(13.5 * figure.get_figwidth()))]).strip()
     if text:
         figure.suptitle(text, fontsize=9.5)
+    return figure
 
 
 def small_panels(count: int, *, columns: int = 5, size: tuple[float, float] = (2.06, 2.05), **kwargs):
-    """Figure and axes for ``count`` small panels and, always, at least one blank one after them for the legend."""
+    """Figure and axes for ``count`` small panels, and one blank panel after them for the legend."""
     rows = math.ceil((count + 1) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.5), squeeze=False,
                                 layout="constrained", **kwargs)
     for axis in axes.flat[count:]:
         axis.axis("off")
     return figure, axes.flat[:count], axes.flat[count]
+
+
+def label_panels(figure, legend, *, key: str, x: str, y: str, title: str = "", note: str = ""):
+    """The legend of small panels in their blank one, titled by ``key``; common axis labels; heading. Returns the figure."""
+    legend.legend(loc="center", title=key)
+    figure.supxlabel(x, fontsize=9)
+    figure.supylabel(y, fontsize=9)
+    return heading(figure, title, note)
+
+
+def error_bars(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Lengths (2, n) of error bars from values (n,) and their limits (n, 2); 0 if undefined."""
+    return np.nan_to_num(np.clip(np.stack([values - limits[:, 0], limits[:, 1] - values]), 0, None))
+
+
+def number_map(axis, values, texts, rows, columns, *, white, fontsize: float, slanted: dict | None = None, **colours):
+    """A heat map of ``values`` (r, c) with ``texts`` (r, c) in its fields, in white on the fields of the mask ``white``.
+
+    Fields without text stay blank. ``slanted`` are settings of the column labels, ``colours`` those of ``imshow``; returns
+    its image for a colour bar.
+    """
+    image = axis.imshow(values, **colours)
+    for (r, c), text in np.ndenumerate(texts):
+        if text:
+            axis.text(c, r, text, ha="center", va="center", fontsize=fontsize, color="white" if white[r, c] else "black")
+    axis.set_xticks(range(len(columns)), columns, **(slanted or {}))
+    axis.set_yticks(range(len(rows)), rows)
+    axis.grid(False)
+    return image
+
+
+def mark_stages(axis, stages, *, named: bool = False) -> None:
+    """Whole epochs on the x axis, and a dotted line at each change of ``stages`` (n_epochs,); ``named`` labels it."""
+    stages = np.asarray(stages, dtype=str)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    for epoch in np.flatnonzero(stages[1:] != stages[:-1]) + 1:
+        axis.axvline(epoch + 0.5, color=GUIDE, lw=1, ls=":")
+        if named:
+            axis.annotate(f"stage {stages[epoch]}", (epoch + 0.55, 0.02), xycoords=("data", "axes fraction"), fontsize=9,
+                          color="#666666")

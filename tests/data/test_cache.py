@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from charmlib.data import cache as cache_module
-from charmlib.data import decoding
-from charmlib.data.cache import IDS, MANIFEST, PIXELS, ROWS, open_images, verify_images
+from charmlib.data import cache_build
+from charmlib.data.cache import open_images
+from charmlib.data.cache_file import IDS, MANIFEST, PIXELS, ROWS
 from charmlib.data.images import read_grey
 
 
@@ -41,7 +41,7 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def never_decode(monkeypatch):
     def forbid():
-        monkeypatch.setattr(decoding, "open_grey", lambda *a: pytest.fail("decoded again"))
+        monkeypatch.setattr(cache_build, "open_grey", lambda *a: pytest.fail("decoded again"))
 
     return forbid
 
@@ -136,12 +136,12 @@ def test_verify_finds_what_the_sample_cannot_and_decodes_only_that(tmp_path, hom
     Image.fromarray(np.random.default_rng(99).integers(0, 256, (40, 40), dtype=np.uint8)).save(paths[7])
     assert Path(paths[7]).stat().st_size == same_size and not np.array_equal(images[7], read_grey(paths[7], 24))
     decoded = []
-    real = decoding.open_grey
-    monkeypatch.setattr(decoding, "open_grey", lambda source: decoded.append(1) or real(source))
-    images = verify_images(ids, paths, 24)
+    real = cache_build.open_grey
+    monkeypatch.setattr(cache_build, "open_grey", lambda source: decoded.append(1) or real(source))
+    images = open_images(ids, paths, 24, verify=True)
     assert_right(images, paths)
     assert len(decoded) == 1 and "1 changed (7.png)" in capsys.readouterr().err
-    verify_images(ids, paths, 24)
+    open_images(ids, paths, 24, verify=True)
     assert len(decoded) == 1 and "0 changed" in capsys.readouterr().err
 
 
@@ -152,7 +152,7 @@ def test_verify_mends_pixels_that_rotted(tmp_path, home):
     pixels[41] ^= 1
     pixels.flush()
     assert not np.array_equal(open_images(ids, paths, 24)[41], read_grey(paths[41], 24))  # not in the sample
-    assert_right(verify_images(ids, paths, 24), paths)
+    assert_right(open_images(ids, paths, 24, verify=True), paths)
 
 
 def test_sources_that_are_gone_leave_the_cache_as_it_is(pictures, home, capsys):
@@ -162,7 +162,7 @@ def test_sources_that_are_gone_leave_the_cache_as_it_is(pictures, home, capsys):
     for path in paths:
         os.unlink(path)
     assert np.array_equal(open_images(ids, paths, 24)[:], before)
-    assert np.array_equal(verify_images(ids, paths, 24)[:], before)
+    assert np.array_equal(open_images(ids, paths, 24, verify=True)[:], before)
     assert "12 source files are gone" in capsys.readouterr().err
 
 
@@ -233,7 +233,7 @@ def test_a_cache_that_cannot_be_written_is_used_where_it_is(pictures, home, tmp_
     for path in [*elsewhere.iterdir(), elsewhere, elsewhere.parent]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     real = os.access
-    monkeypatch.setattr(cache_module.os, "access", lambda p, mode: "attached" not in str(p) and real(p, mode))  # root may all
+    monkeypatch.setattr(cache_build.os, "access", lambda p, mode: "attached" not in str(p) and real(p, mode))  # root may all
     try:
         Image.fromarray(np.zeros((39, 39), np.uint8)).save(paths[5])
         changed = open_images(ids, paths, 24, cache_dir=elsewhere)  # one changed: a new one where one can write
@@ -267,7 +267,7 @@ def test_a_repair_leaves_what_others_have_open_as_it_was(tmp_path, home):
     before = open_images(ids, paths, 24)
     seen = before[:].copy()
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(paths[7])
-    after = verify_images(ids, paths, 24)
+    after = open_images(ids, paths, 24, verify=True)
     assert np.array_equal(before[:], seen) and after[7].max() == 0 and len(built(home)) == 1
     assert [p.name for p in home.iterdir() if p.is_dir()] == [after.folder.name]
 
@@ -276,8 +276,8 @@ def test_a_repair_without_room_for_a_copy_is_done_in_place(tmp_path, home, monke
     ids, paths = write(tmp_path / "images", n=60)
     open_images(ids, paths, 24)
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(paths[7])
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
-    assert_right(verify_images(ids, paths, 24), paths)
+    monkeypatch.setattr(cache_build.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
+    assert_right(open_images(ids, paths, 24, verify=True), paths)
     assert "mending in place" in capsys.readouterr().err and len(built(home)) == 1
 
 
@@ -313,7 +313,7 @@ def test_file_names_that_are_not_text(tmp_path, home):
 
 def test_too_little_room_is_refused_with_numbers_and_leaves_nothing(pictures, home, monkeypatch):
     ids, paths = pictures
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
+    monkeypatch.setattr(cache_build.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
     with pytest.raises(OSError, match=r"12 images at 24 pixels needs 0.0 MB, .* has 0.0 MB free: name another cache_dir"):
         open_images(ids, paths, 24)
     assert [p.name for p in home.iterdir() if not p.name.endswith(".lock")] == []
@@ -323,7 +323,7 @@ def test_a_quota_that_the_free_space_does_not_show_is_refused_with_numbers_too(p
     def full(*_):
         raise OSError(122, "Disk quota exceeded")
 
-    monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(cache_build.os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"does not take the 0.0 MB .* 12 images at 24 pixels needs \(Disk quota exceeded\)"):
         open_images(*pictures, 24)
     assert not list(home.glob("*.partial"))
@@ -333,21 +333,21 @@ def test_a_repair_that_was_killed_goes_on_under_the_name_that_is_looked_for(tmp_
     ids, paths = write(tmp_path / "images", n=60)
     open_images(ids, paths, 24)
     Image.fromarray(np.zeros((41, 41), np.uint8)).save(paths[0])  # in the sample, and of another size
-    real = cache_module._fill
-    monkeypatch.setattr(cache_module, "_fill", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = cache_build._fill
+    monkeypatch.setattr(cache_build, "_fill", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         open_images(ids, paths, 24)
     decoded = []
-    monkeypatch.setattr(cache_module, "_fill", real)
-    decode = decoding.open_grey
-    monkeypatch.setattr(decoding, "open_grey", lambda source: decoded.append(1) or decode(source))
+    monkeypatch.setattr(cache_build, "_fill", real)
+    decode = cache_build.open_grey
+    monkeypatch.setattr(cache_build, "open_grey", lambda source: decoded.append(1) or decode(source))
     assert_right(open_images(ids, paths, 24), paths)
     assert len(decoded) == 1 and len(built(home)) == 1 and not list(home.glob("*.partial"))
 
 
 def test_an_interrupt_keeps_what_is_decoded(pictures, home, monkeypatch, capsys):
     ids, paths = pictures
-    real, decoded = decoding.open_grey, []
+    real, decoded = cache_build.open_grey, []
 
     def interrupted(source):
         if len(decoded) == 5:
@@ -355,11 +355,11 @@ def test_an_interrupt_keeps_what_is_decoded(pictures, home, monkeypatch, capsys)
         decoded.append(1)
         return real(source)
 
-    monkeypatch.setattr(decoding, "open_grey", interrupted)
+    monkeypatch.setattr(cache_build, "open_grey", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_images(ids, paths, 24, workers=1)
     assert built(home) == []
-    monkeypatch.setattr(decoding, "open_grey", lambda source: decoded.append(1) or real(source))
+    monkeypatch.setattr(cache_build, "open_grey", lambda source: decoded.append(1) or real(source))
     assert_right(open_images(ids, paths, 24), paths)
     assert len(decoded) == 12 and "5 of 12 images are there" in capsys.readouterr().err
 
@@ -434,7 +434,7 @@ def test_processes_and_threads_give_the_same_and_both_name_what_is_damaged(tmp_p
     ids, paths = write(tmp_path / "images", n=40)
     Path(paths[3]).write_bytes(b"no image")
     threads = open_images(ids, paths, 24)
-    monkeypatch.setattr(cache_module, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(cache_build, "_WORTH_PROCESSES", 0)
     monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "third"))
     processes = open_images(ids, paths, 24)
     assert processes.folder != threads.folder and np.array_equal(processes[:], threads[:])
@@ -450,7 +450,7 @@ def test_a_file_that_crashes_the_decoder_is_named_and_the_rest_is_decoded(tmp_pa
         "import os, pathlib\nread = pathlib.Path.read_bytes\n"
         "pathlib.Path.read_bytes = lambda p: os.abort() if p.name == '21.png' else read(p)\n")
     monkeypatch.setenv("PYTHONPATH", str(crashing))
-    monkeypatch.setattr(cache_module, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(cache_build, "_WORTH_PROCESSES", 0)
     images = open_images(ids, paths, 24)
     assert images.bad == {"21.png": "the decoder crashed on it"} and images[21].max() == 0
     for i, path in enumerate(paths):
@@ -462,7 +462,7 @@ def test_who_waits_says_so_and_finds_it_built(pictures, home, never_decode):
     folder = open_images(ids, paths, 24).folder
     hidden = folder.rename(folder.parent.parent / "hidden")
     lines = []
-    with cache_module._lock(home, folder.name, lines.append):
+    with cache_build.lock(folder, lines.append):
         waiter = threading.Thread(target=lambda: lines.append(open_images(ids, paths, 24, say=lines.append).folder))
         waiter.start()
         while not any("waiting for it" in str(line) for line in lines):
@@ -500,3 +500,12 @@ def test_the_manifest_names_what_the_sources_were(tmp_path, home):
     assert content["sizes"] == {(40, 40): 4, (50, 30): 1} and content["filter"] == "bilinear" and content["images"] == 5
     assert (images.folder / IDS).read_text().split("\n") == ids
     assert json.loads((images.folder / MANIFEST).read_text())["aspect"] == "stretch"
+
+
+def test_a_script_without_a_main_guard_may_build_in_processes(tmp_path, home):
+    write(tmp_path / "images", n=40)
+    script = tmp_path / "script.py"
+    script.write_text(f"from charmlib.data import cache_build\ncache_build._WORTH_PROCESSES = 0\n{BUILD}")
+    environment = {**os.environ, "CHARM_CACHE": str(home), "PYTHONPATH": str(Path(cache_build.__file__).parents[2])}
+    done = subprocess.run([sys.executable, script, tmp_path / "images"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("built") == 1, done.stderr

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from charmlib.data.dataset import open_dataset
+from charmlib.data.dataset import find_data, open_dataset
 from charmlib.data.index import read_index
 from charmlib.data.paths import resolve_data_root
 from charmlib.data.splits import SplitError, make_split
@@ -229,7 +229,7 @@ def test_validation_is_empty_by_request_alone(phantoms, tmp_path):
 
 
 def test_a_data_set_without_validation_is_shown_and_shuffled(phantoms, tmp_path):
-    from charmlib.viz.dataset import finding_table, part_table, write_dataset_page
+    from charmlib.viz.dataset_page import finding_table, part_table, write_dataset_page
 
     data, shuffled = (open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0, labels=which)
                       for which in ("real", "shuffled"))
@@ -268,7 +268,8 @@ def test_without_any_data_the_embedded_phantoms_are_taken_and_named(tmp_path, mo
 
     monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    root = resolve_data_root("", kaggle_input=tmp_path / "nothing")
+    assert resolve_data_root("", kaggle_input=tmp_path / "nothing") is None
+    root = find_data("", kaggle_input=tmp_path / "nothing")
     assert is_drawn(root) and "DRAWN PHANTOMS" in capsys.readouterr().out
     nih_folder(tmp_path / "data", ROWS)
     assert resolve_data_root("", kaggle_input=tmp_path / "nothing").resolve() == tmp_path / "data"

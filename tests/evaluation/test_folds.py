@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.keep_parts import RAREST, by_view, configurations, table
 from charmlib.data.index import read_index
+from charmlib.evaluation.combine import auc_within_folds, out_of_fold
 from charmlib.evaluation.compare import compare
-from charmlib.evaluation.folds import auc_within_folds, out_of_fold
 from charmlib.evaluation.leaks import LeakError, refuse_leaks
 from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.runs import RunFolder

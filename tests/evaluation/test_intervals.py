@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from charmlib.evaluation.curves import POINTS, precision_recall_bands, roc_bands
 from charmlib.evaluation.intervals import (
+    BAND_X,
     bootstrap,
     interval,
     intervals_by_class,
     mean_of_defined,
     operating_resamples,
+    precision_recall_bands,
+    roc_bands,
 )
 from charmlib.evaluation.metrics import mean_auc
-from charmlib.evaluation.operating import called, figures
+from charmlib.evaluation.operating import called, rates
 
 
 def slow_weights(patients, resamples, seed):
@@ -63,7 +65,7 @@ def test_equal_to_scikit_learn(cohort, case):
         assert (found.auc[:, 1] == 0.5).all()
 
 
-def test_operating_figures_equal_the_slow_way(cohort):
+def test_operating_rates_equal_the_slow_way(cohort):
     labels, scores, patients = cohort
     labels[:40, 0] = np.nan
     thresholds = [0.5, 0.6, None]
@@ -72,7 +74,7 @@ def test_operating_figures_equal_the_slow_way(cohort):
         for c in (0, 1):
             there = ~np.isnan(labels[:, c])
             y, w, call = labels[there, c] == 1, weight[there], called(scores[there, c], thresholds[c])
-            want = figures(w[y & call].sum(), w[~y & call].sum(), w[y & ~call].sum(), w[~y & ~call].sum())
+            want = rates(w[y & call].sum(), w[~y & call].sum(), w[y & ~call].sum(), w[~y & ~call].sum())
             for name, value in want.items():
                 np.testing.assert_allclose(found[name][r, c], value, atol=1e-12)
     assert np.isnan(found["sensitivity"][:, 2]).all()
@@ -141,9 +143,9 @@ def test_bands_equal_the_slow_way(cohort, c, ties):
         if not 0 < y.sum() < len(y):
             continue
         false, true, _ = roc_curve(y, s, sample_weight=w, drop_intermediate=False)
-        curves.append(np.interp(POINTS, false, true))
+        curves.append(np.interp(BAND_X, false, true))
         precision, recall, _ = precision_recall_curve(y, s, sample_weight=w)
-        precisions.append([precision[:-1][recall[:-1] >= max(at, 1e-9) - 1e-12][-1] for at in POINTS])
+        precisions.append([precision[:-1][recall[:-1] >= max(at, 1e-9) - 1e-12][-1] for at in BAND_X])
     np.testing.assert_allclose(roc.low, np.quantile(curves, 0.025, axis=0), atol=1e-9)
     np.testing.assert_allclose(roc.high, np.quantile(curves, 0.975, axis=0), atol=1e-9)
     np.testing.assert_allclose(pr.low, np.quantile(precisions, 0.025, axis=0), atol=1e-9)
@@ -164,7 +166,7 @@ found = bootstrap(labels, scores, patients, resamples=16)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 low, high, undefined = interval(mean_of_defined(found.auc))
 assert 0.755 < low < high < 0.765 and undefined == 0
-from charmlib.evaluation.curves import roc_bands
+from charmlib.evaluation.intervals import roc_bands
 from charmlib.evaluation.score import score_part
 classes = [f"c{i}" for i in range(14)]
 roc_bands(labels[:, :2], scores[:, :2], patients, resamples=4)

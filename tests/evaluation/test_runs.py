@@ -8,17 +8,17 @@ import pytest
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
+from charmlib.evaluation.combine import mean_ensemble
 from charmlib.evaluation.compare import MEAN, aligned, compare, verdict
 from charmlib.evaluation.controls import column_scores
-from charmlib.evaluation.ensemble import mean_ensemble
-from charmlib.evaluation.evaluate import evaluate_ensemble, evaluate_run, run_folders, thresholds_at
 from charmlib.evaluation.intervals import bootstrap
 from charmlib.evaluation.leaks import LeakError, refuse_leaks, split_of
 from charmlib.evaluation.operating import choose_thresholds
-from charmlib.evaluation.runs import Predictions, RunFolder
+from charmlib.evaluation.runs import Predictions, RunFolder, run_folders
+from charmlib.evaluation.score import evaluate_ensemble, evaluate_run, thresholds_at
 from charmlib.evaluation.tables import class_table, operating_table, point_note, run_table, split_note, with_intervals
-from charmlib.evaluation.walk import Walk
 from charmlib.files import write_json
+from charmlib.viz.walk import Walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
 
@@ -157,6 +157,15 @@ def test_evaluate_gives_what_training_stored(make_run):
     assert len(both.ids) == len(test.ids)
 
 
+def test_a_run_given_as_a_value_is_read_once(make_run):
+    run = RunFolder(make_run("g/a"))
+    assert RunFolder.of(run) is run and RunFolder.of(run.path).path == run.path
+    first, _ = evaluate_run(run)
+    for file in (run.metrics_file, run.predictions_file, run.card_file):
+        file.unlink()
+    assert evaluate_run(run)[0]["test"]["mean_auc"] == first["test"]["mean_auc"]
+
+
 def test_further_operating_points_are_chosen_on_validation(make_run):
     run, point = make_run("g/a"), "sensitivity_0.70"
     wanted, of_test = (choose_thresholds(p.labels, p.logits, p.classes, [point])[point]
@@ -168,7 +177,8 @@ def test_further_operating_points_are_chosen_on_validation(make_run):
 
 def test_folders_of_runs_are_found(make_run, tmp_path):
     a, b = make_run("g/a"), make_run("g/b")
-    assert run_folders([tmp_path]) == [a, b] == run_folders([tmp_path / "g"]) == run_folders([a, b, a])
+    for given in ([tmp_path], [tmp_path / "g"], [a, b, a]):
+        assert [run.path for run in run_folders(given)] == [a, b]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty is neither a finished run"):
         run_folders([tmp_path / "empty"])
@@ -199,22 +209,26 @@ def test_walking_along_the_curve_equals_counting(cohort):
     walk = Walk(labels, logits, 0)
     there = ~np.isnan(labels[:, 0])
     y, p = labels[there, 0] == 1, expit(logits[there, 0])
-    assert walk.stand(0)[1:3] == (0, 0) and walk.stand(walk.last)[3:5] == (0, 0)
+
+    def counts(row):
+        return tuple(row[k] for k in ("tp", "fp", "fn", "tn"))
+
+    assert counts(walk.point(0))[:2] == (0, 0) and counts(walk.point(walk.last))[2:] == (0, 0)
     for point in (1, walk.last // 2, walk.last):
-        here = walk.stand(point)
-        call = p >= here.threshold
-        assert here[1:5] == ((call & y).sum(), (call & ~y).sum(), (~call & y).sum(), (~call & ~y).sum())
-        assert walk.at_threshold(here.threshold) == point
+        here = walk.point(point)
+        call = p >= here["threshold"]
+        assert counts(here) == ((call & y).sum(), (call & ~y).sum(), (~call & y).sum(), (~call & ~y).sum())
+        assert walk.at_threshold(here["threshold"]) == point
     stations = walk.stations(20)
     assert stations[0] == 0 and stations[-1] == walk.last and (np.diff(stations) > 0).all()
     moved = walk.between(3, 6)
-    change = (p >= walk.stand(6).threshold) & (p < walk.stand(3).threshold)
+    change = (p >= walk.point(6)["threshold"]) & (p < walk.point(3)["threshold"])
     assert set(walk.rows[moved]) == set(np.flatnonzero(there)[change])
     assert list(walk.between(6, 3)) == list(moved[::-1])
     point = walk.last // 3
-    here, missed, alarms = walk.stand(point), walk.by_error("missed", point), walk.by_error("false alarms", point)
-    assert (len(missed), len(alarms)) == (here.fn, here.fp) and len(walk.by_error()) == there.sum()
-    assert walk.y[missed].all() and (walk.probability[missed] < here.threshold).all()
+    here, missed, alarms = walk.point(point), walk.by_error("false negatives", point), walk.by_error("false positives", point)
+    assert (len(missed), len(alarms)) == (here["fn"], here["fp"]) and len(walk.by_error()) == there.sum()
+    assert walk.y[missed].all() and (walk.probability[missed] < here["threshold"]).all()
     assert not walk.y[alarms].any() and (np.diff(walk.probability[alarms]) <= 0).all()
     assert walk.probability[missed[0]] == walk.probability[walk.y].min()
 

@@ -129,6 +129,15 @@ def test_a_board_of_nothing_but_cells_without_validation_has_no_first(make_run):
     assert "one, two trained on the validation patients" in _board_text(board)
 
 
+def test_an_unfinished_cell_of_another_call_is_listed_without_its_values(make_run):
+    """It has no parameters yet; with an axis that no part of the network switches, the board could not be made."""
+    folder = as_grid(make_run("g/one").parent, ("seed", "k"))
+    (folder / "other").mkdir()
+    (folder / "other/cell.json").write_text("{}")
+    row = leaderboard(folder).set_index("cell").loc["other"]
+    assert row["status"] == "pending" and row[["seed", "k"]].isna().all()
+
+
 def test_quick_checks_and_controls_without_validation_stay_what_they_are(make_run):
     make_run("g/quick", limit=40, valid_fraction=0, patience=0)
     board = leaderboard(as_grid(make_run("g/shuffled", labels="shuffled", valid_fraction=0, patience=0).parent))

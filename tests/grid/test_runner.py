@@ -256,7 +256,7 @@ def test_the_nannys_thread_and_malloc_settings_do_not_reach_a_cell(monkeypatch):
 
 @pytest.mark.parametrize("module", ["charmlib.grid", "charmlib.grid.runner", "charmlib.grid.report", "charmlib.params",
                                     "charmlib.data.dataset", "charmlib.data.phantom", "charmlib.evaluation.runs",
-                                    "charmlib.viz.roc", "charmlib.cli"])
+                                    "charmlib.viz.curves", "charmlib.cli"])
 def test_grid_files_and_pictures_never_import_torch(module):
     code = f"import sys, {module}; bad = [m for m in ('torch', 'fastai') if m in sys.modules]; sys.exit(str(bad) if bad else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

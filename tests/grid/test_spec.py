@@ -10,7 +10,7 @@ from charmlib.params import DEFAULTS, PARAMS, ParameterError, resolve
 PARAMS_DIR = Path(__file__).parents[2] / "params"
 
 
-def grid_file(tmp_path, text, base="k: 4\n"):
+def grid_file(tmp_path, text, base="k: 4\nuse_momentum: on\nanswer: features\nstrategy: rarity\n"):
     (tmp_path / "base.yaml").write_text(base)
     path = tmp_path / "grid_mine.yaml"
     path.write_text(text)
@@ -41,7 +41,7 @@ def test_assignments_pin_replace_and_override(tmp_path):
 
 
 def test_axes_are_those_of_the_file_and_what_the_extra_cells_set_differently(tmp_path):
-    grid = load_grid(grid_file(tmp_path, "axes: {k: [4, 5]}\ncells: [{name: a, split: patient, seed: 1},"
+    grid = load_grid(grid_file(tmp_path, "base: base.yaml\naxes: {k: [4, 5]}\ncells: [{name: a, split: patient, seed: 1},"
                                          " {name: b, seed: 1, split: patient, threshold: 0.2}]\n"))
     assert grid.axes == ("k", "split", "seed")
     only = load_grid(grid_file(tmp_path, "cells: [{name: a, seed: 1, rule: rare}, {name: b, seed: 1, rule: angle}]\n"))
@@ -90,8 +90,8 @@ def test_the_published_grid_is_exactly_the_published_one():
 
 
 def test_published_yaml_pins_all_that_a_changed_default_could_move():
-    free = {"data_root", "csv", "valid_fraction", "cache_dir", "limit", "run_dir", "precision", "workers", "device", "resume",
-            "preload", "grad_checkpointing"}
+    free = {"system", "data_root", "csv", "valid_fraction", "cache_dir", "limit", "run_dir", "precision", "workers", "device",
+            "resume", "preload", "grad_checkpointing"}
     assert set(load_params(PARAMS_DIR / "published.yaml")) == set(PARAMS) - free
 
 
@@ -115,7 +115,8 @@ def test_every_grid_file_resolves(path):
 
 
 def test_an_entry_with_lists_is_a_cell_for_each_combination(tmp_path):
-    path = grid_file(tmp_path, "cells: [{name: a, split: ['fold:1/2', 'fold:2/2'], seed: [1, 2], k: 4}, {k: [2, 3]}]\n")
+    path = grid_file(tmp_path, "base: base.yaml\ncells: [{name: a, split: ['fold:1/2', 'fold:2/2'], seed: [1, 2], k: 4}, "
+                               "{k: [2, 3]}]\n")
     cells = load_grid(path).cells
     assert [c.id for c in cells] == ["a_split=fold-1-2_seed=1", "a_split=fold-1-2_seed=2", "a_split=fold-2-2_seed=1",
                                      "a_split=fold-2-2_seed=2", "k2", "k3"]

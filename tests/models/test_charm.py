@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from charmlib.models import CharmNet
+from charmlib.nn.votes import RAREST
 
 SMALL = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "use_momentum": True, "use_attention": True,
          "bank_size": 16, "k": 2, "hidden": 16}
@@ -104,7 +105,7 @@ def test_votes_are_added_in_eval_mode_only_by_keys_of_three_scales():
     torch.testing.assert_close(keys, torch.cat(maps, 1))
     assert net.bank.blocks == [m.shape[1] for m in maps] and len(maps) == 3 and not keys.requires_grad
     votes, heard = net.bank.votes(keys)
-    prior = torch.logit(net.bank.shares.clamp(1e-4, 1 - 1e-4))
+    prior = torch.logit(net.bank.shares.clamp(RAREST, 1 - RAREST))
     want = torch.where(heard, (net.head(z) + prior + votes) / 2, net.head(z))
     torch.testing.assert_close(net(x), want)
     assert heard.any()

@@ -7,7 +7,7 @@ import torch
 
 from charmlib import Run
 from charmlib.evaluation.runs import RunFolder, finish
-from charmlib.viz.explain import plot_explanation
+from charmlib.viz.retrieved import plot_explanation
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")

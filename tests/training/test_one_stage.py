@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from charmlib import Run, charm_learner
-from charmlib.evaluation.evaluate import evaluate_run, thresholds_at
 from charmlib.evaluation.runs import RunFolder, finish
+from charmlib.evaluation.score import evaluate_run, thresholds_at
 from charmlib.params import ParameterError
 from charmlib.training.checkpoint import load_model, load_resume
 from charmlib.training.predict import predict

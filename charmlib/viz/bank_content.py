@@ -1,4 +1,4 @@
-"""What a memory bank holds: enrichment by finding, of several banks, and how it filled."""
+"""The content of memory banks: enrichment by finding, a map over several banks, and the content over the epochs."""
 
 from __future__ import annotations
 
@@ -10,29 +10,27 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from charmlib.evaluation.enrichment import NONE, rows_of
-from charmlib.viz.style import FIRST, GUIDE, SECOND, class_style, heading, readable, styled
+from charmlib.evaluation.runs import number
+from charmlib.viz.style import FIRST, GUIDE, SECOND, class_style, heading, mark_stages, number_map, readable, styled
 
 PANELS = 9
-"""Banks whose histories fit on one picture."""
-
-_TICKS = FuncFormatter(lambda value, _: f"{value:g}")
+"""Number of banks whose histories fit on one picture."""
 
 
 @styled
 def plot_enrichment(found: Mapping, *, title: str = "", note: str = ""):
     """Enrichment of each finding with its interval on a logarithmic axis, the rarest on top; returns the figure.
 
-    ``found`` is ``metrics['bank']['enrichment']``. A finding that no slot holds stands at the left edge, as '0'.
+    ``found`` is ``metrics['bank']['enrichment']``. A finding in none of the slots is drawn as '0' at the left edge.
     """
     rows = rows_of(found)
-    values = np.array([_number(f["enrichment"]) for f in rows.values()])
-    limits = np.array([[_number(v) for v in f["interval"][:2]] for f in rows.values()])
-    expected = np.array([_number(f["expected"]) for f in rows.values()])
+    values, expected = (np.array([number(f[key]) for f in rows.values()]) for key in ("enrichment", "expected"))
+    limits = np.array([[number(v) for v in f["interval"][:2]] for f in rows.values()])
     drawn = np.concatenate([values, limits.ravel(), expected, [1.0]])
     drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
     left, right = min(0.5, drawn.min() / 1.4), max(2.0, drawn.max() * 1.4)
     at = np.arange(len(rows), 0, -1.0)
-    at[len(found["classes"]):] -= 0.6  # the findings, and below them what sums them up
+    at[len(found["classes"]):] -= 0.6  # the findings, and below them their summaries
     figure, axis = plt.subplots(figsize=(8.4, 0.27 * len(rows) + 1.4), layout="constrained")
     axis.axvline(1, color=GUIDE, lw=1)
     some, none = values > 0, values == 0
@@ -43,63 +41,53 @@ def plot_enrichment(found: Mapping, *, title: str = "", note: str = ""):
         axis.annotate("0", (left, y), xytext=(3, 0), textcoords="offset points", va="center", color=FIRST, weight="bold")
     if np.isfinite(expected).any() and not np.allclose(expected[np.isfinite(expected)], 1):
         axis.plot(expected, at, "|", color=SECOND, ms=11, mew=2, label="slots drawn at random, each from its stage's images")
-    axis.set_xscale("log")
-    axis.set(xlim=(left, right), ylim=(at.min() - 0.6, at.max() + 0.6),
+    axis.set(xscale="log", xlim=(left, right), ylim=(at.min() - 0.6, at.max() + 0.6),
              xlabel=f"share of the bank's {found['slots']:,} slots over prevalence in the training part")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(_TICKS)
-    axis.xaxis.minorticks_off()
-    axis.set_yticks(at, [f"{readable(name)}  {_number(f['prevalence']):.1%}, {f['slots']:,} slots"
+    _round_ticks(axis.xaxis)
+    axis.set_yticks(at, [f"{readable(name)}  {number(f['prevalence']):.1%}, {f['slots']:,} slots"
                          for name, f in rows.items()])
     axis.grid(axis="y", visible=False)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    heading(figure, title, note)
-    return figure
+    return heading(figure, title, note)
 
 
 @styled
 def plot_enrichment_map(table: pd.DataFrame, *, title: str = "", note: str = ""):
-    """Banks in rows, findings in columns (the rarest first), enrichment over what slots drawn at random would have, in colour
-    and number; returns the figure.
+    """Enrichment over that of slots drawn at random: banks in rows, findings in columns (the rarest first); returns the figure.
 
-    ``table`` is :func:`charmlib.evaluation.enrichment.compare_enrichment`'s.
+    ``table`` is made by :func:`charmlib.evaluation.enrichment.compare_enrichment`.
     """
     names = [c for c in table.columns if f"{c} low" in table]
     with np.errstate(divide="ignore", invalid="ignore"):
         values = table[names].to_numpy(float) / table[[f"{c} expected" for c in names]].to_numpy(float)
         colour = np.clip(np.log2(values), -3, 3)
     figure, axis = plt.subplots(figsize=(0.52 * len(names) + 2.6, 0.27 * len(table) + 2.0), layout="constrained")
-    image = axis.imshow(colour, cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto")
-    for r, c in zip(*np.nonzero(np.isfinite(values))):
-        v = values[r, c]
-        axis.text(c, r, f"{v:.2f}" if v < 0.995 else f"{v:.3g}" if v >= 100 else f"{v:.1f}", ha="center", va="center",
-                  fontsize=7, color="white" if abs(colour[r, c]) > 2 else "black")
-    axis.set_xticks(range(len(names)), [readable(n) for n in names], rotation=40, ha="right")
-    axis.set_yticks(range(len(table)), table["cell"])
-    axis.grid(False)
+    texts = [["" if not np.isfinite(v) else f"{v:.2f}" if v < 0.995 else f"{v:.3g}" if v >= 100 else f"{v:.1f}" for v in row]
+             for row in values]
+    image = number_map(axis, colour, texts, table["cell"], [readable(n) for n in names], white=abs(colour) > 2, fontsize=7,
+                       slanted={"rotation": 40, "ha": "right"}, cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto")
     bar = figure.colorbar(image, ax=axis, ticks=[-3, -2, -1, 0, 1, 2, 3], shrink=0.9)
     bar.set_ticklabels(["1/8 or less", "1/4", "1/2", "1", "2", "4", "8 or more"])
-    heading(figure, title, f"Enrichment over that of slots drawn at random from what was on offer. {note}")
-    return figure
+    return heading(figure, title, f"Enrichment over that of slots drawn at random from the images on offer. {note}")
 
 
 @styled
 def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]], prevalence: Mapping[str, float], *,
                       note: str = ""):
-    """What filled the bank over the epochs, a panel a run: share of slots over prevalence, a line a finding.
+    """Content of the bank over the epochs, one panel per run: share of slots over prevalence, one line per finding.
 
     Parameters
     ----------
     histories : mapping
-        Name -> ``bank_history.csv`` as a frame, or several of one setting (seeds), which share a panel: their slots
-        are counted together, epoch by epoch. The first :data:`PANELS` are drawn.
+        Name -> ``bank_history.csv`` as a frame, or several of one setting (seeds). These share a panel, and their slots
+        are pooled epoch by epoch. The first :data:`PANELS` are drawn.
     prevalence : mapping
         Class -> share of positives in the training part, and ``no_finding``; see
         :func:`charmlib.evaluation.enrichment.training_shares`.
 
     Returns
     -------
-    The figure. A finding that no slot holds runs along the lower edge.
+    The figure. A finding in none of the slots runs along the lower edge.
     """
     given = {name: [frames] if isinstance(frames, pd.DataFrame) else list(frames) for name, frames in histories.items()}
     shown = {name: pd.concat(frames).groupby(["stage", "epoch"], as_index=False).sum()
@@ -124,27 +112,21 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
         axis.axhline(1, color=GUIDE, lw=1)
         for c, values in run.items():
             axis.plot(np.arange(1, len(frame) + 1), values.clip(lower=low), **styles[c], marker="." if len(frame) < 4 else None)
-        border = int((frame["stage"].astype(str) == "1").sum())
-        if 0 < border < len(frame):
-            axis.axvline(border + 0.5, color=GUIDE, lw=1, ls=":")
-        axis.set_title(name + (f" ({runs} runs)" if runs > 1 else ""))
-        axis.set_yscale("log")
-        axis.set_ylim(low, high)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(_TICKS)
-        axis.yaxis.minorticks_off()
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set(title=name + (f" ({runs} runs)" if runs > 1 else ""), yscale="log", ylim=(low, high))
+        _round_ticks(axis.yaxis)
+        mark_stages(axis, frame["stage"])
     for axis in axes[-1]:
-        axis.set_xlabel("epoch (dotted line: stage 2 begins)")
+        axis.set_xlabel("epoch (dotted line: next stage)")
     figure.supylabel("share of slots over prevalence", fontsize=9)
     handles = [plt.Line2D([], [], **styles[c]) for c in shares]
     figure.legend(handles, [f"{readable(c)} {p:.1%}" for c, p in shares.items()], loc="outside right center",
                   title="prevalence in training")
     left_out = f"; {len(given) - len(shown)} more settings are not drawn" if len(given) > len(shown) else ""
-    heading(figure, "", f"What filled the bank by the end of each epoch (the best epoch's is kept): along the lower edge, none"
-                        f"{left_out}. {note}")
-    return figure
+    return heading(figure, "", "Content of the bank at the end of each epoch (the best epoch's is kept); none of a finding at "
+                               f"the lower edge{left_out}. {note}")
 
 
-def _number(value) -> float:
-    return float("nan") if value is None else float(value)
+def _round_ticks(axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.minorticks_off()

@@ -1,4 +1,4 @@
-"""An image beside the training images that the memory bank answered it with."""
+"""An image beside the training images that the memory bank retrieved for it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 from charmlib.viz.style import heading, readable, styled
 
 SLOTS = 5
-"""Retrieved images that fit beside the one they answer."""
+"""Number of retrieved images that fit beside the query."""
 
 _CAPTION = 0.95
-"""Inches over each image."""
+"""Height of a caption in inches."""
 
 
 @styled
 def plot_explanation(cases, *, note: str = ""):
-    """One row a case: the image with its labels and the highest probabilities, then its retrieved images, best first, with
-    labels, similarity and weight; at most :data:`SLOTS`. Returns the figure.
+    """One row per case: the image with its labels and highest probabilities, then the images retrieved for it, best first.
+
+    These have labels, similarity and weight; at most :data:`SLOTS` are drawn. Returns the figure.
 
     Parameters
     ----------
     cases : Explanation, or a sequence of them
-        See :class:`charmlib.training.explain.Explanation`.
+        See :class:`charmlib.training.bank_evidence.Explanation`.
     """
     cases = list(cases) if isinstance(cases, Sequence) else [cases]
     if not cases:
-        figure = plt.figure(figsize=(6, 0.8))
-        heading(figure, "", f"no case to show: no image here has a finding. {note}")
-        return figure
-    columns = 1 + max((min(len(case.table), SLOTS) for case in cases), default=0)
+        return heading(plt.figure(figsize=(6, 0.8)), "", f"no case to show: no image here has a finding. {note}")
+    slots = max(len(case.table) for case in cases)
+    columns = 1 + min(slots, SLOTS)
     width, height = max(1.9 * columns, 6), (1.85 + _CAPTION) * len(cases) + 0.5
     figure, axes = plt.subplots(len(cases), columns, figsize=(width, height), squeeze=False)
-    # laid out by hand: matplotlib's own layout takes half a second more for so many captions
+    # a fixed layout: matplotlib's constrained one takes half a second more for so many captions
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.05 / height, top=1 - (0.5 + _CAPTION) / height, wspace=0.05,
                            hspace=_CAPTION / 1.85)
     for axis in axes.flat:
@@ -42,16 +42,14 @@ def plot_explanation(cases, *, note: str = ""):
     for row, case in zip(axes, cases):
         likely = "\n".join(f"{readable(name)} {p:.2f}" for name, p in case.top[:2])
         own = _lines(case.labels) or "labels unknown"
-        _image(row[0], case.pixels, f"{case.image}, {case.part or 'in no part'}\n{own}\nsays: {likely}")
+        _image(row[0], case.pixels, f"{case.image}, {case.part or 'in no part'}\n{own}\npredicted: {likely}")
         for axis, pixels, (_, slot) in zip(row[1:], case.retrieved, case.table.head(SLOTS).iterrows()):
             labels = _lines(str(slot["labels"]).split("|")) or "labels unknown"
             _image(axis, pixels, f"{slot['image']}\n{labels}\nsimilarity {slot['similarity']:.3f}\nweight {slot['weight']:.3f}")
-    slots = max((len(case.table) for case in cases), default=0)
-    told = (f"the {SLOTS} most similar of {slots} training images that the memory answered with" if slots > SLOTS else
-            "what the memory answered with")
-    words = [f"left: the image; then {told}", *dict.fromkeys(case.note for case in cases if case.note), note]
-    heading(figure, "", ". ".join(filter(None, words)))
-    return figure
+    told = (f"the {SLOTS} most similar of the {slots} training images that the memory retrieved" if slots > SLOTS else
+            "the training images that the memory retrieved")
+    words = [f"left: the image; then {told}", *dict.fromkeys(case.note for case in cases), note]
+    return heading(figure, "", ". ".join(filter(None, words)))
 
 
 def _image(axis, pixels: np.ndarray, caption: str) -> None:
@@ -60,6 +58,6 @@ def _image(axis, pixels: np.ndarray, caption: str) -> None:
 
 
 def _lines(labels: Sequence[str], most: int = 3) -> str:
-    """Labels one below another, those that do not fit as a count."""
+    """Up to ``most`` labels in lines; the last line counts those that are left out."""
     names = [readable(name) for name in labels if name]
     return "\n".join(names if len(names) <= most else [*names[:most - 1], f"and {len(names) - most + 1} more"])

@@ -128,7 +128,7 @@ def test_this_environment_is_the_end_that_it_is_taken_for():
 
 def test_everything_imported_is_required():
     names = {"sklearn": "scikit_learn", "PIL": "pillow", "yaml": "pyyaml"}
-    brought = {"scipy", "IPython"}  # by scikit-learn and ipykernel
+    brought = {"scipy", "IPython", "fastcore"}  # by scikit-learn, ipykernel and fastai
     asked_for = {"pydicom", "kaggle"}  # the 'dicom' extra and the official client: who lacks them is told to install them
     found = set()
     for path in (*(ROOT / "charmlib").rglob("*.py"), *(ROOT / "kaggle_setup").glob("*.py")):

@@ -69,7 +69,7 @@ def test_bases_of_bases_travel_too(tmp_path):
     """Under names that do not ship with charmlib, so that nothing else could be found in their place."""
     (tmp_path / "here/low").mkdir(parents=True)
     (tmp_path / "here/grid_chain.yaml").write_text("base: first_of_chain.yaml\naxes: {k: [1]}\n")
-    (tmp_path / "here/first_of_chain.yaml").write_text("base: low/last_of_chain.yaml\nseed: 3\n")
+    (tmp_path / "here/first_of_chain.yaml").write_text("base: low/last_of_chain.yaml\nseed: 3\nanswer: features\n")
     last = tmp_path / "here/low/last_of_chain.yaml"
     last.write_text("bank_size: 7\nanswer: features\n")
     files = grid_files(tmp_path / "here/grid_chain.yaml")

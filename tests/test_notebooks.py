@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from charmlib.param_sources import cell_source
 from charmlib.params import PARAMS
@@ -17,7 +18,7 @@ from tests.conftest import TINY
 ROOT = Path(__file__).parents[1]
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = {"prepare": ["data_root", "classes", "csv", "split", "valid_fraction", "image_size", "aspect", "cache_dir", "workers"],
-         "train": list(PARAMS), "test": ["data_root", "cache_dir", "limit", "run_dir", "workers", "device"]}
+         "train": None, "test": ["data_root", "cache_dir", "limit", "run_dir", "workers", "device"]}
 
 
 def code_cells(path):
@@ -62,14 +63,32 @@ def test_the_parameters_cell_is_the_declaration(name):
 
 
 def papermill(name, out, parameters, cwd):
+    """The executed notebook. Parameters that the notebook does not show go through its options; papermill warns of none."""
     book = name if isinstance(name, Path) else ROOT / f"notebooks/{name}.ipynb"
+    options = {k: v for k, v in parameters.items() if name == "train" and k in PARAMS and not PARAMS[k].shown}
+    done = call_papermill(book, out, {k: v for k, v in parameters.items() if k not in options}
+                          | ({"options": yaml.safe_dump(options, default_flow_style=True)} if options else {}), cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "unknown parameter" not in done.stderr and "Unable to parse" not in done.stderr
+    return nbformat.read(out, as_version=4)
+
+
+def call_papermill(book, out, parameters, cwd):
     args = [sys.executable, "-m", "papermill", str(book), str(out), "--no-progress-bar"]
     for key, value in parameters.items():
         args += ["-p", key, str(value)]
     env = {k: v for k, v in os.environ.items() if not k.startswith("CHARM_CELL")}
-    done = subprocess.run(args, capture_output=True, text=True, cwd=cwd, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return nbformat.read(out, as_version=4)
+    return subprocess.run(args, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong, says", [({"stage1_epoch": 1}, "Did you mean 'stage1_epochs'"),
+                                         ({"options": "{strategi: hard}"}, "Did you mean 'strategy'")])
+def test_a_mistyped_name_is_an_error_before_training(phantoms, tmp_path, wrong, says):
+    """Papermill itself only warns: once, this trained twenty epochs and exited 0."""
+    done = call_papermill(ROOT / "notebooks/train.ipynb", tmp_path / "out.ipynb",
+                          {"data_root": phantoms, "run_dir": tmp_path / "run", **wrong}, tmp_path)
+    assert done.returncode != 0 and says in done.stderr and not (tmp_path / "run").exists()
 
 
 def pictures(book):
@@ -111,8 +130,6 @@ def test_train_with_the_finder_then_test_then_a_quick_check(phantoms, tmp_path):
 
 @pytest.mark.slow
 def test_the_grid_notebook(phantoms, tmp_path):
-    import yaml
-
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({**TINY, "data_root": str(phantoms), "stage1_epochs": 1,
                                                         "stage1_frozen_epochs": 0, "stage2_epochs": 1,
                                                         "answer": "features", "strategy": "rarity"}))

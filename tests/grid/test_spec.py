@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from charmlib.evaluation.published import published_charm_grid
-from charmlib.grid.spec import cell_id, load_grid
+from charmlib.grid.spec import cell_id, load_grid, refuse_dead_axes, remarks
 from charmlib.param_sources import load_params
 from charmlib.params import DEFAULTS, PARAMS, ParameterError, missing_need, resolve
 
@@ -143,3 +143,39 @@ def test_the_parts_differ_by_their_parts_only():
     network = [p.name for p in PARAMS.values() if p.group == "network" and p.name not in ("arch", "weights", "norm")]
     assert {k: ours[k] for k in network} == {k: DEFAULTS[k] for k in network}  # the judged CHARM is the default one
     assert sum(plain[k] for k in ("use_momentum", "use_attention", "use_bank")) == 0
+
+
+def test_an_axis_without_effect_is_refused_with_what_would_give_it_one(tmp_path):
+    """momentum x k x threshold over the default were eight equal trainings."""
+    for axes, says in (("k: [1, 2]", "axis 'k' has no effect in any cell; it needs answer: features"),
+                       ("momentum: [0.9, 0.99]", "'momentum'.*use_momentum: true"),
+                       ("threshold: [0.1]", "'threshold'.*strategy"),
+                       ("vote_weight: [0.1, 0.2], use_bank: [false]", "'vote_weight'.*use_bank: true")):
+        with pytest.raises(ParameterError, match=says):
+            load_grid(grid_file(tmp_path, f"base: base.yaml\naxes: {{{axes}}}\n", base="seed: 1\n"))
+    with pytest.raises(ParameterError, match="axis 'k' has no effect"):
+        load_grid(grid_file(tmp_path, "cells: [{seed: [1, 2]}]\n"), ["k=[1,2]"])
+    half = load_grid(grid_file(tmp_path, "base: base.yaml\naxes: {use_bank: [true, false], k: [1, 2]}\n"))
+    assert len(half.cells) == 4
+    with pytest.raises(ParameterError, match="all values of axis 'valid_fraction' amount to 1"):
+        load_grid(grid_file(tmp_path, "axes: {valid_fraction: [0.1, 0.2], split: [patient]}\n"))
+
+
+def test_steps_say_whether_a_momentum_is_reached(tmp_path):
+    """The warm-up reaches 0.99 after 890 steps: in fewer, all larger values are one run."""
+    text = "base: base.yaml\naxes: {momentum: [0.99, 0.999]}\n"
+    short = load_grid(grid_file(tmp_path, text, base="use_momentum: on\nstage1_batch: 100\nstage2_batch: 100\n"))
+    few = {cell.id: {"all": 1000, "findings": 500} for cell in short.cells}
+    with pytest.raises(ParameterError, match=r"all values of axis 'momentum' amount to 0\.9\d* in every cell"):
+        refuse_dead_axes(short, few)
+    refuse_dead_axes(short, {cell.id: {"all": 100000, "findings": 50000} for cell in short.cells})
+    both = load_grid(grid_file(tmp_path, text.replace("[0.99", "[0.5, 0.99"), base="use_momentum: on\n"))
+    assert remarks(both, {cell.id: few["m0.99"] for cell in both.cells}) == ["the same run: m0.99 = m0.999"]
+
+
+def test_given_values_without_effect_are_named_in_one_line(tmp_path):
+    """Those of -p and of the grid file; what a base pins is left alone."""
+    path = grid_file(tmp_path, "base: base.yaml\ncells: [{name: a, rule: angle}, {name: b, seed: 2}]\n", base="k: 4\n")
+    grid = load_grid(path, ["momentum=0.5", "vote_weight=0.3"])
+    (line,) = remarks(grid, {cell.id: {"all": 1000, "findings": 500} for cell in grid.cells})
+    assert line == "without effect: momentum (needs use_momentum: true); rule (needs strategy: rarity or statistical or hybrid)"

@@ -4,8 +4,6 @@ On an unsupported GPU ``torch.cuda.is_available()`` is True and the first kernel
 therefore compared instead. Only functions that read the current machine import torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Calibration: whether the share of positives among predictions of probability p is p."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

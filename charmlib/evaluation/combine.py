@@ -1,7 +1,5 @@
 """Several runs as one: the mean of an ensemble's probabilities, and the test parts of a cross-validation together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path

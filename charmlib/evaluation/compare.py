@@ -1,7 +1,5 @@
 """Two runs on the same images: the paired difference, with its interval."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Controls: what a score must be when there is nothing to learn, or nothing but the view."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Enrichment of a memory bank: the share of each finding in its slots over its prevalence, with intervals over patients."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

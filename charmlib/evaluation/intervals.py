@@ -5,8 +5,6 @@ the units). The weight of an image is the number of times that its patient was d
 the same seed use the same draws, so differences of two runs are paired.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Leakage between runs: refuses a run beside another that was trained on its test images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import permutations
 from pathlib import Path

@@ -1,7 +1,5 @@
 """ROC-AUC and average precision by class and their means. Labels may be NaN; means name the classes that they leave out."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Operating points: thresholds that are chosen on validation data and then kept, and the confusion matrix at them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

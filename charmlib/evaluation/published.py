@@ -1,7 +1,5 @@
 """Published results, shown only beside runs on the same kind of split."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib.resources import files
 

@@ -1,8 +1,6 @@
 """The scores of a run: metrics, intervals, operating points and calibration of a part, and of finished runs anew from their
 prediction files (no images, no network, no GPU)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tables for reading, made from ``metrics.json``, and the notes on data and origin that belong to every score."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import pandas as pd

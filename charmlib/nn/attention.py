@@ -1,7 +1,5 @@
 """Multi-scale spatial attention of CHARM-Xray."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

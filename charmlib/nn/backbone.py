@@ -1,7 +1,5 @@
 """Backbones split into a trunk and a final block, with ImageNet weights, weights from a file, or random weights."""
 
-from __future__ import annotations
-
 import difflib
 from collections import OrderedDict
 from collections.abc import Mapping

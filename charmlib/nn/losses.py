@@ -4,8 +4,6 @@ Each loss is a mean over the known entries. ``FocalLoss(gamma=0)`` and ``Asymmet
 :class:`BCELoss`. All losses have the attributes that fastai uses: ``activation`` (sigmoid), ``decodes``, ``reduction``.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Write strategies of memory banks: the seven of MemAug, its later loss-aware one, and a class-balanced one."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The content of memory banks: enrichment by finding, a map over several banks, and the content over the epochs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt

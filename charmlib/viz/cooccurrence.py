@@ -1,7 +1,5 @@
 """Co-occurrence of findings."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import numpy as np
 

@@ -1,7 +1,5 @@
 """The confusion matrix at an operating point: true and false positives and negatives of each class."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt

@@ -1,7 +1,5 @@
 """ROC and precision-recall curves: all classes in one picture, and one panel per class with its interval band."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt

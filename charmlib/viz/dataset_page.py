@@ -3,8 +3,6 @@
 ``data`` is a :class:`charmlib.data.dataset.ChestData`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib.pyplot as plt

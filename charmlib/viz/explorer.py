@@ -4,8 +4,6 @@ Built from plain sliders, dropdowns, ``HTML`` and ``Image`` widgets with observe
 under papermill). Without a person it draws static pictures and makes no widget.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import html

@@ -1,7 +1,5 @@
 """Heat maps of a grid over momentum, k and threshold."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import pandas as pd
 

@@ -1,7 +1,5 @@
 """Training curves: loss, validation AUC (if there is such a part) and the share of features stored in the bank, by epoch."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import pandas as pd
 

@@ -1,7 +1,5 @@
 """One self-contained HTML page: tables and pictures that open without network access."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

@@ -1,7 +1,5 @@
 """AUC of each class with its interval, beside published results on the same kind of split."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt

@@ -1,7 +1,5 @@
 """Reliability diagrams: the share of positives over the predicted probability, one panel per class."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.special import expit
 

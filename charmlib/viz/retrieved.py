@@ -1,7 +1,5 @@
 """An image beside the training images that the memory bank retrieved for it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt

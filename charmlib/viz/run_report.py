@@ -1,7 +1,5 @@
 """A run's pictures, and its ``report.html``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The explorer as a web page on this machine only, by Voilà."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import signal

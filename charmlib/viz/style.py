@@ -1,7 +1,5 @@
 """One style for all pictures: readable at notebook width and in print, safe for colour-blind readers; and shared elements."""
 
-from __future__ import annotations
-
 import functools
 import math
 import textwrap

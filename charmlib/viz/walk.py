@@ -1,7 +1,5 @@
 """A walk along one class's ROC curve: counts and rates at each point, and the images that change sides between points."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.special import expit
 

@@ -3,8 +3,6 @@
 Exit 0 only when all that was asked is done.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """Atomic and durable file writes: write to a temporary name, sync, rename, sync the folder."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

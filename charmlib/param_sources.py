@@ -1,7 +1,5 @@
 """Where parameters come from: YAML files, the command line's assignments, and a notebook's parameters cell."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterable, Mapping
 from pathlib import Path

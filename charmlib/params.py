@@ -4,8 +4,6 @@ All sources of parameters (:mod:`charmlib.param_sources`) go through :func:`reso
 and refuses unknown names, naming the nearest valid one. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping

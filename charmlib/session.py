@@ -3,8 +3,6 @@
 A grid's runner tells the processes of a cell through the environment variables below.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -1,7 +1,5 @@
 """CHARM-Xray as one network; each of its three parts can be switched off."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the memory bank of a run holds, and what it answers an image with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

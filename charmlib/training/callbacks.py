@@ -1,7 +1,5 @@
 """Small fastai callbacks, each with one job."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Runs the phases of a recipe; training can stop and continue after any epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

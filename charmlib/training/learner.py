@@ -1,7 +1,5 @@
 """``charm_learner``: a fastai Learner around CharmNet, as ``vision_learner`` is one around a ResNet."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ fastai copies the loss and the predictions of every batch to the CPU and asks tw
 time the CPU waits for the GPU. Here all of it stays on the device until somebody reads it.
 """
 
-from __future__ import annotations
-
 import time
 
 import torch

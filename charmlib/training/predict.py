@@ -1,7 +1,5 @@
 """Probabilities and calls of a trained run for new images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 

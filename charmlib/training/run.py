@@ -1,7 +1,5 @@
 """One run: parameters, data, network and a folder. The train and test notebooks are written with it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
@@ -54,7 +52,7 @@ class Run:
         self._rate = self.params["stage1_lr"] or None
 
     @classmethod
-    def open(cls, params: Mapping | None = None, **changes) -> Run:
+    def open(cls, params: Mapping | None = None, **changes) -> "Run":
         """Check the parameters, open the data, build the network. Writes nothing yet.
 
         Raises
@@ -79,7 +77,7 @@ class Run:
         return cls(p, data, net, device, precision)
 
     @classmethod
-    def load(cls, run_dir: str | Path, **changes) -> Run:
+    def load(cls, run_dir: str | Path, **changes) -> "Run":
         """A trained run from its folder; ``changes`` may only say where things are (data_root, cache_dir, workers, device).
 
         A read-only folder is copied to a writable place, and the copy is the run's folder from then on.

@@ -3,8 +3,6 @@
 Exit 0 only when all that was asked is done.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time
@@ -14,6 +12,16 @@ from pathlib import Path
 import click
 
 from charmlib import __version__
+from charmlib.files import write_csv
+
+_ASSIGN = click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter; pins a grid's axis.")
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_PATH = click.Path(path_type=Path)
+_POINT = click.option("--point", default="youden", show_default=True, metavar="POINT",
+                      help="Operating point: youden, f1, or sensitivity_S such as sensitivity_0.95.")
+_RERUN = click.option("--rerun-changed", is_flag=True, help="Replace finished runs that were made with other settings.")
+_RUN = click.Path(path_type=Path, exists=True, file_okay=False)
+_WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Trainings at once [default: one a GPU, or 1].")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -23,7 +31,7 @@ def cli():
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=_PATH)
 @click.option("--images", default=3000, show_default=True)
 @click.option("--size", default=64, show_default=True, help="Pixels a side.")
 @click.option("--seed", default=85, show_default=True)
@@ -53,87 +61,74 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
 
     Writes data.html into the cache: findings by part, patients, views, co-occurrence, sample images.
     """
-    from charmlib.data.cache import content_of, open_images
-    from charmlib.data.dataset import assemble, find_data
-    from charmlib.data.index import read_index
-    from charmlib.data.splits import SplitError
-    from charmlib.viz.dataset_page import finding_table, part_table, write_dataset_page
+    from charmlib.data import cache, dataset, index, splits
+    from charmlib.viz import dataset_page as page
 
-    index = read_index(find_data(data_root), classes="own" if csv else "nih14", csv=csv)
+    found = index.read_index(dataset.find_data(data_root), classes="own" if csv else "nih14", csv=csv)
     start = time.monotonic()
-    images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), size, aspect=aspect, cache_dir=cache_dir,
-                         workers=workers, verify=verify)
-    seconds = time.monotonic() - start
+    images = cache.open_images(found.frame["id"].tolist(), found.frame["path"].tolist(), size, aspect=aspect,
+                               cache_dir=cache_dir, workers=workers, verify=verify)
     click.echo(f"{len(images):,} images at {size} pixels, {images.pixels.nbytes / 1e9:.2f} GB, in {images.folder} "
-               f"({seconds:.1f} s)")
-    sizes = content_of(images.folder)["sizes"]
+               f"({time.monotonic() - start:.1f} s)")
+    sizes = cache.content_of(images.folder)["sizes"]
     click.echo("source pictures: " + ", ".join(f"{n:,} of {w} x {h}" for (w, h), n in list(sizes.items())[:5])
                + (f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""))
     try:
-        data = assemble(index, images, split=split or ("patient" if csv else "official"))
-    except SplitError as error:
-        click.echo(f"report: {index.report}\nno parts to show the data by (--split patient needs no lists): {error}")
+        data = dataset.assemble(found, images, split=split or ("patient" if csv else "official"))
+    except splits.SplitError as error:
+        click.echo(f"report: {found.report}\nno parts to show the data by (--split patient needs no lists): {error}")
         return
-    click.echo(f"{data}\n\n{part_table(data).to_string(index=False)}\n\n{finding_table(data).to_string(index=False)}")
+    click.echo(f"{data}\n\n{page.part_table(data).to_string(index=False)}\n\n{page.finding_table(data).to_string(index=False)}")
     if os.access(images.folder, os.W_OK):
-        click.echo(f"\n{write_dataset_page(images.folder / 'data.html', data)}")
+        click.echo(f"\n{page.write_dataset_page(images.folder / 'data.html', data)}")
 
 
 @cli.command()
-@click.argument("params_yaml", type=click.Path(path_type=Path))
-@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE")
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder [default: runs/<stem>].")
-@click.option("--rerun-changed", is_flag=True, help="Replace a finished run that was made with other settings.")
-def run(params_yaml, assignments, out, rerun_changed):
+@click.argument("params_yaml", type=_PATH)
+@_ASSIGN
+@click.option("--out", type=_PATH, help="The run's folder [default: runs/<stem>].")
+@_RERUN
+def run(params_yaml, assignments, **how):
     """Train and test one cell from PARAMS_YAML."""
     from charmlib.grid.runner import run_single
 
-    folder = run_single(params_yaml, assignments, out=out, rerun_changed=rerun_changed, say=_say)
+    folder = run_single(params_yaml, assignments, say=click.echo, **how)
     click.echo(f"done: {folder}/metrics.json, {folder}/test.ipynb")
-
-
-_RUN = click.Path(path_type=Path, exists=True, file_okay=False)
-_POINT = click.option("--point", default="youden", show_default=True, metavar="POINT",
-                      help="Operating point: youden, f1, or sensitivity_S such as sensitivity_0.95.")
 
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=_RUN, metavar="RUN...")
 @_POINT
 @click.option("--ensemble", is_flag=True, help="Score the mean of all runs' probabilities as well.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+@click.option("--out", type=_FOLDER,
               help="Where report.html and per_class.csv go [default: each run's folder; an ensemble has none].")
 def evaluate(runs, point, ensemble, out):
     """Score finished runs anew from their prediction files, with intervals; a grid's folder stands for its cells."""
-    from charmlib.evaluation.leaks import refuse_leaks
+    from charmlib.evaluation import leaks, score, tables
     from charmlib.evaluation.runs import run_folders, run_names
-    from charmlib.evaluation.score import evaluate_ensemble, evaluate_run
-    from charmlib.evaluation.tables import run_table, with_intervals
     from charmlib.viz.run_report import evaluation_text, write_evaluation
 
     folders = run_folders(runs)
-    refuse_leaks(folders)
+    leaks.refuse_leaks(folders)
     if ensemble and len(folders) < 2:
         raise click.UsageError(f"an ensemble needs at least two runs, found {folders[0]} only")
-    locked = next((f for f in folders if not os.access(f, os.W_OK)), None)
-    if locked and not out:
-        raise click.UsageError(f"{locked} is read-only: name a folder for the reports with --out")
+    if not out and (locked := [f for f in folders if not os.access(f, os.W_OK)]):
+        raise click.UsageError(f"{locked[0]} is read-only: name a folder for the reports with --out")
     scored = []
+
+    def show(metrics, test, target):
+        scored.append(metrics)
+        click.echo(evaluation_text(metrics, test, point))
+        if target:
+            click.echo(f"{write_evaluation(target, metrics, test, point)}\n")
+
     for folder, name in zip(folders, run_names(folders)):
-        metrics, test = evaluate_run(folder, points=[point])
-        metrics["cell"] = name
-        target = out if out and len(folders) == 1 else out / name if out else folder.path
-        click.echo(evaluation_text(metrics, test, point))
-        click.echo(f"{write_evaluation(target, metrics, test, point)}\n")
-        scored.append(metrics)
+        metrics, test = score.evaluate_run(folder, points=[point])
+        show({**metrics, "cell": name}, test, out if out and len(folders) == 1 else out / name if out else folder.path)
     if ensemble:
-        metrics, test = evaluate_ensemble(folders, points=[point])
-        click.echo(evaluation_text(metrics, test, point))
-        if out:
-            click.echo(f"{write_evaluation(out / f'mean_of_{len(folders)}_runs', metrics, test, point)}\n")
-        scored.append(metrics)
+        show(*score.evaluate_ensemble(folders, points=[point]), out and out / f"mean_of_{len(folders)}_runs")
     if len(scored) > 1:
-        click.echo(with_intervals(run_table(scored), 4).to_string(index=False))
+        click.echo(tables.with_intervals(tables.run_table(scored), 4).to_string(index=False))
 
 
 @cli.command()
@@ -143,45 +138,38 @@ def evaluate(runs, point, ensemble, out):
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table to this CSV.")
 def compare(first, second, point, out):
     """The paired difference SECOND minus FIRST of two runs on the same images, with its interval."""
-    from charmlib.evaluation.compare import compare as paired
-    from charmlib.evaluation.compare import verdict
-    from charmlib.evaluation.leaks import refuse_leaks
+    from charmlib.evaluation import compare, leaks, tables
     from charmlib.evaluation.runs import RunFolder
     from charmlib.evaluation.score import thresholds_at
-    from charmlib.evaluation.tables import split_note, with_intervals, with_origin
-    from charmlib.files import write_whole
 
     if first.resolve() == second.resolve():
         raise click.UsageError(f"{first} is named twice; compare two runs")
     runs = [RunFolder(first), RunFolder(second)]
-    refuse_leaks(runs)
-    metrics = runs[0].metrics
+    leaks.refuse_leaks(runs)
     thresholds = [thresholds_at(run, point) for run in runs]
-    table = paired(runs[0].test, runs[1].test, thresholds=thresholds if all(thresholds) else None)
-    click.echo(f"{split_note(metrics)}\nfirst: {first}, second: {second}; " + (
+    table = compare.compare(runs[0].test, runs[1].test, thresholds=thresholds if all(thresholds) else None)
+    click.echo(f"{tables.split_note(runs[0].metrics)}\nfirst: {first}, second: {second}; " + (
         f"each at its own operating point '{point}', chosen on validation\n" if all(thresholds) else
         "no operating points: trained without a validation part was "
         f"{' and '.join(str(run) for run, t in zip(runs, thresholds) if not t)}\n"))
-    click.echo(with_intervals(table.rename(columns={"low": "difference low", "high": "difference high"}), 4)
-               .to_string(index=False))
-    click.echo("\n" + verdict(table, str(first), str(second)))
+    shown = table.rename(columns={"low": "difference low", "high": "difference high"})
+    click.echo(f"{tables.with_intervals(shown, 4).to_string(index=False)}\n\n{compare.verdict(table, str(first), str(second))}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        named = with_origin(table, metrics).assign(first_run=str(first), second_run=str(second))
-        write_whole(out, lambda temporary: named.to_csv(temporary, index=False))
+        write_csv(out, tables.with_origin(table, runs[0].metrics).assign(first_run=str(first), second_run=str(second)))
 
 
 @cli.command()
-@click.argument("params_or_run", type=click.Path(path_type=Path))
-@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE")
-@click.option("--out", type=click.Path(path_type=Path), help="The controls' folder [default: runs/<name>_controls].")
-@click.option("--workers", type=click.IntRange(min=1), help="Trainings at once [default: one a GPU, or 1].")
-def controls(params_or_run, assignments, out, workers):
+@click.argument("params_or_run", type=_PATH)
+@_ASSIGN
+@click.option("--out", type=_PATH, help="The controls' folder [default: runs/<name>_controls].")
+@_WORKERS
+def controls(params_or_run, assignments, **how):
     """Controls of a parameter file or a finished run: shuffled labels (must score 0.5), view position alone, plain network."""
     from charmlib.evaluation.tables import with_intervals
     from charmlib.grid.controls import run_controls
 
-    table, held, remarks = run_controls(params_or_run, assignments, out=out, workers=workers, say=_say)
+    table, held, remarks = run_controls(params_or_run, assignments, say=click.echo, **how)
     click.echo("\n".join([with_intervals(table, 4).to_string(index=False), *remarks]))
     if not held:
         raise SystemExit("the 99 % interval of the shuffled control does not contain 0.5: labels reach the network by another "
@@ -190,29 +178,26 @@ def controls(params_or_run, assignments, out, workers):
 
 @cli.command()
 @click.argument("run", type=_RUN)
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=_PATH, metavar="PATH...")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("predictions.csv"), show_default=True)
 @_POINT
 @click.option("--calibrated", is_flag=True, help="Probabilities at the validation part's temperature; calls stay the same.")
 @click.option("--device", default="auto", show_default=True)
-def predict(run, paths, out, point, calibrated, device):
+def predict(run, paths, out, **how):
     """Probabilities and calls of RUN for new images or folders (PNG, JPEG; DICOM with pydicom). Research use only."""
-    from charmlib.files import write_whole
-    from charmlib.training.predict import origin
-    from charmlib.training.predict import predict as predict_images
+    from charmlib.training import predict
 
     refused = []
-    click.echo(origin(run))
+    click.echo(predict.origin(run))
     out.parent.mkdir(parents=True, exist_ok=True)
-    table = predict_images(run, paths, point=point, calibrated=calibrated, device=device, refused=refused.append)
-    write_whole(out, lambda temporary: table.to_csv(temporary, index=False))
+    table = predict.predict(run, paths, refused=refused.append, **how)
+    write_csv(out, table)
     calls = any(column.startswith("call_") for column in table)
-    click.echo(f"{out}: {len(table)} images, " + (f"operating point '{point}'" if calls else
+    click.echo(f"{out}: {len(table)} images, " + (f"operating point '{how['point']}'" if calls else
                "probabilities only: the run was trained without a validation part, so it has no operating point"))
     if refused:
-        for line in refused:
-            click.echo(f"refused: {line}", err=True)
-        click.echo(f"{len(refused)} of {len(table) + len(refused)} files are not in it", err=True)
+        click.echo("\n".join([*(f"refused: {line}" for line in refused),
+                              f"{len(refused)} of {len(table) + len(refused)} files are not in it"]), err=True)
         sys.exit(2)
 
 
@@ -221,11 +206,11 @@ def predict(run, paths, out, point, calibrated, device):
 @click.option("--data-root", default="", help="Where the images are [default: as each run's parameters say].")
 @click.option("--port", default=8866, show_default=True)
 @click.option("--browser/--no-browser", default=True, help="Open the page in a browser.")
-def explore(runs, data_root, port, browser):
+def explore(runs, **how):
     """Look at finished runs on a web page of this machine: walk along ROC curves, see images, compare runs."""
-    from charmlib.viz.serve import explore as serve
+    from charmlib.viz import serve
 
-    sys.exit(serve(runs or ["runs"], data_root=data_root, port=port, browser=browser))
+    sys.exit(serve.explore(runs or ["runs"], **how))
 
 
 @cli.group()
@@ -234,10 +219,10 @@ def grid():
 
 
 @grid.command("run")
-@click.argument("grid_yaml", type=click.Path(path_type=Path))
-@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter; pins an axis.")
-@click.option("--out", type=click.Path(path_type=Path), help="The grid's folder [default: runs/<name>].")
-@click.option("--workers", type=click.IntRange(min=1), help="Cells at once [default: one a GPU, or 1].")
+@click.argument("grid_yaml", type=_PATH)
+@_ASSIGN
+@click.option("--out", type=_PATH, help="The grid's folder [default: runs/<name>].")
+@_WORKERS
 @click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster.")
 @click.option("--scheduler-file", metavar="FILE", help="Use the Dask cluster of this scheduler file.")
 @click.option("--any-worker", is_flag=True, help="Also use workers without a GPU resource, a cell each.")
@@ -247,17 +232,17 @@ def grid():
 @click.option("--budget", metavar="TIME", help="Time for this call, such as 11h; the same command goes on with the cells left.")
 @click.option("--hung-after", default="30m", show_default=True, metavar="TIME",
               help="Time without any sign of life after which a cell is ended and tried once more.")
-@click.option("--continue-from", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False),
+@click.option("--continue-from", metavar="DIR", type=_RUN,
               help="Copy an earlier session's cells from there first [default: attached outputs on Kaggle].")
 @click.option("--dry-run", is_flag=True, help="List the cells and the hours they take, and run nothing.")
-@click.option("--rerun-changed", is_flag=True, help="Replace finished cells that were made with other settings.")
-@click.option("--notebooks", type=click.Path(path_type=Path), help="Folder of train.ipynb and test.ipynb.")
+@_RERUN
+@click.option("--notebooks", type=_PATH, help="Folder of train.ipynb and test.ipynb.")
 def grid_run(grid_yaml, assignments, **how):
     """Run or continue the cells of GRID_YAML."""
     from charmlib.grid.runner import Terminated, run_grid
 
     try:
-        board = run_grid(grid_yaml, assignments, say=_say, **how)
+        board = run_grid(grid_yaml, assignments, say=click.echo, **how)
     except KeyboardInterrupt as stop:
         click.echo("stopped: only unfinished epochs are lost; the same command goes on", err=True)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
@@ -273,17 +258,17 @@ def grid_run(grid_yaml, assignments, **how):
 
 
 @grid.command("merge")
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=_FOLDER)
 @click.argument("folders", nargs=-1, required=True, type=_RUN, metavar="DIR...")
 def grid_merge(out, folders):
     """Merge the cells of shards, or of several sessions, into OUT, with leaderboard and report."""
     from charmlib.grid.bring import merge_grids
 
-    click.echo(_board_text(merge_grids(out, folders, say=_say)))
+    click.echo(_board_text(merge_grids(out, folders, say=click.echo)))
 
 
 @grid.command("status")
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", type=_RUN)
 def grid_status(folder):
     """List the cells as done, failed, started or pending, with the processes that work on them."""
     from charmlib.grid.board import leaderboard
@@ -298,8 +283,8 @@ def grid_status(folder):
 
 
 @grid.command("report")
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write there instead (a read-only grid).")
+@click.argument("folder", type=_RUN)
+@click.option("--out", type=_FOLDER, help="Write there instead (a read-only grid).")
 def grid_report(folder, out):
     """Write leaderboard.csv, the pictures and report.html anew from the cells' files."""
     from charmlib.grid.board import leaderboard
@@ -309,8 +294,7 @@ def grid_report(folder, out):
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         board.to_csv(out / "leaderboard.csv", index=False)
-    page = write_report(folder, board, out=out)
-    if page is None:
+    if not (page := write_report(folder, board, out=out)):
         raise SystemExit("no cell is done yet; nothing to report")
     click.echo(page)
 
@@ -341,31 +325,23 @@ def params(notebooks):
 
 def _board_text(board) -> str:
     from charmlib.evaluation.tables import with_intervals
+    from charmlib.grid import report
     from charmlib.grid.board import over_seeds
-    from charmlib.grid.report import board_notes, parted, shown_apart, shown_board
 
-    listed, apart = parted(board)
-    lines = [*board_notes(listed), shown_board(listed).to_string(index=False)] if len(listed) else []
+    listed, apart = report.parted(board)
+    lines = [*report.board_notes(listed), report.shown_board(listed).to_string(index=False)] if len(listed) else []
     if board["same_as_first"].eq(True).any():
         lines.append("= cannot be told from the first: the 95 % interval of the paired difference contains 0")
-    seeds = over_seeds(board)
-    if seeds is not None:
+    if (seeds := over_seeds(board)) is not None:
         lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]
     if len(apart):
-        lines += ["", *board_notes(apart), shown_apart(apart).to_string(index=False)]
+        lines += ["", *report.board_notes(apart), report.shown_apart(apart).to_string(index=False)]
     return "\n".join(lines)
-
-
-def _say(line: str) -> None:
-    click.echo(line)
-    sys.stdout.flush()
 
 
 def main():
     """Entry point: a refused input is one clear line and exit status 2."""
-    from charmlib.data.splits import SplitError
     from charmlib.grid.cells import GridError
-    from charmlib.params import ParameterError
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*undefined for")  # the tables name these classes
@@ -377,6 +353,6 @@ def main():
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command goes on where it was", err=True)
         sys.exit(130)
-    except (ParameterError, GridError, SplitError, ValueError, OSError) as error:
+    except (GridError, ValueError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

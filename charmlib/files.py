@@ -117,6 +117,11 @@ def write_text(path: str | Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_csv(path: str | Path, table) -> None:
+    """Write a DataFrame as a CSV file atomically, without its index."""
+    write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file atomically. NaN and infinities become null; numpy values become plain numbers."""
     write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")

@@ -1,7 +1,5 @@
 """Where parameters come from: YAML files, the command line's assignments, and a notebook's parameters cell."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,10 +38,8 @@ def find_file(path: str | Path) -> Path:
     path = Path(path)
     parts = path.parts[path.parts.index("params") + 1:] if "params" in path.parts else path.parts
     package = Path(__file__).parent
-    for folder in () if path.is_file() else (package.parent / "params", package / "shipped" / "params"):
-        if folder.joinpath(*parts).is_file():
-            return folder.joinpath(*parts)
-    return path
+    shipped = (folder.joinpath(*parts) for folder in (package.parent / "params", package / "shipped" / "params"))
+    return next((file for file in (path, *shipped) if file.is_file()), path)
 
 
 def load_params(path: str | Path) -> dict[str, Any]:

@@ -4,8 +4,6 @@ All sources of parameters (:mod:`charmlib.param_sources`) go through :func:`reso
 and refuses unknown names, naming the nearest valid one. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -215,11 +213,6 @@ def nearest(name: str, valid) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def _refuse(p: Param, value, why: str, source: str):
-    where = f" ({source})" if source else ""
-    raise ParameterError(f"parameter '{p.name}'{where}: {value!r} {why}.")
-
-
 def coerce(name: str, value: Any, source: str = "") -> Any:
     """``value`` as the declared type of ``name``.
 
@@ -231,49 +224,51 @@ def coerce(name: str, value: Any, source: str = "") -> Any:
     ParameterError
         Unknown name, wrong type, a value outside the allowed ones.
     """
+    where = f"'{name}' ({source})" if source else f"'{name}'"
     if name not in PARAMS:
-        where = f" ({source})" if source else ""
-        raise ParameterError(f"unknown parameter '{name}'{where}.{nearest(name, PARAMS)} "
-                             "`python -m charmlib params` lists them all.")
+        raise ParameterError(f"unknown parameter {where}.{nearest(name, PARAMS)} `python -m charmlib params` lists them all.")
     p = PARAMS[name]
-    if p.type is bool:
-        if isinstance(value, str) and value.strip().lower() in ("true", "yes", "on", "1"):
-            value = True
-        elif isinstance(value, str) and value.strip().lower() in ("false", "no", "off", "0"):
-            value = False
-        if not isinstance(value, bool):
-            _refuse(p, value, "is not true or false", source)
-    elif p.type in (int, float):
-        if isinstance(value, bool):
-            _refuse(p, value, f"is true or false, wanted {p.type.__name__}", source)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            _refuse(p, value, f"is not a number, wanted {p.type.__name__}", source)
-        if not math.isfinite(number):
-            _refuse(p, value, "is not finite", source)
-        if p.type is int and number != int(number):
-            _refuse(p, value, "is not a whole number", source)
-        value = p.type(number)
-        if not p.low <= value <= p.high:
-            _refuse(p, value, f"is outside {p.low:g} to {p.high:g}", source)
-    else:
-        if isinstance(value, Path):
-            value = str(value)
-        if value is None or (value is False and "none" in p.choices):
-            value = "none" if "none" in p.choices else ""
-        if not isinstance(value, str):
-            _refuse(p, value, "is not text (put it in quotes)", source)
-        if p.choices and value not in p.choices and not (p.also and _looks_free(value)):
-            allowed = ", ".join(p.choices) + (f", or {p.also}" if p.also else "")
-            raise ParameterError(f"parameter '{p.name}'{f' ({source})' if source else ''}: {value!r} is none of "
-                                 f"{allowed}.{nearest(value, p.choices)}")
+    try:
+        return (_flag if p.type is bool else _text if p.type is str else _number)(p, value)
+    except ValueError as error:
+        raise ParameterError(f"parameter {where}: {error}") from None
+
+
+def _flag(p: Param, value) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    found = words.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        raise ValueError(f"{value!r} is not true or false.")
+    return found
+
+
+def _number(p: Param, value) -> int | float:
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is true or false, wanted {p.type.__name__}.")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is not a number, wanted {p.type.__name__}.") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not finite.")
+    if p.type is int and not number.is_integer():
+        raise ValueError(f"{value!r} is not a whole number.")
+    if not p.low <= number <= p.high:
+        raise ValueError(f"{p.type(number)!r} is outside {p.low:g} to {p.high:g}.")
+    return p.type(number)
+
+
+def _text(p: Param, value) -> str:
+    if value is None or (value is False and "none" in p.choices):
+        value = "none" if "none" in p.choices else ""
+    if not isinstance(value, str | Path):
+        raise ValueError(f"{value!r} is not text (put it in quotes).")
+    value = str(value)
+    free = p.also and (any(c in value for c in "/\\.") or Path(value).exists())  # a path in place of a named choice
+    if p.choices and value not in p.choices and not free:
+        raise ValueError(f"{value!r} is none of {', '.join(p.choices)}{f', or {p.also}' if p.also else ''}."
+                         f"{nearest(value, p.choices)}")
     return value
-
-
-def _looks_free(value: str) -> bool:
-    """A path in place of one of the named choices: has a separator or a suffix, or is there."""
-    return any(c in value for c in "/\\.") or Path(value).exists()
 
 
 def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -290,24 +285,24 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
         for name, value in layer.items():
             out[name] = coerce(name, value, source)
     charmlib.systems.find(out["system"])
-    if out["use_bank"] and out["answer"] == "features" and out["k"] > out["bank_size"]:
-        raise ParameterError(f"parameter 'k': {out['k']} is more than bank_size {out['bank_size']}; lower k.")
-    if out["arch"] not in ARCHS and not out["arch"].startswith("timm:"):
-        raise ParameterError(f"parameter 'arch': {out['arch']!r} is none of {', '.join(ARCHS)}, nor timm:NAME."
-                             f"{nearest(out['arch'], ARCHS)}")
-    if out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"):
-        raise ParameterError(f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, "
-                             "or norm: half for inputs in [-1, 1].")
-    if out["grad_checkpointing"] and out["compile"]:
-        raise ParameterError("parameters 'grad_checkpointing' and 'compile' cannot be used together; switch one off.")
-    if out["use_bank"] and out["strategy"] == "statistical" and out["rule"] == "angle":
-        raise ParameterError("parameter 'rule': 'angle' has no running mean of norms; with strategy statistical say rare or "
-                             "published.")
-    if out["valid_fraction"] == 0 and out["patience"]:
-        raise ParameterError(f"parameter 'patience': {out['patience']} looks at the validation part, and valid_fraction 0 "
-                             "leaves none; say patience: 0.")
-    if out["classes"] == "own" and not out["csv"]:
-        raise ParameterError("parameter 'classes': 'own' needs 'csv', the table that holds your labels.")
+    contradictions = {
+        f"parameter 'k': {out['k']} is more than bank_size {out['bank_size']}; lower k.":
+            out["use_bank"] and out["answer"] == "features" and out["k"] > out["bank_size"],
+        f"parameter 'arch': {out['arch']!r} is none of {', '.join(ARCHS)}, nor timm:NAME.{nearest(out['arch'], ARCHS)}":
+            out["arch"] not in ARCHS and not out["arch"].startswith("timm:"),
+        f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, or norm: half for "
+        "inputs in [-1, 1].":
+            out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"),
+        "parameters 'grad_checkpointing' and 'compile' cannot be used together; switch one off.":
+            out["grad_checkpointing"] and out["compile"],
+        "parameter 'rule': 'angle' has no running mean of norms; with strategy statistical say rare or published.":
+            out["use_bank"] and out["strategy"] == "statistical" and out["rule"] == "angle",
+        f"parameter 'patience': {out['patience']} looks at the validation part, and valid_fraction 0 leaves none; "
+        "say patience: 0.":
+            out["valid_fraction"] == 0 and out["patience"],
+        "parameter 'classes': 'own' needs 'csv', the table that holds your labels.": out["classes"] == "own" and not out["csv"]}
+    if found := [words for words, wrong in contradictions.items() if wrong]:
+        raise ParameterError(found[0])
     return out
 
 

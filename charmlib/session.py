@@ -3,8 +3,6 @@
 A grid's runner tells the processes of a cell through the environment variables below.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal
@@ -80,11 +78,7 @@ def person_watches() -> bool:
     """
     if os.environ.get(BATCH) or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
         return False
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    shell = get_ipython()
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if type(shell).__name__ != "ZMQInteractiveShell":
         return False
     return os.environ.get("SERVER_SOFTWARE", "").startswith("voila") or bool(getattr(shell.kernel, "_allow_stdin", True))

@@ -4,8 +4,6 @@ A system outside the package is a module that calls :func:`register`. The enviro
 modules (separated by commas), so that child processes and their kernels know them too; no file that is read can.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

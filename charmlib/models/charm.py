@@ -1,22 +1,12 @@
 """CHARM-Xray as one network; each of its three parts can be switched off."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from charmlib.nn import (
-    ClassifierHead,
-    MomentumEncoder,
-    RareMemoryBank,
-    VotingBank,
-    make_attention,
-    recompute,
-    split_backbone,
-)
+from charmlib.nn import ClassifierHead, MomentumEncoder, RareMemoryBank, VotingBank, make_attention, recompute, split_backbone
 from charmlib.nn.backbone import HALF, IMAGENET
 from charmlib.nn.scales import GRID, cells, find_scales, maps_of
 
@@ -90,9 +80,8 @@ class CharmNet(nn.Module):
         if answer not in ANSWERS or keys not in KEYS:
             raise ValueError(f"answer must be one of {', '.join(ANSWERS)} and keys one of {', '.join(KEYS)}, got {answer!r} "
                              f"and {keys!r}")
-        self.ends, channels = [], []
-        if use_bank and answer == "votes" and keys == "scales":
-            self.ends, channels = find_scales(self.trunk)
+        by_scales = use_bank and answer == "votes" and keys == "scales"
+        self.ends, channels = find_scales(self.trunk) if by_scales else ([], [])
         common = {"size": bank_size, "k": k, "threshold": threshold, "strategy": strategy, "rule": rule,
                   "bank_momentum": bank_momentum}
         self.bank = None
@@ -172,10 +161,9 @@ class CharmNet(nn.Module):
         """
         if not isinstance(self.bank, VotingBank):
             return
-        slots = torch.nonzero(self.bank.slot_ids >= 0).flatten()
+        slots, was = torch.nonzero(self.bank.slot_ids >= 0).flatten(), self.training
         if not len(slots):
             return
-        was = self.training
         self.eval()
         for some in slots.split(batch):
             self.bank.renew(some, self.encode(images(self.bank.slot_ids[some]))[1])
@@ -197,12 +185,10 @@ class CharmNet(nn.Module):
 
 
 def _input_scale(norm: str, backbone, weights) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if norm == "auto":
-        if backbone.mean is None:
-            raise ValueError(f"norm 'auto' cannot know what {weights} was trained on: say norm: imagenet, or norm: half "
-                             "for inputs in [-1, 1]")
-        return backbone.mean, backbone.std
-    scales = {"imagenet": IMAGENET, "half": HALF}
+    scales = {"imagenet": IMAGENET, "half": HALF, "auto": (backbone.mean, backbone.std)}
     if norm not in scales:
         raise ValueError(f"norm must be auto, imagenet or half, got {norm!r}")
+    if scales[norm][0] is None:
+        raise ValueError(f"norm 'auto' cannot know what {weights} was trained on: say norm: imagenet, or norm: half "
+                         "for inputs in [-1, 1]")
     return scales[norm]

@@ -1,7 +1,5 @@
 """Networks by the name of their system, and what training asks of one."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol

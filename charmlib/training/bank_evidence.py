@@ -1,8 +1,5 @@
 """What the memory bank of a run holds, and what it answers an image with."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +9,7 @@ import torch
 from charmlib.data.loaders import grey_to_network
 from charmlib.evaluation.enrichment import enrichment, training_shares
 from charmlib.evaluation.metrics import prevalence
-from charmlib.files import write_whole
+from charmlib.files import write_csv
 from charmlib.nih import NO_FINDING, PARTS
 from charmlib.nn import RareMemoryBank
 from charmlib.training.recipes import batches
@@ -92,8 +89,7 @@ class BankEvidence:
     def write(self) -> None:
         """Write ``bank.csv``, if there is a bank."""
         if self.bank is not None:
-            table = self.table().drop(columns="labels")
-            write_whole(self.run.folder.bank_file, lambda temporary: table.to_csv(temporary, index=False))
+            write_csv(self.run.folder.bank_file, self.table().drop(columns="labels"))
 
     def history(self) -> pd.DataFrame:
         """``bank_history.csv``: stage, epoch, filled, one column a class, no_finding; empty for a run without a bank."""
@@ -108,17 +104,12 @@ class BankEvidence:
         """What ``metrics.json`` holds of the bank: slots filled, share of features stored, enrichment; None without a bank."""
         if self.bank is None:
             return None
+        table, rows, classes = self.table().dropna(subset="image"), self.data.rows("train"), list(self.data.classes)
         return {"filled": self.bank.filled.item(), "accepted": self.bank.accepted.item() / max(self.bank.seen.item(), 1),
-                "enrichment": self._enrichment(history)}
-
-    def _enrichment(self, history: list[dict]) -> dict | None:
-        table = self.table().dropna(subset="image")
-        if table.empty:
-            return None
-        rows, classes = self.data.rows("train"), list(self.data.classes)
-        slots = table[classes].to_numpy(np.float64, na_value=np.nan)
-        return enrichment(slots, table["patient"], self.data.labels[rows], self.data.index.frame["patient"].to_numpy(str)[rows],
-                          classes, offered=self._offered(table["step"].to_numpy(), history))
+                "enrichment": None if table.empty else enrichment(
+                    table[classes].to_numpy(np.float64, na_value=np.nan), table["patient"], self.data.labels[rows],
+                    self.data.index.frame["patient"].to_numpy(str)[rows], classes,
+                    offered=self._offered(table["step"].to_numpy(), history))}
 
     def _offered(self, steps: np.ndarray, history: list[dict]) -> np.ndarray:
         """Weights (n,) of the training images, had each slot written at ``steps`` been drawn from its stage's images."""
@@ -143,14 +134,13 @@ class BankEvidence:
         data, rows = self.data, self.data.rows("test")
         share = prevalence(data.labels[data.rows("train")], data.classes)
         patients, names = (data.index.frame[c].to_numpy(str)[rows] for c in ("patient", "id"))
-        chosen, known = [], set()
+        chosen = {}  # patient -> image
         for name in sorted((c for c in data.classes if c != NO_FINDING), key=lambda c: share[c]):
             positive = data.labels[rows, list(data.classes).index(name)] == 1
-            free = [i for i in np.flatnonzero(positive) if patients[i] not in known]
-            if free and len(chosen) < count:
-                chosen.append(str(names[free[0]]))
-                known.add(patients[free[0]])
-        return chosen
+            first = next((i for i in np.flatnonzero(positive) if patients[i] not in chosen), None)
+            if first is not None and len(chosen) < count:
+                chosen[patients[first]] = str(names[first])
+        return list(chosen.values())
 
     @torch.no_grad()
     def explain(self, image: str) -> Explanation:
@@ -164,11 +154,11 @@ class BankEvidence:
             The data have no such image.
         """
         frame, data, net, device = self.data.index.frame, self.data, self.run.net.eval(), self.run.device
-        rows = np.flatnonzero(frame["id"].to_numpy(str) == image)
-        if not len(rows):
+        row_of = dict(zip(frame["id"], range(len(frame))))
+        if image not in row_of:
             raise ValueError(f"no image {image!r} in {data.index.root}: give a file name as its table has it, such as "
                              f"{frame['id'].iloc[0]!r}")
-        row = int(rows[0])
+        row = row_of[image]
         pixels = np.asarray(data.images[row])
         mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (net.mean, net.std))
         ids = torch.tensor([row], device=device)
@@ -179,13 +169,15 @@ class BankEvidence:
         table, note = pd.DataFrame(columns=list(COLUMNS)), "the network has no memory bank (use_bank is off)"
         if self.bank is not None:
             table = self._retrieved(seen["keys"] if "keys" in seen else seen["z"].float(), ids)
-            note = f"all {int(self.bank.filled):,} slots voted" if "keys" in seen else ""
-            note = note if len(table) else "the memory bank is empty: it did not answer"
-        row_of = dict(zip(frame["id"], range(len(frame))))
+            note = "the memory bank is empty: it did not answer" if table.empty else (
+                f"all {int(self.bank.filled):,} slots voted" if "keys" in seen else "")
         retrieved = [np.zeros_like(pixels) if pd.isna(name) else np.asarray(data.images[row_of[name]])
                      for name in table["image"]]
         part = next((p for p in PARTS if row in data.split.rows(p)), "")
-        return Explanation(image, str(frame["patient"].iloc[row]), part, _findings(data.labels[row], data.classes),
+        labels = tuple(c for c, value in zip(data.classes, data.labels[row]) if value == 1)
+        if not labels and not np.isnan(data.labels[row]).all():
+            labels = (NO_FINDING,)
+        return Explanation(image, str(frame["patient"].iloc[row]), part, labels,
                            dict(zip(data.classes, torch.sigmoid(logits.float())[0].tolist())), table, pixels,
                            np.stack(retrieved) if retrieved else np.empty((0, *pixels.shape), np.uint8), note)
 
@@ -197,9 +189,3 @@ class BankEvidence:
                               "weight": weights[0].tolist()})
         slots = self.table()[["slot", "image", "patient", "labels", "step"]]
         return found[found["slot"] >= 0].merge(slots, on="slot")[list(COLUMNS)]
-
-
-def _findings(labels: np.ndarray, classes: Sequence[str]) -> tuple[str, ...]:
-    if np.isnan(labels).all():
-        return ()
-    return tuple(c for c, value in zip(classes, labels) if value == 1) or (NO_FINDING,)

@@ -1,21 +1,22 @@
 """Small fastai callbacks, each with one job."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import norm_types
+from fastcore.basics import store_attr
 
 from charmlib import session
 from charmlib.data.loaders import GreyToNetwork, grey_to_network
+from charmlib.evaluation.runs import RunFolder, number
 from charmlib.files import write_whole
 from charmlib.nih import NO_FINDING
 
@@ -106,15 +107,6 @@ class Trains(Callback):
                 part.train(name in self.parts)
 
 
-class SignOfLife(Callback):
-    """Reports each batch to the process that watches this one."""
-
-    order = 70
-
-    def after_batch(self):
-        session.alive()
-
-
 class SeedEpoch(Callback):
     """Derives every epoch's randomness (order, augmentation, dropout) from the seed, the phase and the epoch alone.
 
@@ -124,7 +116,7 @@ class SeedEpoch(Callback):
     order = -20
 
     def __init__(self, seed: int, phase: str = ""):
-        self.seed, self.phase = seed, phase
+        store_attr()
 
     def before_epoch(self):
         seed_everything(self.seed, self.phase, self.epoch)
@@ -153,11 +145,10 @@ class EpochRecord(Callback):
     order = 55  # after fastai's Recorder, which computes validation loss and metrics
 
     def __init__(self, stage: str, rows: list[dict], on_row, *, before: int = 0, start: int = 0):
-        self.stage, self.rows, self.on_row, self.before, self.start = stage, rows, on_row, before, start
+        store_attr()
 
     def before_epoch(self):
-        self.clock = time.monotonic()
-        self.losses = []
+        self.clock, self.losses = time.monotonic(), []
         bank = getattr(self.model, "bank", None)
         self.counts = None if bank is None else (bank.seen.clone(), bank.accepted.clone())
 
@@ -171,11 +162,10 @@ class EpochRecord(Callback):
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
         row = {"stage": self.stage, "epoch": self.epoch + self.before,
                "train_loss": torch.stack(self.losses).mean().item() if self.losses else float("nan"),
-               "valid_loss": _number(values["valid_loss"]), "valid_auc": _number(values.get("mean_auc")),
+               "valid_loss": number(values["valid_loss"]), "valid_auc": number(values.get("mean_auc")),
                "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,
                "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": "", "bank_labels": {}}
-        bank = getattr(self.model, "bank", None)
-        if bank is not None:
+        if (bank := getattr(self.model, "bank", None)) is not None:
             classes = list(self.dls.vocab)
             held = bank.label_counts([c for c, name in enumerate(classes) if name != NO_FINDING])
             counts = torch.stack([bank.seen - self.counts[0], bank.accepted - self.counts[1], bank.filled])
@@ -186,69 +176,43 @@ class EpochRecord(Callback):
         self.on_row(self.rows)
 
 
-def _number(value) -> float:
-    return float("nan") if value is None else float(value)
+class KeepProgress(Callback):
+    """Ends each epoch: keeps the best weights in memory, saves the run's state, and stops the phase early.
 
+    fastai's ``SaveModelCallback`` keeps weights in files that it loads with pickles allowed.
 
-class KeepBest(Callback):
-    """Keeps the best epoch's weights in memory, and stops after ``patience`` epochs without improvement.
-
-    fastai's ``SaveModelCallback`` does this through files that it loads with pickles allowed. Without a validation part
-    ``monitor`` is None and the last epoch is kept.
+    Parameters
+    ----------
+    best : dict
+        The best epoch so far: ``value``, ``state`` (its weights on the CPU) and ``waited`` (epochs since). Changed in place.
+    save : callable
+        Gets the number of finished epochs and whether the phase is over. Called after the epoch's other callbacks.
+    monitor : {'valid_loss', 'valid_auc'}, optional
+        What the best epoch is chosen by; None keeps the last epoch.
+    patience : int
+        Epochs without improvement after which the phase ends; 0 never ends it early.
+    start : int
+        Epochs before this one are skipped.
+    scale : dict, optional
+        State of the gradient scaler of a resumed phase; each fit starts with a new scaler.
 
     Raises
     ------
     ValueError
         Without a monitor: an epoch's weights are not finite.
-    """
-
-    order = 60
-
-    def __init__(self, monitor: str | None = "valid_loss", patience: int = 0, *, start: int = 0):
-        self.monitor, self.patience, self.start = monitor, patience, start
-        self.best, self.waited, self.state = float("inf"), 0, None
-
-    def after_epoch(self):
-        if self.epoch < self.start:
-            return
-        if self.monitor is None:
-            self._keep()
-            if not all(torch.isfinite(self.state[name]).all() for name, _ in self.model.named_parameters()):
-                raise ValueError(f"epoch {self.epoch + 1} ended with weights that are not finite; without a validation part no "
-                                 "earlier epoch can be chosen. Lower the learning rate or check the labels")
-            return
-        row = self.learn.epoch_record.rows[-1]
-        value = -row["valid_auc"] if self.monitor == "valid_auc" else row["valid_loss"]
-        if value < self.best:
-            self.best, self.waited = value, 0
-            self._keep()
-        else:
-            self.waited += 1
-
-    def _keep(self):
-        self.state = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
-
-    @property
-    def stop(self) -> bool:
-        return self.patience > 0 and self.waited >= self.patience
-
-
-class SaveProgress(Callback):
-    """Hands each finished epoch to ``save(epochs_done, over)``, then ends the phase if early stopping asks for it.
-
-    The last of an epoch's callbacks, so that the saved state is complete.
-
-    Raises
-    ------
     charmlib.session.OutOfTime
         A deadline is set, and the next epoch with its save would not fit.
     """
 
     order = 90
-    margin = 1.15  # epochs scatter
+    longest = 0.0  # seconds of the longest epoch with its save, and a margin because epochs scatter
 
-    def __init__(self, save, *, start: int = 0):
-        self.save, self.start, self.longest = save, start, 0.0
+    def __init__(self, best: dict, save, monitor: str | None, patience: int = 0, *, start: int = 0, scale: dict | None = None):
+        store_attr()
+
+    def before_fit(self):
+        if self.scale and getattr(self.learn, "scaler", None) is not None:
+            self.learn.scaler.load_state_dict(self.scale)
 
     def before_epoch(self):
         self.clock = time.monotonic()
@@ -256,46 +220,32 @@ class SaveProgress(Callback):
     def after_epoch(self):
         if self.epoch < self.start:
             return
-        stop = self.learn.keep_best.stop
+        row = self.learn.epoch_record.rows[-1]
+        value = -row["valid_auc"] if self.monitor == "valid_auc" else row["valid_loss"]
+        self.best["waited"] += 1
+        if self.monitor is None or value < self.best["value"]:
+            state = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+            if self.monitor is None and not all(state[name].isfinite().all() for name, _ in self.model.named_parameters()):
+                raise ValueError(f"epoch {self.epoch + 1} ended with weights that are not finite; without a validation part no "
+                                 "earlier epoch can be chosen. Lower the learning rate or check the labels")
+            self.best.update(value=value, waited=0, state=state)
+        stop = 0 < self.patience <= self.best["waited"]
         over = stop or self.epoch + 1 == self.n_epoch
         self.save(self.epoch + 1, over)
-        self.longest = max(self.longest, time.monotonic() - self.clock)
+        self.longest = max(self.longest, 1.15 * (time.monotonic() - self.clock))
         if not over:
-            session.stop_unless(self.margin * self.longest, "the next epoch")
+            session.stop_unless(self.longest, "the next epoch")
         if stop:
             raise CancelFitException
 
 
-class RestoreScaler(Callback):
-    """Gives a resumed fp16 phase the gradient scale that it had; fastai starts each fit with a new scaler."""
-
-    order = 15  # after MixedPrecision made one
-
-    def __init__(self, state: dict | None):
-        self.state = state
-
-    def before_fit(self):
-        if self.state and getattr(self.learn, "scaler", None) is not None:
-            self.learn.scaler.load_state_dict(self.state)
-
-
-def write_history(path: Path, rows: list[dict]) -> None:
-    """``history.csv``, whole or not at all."""
-    _write_table(path, HISTORY, [[row[name] for name in HISTORY] for row in rows])
-
-
-def write_bank_history(path: Path, rows: list[dict]) -> None:
-    """``bank_history.csv``, whole or not at all: slots that are filled, of each class and without a finding, by epoch.
-
-    Writes nothing without a bank.
-    """
-    if rows and rows[0]["bank_labels"]:
-        header = ["stage", "epoch", "filled", *rows[0]["bank_labels"]]
-        _write_table(path, header, [[row["stage"], row["epoch"], row["bank_filled"], *row["bank_labels"].values()]
-                                    for row in rows])
-
-
-def _write_table(path: Path, header, rows) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([header, *rows])
-    write_whole(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
+def write_history(folder: RunFolder, rows: list[dict]) -> None:
+    """Write ``history.csv``, and with a bank ``bank_history.csv``: the filled slots of each epoch, in all and by class."""
+    tables = [(folder.history_file, HISTORY, [[row[name] for name in HISTORY] for row in rows])]
+    if labels := rows[0]["bank_labels"]:
+        tables.append((folder.bank_history_file, ["stage", "epoch", "filled", *labels],
+                       [[row["stage"], row["epoch"], row["bank_filled"], *row["bank_labels"].values()] for row in rows]))
+    for path, header, lines in tables:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([header, *lines])
+        write_whole(path, partial(Path.write_text, data=text.getvalue(), newline=""))

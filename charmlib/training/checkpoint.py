@@ -1,7 +1,5 @@
 """Checkpoints without pickles: ``model.safetensors`` beside ``model.json``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

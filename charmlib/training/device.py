@@ -1,7 +1,5 @@
 """Which device, and which precision it can really do."""
 
-from __future__ import annotations
-
 import torch
 
 from charmlib.gpu_support import verdict_on

@@ -1,20 +1,20 @@
 """``charm_learner``: a fastai Learner around CharmNet, as ``vision_learner`` is one around a ResNet."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from fastai.callback import schedule as _schedule  # noqa: F401  (patches lr_find, fine_tune and fit_one_cycle into Learner)
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.meta import delegates
 
+from charmlib import session
 from charmlib.data.loaders import ChestDataLoaders, GreyToNetwork
 from charmlib.models.charm import CharmNet
 from charmlib.models.registry import Network, keywords
 from charmlib.nn.losses import MultiLabelLoss, make_loss
-from charmlib.training.callbacks import NetworkHooks, SeedEpoch, SignOfLife
+from charmlib.training.callbacks import NetworkHooks, SeedEpoch
 from charmlib.training.device import pick_precision, place
 from charmlib.training.no_wait import AdamW, HalfPrecision, MeanAUC, record_on_device
 
@@ -57,11 +57,11 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     if not torch.allclose(scale.mean.flatten().cpu(), torch.tensor(net.mean)):
         raise ValueError(f"the loaders normalise with mean {scale.mean.flatten().tolist()}, the network expects "
                          f"{list(net.mean)}: build them with mean=net.mean, std=net.std")
-    callbacks = [NetworkHooks(), SignOfLife(), *cbs, *([] if seed is None else [SeedEpoch(seed)])]
-    if pick_precision(precision, torch.device(dls.device)) == "fp16":
-        callbacks.append(HalfPrecision())
-    place(net, torch.device(dls.device))
-    learn = Learner(dls, net, loss_func=make_loss(loss) if isinstance(loss, str) else loss, opt_func=AdamW,
+    device = torch.device(dls.device)
+    callbacks = [NetworkHooks(), Callback(after_batch=lambda _: session.alive()), *cbs,
+                 *([] if seed is None else [SeedEpoch(seed)]),
+                 *([HalfPrecision()] if pick_precision(precision, device) == "fp16" else [])]
+    learn = Learner(dls, place(net, device), loss_func=make_loss(loss) if isinstance(loss, str) else loss, opt_func=AdamW,
                     splitter=lambda net: net.parameter_groups(), metrics=[MeanAUC(dls.vocab)], cbs=callbacks, wd=weight_decay,
                     path=path, model_dir=".", **{name: value for name, value in kwargs.items() if name not in of_network})
     return record_on_device(learn)

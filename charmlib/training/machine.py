@@ -1,7 +1,5 @@
 """What a result was made with: device, versions, peak memory."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

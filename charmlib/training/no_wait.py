@@ -4,8 +4,6 @@ fastai copies the loss and the predictions of every batch to the CPU and asks tw
 time the CPU waits for the GPU. Here all of it stays on the device until somebody reads it.
 """
 
-from __future__ import annotations
-
 import time
 
 import torch
@@ -162,10 +160,8 @@ class LossesToHost(Callback):
     order = Recorder.order + 1
 
     def after_epoch(self):
-        losses = self.recorder.losses
-        start = next((i for i, value in enumerate(losses) if isinstance(value, torch.Tensor)), len(losses))
-        if start < len(losses):
-            losses[start:] = torch.stack(losses[start:]).tolist()
+        if new := [loss for loss in self.recorder.losses if isinstance(loss, Tensor)]:
+            self.recorder.losses[-len(new):] = torch.stack(new).tolist()
 
     def after_fit(self):  # the learning-rate finder ends within an epoch
         self.after_epoch()

@@ -1,7 +1,5 @@
 """Probabilities and calls of a trained run for new images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -68,18 +66,16 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
             grey = torch.from_numpy(np.stack(images)).to(chosen).unsqueeze(1)
             with torch.inference_mode():
                 logits.append(net(grey_to_network(grey, mean, std)).float().cpu().numpy())
-    values = np.concatenate(logits) if logits else np.empty((0, len(card["classes"])))
+    classes = card["classes"]
+    values = np.concatenate(logits) if logits else np.empty((0, len(classes)))
     probability = expit(values.astype(np.float64))
     shown = expit(values / card["temperature"]) if calibrated else probability
     table = pd.DataFrame({"image": [str(path) for path in kept]}).assign(run=Path(run).resolve().name,
                                                                            point=point if validated else pd.NA)
-    for c, name in enumerate(card["classes"]):
-        table[f"p_{name}"] = shown[:, c]
-    for c, name in enumerate(card["classes"] if validated else ()):
-        threshold = thresholds.get(name)
-        table[f"call_{name}"] = pd.array([pd.NA] * len(kept) if threshold is None else probability[:, c] >= threshold,
-                                         dtype="Int8")
-    return table
+    calls = {f"call_{name}": pd.array([pd.NA] * len(kept) if (threshold := thresholds.get(name)) is None else
+                                      probability[:, c] >= threshold, dtype="Int8")
+             for c, name in enumerate(classes if validated else ())}
+    return table.assign(**{f"p_{name}": shown[:, c] for c, name in enumerate(classes)}, **calls)
 
 
 def origin(run: str | Path) -> str:

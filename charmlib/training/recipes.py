@@ -1,7 +1,5 @@
 """Recipes: the phases of training that parameters ask for. Imports no torch, so that a grid can plan with it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

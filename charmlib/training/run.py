@@ -1,12 +1,9 @@
 """One run: parameters, data, network and a folder. The train and test notebooks are written with it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +17,13 @@ from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.runs import RunFolder, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import score_part
-from charmlib.files import write_json, write_text, write_whole
+from charmlib.files import write_csv, write_json, write_text
 from charmlib.models.registry import Network, create
 from charmlib.nih import same_order
 from charmlib.param_sources import changed, read_yaml
 from charmlib.params import PARAMS, UNHASHED, effective, resolve, warmup_end, with_absolute_paths, without_effect
 from charmlib.training.bank_evidence import BankEvidence
-from charmlib.training.callbacks import HISTORY, Trains, seed_everything, write_bank_history, write_history
+from charmlib.training.callbacks import HISTORY, Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
 from charmlib.training.fit import PhaseRunner
@@ -43,18 +40,19 @@ class Run:
     >>> Run.load('runs/mine').score()                                      # doctest: +SKIP
 
     Attributes: ``params`` (all of them), ``data`` (:class:`ChestData`), ``net``, ``folder`` (:class:`RunFolder`), ``device``,
-    ``precision``, ``history`` (list of rows as in ``history.csv``), ``bank`` (:class:`BankEvidence`).
+    ``precision``, ``history`` (list of rows as in ``history.csv``), ``bank`` (:class:`BankEvidence`: what the network's memory
+    bank holds and answers).
     """
 
     def __init__(self, params: Mapping, data: ChestData, net: Network, device: torch.device, precision: str):
         self.params, self.data, self.net = dict(params), data, net
         self.device, self.precision = device, precision
-        self.folder = RunFolder(params["run_dir"])
+        self.folder, self.bank = RunFolder(params["run_dir"]), BankEvidence(self)
         self.history: list[dict] = []
         self._rate = self.params["stage1_lr"] or None
 
     @classmethod
-    def open(cls, params: Mapping | None = None, **changes) -> Run:
+    def open(cls, params: Mapping | None = None, **changes) -> "Run":
         """Check the parameters, open the data, build the network. Writes nothing yet.
 
         Raises
@@ -70,8 +68,7 @@ class Run:
             print(words, flush=True)
         p["data_root"] = str(find_data(p["data_root"]))
         device = pick_device(p["device"])
-        precision = pick_precision(p["precision"], device)
-        data = open_dataset(p)
+        precision, data = pick_precision(p["precision"], device), open_dataset(p)
         seed_everything(p["seed"], "weights")
         net = place(create(p, data.classes), device)
         if p["compile"]:
@@ -79,7 +76,7 @@ class Run:
         return cls(p, data, net, device, precision)
 
     @classmethod
-    def load(cls, run_dir: str | Path, **changes) -> Run:
+    def load(cls, run_dir: str | Path, **changes) -> "Run":
         """A trained run from its folder; ``changes`` may only say where things are (data_root, cache_dir, workers, device).
 
         A read-only folder is copied to a writable place, and the copy is the run's folder from then on.
@@ -92,8 +89,7 @@ class Run:
         folder = RunFolder(Path(run_dir).expanduser().resolve())
         if not folder.params_file.is_file():
             raise FileNotFoundError(f"no run in {folder}: params.yaml is not there. Train first, with run_dir={folder}")
-        wrong = set(changes) - set(UNHASHED)
-        if wrong:
+        if wrong := set(changes) - set(UNHASHED):
             raise ValueError(f"a trained run cannot be loaded with another {', '.join(sorted(wrong))}")
         p = resolve(read_yaml(folder.params_file), {k: v for k, v in changes.items() if v not in ("", None)},
                     {"run_dir": str(folder.path if os.access(folder, os.W_OK) else _writable_copy(folder.path))})
@@ -179,8 +175,7 @@ class Run:
         state = runner.saved(self.params["resume"])  # refuses a folder of other settings before writing to it
         write_text(folder.params_file, yaml.safe_dump(self.params, sort_keys=False))
         if not session.in_grid():  # a grid keeps one for all its cells
-            frame = self.data.split.frame(self.data.index)
-            write_whole(folder.split_file, lambda temporary: frame.to_csv(temporary, index=False))
+            write_csv(folder.split_file, self.data.split.frame(self.data.index))
         runner.rate = self._rate = state["rate"] if state else self.find_lr()
         plan = self.phases()
         self.log(f"training on {self.device} in {self.precision}, {self.data.source}, split {self.data.split.name} "
@@ -215,8 +210,7 @@ class Run:
         self.folder = RunFolder(self.folder)
         if not self.params["resume"] or not self.folder.trained:
             return False
-        theirs = {k: v for k, v in self.folder.card["params"].items() if k not in UNHASHED}
-        if wrong := differences(theirs, self._identity()):
+        if wrong := differences(_hashed(self.folder.card["params"]), self._identity()):
             raise ValueError(f"{self.folder} holds a trained run with other settings ({wrong}). Name another run_dir, or say "
                              "resume=False to train anew.")
         load_weights(self.net, self.folder.path)
@@ -226,7 +220,7 @@ class Run:
         return {"name": self.data.source, "drawn": self.data.index.drawn}
 
     def _identity(self) -> dict:
-        return {**{k: v for k, v in self.params.items() if k not in UNHASHED}, "split_hash": self.data.split.hash}
+        return _hashed({**self.params, "split_hash": self.data.split.hash})
 
     def _runner(self) -> PhaseRunner:
         return PhaseRunner(self.learner, self.net, self.folder.resume_file, self._identity(),
@@ -234,8 +228,7 @@ class Run:
                            rate=self._rate, on_row=self._on_row, bars=session.person_watches())
 
     def _on_row(self, history: list[dict]) -> None:
-        write_history(self.folder.history_file, history)
-        write_bank_history(self.folder.bank_history_file, history)
+        write_history(self.folder, history)
         row = history[-1]
         bank = f", bank {row['bank_filled']}/{self.net.bank.size}, stored {row['bank_accepted']:.0%}" \
             if row["bank_filled"] != "" else ""
@@ -248,11 +241,6 @@ class Run:
         numbers = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
         return [{**row, "epoch": int(row["epoch"]), **{name: float(row[name] or "nan") for name in numbers}}
                 for row in RunFolder(self.folder).history]
-
-    @cached_property
-    def bank(self) -> BankEvidence:
-        """What the network's memory bank holds and answers."""
-        return BankEvidence(self)
 
     def log(self, text: str) -> None:
         """Print one line and append it to ``log.txt``."""
@@ -314,16 +302,15 @@ class Run:
                            "labels": labels, "logits": logits}
         save_predictions(self.folder.predictions_file, parts, self.data.classes)
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
-        bank = self.bank.summary(history)
-        valid = score_part(parts["valid"], self.data.classes)[0] if self.data.split.has_valid else None
         test, samples = score_part(parts["test"], self.data.classes, prevalence=train, **self.folder.choices)
         save_resamples(self.folder.resamples_file, samples)
         metrics = {
             "params": self.params, "data": self._source(),
             "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
             "classes": list(self.data.classes), "images": self.data.train_images(),
-            "train_prevalence": train, "valid": valid, "test": test,
-            "bank": bank, "stage1_lr": self.folder.card["stage1_lr"],
+            "train_prevalence": train,
+            "valid": score_part(parts["valid"], self.data.classes)[0] if self.data.split.has_valid else None, "test": test,
+            "bank": self.bank.summary(history), "stage1_lr": self.folder.card["stage1_lr"],
             "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": round(time.monotonic() - start, 3),
                         "overhead": None},
             "peak_memory_mb": peak_memory_mb(), "device": device_name(self.device), "precision": self.precision,
@@ -331,6 +318,10 @@ class Run:
         }
         write_json(self.folder.scored_file, metrics)
         return metrics
+
+
+def _hashed(params: Mapping) -> dict:
+    return {name: value for name, value in params.items() if name not in UNHASHED}
 
 
 def _writable_copy(folder: Path) -> Path:

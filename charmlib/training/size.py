@@ -1,7 +1,5 @@
 """``python -m charmlib.training.size``: bytes of the checkpoint and the resume file of parameters given as JSON."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping

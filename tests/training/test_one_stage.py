@@ -36,15 +36,15 @@ def trained(phantoms, tmp_path_factory):
 
 
 def test_it_takes_all_images_and_ends_with_its_last_epoch(trained, phantoms, tmp_path, monkeypatch, capsys):
-    from charmlib.training.callbacks import KeepBest
+    from charmlib.training.callbacks import KeepProgress
 
-    states, real = [], KeepBest.after_epoch
+    states, real = [], KeepProgress.after_epoch
 
     def keep(self):
         states.append({k: v.clone() for k, v in self.model.state_dict().items()})
         real(self)
 
-    monkeypatch.setattr(KeepBest, "after_epoch", keep)
+    monkeypatch.setattr(KeepProgress, "after_epoch", keep)
     run = Run.open({**ONE_STAGE, "data_root": str(phantoms), "run_dir": str(tmp_path / "run")})
     dls = run.dataloaders()
     np.testing.assert_array_equal(dls.train.dataset.rows, run.data.rows("train"))

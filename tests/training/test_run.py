@@ -229,10 +229,10 @@ def test_attention_as_a_filter_trains_and_loads(tiny):
 
 def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):
     """Validation losses are prescribed: 5 3 4 4 ends stage 2 with patience 2, and epoch 2's weights stay."""
-    from charmlib.training.callbacks import EpochRecord, KeepBest
+    from charmlib.training.callbacks import EpochRecord, KeepProgress
 
     script, states = iter([9, 9, 9, 5, 3, 4, 4, 1, 1]), []
-    real_row, real_keep = EpochRecord.after_epoch, KeepBest.after_epoch
+    real_row, real_keep = EpochRecord.after_epoch, KeepProgress.after_epoch
 
     def row(self):
         real_row(self)
@@ -243,7 +243,7 @@ def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):
         real_keep(self)
 
     monkeypatch.setattr(EpochRecord, "after_epoch", row)
-    monkeypatch.setattr(KeepBest, "after_epoch", keep)
+    monkeypatch.setattr(KeepProgress, "after_epoch", keep)
     run = Run.open(tiny, stage2_epochs=6, patience=2)
     history = run.train()
     assert [r["valid_loss"] for r in history] == [9, 9, 9, 5, 3, 4, 4]

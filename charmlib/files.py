@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 LEASE = ".lease"
-TOKEN = "CHARM_LEASE_TOKEN"
-"""Environment variable with the token of this process's lease."""
-FOLDER = "CHARM_LEASE_FOLDER"
-"""Environment variable with the folder of that lease."""
+TOKEN = "CHARM_LEASE_TOKEN"  # environment variable: the token of this process's lease
+FOLDER = "CHARM_LEASE_FOLDER"  # environment variable: the folder of that lease
+TEMPORARY = ".tmp"
+_FULL = 2**16  # bytes left on a disk that counts as full
 
 
 class DiskFull(OSError):
@@ -89,10 +89,6 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
-
-
-TEMPORARY = ".tmp"
-_FULL = 2**16
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -185,12 +185,10 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
     Param("run", "resume", bool, True, "continue from the last finished epoch in run_dir", hashed=False),
 ]}
 DEFAULTS: dict[str, Any] = {name: p.default for name, p in PARAMS.items()}
-UNHASHED = tuple(name for name, p in PARAMS.items() if not p.hashed)
-"""Parameters that say where and how a run happens."""
-
+UNHASHED = tuple(name for name, p in PARAMS.items() if not p.hashed)  # they say where and how a run happens
+# The torchvision backbones; any other is named timm:NAME.
 ARCHS = ("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "efficientnet_b0", "efficientnet_b1", "mobilenet_v2",
          "resnet18", "resnet50", "densenet121", "vgg16")
-"""The torchvision backbones; any other goes by ``timm:NAME``."""
 
 
 def add_rows(rows: Iterable[Param]) -> None:

@@ -20,7 +20,8 @@ from charmlib.evaluation.runs import RunFolder, number
 from charmlib.files import write_whole
 from charmlib.nih import NO_FINDING
 
-HISTORY = ("stage", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "bank_filled", "bank_accepted")
+NUMBERS = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
+HISTORY = ("stage", "epoch", *NUMBERS, "bank_filled", "bank_accepted")  # columns of history.csv
 
 
 class NetworkHooks(Callback):

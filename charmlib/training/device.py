@@ -64,6 +64,4 @@ def pick_precision(wish: str, device: torch.device) -> str:
     """
     if wish == "fp16" and device.type != "cuda":
         raise RuntimeError("precision 'fp16' needs a GPU; say precision: auto or fp32")
-    if wish == "auto":
-        return "fp16" if device.type == "cuda" else "fp32"
-    return wish
+    return ("fp16" if device.type == "cuda" else "fp32") if wish == "auto" else wish

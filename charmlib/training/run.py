@@ -23,7 +23,7 @@ from charmlib.nih import same_order
 from charmlib.param_sources import changed, read_yaml
 from charmlib.params import PARAMS, UNHASHED, effective, resolve, warmup_end, with_absolute_paths, without_effect
 from charmlib.training.bank_evidence import BankEvidence
-from charmlib.training.callbacks import HISTORY, Trains, seed_everything, write_history
+from charmlib.training.callbacks import HISTORY, NUMBERS, Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
 from charmlib.training.fit import PhaseRunner
@@ -238,8 +238,7 @@ class Run:
                  f"{row['seconds']:.1f} s{bank}")
 
     def _read_history(self) -> list[dict]:
-        numbers = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
-        return [{**row, "epoch": int(row["epoch"]), **{name: float(row[name] or "nan") for name in numbers}}
+        return [{**row, "epoch": int(row["epoch"]), **{name: float(row[name] or "nan") for name in NUMBERS}}
                 for row in RunFolder(self.folder).history]
 
     def log(self, text: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from charmlib.evaluation.runs import RunFolder
-from charmlib.params import PARAMS, Param, ParameterError, missing_need, resolve
+from charmlib.params import DEFAULTS, PARAMS, Param, ParameterError, missing_need, resolve
 from charmlib.systems import SYSTEMS, System, register
 
 ROOT = Path(__file__).parents[1]
@@ -36,15 +36,14 @@ def toy_file(folder: Path, phantoms: Path) -> Path:
 @pytest.fixture
 def toy():
     """The toy system in this process, which is forgotten afterwards."""
-    before, rows = dict(SYSTEMS), dict(PARAMS)
+    before = [(kept, dict(kept)) for kept in (SYSTEMS, PARAMS, DEFAULTS)]
     sys.modules.pop("tests.toy", None)
     import tests.toy  # noqa: F401
 
     yield
-    SYSTEMS.clear()
-    SYSTEMS.update(before)
-    PARAMS.clear()
-    PARAMS.update(rows)
+    for kept, rows in before:
+        kept.clear()
+        kept.update(rows)
 
 
 @pytest.mark.slow

@@ -65,8 +65,8 @@ def test_cells_are_ranked_by_validation_where_the_test_part_ranks_them_the_other
 def test_seeds_are_summed_up(make_run):
     for k in (1, 2):
         for seed in (0, 1, 2):
-            make_run(f"g/k{k}_seed={seed}", seed=seed, k=k, skill=2.0 if k == 2 else 0.5)
-    folder = as_grid(make_run("g/k2_seed=3", seed=3, k=2, skill=2.0).parent, ("k", "seed"))
+            make_run(f"g/k{k}_seed={seed}", answer="features", seed=seed, k=k, skill=2.0 if k == 2 else 0.5)
+    folder = as_grid(make_run("g/k2_seed=3", answer="features", seed=3, k=2, skill=2.0).parent, ("k", "seed"))
     board = leaderboard(folder)
     table = over_seeds(board)
     assert table["k"].tolist() == [2, 1] and table["seeds"].tolist() == [4, 3]
@@ -88,8 +88,8 @@ def test_controls_quick_checks_and_other_splits_are_no_contestants(make_run):
 @pytest.mark.parametrize("skill", [0.2, 3.0], ids=["worse", "better"])
 def test_a_cell_without_validation_is_listed_apart_and_never_ranked(make_run, skill):
     for seed in (0, 1):
-        make_run(f"g/best_seed={seed}", skill=2.0, seed=seed)
-        make_run(f"g/near_seed={seed}", skill=1.0, seed=seed, k=1)
+        make_run(f"g/best_seed={seed}", answer="features", skill=2.0, seed=seed)
+        make_run(f"g/near_seed={seed}", answer="features", skill=1.0, seed=seed, k=1)
     folder = as_grid(make_run("g/apart", skill=skill, valid_fraction=0, patience=0, seed=7).parent, ("k", "seed"))
     board = leaderboard(folder)
     assert board["cell"].iloc[-1] == "apart" and board["rank"].tolist()[:4] == [1, 2, 3, 4]

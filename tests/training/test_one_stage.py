@@ -171,5 +171,5 @@ def test_new_images_get_probabilities_and_no_calls(trained, phantoms, tmp_path):
 def test_its_history_is_drawn_without_validation(trained):
     figure = plot_history(pd.read_csv(Path(trained) / "history.csv"))
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["loss (stages have their own)", "share of features the bank took"]
+    assert titles == ["loss (one per stage)", "share of features stored in the bank"]
     assert [line.get_label() for line in figure.axes[0].lines] == ["train loss"]

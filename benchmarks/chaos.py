@@ -34,7 +34,7 @@ from charmlib.grid import lease
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {"image_size": 32, "arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 64, "hidden": 16,
             "stage1_frozen_epochs": 1, "stage1_epochs": 3, "stage2_epochs": 3, "stage1_lr": 1e-3, "stage1_batch": 8,
-            "stage2_batch": 8, "valid_fraction": 0.2}
+            "stage2_batch": 8, "valid_fraction": 0.2, "use_momentum": True, "answer": "features", "strategy": "rarity"}
 AXES = {"momentum": [0.9, 0.99], "k": [1, 2, 3], "threshold": [0.1, 0.2]}
 PHASES = ("stage 1", "stage 2", "scoring", "writing")
 VICTIMS = {"runner": None, "worker": "multiprocessing.spawn", "papermill": "charmlib.grid.cell_process", "kernel": "ipykernel"}

@@ -46,13 +46,13 @@ def main() -> None:
         folder = Path(place)
         data = make_phantoms(folder / "phantoms", images=600, size=64)
         (folder / "base.yaml").write_text(yaml.safe_dump({**SETTINGS, "data_root": str(data)}))
-        (folder / "grid_one.yaml").write_text("base: base.yaml\naxes: {k: [2]}\n")
+        (folder / "grid_one.yaml").write_text("base: base.yaml\naxes: {seed: [2]}\n")
         for i in range(rounds + 1):
             seconds = bare_import()
             run_grid(folder / "grid_one.yaml", out=folder / f"round{i}", say=lambda line: None)
             if i:  # the first of each fills the caches of the disk
                 bare.append(seconds)
-                overhead.append(RunFolder(folder / f"round{i}" / "k2").metrics["seconds"]["overhead"])
+                overhead.append(RunFolder(folder / f"round{i}" / "seed=2").metrics["seconds"]["overhead"])
     figures = {"bare_import_seconds": bare, "overhead_seconds": overhead, "ratio": round(median_ratio(overhead, bare), 2),
                "asked": 3.0, "settings": SETTINGS}
     path = save("overhead", torch.device("cpu"), "fp32", figures)

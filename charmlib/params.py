@@ -96,6 +96,8 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
     Param("data", "image_size", int, 224, "pixels a side; the published runs use 224", low=16, high=1024, shown=True),
     Param("data", "aspect", str, "stretch", "images that are not square: stretch, pad with black, or crop the centre",
           ("stretch", "pad", "crop")),
+    Param("data", "contrast", str, "none", "contrast of the images: as they are, or adaptive histogram equalisation",
+          ("none", "clahe")),
     Param("data", "cache_dir", str, "", "folder of the decoded images; empty is a scratch folder of this machine",
           hashed=False),
     Param("data", "limit", int, 0, "0 is all images; N images a part is a quick check, never ranked", low=0),

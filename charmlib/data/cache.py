@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.data.cache_build import build, repair
-from charmlib.data.cache_file import DAMAGE, DONE, MANIFEST, ROWS, ImageCache, Request, changes, open_cache, read_manifest
+from charmlib.data.cache_file import BLANK, DAMAGE, DONE, MANIFEST, ROWS, ImageCache, Request, changes, open_cache, read_manifest
 from charmlib.data.paths import default_cache_dir, kaggle_caches
 
 
-def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: str = "stretch", cache_dir: str | Path = "",
-                workers: int = 2, verify: bool = False, say: Callable[[str], None] | None = None) -> ImageCache:
+def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: str = "stretch", contrast: str = "none",
+                train: Callable[[], Sequence[int]] | None = None, cache_dir: str | Path = "", workers: int = 2,
+                verify: bool = False, say: Callable[[str], None] | None = None) -> ImageCache:
     """The cache that holds these images at this size, wherever it lies; built first if there is none.
 
     Searched are ``cache_dir``, this machine's scratch folder and the inputs attached on Kaggle. A cache fits if it has all ids
@@ -28,8 +29,11 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
         Name and file of each image.
     size : int
         Pixels a side.
-    aspect : {'stretch', 'pad', 'crop'}
-        See :func:`charmlib.data.images.fit`.
+    aspect, contrast : str
+        'stretch', 'pad' or 'crop'; 'none' or 'clahe': see :func:`charmlib.data.images.fit`.
+    train : callable
+        Gives the positions of the training images, on which the common scale of pictures of more than 8 bits is found; all
+        images without it. A cache that is there already keeps its scale.
     cache_dir : path
         Folder of caches, or one cache; '' is :func:`charmlib.data.paths.default_cache_dir`, which also replaces a read-only
         folder for new caches.
@@ -46,7 +50,7 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
         Too little room; names the bytes needed and free.
     """
     say = say or partial(print, file=sys.stderr, flush=True)
-    request = Request(ids, paths, size, aspect)
+    request = Request(ids, paths, size, aspect, contrast, train)
     cache, suspects = _find(request, cache_dir, say)
     home = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     if (home / MANIFEST).is_file():
@@ -65,7 +69,7 @@ def content_of(folder: str | Path) -> dict:
     """Manifest of a cache, with the sizes of its source pictures: ``sizes``, (width, height) -> images."""
     folder = Path(folder)
     rows = np.load(folder / ROWS, allow_pickle=False)
-    sizes = Counter(rows[["width", "height"]][rows["state"] == DONE].tolist())
+    sizes = Counter(rows[["width", "height"]][np.isin(rows["state"], (DONE, BLANK))].tolist())
     return {**read_manifest(folder), "sizes": dict(sizes.most_common())}
 
 

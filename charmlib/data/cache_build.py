@@ -8,6 +8,7 @@ memory map.
 """
 
 import contextlib
+import json
 import math
 import multiprocessing
 import os
@@ -26,10 +27,12 @@ from tqdm import tqdm
 
 from charmlib import session
 from charmlib.data import cache_file
-from charmlib.data.images import fit, open_grey
+from charmlib.data.images import BLANK, Scale, common_scale, fit, open_picture, spread, to_grey
+from charmlib.data.splits import SPLIT_SEED
 from charmlib.files import sync, write_json
 
 _WORTH_PROCESSES = 400  # images; starting processes takes as long as decoding some
+_SCALED = 64  # training pictures that a common scale is found on
 _CHUNK = 16  # images a task; one future an image would take a gigabyte for a million of them
 _LOG = {"mininterval": 20, "maxinterval": 20, "delay": 20, "leave": False,  # progress in a log: a line every 20 seconds
         "bar_format": "{desc} {n_fmt} of {total_fmt} images, {rate_fmt}, about {remaining} left\n"}
@@ -93,6 +96,7 @@ def repair(request: cache_file.Request, cache: cache_file.ImageCache, suspects: 
                 os.rename(cache.folder, unfinished)
             rows["state"][changed] = 0
             np.save(unfinished / cache_file.ROWS, rows)
+            write_json(unfinished / cache_file.SCALE, cache.manifest["scale"])
             _fill(request, target, workers, say)
             if target != cache.folder:
                 shutil.rmtree(cache.folder, ignore_errors=True)
@@ -122,7 +126,8 @@ def _fill(request: cache_file.Request, target: Path, workers: int, say) -> None:
     rows.flush()
     for name in (cache_file.PIXELS, cache_file.ROWS, cache_file.IDS):
         sync(folder / name)
-    write_json(folder / cache_file.MANIFEST, cache_file.manifest_of(request, rows, bad))
+    write_json(folder / cache_file.MANIFEST, cache_file.manifest_of(request, rows, bad, _scale_in(folder)))
+    (folder / cache_file.SCALE).unlink(missing_ok=True)
     old = target.with_name(target.name + ".old.partial")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():  # the cache that is repaired; runs that have it open keep its files
@@ -168,23 +173,30 @@ def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarra
                     ) -> dict[int, str]:
     """Decode every row that is not done; returns row -> reason of the unreadable files.
 
-    If the decoder crashes its process, the rows that were being decoded are tried one by one, each in a new process.
+    Pictures of more than 8 bits wait until all others are done; then their common scale is found, and they follow. If the
+    decoder crashes its process, the rows that were being decoded are tried one by one, each in a new process.
     """
     bad: dict[int, str] = {}
-    decode = partial(_decode, folder, request.aspect)
 
     def missing() -> list[tuple[int, str]]:
+        done = np.isin(rows["state"], (cache_file.DONE, cache_file.BLANK))
         return [(i, path) for i, path in enumerate(request.paths) if i not in bad and not (
-            rows["state"][i] == cache_file.DONE and zlib.crc32(pixels[i]) == rows["pixel_crc"][i]
+            done[i] and zlib.crc32(pixels[i]) == rows["pixel_crc"][i]
             and cache_file.file_size(path) in (rows["bytes"][i], -1))]
 
     if len(todo := missing()) < len(request.ids):
         say(f"going on with {folder}: {len(request.ids) - len(todo):,} of {len(request.ids):,} images are there")
     pool = _processes if len(todo) >= _WORTH_PROCESSES and workers > 1 else ThreadPoolExecutor
     while todo:
+        decode = partial(_decode, folder, request.aspect, request.contrast, scale := _scale_in(folder))
         try:
             _for_each(pool(workers), decode, todo, "decoded", bad.update)
-            break
+            if scale is not None or not len(deep := np.flatnonzero(rows["state"] == cache_file.DEEP)):
+                break
+            scale = _find_scale(request, deep)
+            say(f"{len(deep):,} pictures of more than 8 bits: values from {scale[0]:g} to {scale[1]:g} become black to white")
+            write_json(folder / cache_file.SCALE, scale)
+            suspects = []
         except BrokenExecutor:
             suspects = np.flatnonzero(rows["state"] == cache_file.STARTED).tolist()
             if not suspects:
@@ -199,7 +211,20 @@ def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarra
     return bad
 
 
-def _decode(folder: Path, aspect: str, work: Sequence[tuple[int, str]]) -> dict[int, str]:
+def _scale_in(folder: Path) -> Scale | None:
+    """The common scale of a build, if it was found already."""
+    file = folder / cache_file.SCALE
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _find_scale(request: cache_file.Request, deep: np.ndarray) -> Scale:
+    """The scale of pictures of more than 8 bits, from up to 64 of the training part, drawn with the seed of the splits."""
+    train = np.intersect1d(deep, request.train()) if request.train else deep
+    chosen = np.random.default_rng(SPLIT_SEED).permutation(train if len(train) else deep)[:_SCALED]
+    return common_scale([open_picture(request.paths[i]) for i in chosen])
+
+
+def _decode(folder: Path, aspect: str, contrast: str, scale: Scale | None, work: Sequence[tuple[int, str]]) -> dict[int, str]:
     """Decode (row, path) pairs into a partial cache; returns row -> reason of the unreadable files, whose rows are black."""
     (pixels, rows), bad = _maps(folder), {}
     for i, path in work:
@@ -209,9 +234,17 @@ def _decode(folder: Path, aspect: str, work: Sequence[tuple[int, str]]) -> dict[
         try:
             source = Path(path).read_bytes()
             rows["bytes"][i], rows["source_crc"][i] = len(source), zlib.crc32(source)
-            grey = open_grey(source)
-            pixels[i] = fit(grey, pixels.shape[1], aspect)
+            grey = open_picture(source)
+            if isinstance(grey, np.ndarray):
+                if scale is None:
+                    rows["state"][i] = cache_file.DEEP
+                    continue
+                grey = to_grey(grey, scale)
+            pixels[i] = fit(grey, pixels.shape[1], aspect, contrast)
             width, height = grey.size
+            state = cache_file.BLANK if spread(grey) < BLANK else cache_file.DONE
+        except ImportError:
+            raise
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for damaged files
             state, bad[i] = cache_file.BAD, f"{type(error).__name__}: {error}"
             pixels[i] = 0

@@ -6,7 +6,8 @@ A cache is a folder of four files:
 - ``ids.txt``: the n image ids, one a line, in the order of the rows;
 - ``rows.npy``: for each row the bytes of its source file, width and height of the source picture, and CRC-32 checksums of
   the source file and of the pixels (:data:`ROW`);
-- ``charm_cache.json``: the manifest: count, size, aspect rule, filter, hash of the ids, hash of all rows, unreadable files.
+- ``charm_cache.json``: the manifest: count, size, aspect and contrast rules, filter, hash of the ids, hash of all rows,
+  unreadable files, pictures that are no radiographs, and the common scale of pictures of more than 8 bits.
 
 A cache holds no absolute path and no file time. It may be copied, mounted elsewhere, or attached read-only on Kaggle.
 """
@@ -15,20 +16,23 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from charmlib.data.images import FILTER
+from charmlib.data.images import FILTER, LONGEST_SIDE
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, IDS, PIXELS, ROWS = "charm_cache.json", "ids.txt", "pixels.npy", "rows.npy"
+SCALE = "scale.json"  # of a build that is not finished
 ROW = np.dtype([("state", "u1"), ("bytes", "<i8"), ("width", "<i4"), ("height", "<i4"), ("source_crc", "<u4"),
                 ("pixel_crc", "<u4")])
-DONE, BAD, STARTED = 1, 2, 3  # states of a row; 0: not decoded yet. A finished cache has DONE and BAD rows only.
+DONE, BAD, STARTED, DEEP, BLANK = range(1, 6)
+"""States of a row; 0: not decoded yet. DEEP waits for the common scale, BLANK is a picture of hardly any contrast. A finished
+cache has DONE, BLANK and BAD rows only."""
 SAMPLE = 16  # rows that are compared with their source files whenever a cache is opened
 
 
@@ -42,12 +46,17 @@ DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError)
 
 @dataclass(frozen=True)
 class Request:
-    """The images that are asked for: an id and a source file each, pixels a side, and the aspect rule."""
+    """The images that are asked for: an id and a source file each, pixels a side, and the rules of aspect and contrast.
+
+    ``train`` gives the positions of the training images, and is called if a common scale has to be found.
+    """
 
     ids: Sequence[str]
     paths: Sequence[str]
     size: int
     aspect: str
+    contrast: str = "none"
+    train: Callable[[], Sequence[int]] | None = None
 
     def __post_init__(self):
         if len(self.ids) != len(self.paths) or not self.ids:
@@ -76,7 +85,8 @@ class Request:
         """
         sizes = [file_size(self.paths[i]) for i in self.sample]
         digest = hashlib.sha256(f"{FORMAT} {self.ids_hash} {sizes}".encode()).hexdigest()[:10]
-        return f"grey{self.size}-{self.aspect}-{len(self.ids)}-{digest}"
+        rules = self.aspect if self.contrast == "none" else f"{self.aspect}-{self.contrast}"
+        return f"grey{self.size}-{rules}-{len(self.ids)}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,12 @@ class ImageCache:
     pixels: np.ndarray  # (n in the file, size, size), a read-only memory map
     rows: np.ndarray  # (n requested,) row in the file of each image
     bad: dict[str, str]  # requested ids of unreadable files -> reason; their pixels are black
+    odd: dict[str, str]  # requested ids of pictures that are no radiographs -> reason
+
+    @property
+    def scale(self) -> tuple[float, float] | None:
+        """The values that became black and white in pictures of more than 8 bits; None if there are none."""
+        return self.manifest["scale"] and tuple(self.manifest["scale"])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -119,11 +135,16 @@ def file_size(path: str | Path) -> int:
         return -1
 
 
-def manifest_of(request: Request, rows: np.ndarray, bad: dict[int, str]) -> dict:
+def manifest_of(request: Request, rows: np.ndarray, bad: dict[int, str], scale: Sequence[float] | None = None) -> dict:
     """The manifest of a cache of exactly these images; ``bad`` gives the reason of each unreadable row."""
-    return {"format": FORMAT, "images": len(request.ids), "size": request.size, "aspect": request.aspect, "filter": FILTER,
-            "ids_hash": request.ids_hash, "hash": hashlib.sha256(rows.tobytes()).hexdigest(),
-            "bad": {request.ids[i]: bad[i] for i in sorted(bad)}}
+    odd = {i: "nearly blank" for i in np.flatnonzero(rows["state"] == BLANK)}
+    sides = np.stack([rows["width"], rows["height"]])
+    odd |= {i: f"{' x '.join(map(str, sides[:, i]))} pixels is no chest radiograph's shape"
+            for i in np.flatnonzero(sides.max(0) > LONGEST_SIDE * sides.min(0))}
+    return {"format": FORMAT, "images": len(request.ids), "size": request.size, "aspect": request.aspect,
+            "contrast": request.contrast, "filter": FILTER, "scale": scale, "ids_hash": request.ids_hash,
+            "hash": hashlib.sha256(rows.tobytes()).hexdigest(),
+            "bad": {request.ids[i]: bad[i] for i in sorted(bad)}, "odd": {request.ids[i]: odd[i] for i in sorted(odd)}}
 
 
 def read_manifest(folder: Path) -> dict:
@@ -140,8 +161,8 @@ def open_cache(folder: Path, request: Request) -> ImageCache | None:
     Raises :class:`DamagedCache` if files contradict the manifest.
     """
     manifest = read_manifest(folder)
-    if (manifest["size"], manifest["aspect"], manifest["filter"]) != (request.size, request.aspect, FILTER) \
-            or manifest["images"] < len(request.ids):
+    if [manifest[key] for key in ("size", "aspect", "contrast", "filter")] != \
+            [request.size, request.aspect, request.contrast, FILTER] or manifest["images"] < len(request.ids):
         return None
     listing = (folder / IDS).read_bytes()
     if hashlib.sha256(listing).hexdigest() != manifest["ids_hash"]:
@@ -156,8 +177,8 @@ def open_cache(folder: Path, request: Request) -> ImageCache | None:
     if pixels.shape != (manifest["images"], request.size, request.size) or pixels.dtype != np.uint8:
         raise DamagedCache(f"{PIXELS} is {pixels.dtype} {pixels.shape}, its manifest says {manifest['images']} images of "
                            f"{request.size} pixels")
-    bad = manifest["bad"]
-    return ImageCache(folder, manifest, pixels, rows, {name: bad[name] for name in request.ids if name in bad})
+    notes = [{name: manifest[kind][name] for name in request.ids if name in manifest[kind]} for kind in ("bad", "odd")]
+    return ImageCache(folder, manifest, pixels, rows, *notes)
 
 
 def read_rows(cache: ImageCache) -> np.ndarray:

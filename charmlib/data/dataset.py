@@ -9,7 +9,7 @@ import numpy as np
 from charmlib.data.cache import open_images
 from charmlib.data.cache_file import ImageCache
 from charmlib.data.images import read_grey
-from charmlib.data.index import Index, read_index
+from charmlib.data.index import Index, Report, read_index
 from charmlib.data.paths import default_cache_dir, resolve_data_root
 from charmlib.data.phantom import make_phantoms
 from charmlib.data.splits import SPLIT_SEED, Split, make_split
@@ -85,8 +85,10 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
 
     p = resolve({"patience": 0}, dict(params or {}), changes)  # no training here, so valid_fraction 0 needs no check
     index = read_index(find_data(p["data_root"]), classes=p["classes"], csv=p["csv"])
+    apart = replace(index, report=Report())  # assemble() reports of the split
     images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), p["image_size"], aspect=p["aspect"],
-                         cache_dir=p["cache_dir"], workers=p["workers"])
+                         contrast=p["contrast"], cache_dir=p["cache_dir"], workers=p["workers"],
+                         train=lambda: make_split(apart, p["split"], valid_fraction=p["valid_fraction"]).rows("train"))
     return assemble(index, images, split=p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"], labels=p["labels"])
 
 
@@ -104,6 +106,7 @@ def assemble(index: Index, images: ImageCache, *, split: str = "official", valid
         kept = ~index.frame["id"].isin(images.bad.keys()).to_numpy()
         index = replace(index, frame=index.frame[kept].reset_index(drop=True))
         images = images.only(kept)
+    index.report.add("no radiographs by their look, kept", (f"{name}: {why}" for name, why in images.odd.items()))
     parts = make_split(index, split, valid_fraction=valid_fraction, limit=limit)
     if labels == "shuffled":
         index = shuffle_labels(index, parts)

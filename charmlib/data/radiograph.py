@@ -3,21 +3,16 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from charmlib.data.images import fit, read_grey
+from charmlib.data import dicom
+from charmlib.data.images import BLANK, LONGEST_SIDE, Scale, fit, open_grey, open_pillow, spread
 from charmlib.data.index import SUFFIXES
 
-DICOM_SUFFIXES = (".dcm", ".dicom")
-_MODALITIES = ("", "CR", "DX", "RG", "XC", "OT", "XA", "RF")
-SMALLEST, LONGEST_SIDE = 32, 2.5
-"""Pixels a side; and how many times longer one side may be than the other."""
-
-_COLOURED, _GREY_LEVELS, _SPREAD, _BRIGHT, _SMOOTH = 0.02, 24, 4.0, 0.4, 0.5
-"""Share of pixels whose channels lie more than 24 apart; distinct grey values; standard deviation of the grey values; share
-of one value from 128 up, as of paper; correlation of pixels with their right neighbours. All of 11,916 NIH files (17 full-size,
-the others of 64 pixels) pass with room: no colour, at least 66 levels, a spread of at least 8.4, at most 0.08 of one bright
-value, a correlation of at least 0.82."""
+SMALLEST = 32  # pixels a side
+_GREY_LEVELS, _BRIGHT, _SMOOTH = 24, 0.4, 0.5
+"""Distinct grey values; share of one value from 128 up, as of paper; correlation of pixels with their right neighbours. All of
+11,916 NIH files (17 full-size, the others of 64 pixels) pass with room: at least 66 levels, at most 0.08 of one bright value, a
+correlation of at least 0.82."""
 
 
 class NotARadiograph(ValueError):
@@ -37,17 +32,17 @@ def find_radiographs(paths) -> list[Path]:
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and (
             p.suffix.lower() in SUFFIXES or _is_dicom(p)))
         if not found:
-            raise FileNotFoundError(f"{path}: no such file, or a folder without {', '.join(SUFFIXES + DICOM_SUFFIXES)} files")
+            raise FileNotFoundError(f"{path}: no such file, or a folder without {', '.join(SUFFIXES + dicom.SUFFIXES)} files")
         out += found
     return list(dict.fromkeys(out))
 
 
-def read_radiograph(path: str | Path, size: int, aspect: str = "stretch") -> np.ndarray:
-    """A radiograph as uint8 (size, size), dark background and bright bone; ``aspect`` as in training.
+def read_radiograph(path: str | Path, size: int, aspect: str = "stretch", *, scale: Scale | None = None,
+                    contrast: str = "none") -> np.ndarray:
+    """A radiograph as uint8 (size, size), dark background and bright bone; ``aspect``, ``scale``, ``contrast`` as in training.
 
-    PNG, JPEG and other files of Pillow's are read by :func:`charmlib.data.images.read_grey`; DICOM by pydicom with its VOI
-    window, or without one from the 0.5th to the 99.5th percentile, MONOCHROME1 inverted. (The NIH's PNGs were made with their
-    DICOM windows, so a DICOM without one differs slightly from the training images.)
+    See :func:`charmlib.data.images.open_grey` and :func:`charmlib.data.dicom.read`. The NIH's PNGs were made with their DICOM
+    windows, so a DICOM without a window differs slightly from the training images.
 
     Raises
     ------
@@ -57,54 +52,37 @@ def read_radiograph(path: str | Path, size: int, aspect: str = "stretch") -> np.
     """
     path = Path(path)
     try:
-        dicom = _is_dicom(path)
-        grey = _read_dicom(path) if dicom else _read_picture(path)
-        _check_grey(grey, paper=not dicom)  # a narrow DICOM window may well saturate half of a radiograph
-        return fit(Image.fromarray(grey), size, aspect)
-    except NotARadiograph as error:
+        source = path.read_bytes()
+        if not (is_dicom := dicom.is_dicom(source)):
+            _check_colour(source)
+        grey = open_grey(source, scale)
+        _check_size(*grey.size)
+        _refuse(spread(grey) < BLANK, f"nearly blank (grey values spread by {spread(grey):.1f} only)")
+        _check_grey(np.asarray(grey), paper=not is_dicom)  # a narrow DICOM window may well saturate half of a radiograph
+        return fit(grey, size, aspect, contrast)
+    except (NotARadiograph, dicom.NotGrey) as error:
         raise NotARadiograph(f"{path}: {error}") from error.__cause__
     except Exception as error:
-        raise NotARadiograph(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        words = " ".join(str(error).split())
+        raise NotARadiograph(f"{path}: cannot be read ({type(error).__name__}: {words})") from error
 
 
 def _is_dicom(path: Path) -> bool:
-    """By the suffix, or without one by the mark in every DICOM file."""
+    """By the suffix, or without one by the file's first bytes."""
     if path.suffix and not path.suffix[1:].isdigit():  # '1.2.840.113' is a name without suffix
-        return path.suffix.lower() in DICOM_SUFFIXES
+        return path.suffix.lower() in dicom.SUFFIXES
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
 
 
-def _read_picture(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+def _check_colour(source: bytes) -> None:
+    with open_pillow(source) as image:
         _check_size(image.width, image.height)
         frames = getattr(image, "n_frames", 1)
-        _refuse(frames > 1, f"{frames} frames, wanted one picture")
+        _refuse(frames > 1 and image.format != "MPO", f"{frames} frames, wanted one picture")  # a phone's second view
         if image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I"):
             coloured = float((np.ptp(np.asarray(image.convert("RGB")), axis=2) > 24).mean())
-            _refuse(coloured > _COLOURED, f"a colour picture ({coloured:.0%} of its pixels), not a grey radiograph")
-    return read_grey(path)
-
-
-def _read_dicom(path: Path) -> np.ndarray:
-    try:
-        import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    except ImportError as error:
-        raise NotARadiograph("reading DICOM needs pydicom (pip install pydicom)") from error
-    file = pydicom.dcmread(path)
-    modality, kind, frames = str(file.get("Modality", "")), str(file.PhotometricInterpretation), file.get("NumberOfFrames", 1)
-    _refuse(modality not in _MODALITIES, f"modality {modality}, wanted a radiograph (CR or DX)")
-    _refuse(int(frames or 1) > 1 or not kind.startswith("MONOCHROME"), f"{kind} with {frames} frames, wanted one grey picture")
-    _check_size(int(file.Columns), int(file.Rows))
-    values = apply_voi_lut(apply_modality_lut(file.pixel_array, file), file).astype(np.float32)
-    windowed = "VOILUTSequence" in file or "WindowWidth" in file
-    # without a window, markers and dead pixels must not set the scale
-    low, high = (values.min(), values.max()) if windowed else np.percentile(values, (0.5, 99.5))
-    values = (values - low) * (255 / max(high - low, 1e-6))
-    if kind == "MONOCHROME1":
-        values = 255 - values
-    return np.clip(values + 0.5, 0, 255).astype(np.uint8)
+            _refuse(coloured > dicom.COLOURED, f"a colour picture ({coloured:.0%} of its pixels), not a grey radiograph")
 
 
 def _check_size(width: int, height: int) -> None:
@@ -113,8 +91,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_grey(grey: np.ndarray, *, paper: bool) -> None:
-    spread, counts = float(grey.std()), np.bincount(grey.ravel(), minlength=256)
-    _refuse(spread < _SPREAD, f"nearly blank (grey values spread by {spread:.1f} only)")
+    counts = np.bincount(grey.ravel(), minlength=256)
     bright, levels = counts[128:].max() / grey.size, np.count_nonzero(counts)
     _refuse(paper and bright > _BRIGHT, f"{bright:.0%} of it is one bright grey value, as of a page, a chart or a screenshot")
     across = np.corrcoef(grey[:, 1:].ravel().astype(np.float32), grey[:, :-1].ravel().astype(np.float32))[0, 1]

@@ -52,13 +52,13 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     chosen = pick_device(device)
     net, _ = load_model(run, chosen)
     mean, std = (torch.tensor(v, device=chosen).view(1, -1, 1, 1) for v in (net.mean, net.std))
-    aspect = card["params"]["aspect"]
+    how = {key: card["params"][key] for key in ("aspect", "contrast")} | {"scale": card["data"]["scale"]}
     kept, logits = [], []
     for start in range(0, len(files), batch):
         images = []
         for path in files[start:start + batch]:
             try:
-                images.append(read_radiograph(path, card["params"]["image_size"], aspect))
+                images.append(read_radiograph(path, card["params"]["image_size"], **how))
                 kept.append(path)
             except NotARadiograph as error:
                 refused(str(error))

@@ -217,7 +217,7 @@ class Run:
         return True
 
     def _source(self) -> dict:
-        return {"name": self.data.source, "drawn": self.data.index.drawn}
+        return {"name": self.data.source, "drawn": self.data.index.drawn, "scale": self.data.images.scale}
 
     def _identity(self) -> dict:
         return _hashed({**self.params, "split_hash": self.data.split.hash})

@@ -41,7 +41,7 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def never_decode(monkeypatch):
     def forbid():
-        monkeypatch.setattr(cache_build, "open_grey", lambda *a: pytest.fail("decoded again"))
+        monkeypatch.setattr(cache_build, "open_picture", lambda *a: pytest.fail("decoded again"))
 
     return forbid
 
@@ -136,8 +136,8 @@ def test_verify_finds_what_the_sample_cannot_and_decodes_only_that(tmp_path, hom
     Image.fromarray(np.random.default_rng(99).integers(0, 256, (40, 40), dtype=np.uint8)).save(paths[7])
     assert Path(paths[7]).stat().st_size == same_size and not np.array_equal(images[7], read_grey(paths[7], 24))
     decoded = []
-    real = cache_build.open_grey
-    monkeypatch.setattr(cache_build, "open_grey", lambda source: decoded.append(1) or real(source))
+    real = cache_build.open_picture
+    monkeypatch.setattr(cache_build, "open_picture", lambda source: decoded.append(1) or real(source))
     images = open_images(ids, paths, 24, verify=True)
     assert_right(images, paths)
     assert len(decoded) == 1 and "1 changed (7.png)" in capsys.readouterr().err
@@ -339,15 +339,15 @@ def test_a_repair_that_was_killed_goes_on_under_the_name_that_is_looked_for(tmp_
         open_images(ids, paths, 24)
     decoded = []
     monkeypatch.setattr(cache_build, "_fill", real)
-    decode = cache_build.open_grey
-    monkeypatch.setattr(cache_build, "open_grey", lambda source: decoded.append(1) or decode(source))
+    decode = cache_build.open_picture
+    monkeypatch.setattr(cache_build, "open_picture", lambda source: decoded.append(1) or decode(source))
     assert_right(open_images(ids, paths, 24), paths)
     assert len(decoded) == 1 and len(built(home)) == 1 and not list(home.glob("*.partial"))
 
 
 def test_an_interrupt_keeps_what_is_decoded(pictures, home, monkeypatch, capsys):
     ids, paths = pictures
-    real, decoded = cache_build.open_grey, []
+    real, decoded = cache_build.open_picture, []
 
     def interrupted(source):
         if len(decoded) == 5:
@@ -355,11 +355,11 @@ def test_an_interrupt_keeps_what_is_decoded(pictures, home, monkeypatch, capsys)
         decoded.append(1)
         return real(source)
 
-    monkeypatch.setattr(cache_build, "open_grey", interrupted)
+    monkeypatch.setattr(cache_build, "open_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_images(ids, paths, 24, workers=1)
     assert built(home) == []
-    monkeypatch.setattr(cache_build, "open_grey", lambda source: decoded.append(1) or real(source))
+    monkeypatch.setattr(cache_build, "open_picture", lambda source: decoded.append(1) or real(source))
     assert_right(open_images(ids, paths, 24), paths)
     assert len(decoded) == 12 and "5 of 12 images are there" in capsys.readouterr().err
 
@@ -509,3 +509,68 @@ def test_a_script_without_a_main_guard_may_build_in_processes(tmp_path, home):
     environment = {**os.environ, "CHARM_CACHE": str(home), "PYTHONPATH": str(Path(cache_build.__file__).parents[2])}
     done = subprocess.run([sys.executable, script, tmp_path / "images"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("built") == 1, done.stderr
+
+
+def deep(folder, n=20, side=40, shift=6):
+    """Pictures of 14 bits, each brighter than the last, and one of 8 bits."""
+    folder.mkdir()
+    ramp = np.linspace(40, 200, side * side).reshape(side, side)
+    for i in range(n):
+        Image.fromarray(((ramp + i).astype(np.uint16) << shift)).save(folder / f"{i}.png")
+    Image.fromarray(ramp.astype(np.uint8)).save(folder / "eight.png")
+    ids = [*(f"{i}.png" for i in range(n)), "eight.png"]
+    return ids, [str(folder / name) for name in ids]
+
+
+def test_deep_pictures_have_one_scale_from_the_training_images(tmp_path, home):
+    ids, paths = deep(tmp_path / "deep")
+    said = []
+    images = open_images(ids, paths, 40, train=lambda: range(10, 15), say=said.append)
+    values = np.concatenate([np.asarray(Image.open(paths[i])).ravel() for i in range(10, 15)])
+    assert images.scale == pytest.approx(np.percentile(values, (0.5, 99.5)), abs=32)
+    assert "20 pictures of more than 8 bits: values from" in said[0]
+    for i in (0, 12, 19):
+        assert np.array_equal(images[i], read_grey(paths[i], 40, scale=images.scale))
+    assert images[19].mean() > images[12].mean() + 8  # a brighter picture stays brighter
+    assert np.array_equal(images[20], read_grey(paths[20], 40))  # 8 bits are taken as they are
+    again = open_images(ids, paths, 40, train=lambda: range(3), say=said.append)
+    assert again.folder == images.folder and again.scale == images.scale and len(said) == 1
+
+
+def test_a_killed_build_and_a_repair_keep_the_common_scale(tmp_path, home, monkeypatch):
+    ids, paths = deep(tmp_path / "deep")
+    whole = open_images(ids, paths, 40, cache_dir=tmp_path / "whole")
+    real, calls = cache_build.fit, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(cache_build, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_images(ids, paths, 40, cache_dir=tmp_path / "killed", workers=1)
+    monkeypatch.setattr(cache_build, "fit", real)
+    images = open_images(ids, paths, 40, cache_dir=tmp_path / "killed", workers=1, train=lambda: pytest.fail("scaled anew"))
+    assert images.scale == whole.scale and np.array_equal(images[:], whole[:])
+    Image.fromarray(np.asarray(Image.open(paths[0])) // 2).save(paths[0])
+    mended = open_images(ids, paths, 40, cache_dir=tmp_path / "killed", verify=True, train=lambda: pytest.fail("scaled anew"))
+    assert mended.scale == whole.scale and np.array_equal(mended[0], read_grey(paths[0], 40, scale=whole.scale))
+
+
+def test_blank_pictures_and_strips_are_named(tmp_path, home):
+    ids, paths = write(tmp_path / "images")
+    for i, array in ((2, np.zeros((40, 40))), (5, np.full((40, 40), 128)), (7, np.random.default_rng(0).integers(0, 255, (40, 120)))):
+        Image.fromarray(array.astype(np.uint8)).save(paths[i])
+    images = open_images(ids, paths, 24)
+    assert images.odd == {"2.png": "nearly blank", "5.png": "nearly blank",
+                          "7.png": "120 x 40 pixels is no chest radiograph's shape"} and not images.bad
+    assert open_images(ids[4:], paths[4:], 24).odd.keys() == {"5.png", "7.png"}
+
+
+def test_contrast_has_a_cache_of_its_own(tmp_path, home):
+    ids, paths = write(tmp_path / "images")
+    plain, clahe = open_images(ids, paths, 24), open_images(ids, paths, 24, contrast="clahe")
+    assert plain.folder != clahe.folder and np.array_equal(clahe[3], read_grey(paths[3], 24, contrast="clahe"))
+    assert open_images(ids, paths, 24).folder == plain.folder

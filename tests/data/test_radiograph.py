@@ -31,12 +31,12 @@ def test_what_is_no_radiograph_is_refused_by_name(tmp_path, grey):
     ImageDraw.Draw(page).text((20, 20), "not a radiograph " * 3, fill=0)
     page.save(tmp_path / "page.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    Image.fromarray(grey).save(tmp_path / "film.gif", save_all=True, append_images=[Image.fromarray(255 - grey)])
+    Image.fromarray(grey).save(tmp_path / "film.png", save_all=True, append_images=[Image.fromarray(255 - grey)])
     noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
     cases = {save(tmp_path / "noise.png", noise): "as in noise",
              save(tmp_path / "colour.png", colour): "colour picture", save(tmp_path / "blank.png", grey * 0 + 9): "blank",
              tmp_path / "page.png": "bright grey value|grey values", tmp_path / "broken.png": "cannot be read",
-             save(tmp_path / "tiny.png", grey[:20, :20]): "too small", tmp_path / "film.gif": "2 frames",
+             save(tmp_path / "tiny.png", grey[:20, :20]): "too small", tmp_path / "film.png": "2 frames",
              save(tmp_path / "long.png", np.tile(grey, (1, 4))): "shape",
              save(tmp_path / "drawing.png", (grey > 128).astype(np.uint8) * 120): "only 2 grey values"}
     for path, why in cases.items():

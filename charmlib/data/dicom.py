@@ -1,0 +1,148 @@
+"""Grey radiographs from DICOM files: what the VOI window shows, padding in black, MONOCHROME1 inverted."""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SUFFIXES = (".dcm", ".dicom")
+MODALITIES = ("", "CR", "DX", "DR", "RG", "XC", "OT", "XA", "RF")  # DR is outside the standard, and common
+COLOURED = 0.02  # share of pixels whose channels lie more than 24 apart; no NIH file has any
+
+
+class NotGrey(ValueError):
+    """A DICOM file without a single grey radiograph in it."""
+
+
+def is_dicom(source: bytes) -> bool:
+    """By the mark behind the preamble; a file without preamble by its first element, of group 2 or 8 in little endian."""
+    return source[128:132] == b"DICM" or (len(source) > 132 and source[:2] in (b"\x02\x00", b"\x08\x00"))
+
+
+def read(source: bytes) -> Image.Image | np.ndarray:
+    """The picture in a DICOM file: 8-bit grey, or float32 values (height, width) with NaN for padding.
+
+    A file with a VOI window or table (PS3.3 C.11.2) gives the grey picture that the first one shows, whatever values the
+    picture has. One of at most 8 stored bits without rescaling is taken as it is. Others give their values, with MONOCHROME1
+    mirrored in the range of its stored bits. Elements that are empty count as absent.
+
+    Raises
+    ------
+    NotGrey
+        Another modality, several frames, or colour.
+    ImportError
+        pydicom or the decoder of a compressed file is missing; names what to install.
+    """
+    try:
+        import pydicom
+        from pydicom.pixels import apply_modality_lut, apply_voi
+    except ImportError as error:
+        raise ImportError("reading DICOM needs pydicom: pip install 'charmlib[dicom]'") from error
+    file = pydicom.dcmread(io.BytesIO(source), force=True)
+    if "Rows" not in file or "Columns" not in file:
+        raise NotGrey("no picture in it" if "SOPClassUID" in file else "not DICOM, or damaged")
+    modality, kind = str(file.get("Modality") or "").strip().upper(), str(file.get("PhotometricInterpretation") or "").strip()
+    if modality not in MODALITIES:
+        raise NotGrey(f"modality {modality}, wanted a radiograph (CR or DX)")
+    if (frames := int(file.get("NumberOfFrames") or 1)) > 1:
+        raise NotGrey(f"{kind} with {frames} frames, wanted one grey picture")
+    stored = _stored(file)
+    if stored.ndim == 3:
+        return _grey_of_colour(stored, file)
+    bits, signed = int(file.BitsStored), stored.dtype.kind == "i"
+    padding = _padding(file, stored)
+    lowest = -(2 ** (bits - 1)) if signed else 0
+    highest, inverted = lowest + 2**bits - 1, kind == "MONOCHROME1"
+    if _filled(file, "ModalityLUTSequence", "LUTData"):
+        values = apply_modality_lut(stored, file).astype(np.float32)
+        lowest, highest = 0, 2 ** int(file.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+    else:
+        slope, intercept = _number(file.get("RescaleSlope")) or 1.0, _number(file.get("RescaleIntercept")) or 0.0
+        values = stored.astype(np.float32) * slope + intercept
+        lowest, highest = sorted((lowest * slope + intercept, highest * slope + intercept))
+    shown = None
+    if _filled(file, "VOILUTSequence", "LUTData"):
+        whole = values.astype(np.int32) if (values == np.rint(values)).all() else stored
+        shown = apply_voi(whole, file) / (2 ** int(file.VOILUTSequence[0].LUTDescriptor[2]) - 1.0)
+    elif window := _window(file):
+        shown = _through(values, *window)
+    elif bits <= 8 and (lowest, highest) == (0, 2**bits - 1):
+        shown = values / highest
+    if shown is None:
+        values = lowest + highest - values if inverted else values
+        return np.where(padding, np.float32(np.nan), values)
+    shown = np.clip(1 - shown if inverted else shown, 0, 1)
+    return Image.fromarray(np.where(padding, 0, np.rint(255 * shown)).astype(np.uint8))
+
+
+def _stored(file: Any) -> np.ndarray:
+    """The stored values, without the bits beside them."""
+    from pydicom.pixels import pixel_array
+
+    if "TransferSyntaxUID" not in file.file_meta:
+        from pydicom.uid import ImplicitVRLittleEndian
+
+        file.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    shift = int(file.get("HighBit") or file.BitsStored - 1) + 1 - int(file.BitsStored)
+    try:
+        return pixel_array(file) if shift <= 0 else pixel_array(file, correct_unused_bits=False) >> shift
+    except RuntimeError as error:
+        if "missing dependencies" not in str(error):
+            raise
+        raise ImportError(f"compressed as {file.file_meta.TransferSyntaxUID.name}, which needs a decoder: "
+                          "pip install 'charmlib[dicom]' (python-gdcm)") from error
+
+
+def _grey_of_colour(stored: np.ndarray, file: Any) -> Image.Image:
+    """A grey picture that was stored in three channels."""
+    levels = (stored.astype(np.float32) * (255 / (2 ** int(file.BitsStored) - 1)) + 0.5).astype(np.uint8)
+    coloured = float((np.ptp(levels, axis=2) > 24).mean())
+    if coloured > COLOURED:
+        raise NotGrey(f"a colour picture ({coloured:.0%} of its pixels), not a grey radiograph")
+    return Image.fromarray(levels).convert("L")
+
+
+def _padding(file: Any, stored: np.ndarray) -> np.ndarray:
+    """Where the picture is filled up: PixelPaddingValue, or the range up to PixelPaddingRangeLimit."""
+    ends = [_number(file.get(name)) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    ends = [np.array(int(v)).astype(stored.dtype) for v in ends if v is not None]  # an unsigned text of a signed value
+    if not ends:
+        return np.zeros(stored.shape, bool)
+    padding = (stored >= min(ends)) & (stored <= max(ends))
+    return padding if not padding.all() else np.zeros_like(padding)
+
+
+def _window(file: Any) -> tuple[float, float, str] | None:
+    """Centre, width and function of the first window that is one; None without."""
+    function = str(file.get("VOILUTFunction") or "LINEAR").strip().upper()
+    for center, width in zip(*(_numbers(file.get(name)) for name in ("WindowCenter", "WindowWidth"))):
+        if center is not None and width is not None and width > (0 if function in ("LINEAR_EXACT", "SIGMOID") else 1):
+            return center, width, function
+    return None
+
+
+def _through(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
+    """Values through a window, 0 to 1: the functions of PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(-4 * (values - center) / width))
+    if function == "LINEAR_EXACT":
+        return (values - center) / width + 0.5
+    return (values - (center - 0.5)) / (width - 1) + 0.5
+
+
+def _filled(file: Any, sequence: str, key: str) -> bool:
+    """Whether a sequence has an item with data."""
+    return bool(file.get(sequence)) and bool(file[sequence][0].get(key)) and bool(file[sequence][0].get("LUTDescriptor"))
+
+
+def _numbers(value: Any) -> list[float | None]:
+    return [_number(v) for v in (value if isinstance(value, (list, tuple)) or hasattr(value, "append") else [value])]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if np.isfinite(number) else None

@@ -13,6 +13,7 @@ import click
 
 from charmlib import __version__
 from charmlib.files import write_csv
+from charmlib.session import own_temporary_folder
 
 _ASSIGN = click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter; pins a grid's axis.")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -343,6 +344,8 @@ def main():
     """Entry point: a refused input is one clear line and exit status 2."""
     from charmlib.grid.cells import GridError
 
+    if os.path.expanduser("~") == "~":  # a user id that the machine does not know (containers); Jupyter needs a home
+        os.environ["HOME"] = str(own_temporary_folder())
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*undefined for")  # the tables name these classes
     try:

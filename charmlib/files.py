@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 LEASE = ".lease"
 TOKEN = "CHARM_LEASE_TOKEN"  # environment variable: the token of this process's lease
 FOLDER = "CHARM_LEASE_FOLDER"  # environment variable: the folder of that lease
 TEMPORARY = ".tmp"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without locks
 _FULL = 2**16  # bytes left on a disk that counts as full
 
 
@@ -51,11 +54,30 @@ def check_lease(path: str | Path, environment=os.environ) -> None:
                         + ". Nothing is lost; its holder goes on from the last finished epoch.")
 
 
+def lock(path: str | Path, **how) -> filelock.AcquireReturnProxy:
+    """Hold a lock file, ``with lock(path): ...``; ``how`` goes to filelock's ``acquire``. The system frees it with its process.
+
+    On a file system without locks, a file that is made and removed stands for the lock.
+    """
+    try:
+        return filelock.FileLock(path).acquire(**how)
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        return filelock.SoftFileLock(f"{path}.soft").acquire(**how)
+
+
 def sync(path: str | Path) -> None:
-    """Flush a file, or the renames in a folder, to the disk, so that they survive a power failure."""
+    """Flush a file, or the renames in a folder, to the disk, so that they survive a power failure.
+
+    Shares (CIFS, some FUSE) that cannot flush a folder are left to their own.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+            raise
     finally:
         os.close(handle)
 

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,15 @@ def person_watches() -> bool:
     if type(shell).__name__ != "ZMQInteractiveShell":
         return False
     return os.environ.get("SERVER_SOFTWARE", "").startswith("voila") or bool(getattr(shell.kernel, "_allow_stdin", True))
+
+
+def own_temporary_folder() -> Path:
+    """A folder of this user among the machine's temporary ones; raises PermissionError if somebody else has made it."""
+    folder = Path(tempfile.gettempdir()) / f"charmlib-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user: set HOME or CHARM_CACHE to a folder of your own")
+    return folder
 
 
 def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import AcquireReturnProxy, Timeout
 
-from charmlib.files import write_json
+from charmlib.files import lock, write_json
 from charmlib.grid.cells import CellFolder
 from kaggle_setup.client import KaggleError
 from kaggle_setup.kernel import id_of, slug_of
@@ -102,7 +102,7 @@ def locked(out: Path) -> AcquireReturnProxy:
     Raises KaggleError where another one does.
     """
     try:
-        return FileLock(out / "kaggle" / "state.lock").acquire(blocking=False)
+        return lock(out / "kaggle" / "state.lock", blocking=False)
     except Timeout:
         raise KaggleError(f"another `kaggle_setup push` or `fetch` works in {out / 'kaggle'}: wait for it, or look with "
                           "`kaggle_setup status`, which disturbs nothing") from None

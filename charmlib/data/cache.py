@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.data.cache_build import build, repair
-from charmlib.data.cache_file import BLANK, DAMAGE, DONE, MANIFEST, ROWS, ImageCache, Request, changes, open_cache, read_manifest
+from charmlib.data.cache_file import (
+    BLANK,
+    DAMAGE,
+    DONE,
+    MANIFEST,
+    ROWS,
+    ImageCache,
+    Request,
+    changes,
+    open_cache,
+    read_manifest,
+)
 from charmlib.data.paths import default_cache_dir, kaggle_caches
 
 

@@ -25,7 +25,7 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from charmlib import session
+from charmlib import files, session
 from charmlib.data import cache_file
 from charmlib.data.images import BLANK, Scale, common_scale, fit, open_picture, spread, to_grey
 from charmlib.data.splits import SPLIT_SEED
@@ -105,12 +105,12 @@ def repair(request: cache_file.Request, cache: cache_file.ImageCache, suspects: 
 
 def lock(target: Path, say: Callable[[str], None]) -> filelock.AcquireReturnProxy:
     """One process at a time for a cache, ``with lock(...)``; the system frees the lock of a process that was killed."""
-    file = filelock.FileLock(target.with_name(f".{target.name}.lock"))
+    file = target.with_name(f".{target.name}.lock")
     try:
-        return file.acquire(timeout=0)
+        return files.lock(file, timeout=0)
     except filelock.Timeout:
         say(f"another process is building {target}: waiting for it")
-        return file.acquire()
+        return files.lock(file)
 
 
 def _partial(target: Path) -> Path:

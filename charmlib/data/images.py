@@ -103,8 +103,8 @@ def open_pillow(source: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(source), formats=FORMATS)
     except UnidentifiedImageError:
         start = source[:256].lstrip().lower()
-        what = next((words for mark, words in _NO_PICTURES.items() if start.startswith(mark)), "") if source else "an empty file"
-        raise OSError(what or f"neither {', '.join(FORMATS)} nor DICOM") from None
+        found = (words for mark, words in _NO_PICTURES.items() if start.startswith(mark))
+        raise OSError(next(found, f"neither {', '.join(FORMATS)} nor DICOM") if source else "an empty file") from None
     if max(image.size) > LARGEST:
         raise OSError(f"{image.width} x {image.height} pixels, more than {LARGEST:,} a side")
     return image

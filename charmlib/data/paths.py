@@ -1,8 +1,10 @@
 """Folders of data and caches, found at run time because Kaggle changes its mounts."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
+from charmlib import session
 from charmlib.nih import KAGGLE_DATASETS, TABLES
 
 
@@ -51,9 +53,16 @@ def kaggle_caches(manifest: str, kaggle_input: str | Path = "/kaggle/input") -> 
 
 
 def default_cache_dir() -> Path:
-    """Scratch space for decoded images: ``$CHARM_CACHE``, Kaggle's ``/kaggle/temp``, or the user's cache folder."""
+    """Scratch space for decoded images: ``$CHARM_CACHE``, Kaggle's ``/kaggle/temp``, or the user's cache folder.
+
+    A user without a home folder that can be written (containers) gets a folder of the machine's temporary ones.
+    """
     if os.environ.get("CHARM_CACHE"):
         return Path(os.environ["CHARM_CACHE"])
     if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") and Path("/kaggle").is_dir():
         return Path("/kaggle/temp/charm_cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "charmlib"
+    with suppress(RuntimeError):  # an unknown user without HOME
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "charmlib"
+        if os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
+            return folder
+    return session.own_temporary_folder()

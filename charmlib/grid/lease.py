@@ -5,7 +5,6 @@ once: the second finds the lease taken. A holder that lost its lease (its machin
 next file.
 """
 
-import errno
 import fcntl
 import os
 import platform
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from charmlib.files import FOLDER, LEASE, TOKEN, LeaseLost, check_lease, read_lease, write_json
+from charmlib.files import FOLDER, LEASE, NO_LOCKS, TOKEN, LeaseLost, check_lease, read_lease, write_json
 
 _KEYS = {"token", "host", "place", "pid", "born", "folder", "number"}
 RENEW, PATIENCE = 5.0, 60.0  # seconds between renewals, and without any until the lease of another machine counts as lost
@@ -111,7 +110,7 @@ def alone(folder: Path) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX)
             sure = True
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            if error.errno not in NO_LOCKS:
                 raise
             sure = False
         yield sure

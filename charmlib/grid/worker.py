@@ -12,9 +12,8 @@ from pathlib import Path
 
 import dask
 import distributed
-from filelock import FileLock
 
-from charmlib.files import LEASE
+from charmlib.files import LEASE, lock
 from charmlib.grid.cells import CellFolder, Ended, GridError, code_hash, find_notebooks, notebook_code
 from charmlib.session import DEADLINE, SCORING, end_children, with_this_package
 
@@ -40,7 +39,7 @@ def work(job: dict, devices: Sequence[str]) -> tuple[Ended, str]:
     job = {**job, "notebooks": str(books), "started": time.time()}
     with tempfile.TemporaryFile("w+") as errors:
         # kernels that start at once race for ports, so the starts of one machine take turns
-        with FileLock(Path(tempfile.gettempdir()) / f"charm-start-{os.getuid()}.lock"):
+        with lock(Path(tempfile.gettempdir()) / f"charm-start-{os.getuid()}.lock"):
             child = subprocess.Popen([sys.executable, "-m", "charmlib.grid.cell_process"], stdin=subprocess.PIPE,
                                      stdout=subprocess.DEVNULL, stderr=errors, text=True, env=environment,
                                      start_new_session=True)  # the runner answers Ctrl-C at the terminal

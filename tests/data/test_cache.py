@@ -516,7 +516,7 @@ def deep(folder, n=20, side=40, shift=6):
     folder.mkdir()
     ramp = np.linspace(40, 200, side * side).reshape(side, side)
     for i in range(n):
-        Image.fromarray(((ramp + i).astype(np.uint16) << shift)).save(folder / f"{i}.png")
+        Image.fromarray((ramp + i).astype(np.uint16) << shift).save(folder / f"{i}.png")
     Image.fromarray(ramp.astype(np.uint8)).save(folder / "eight.png")
     ids = [*(f"{i}.png" for i in range(n)), "eight.png"]
     return ids, [str(folder / name) for name in ids]
@@ -561,7 +561,8 @@ def test_a_killed_build_and_a_repair_keep_the_common_scale(tmp_path, home, monke
 
 def test_blank_pictures_and_strips_are_named(tmp_path, home):
     ids, paths = write(tmp_path / "images")
-    for i, array in ((2, np.zeros((40, 40))), (5, np.full((40, 40), 128)), (7, np.random.default_rng(0).integers(0, 255, (40, 120)))):
+    strip = np.random.default_rng(0).integers(0, 255, (40, 120))
+    for i, array in ((2, np.zeros((40, 40))), (5, np.full((40, 40), 128)), (7, strip)):
         Image.fromarray(array.astype(np.uint8)).save(paths[i])
     images = open_images(ids, paths, 24)
     assert images.odd == {"2.png": "nearly blank", "5.png": "nearly blank",

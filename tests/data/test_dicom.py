@@ -4,7 +4,6 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from charmlib.data import dicom
 from charmlib.data.images import open_grey, open_picture
@@ -158,7 +157,8 @@ def test_without_preamble_and_meta(twelve):
 
 def test_eight_bits_are_taken_as_they_are(grey):
     assert np.array_equal(np.asarray(open_picture(file(grey, bits=8))), grey)
-    for kind, values in (("RGB", np.repeat(grey[..., None], 3, 2)), ("YBR_FULL", np.stack([grey, grey * 0 + 128, grey * 0 + 128], 2))):
+    middle = grey * 0 + 128
+    for kind, values in (("RGB", np.repeat(grey[..., None], 3, 2)), ("YBR_FULL", np.stack([grey, middle, middle], 2))):
         found = open_picture(file(values, bits=8, SamplesPerPixel=3, PlanarConfiguration=0, PhotometricInterpretation=kind))
         assert np.abs(np.asarray(found).astype(int) - grey).max() <= 1
     with pytest.raises(dicom.NotGrey, match="colour picture"):

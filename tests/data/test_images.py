@@ -83,13 +83,15 @@ def test_float_pictures_of_any_range_read_alike(tmp_path, ramp, low, high):
 def test_pictures_are_turned_as_their_exif_says(tmp_path, ramp, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.rot90(ramp)).save(tmp_path / f"x.{suffix}", exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    how = {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(np.rot90(ramp)).save(tmp_path / f"x.{suffix}", exif=exif, **how)
     assert np.abs(read_grey(tmp_path / f"x.{suffix}").astype(int) - ramp).max() <= 12
 
 
 def test_what_is_no_picture_is_named(tmp_path, monkeypatch):
     for content, words in ((b"", "an empty file"), (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
-                           (b"\n<!DOCTYPE html><html>", "a web page"), (b"%!PS-Adobe-3.0", "neither PNG"), (b"GIF89a", "neither")):
+                           (b"\n<!DOCTYPE html><html>", "a web page"), (b"%!PS-Adobe-3.0", "neither PNG"),
+                           (b"GIF89a", "neither PNG")):
         (tmp_path / "x.png").write_bytes(content)
         with pytest.raises(OSError, match=words):
             read_grey(tmp_path / "x.png")

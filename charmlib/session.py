@@ -95,9 +95,10 @@ def own_temporary_folder() -> Path:
 
 
 def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a child process: ``python -m charmlib...`` is this package, and this process its parent."""
+    """The environment of a child process: ``python -m charmlib...`` is this package, this process is its parent, and the
+    kernel 'python3' is this interpreter's rather than another one that the user has installed."""
     home = Path(charmlib.__file__).parents[1]
-    environment = {**environment, PARENT: str(os.getpid())}
+    environment = {**environment, PARENT: str(os.getpid()), "JUPYTER_PREFER_ENV_PATH": "1"}
     if not (home / "pyproject.toml").is_file():
         return environment
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, [str(home), environment.get("PYTHONPATH")]))}

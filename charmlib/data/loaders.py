@@ -244,7 +244,8 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
         train = part == "train"
         rows = data.rows(part, findings_only=findings_only and part != "test")
         if len(rows) < (2 if train else 1) and (part != "valid" or data.split.has_valid):
-            raise ValueError(f"the {part} part has {len(rows)} images" + (" with a finding" if findings_only else ""))
+            raise ValueError(f"the {part} part has {len(rows)} images" + (
+                " with a finding: set stage1_images: all, or train on more data" if findings_only else ""))
         dataset = ChestImages(data.images, data.labels, rows, data.classes, train=train,
                               note=data.source if data.index.drawn else "")
         if train and preload:

@@ -9,6 +9,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from charmlib.evaluation.runs import number
 
 
+class NotFinite(ValueError):
+    """Scores that are no numbers, as of a training that diverged."""
+
+
 def _check(labels, scores, classes) -> tuple[np.ndarray, np.ndarray, list[str]]:
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 2 or labels.shape != scores.shape:
@@ -17,7 +21,7 @@ def _check(labels, scores, classes) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if len(classes) != labels.shape[1]:
         raise ValueError(f"{len(classes)} class names for {labels.shape[1]} columns")
     if not np.isfinite(scores).all():
-        raise ValueError(f"{(~np.isfinite(scores)).any(1).sum()} samples have scores that are not finite")
+        raise NotFinite(f"{(~np.isfinite(scores)).any(1).sum()} samples have scores that are not finite")
     return labels, scores, classes
 
 

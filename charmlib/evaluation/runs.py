@@ -39,6 +39,11 @@ class Predictions:
         """Class -> number of positive images."""
         return dict(zip(self.classes, (self.labels == 1).sum(0).tolist()))
 
+    def of(self, classes: Sequence[str]) -> Predictions:
+        """The predictions for some of the classes."""
+        columns = [self.classes.index(name) for name in classes]
+        return replace(self, labels=self.labels[:, columns], logits=self.logits[:, columns], classes=tuple(classes))
+
     def take(self, rows) -> Predictions:
         """The images at some positions, or those that a mask (n,) selects."""
         return replace(self, ids=self.ids[rows], patients=self.patients[rows], labels=self.labels[rows],

@@ -1,6 +1,7 @@
 """Backbones split into a trunk and a final block, with ImageNet weights, weights from a file, or random weights."""
 
 import difflib
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def _download(entry, name: str) -> Mapping[str, Tensor]:
 def read_state_dict(path: str | Path) -> Mapping[str, Tensor]:
     """A state dict from a .safetensors file, or from a .pt or .pth file without unpickling objects.
 
-    An enclosing ``state_dict``, ``model`` or ``model_state`` entry and the prefix ``module.`` of names are removed.
+    An enclosing ``state_dict``, ``model`` or ``model_state`` entry is removed. Names of DenseNet layers of before PyTorch 0.4
+    (``norm.1``) become those of today (``norm1``).
 
     Raises
     ------
@@ -142,14 +144,23 @@ def read_state_dict(path: str | Path) -> Mapping[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read safely as a state dict ({type(error).__name__}: "
-                         f"{str(error).splitlines()[0]}). Save it with torch.save(net.state_dict(), path).") from error
+        raise ValueError(f"{path} cannot be read safely as a state dict ({type(error).__name__}). If it is a whole pickled "
+                         "module from somebody you trust, torch.save(torch.load(path, weights_only=False).state_dict(), "
+                         "'weights.pt') converts it.") from error
     for key in ("state_dict", "model_state", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", k): v for k, v in state.items()}
+
+
+def _without_prefix(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` without what its names have before those of ``own``: ``module.`` (DataParallel), or the members of a module
+    that the network was part of."""
+    first = next(iter(own))
+    prefix = next((k.removesuffix(first) for k in state if k.endswith(first)), "")
+    return {k.removeprefix(prefix): v for k, v in state.items()}
 
 
 def _misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
@@ -178,6 +189,7 @@ def load_except_classifier(net: nn.Module, state: Mapping[str, Tensor], *, sourc
     ValueError
         Keys are missing, unknown or of another shape; the message lists them and the source.
     """
+    state = _without_prefix(net.state_dict(), state)
     lines = _misfit(net.state_dict(), state)
     if lines:
         raise ValueError(f"{source} does not fit {type(net).__name__}: " + "; ".join(lines))

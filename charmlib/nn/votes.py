@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,8 +37,8 @@ class VotingBank(RareMemoryBank):
     Similarities are cosines of keys, centred by the mean of the slots. Keys may consist of blocks, such as the scales of
     :class:`charmlib.models.CharmNet`. The cosines of the blocks are averaged, so that wide and narrow blocks weigh the same.
 
-    The regression is solved by :meth:`solve`, and at each change from training to eval mode. It needs N^2 floats of
-    temporary memory and N^3 / 3 multiplications for N slots.
+    The regression is solved by :meth:`solve`, and at each change from training to eval mode. It needs three times N^2 floats
+    of temporary memory and N^3 / 3 multiplications for N filled slots.
 
     Differs from the published papers, whose slots contribute features (:class:`RareMemoryBank`). The combination of a label
     cache and a trained head follows Tip-Adapter (Zhang et al., ECCV 2022).
@@ -122,18 +123,41 @@ class VotingBank(RareMemoryBank):
 
     @torch.no_grad()
     def solve(self) -> None:
-        """Fit the regression to the current slots."""
+        """Fit the regression to the filled slots.
+
+        Raises
+        ------
+        MemoryError
+            They are too many for the device; see :meth:`refuse`.
+        """
+        filled = int(self.filled)
+        self.refuse(filled)
         with torch.autocast(device_type=self.slots.device.type, enabled=False):
-            used = (torch.arange(self.size, device=self.slots.device) < self.filled).float()[:, None]
-            known = (self.slot_labels >= 0) * used
-            base = ((self.slot_labels == 1) * known).sum(0) / known.sum(0).clamp(min=1)
-            rest = (self.slot_labels - base) * known / (base * (1 - base) + FLOOR)
-            slots = self.directions(self.slots)
-            matrix = self.kernel(slots @ slots.T) * used * used.T
+            labels = self.slot_labels[:filled]
+            known = (labels >= 0).float()
+            base = ((labels == 1) * known).sum(0) / known.sum(0).clamp(min=1)
+            rest = (labels - base) * known / (base * (1 - base) + FLOOR)
+            slots = self.directions(self.slots[:filled])
+            matrix = self.kernel(slots @ slots.T)
             matrix.diagonal().add_(self.ridge)
             # cholesky_ex does not wait for the GPU; coefficients are 0 if rounding makes the factorisation fail
             factor, failed = torch.linalg.cholesky_ex(matrix)
-            self.coefficients.copy_(torch.where(failed == 0, torch.cholesky_solve(rest, factor), 0.0))
+            self.coefficients.zero_()
+            self.coefficients[:filled] = torch.where(failed == 0, torch.cholesky_solve(rest, factor), 0.0)
+
+    def refuse(self, filled: int) -> None:
+        """Refuse a regression over so many slots that does not fit in memory.
+
+        Raises
+        ------
+        MemoryError
+            Names the gigabytes needed and free, and the remedy.
+        """
+        device, needed = self.slots.device, 12 * filled**2
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if needed > free:
+            raise MemoryError(f"the votes of {filled:,} slots need {needed / 1e9:.1f} GB to be solved, {free / 1e9:.1f} GB are "
+                              "free: lower bank_size")
 
     def train(self, mode: bool = True):
         ends = self.training and not mode

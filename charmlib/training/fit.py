@@ -9,6 +9,8 @@ from fastai.learner import Learner
 from fastcore.basics import store_attr
 
 from charmlib import session
+from charmlib.evaluation.metrics import NotFinite
+from charmlib.params import PARAMS
 from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Trains
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
@@ -103,8 +105,13 @@ class PhaseRunner:
         callbacks = [SeedEpoch(self.seed, phase.name), Trains(phase.trains, phase.train_norms), keep,
                      EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start)]
         hidden = () if self.bars else learner._grab_cbs(ProgressCallback)
-        with learner.no_logging(), learner.removed_cbs(hidden):
-            learner.fit_one_cycle(phase.epochs, phase.lr, cbs=callbacks, start_epoch=start, **phase.cycle)
+        rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"
+        try:
+            with learner.no_logging(), learner.removed_cbs(hidden):
+                learner.fit_one_cycle(phase.epochs, phase.lr, cbs=callbacks, start_epoch=start, **phase.cycle)
+        except NotFinite as error:
+            raise ValueError(f"training diverged in {phase.name} (the network's outputs are not finite): lower {rates}, now "
+                             f"{phase.lr}") from error
         if self.best["state"] is None:
             raise ValueError(f"{phase.name}: {self.monitor} was not a number in any epoch; lower the learning rate "
                              f"(now {phase.lr}) or check the labels")

@@ -71,6 +71,7 @@ class Run:
         precision, data = pick_precision(p["precision"], device), open_dataset(p)
         seed_everything(p["seed"], "weights")
         net = place(create(p, data.classes), device)
+        _refuse_small(net, p, device)
         if p["compile"]:
             compile_backbone(net, device)
         return cls(p, data, net, device, precision)
@@ -170,6 +171,8 @@ class Run:
             for file in (folder.resume_file, folder.card_file, folder.weights_file, folder.history_file, folder.bank_file,
                          folder.bank_history_file, folder.predictions_file, folder.scored_file, folder.metrics_file):
                 file.unlink(missing_ok=True)
+        if hasattr(self.bank.bank, "refuse"):
+            self.bank.bank.refuse(min(self.bank.bank.size, len(self.data.rows("train"))))
         folder.path.mkdir(parents=True, exist_ok=True)
         runner = self._runner()
         state = runner.saved(self.params["resume"])  # refuses a folder of other settings before writing to it
@@ -317,6 +320,18 @@ class Run:
         }
         write_json(self.folder.scored_file, metrics)
         return metrics
+
+
+@torch.no_grad()
+def _refuse_small(net: torch.nn.Module, params: Mapping, device: torch.device) -> None:
+    """Refuse images that a backbone shrinks to nothing, before the first step; all read 64 pixels."""
+    if params["image_size"] >= 64:
+        return
+    try:
+        net.eval()(torch.zeros(1, 3, params["image_size"], params["image_size"], device=device))
+    except RuntimeError as error:
+        raise ValueError(f"image_size {params['image_size']} is too small for {params['arch']} ({error}): try 32 or 64"
+                         ) from error
 
 
 def _hashed(params: Mapping) -> dict:

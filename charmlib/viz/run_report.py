@@ -29,21 +29,28 @@ from charmlib.viz.curves import plot_precision_recall, plot_roc, plot_roc_bands
 from charmlib.viz.per_class import plot_per_class
 from charmlib.viz.reliability import plot_reliability
 
+PANELS = 40  # classes that fit on a picture
+
 
 def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "youden") -> dict[str, object]:
     """Title -> figure: all pictures of a scored run, finished (with ``cell`` in its metrics) or not.
 
-    There are no counts for a run without this operating point, and no enrichment without a bank.
+    There are no counts for a run without this operating point, and no enrichment without a bank. Of more than 40 classes,
+    the rarest 40 with positives are drawn.
     """
     part, note, name = metrics["test"], split_note(metrics), metrics.get("cell", "")
+    if len(predictions.classes) > PANELS:
+        shown = sorted(predictions.classes, key=lambda c: (predictions.positives[c] == 0, predictions.positives[c]))[:PANELS]
+        note = f"the {PANELS} rarest of {len(predictions.classes)} classes; {note}"
+        predictions, part = predictions.of(shown), {**part, "auc": {c: part["auc"][c] for c in shown}}
     how = {"title": name, "note": note}
     pictures = {"ROC curves": plot_roc(predictions, **how),
                 "ROC curves with interval bands": plot_roc_bands(predictions, part, point=point, **how),
                 "Precision and recall": plot_precision_recall(predictions, part, **how),
-                "AUC by class": plot_per_class(metrics, **how)}
-    if point in part["operating"]:
+                "AUC by class": plot_per_class({**metrics, "test": part}, **how)}
+    if counts := {c: row for c, row in part["operating"].get(point, {}).items() if c in predictions.classes}:
         pictures[f"Counts at the operating point '{point}'"] = plot_counts(
-            part["operating"][point], title=name, note=f"{note}; {point_note(part, point)}")
+            counts, title=name, note=f"{note}; {point_note(part, point)}")
     pictures["Calibration"] = plot_reliability(predictions, part["calibration"].get("scaled", {}).get("temperature"), **how)
     pictures["Co-occurrence of findings (test part)"] = plot_cooccurrence(predictions.labels, predictions.classes, note=note)
     if enriched := _enrichment(metrics):

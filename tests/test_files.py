@@ -1,14 +1,16 @@
 """Files that matter are written, synced, renamed and their folder synced, in that order; and lose nothing on a full disk."""
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
+import filelock
 import pytest
 
 from charmlib import Run
 from charmlib.evaluation.runs import finish
-from charmlib.files import DiskFull, remove_temporaries, write_json, write_text, write_whole
+from charmlib.files import DiskFull, lock, remove_temporaries, write_json, write_text, write_whole
 
 
 @pytest.fixture
@@ -53,6 +55,35 @@ def test_every_result_of_a_run_is_synced_renamed_and_its_folder_synced(tiny, ord
             "scored.json", "metrics.json", "bank_history.csv", "bank.csv"} <= set(steps)
     here = {p.name for p in Path(tiny["run_dir"]).iterdir()}
     assert here - set(steps) == {"log.txt"}
+
+
+def test_shares_that_cannot_flush_a_folder_are_written_all_the_same(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle):
+        if Path(os.readlink(f"/proc/self/fd/{handle}")).is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "a.txt", "words")
+    assert (tmp_path / "a.txt").read_text() == "words"
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        write_text(tmp_path / "a.txt", "other words")
+    assert (tmp_path / "a.txt").read_text() == "words"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_stands_for_a_lock_where_the_file_system_has_none(tmp_path, monkeypatch, code):
+    def flock(handle, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock(tmp_path / "x.lock"), pytest.raises(filelock.Timeout):
+        lock(tmp_path / "x.lock", timeout=0)
+    with lock(tmp_path / "x.lock", timeout=0):
+        pass
 
 
 def test_a_full_disk_keeps_the_file_that_was_there(tmp_path):

@@ -90,6 +90,29 @@ def test_every_picture_names_its_data_and_every_class(scored):
             figure.canvas.draw()
 
 
+def test_hundreds_of_classes_draw_the_rarest(scored):
+    from charmlib.evaluation.runs import Predictions
+    from charmlib.evaluation.score import score_part
+    from charmlib.viz.run_report import PANELS, encoded_pictures, run_pictures
+
+    metrics, generator = scored[0], np.random.default_rng(0)
+    n, classes = 80, tuple(f"c{c:03d}" for c in range(200))
+    labels = (generator.random((n, 200)) < np.linspace(0, 0.5, 200)).astype(np.float32)
+    test = Predictions(np.arange(n).astype(str), np.arange(n).astype(str), labels, generator.normal(size=(n, 200)), classes)
+    part = score_part(vars(test), classes, thresholds={"youden": dict.fromkeys(classes, 0.5)}, temperature=1.0, resamples=20,
+                      prevalence=dict(zip(classes, labels.mean(0))))[0]
+    figures = run_pictures({**metrics, "test": part}, test)
+    panels = [a.get_title() for a in figures["ROC curves with interval bands"].axes if a.get_title()]
+    rarest = sorted((k for k, v in test.positives.items() if v), key=test.positives.get)[:PANELS]
+    assert {title.split(",")[0] for title in panels} == set(rarest)
+    assert f"the {PANELS} rarest of 200 classes" in " ".join(figures["AUC by class"].get_suptitle().split())
+    empty = Predictions(test.ids, test.patients, labels * 0, test.logits, classes)
+    part = score_part(vars(empty), classes, thresholds={"youden": dict.fromkeys(classes)}, resamples=20,
+                      prevalence=dict.fromkeys(classes, 0.0))[0]
+    assert encoded_pictures({**metrics, "test": part}, empty)  # a test part without any positive
+    plt.close("all")
+
+
 def test_panels_show_the_stored_numbers(scored):
     from charmlib.viz.counts import plot_counts
     from charmlib.viz.curves import plot_roc_bands

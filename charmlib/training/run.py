@@ -332,6 +332,7 @@ def _refuse_small(net: torch.nn.Module, params: Mapping, device: torch.device) -
     except RuntimeError as error:
         raise ValueError(f"image_size {params['image_size']} is too small for {params['arch']} ({error}): try 32 or 64"
                          ) from error
+    net.train()
 
 
 def _hashed(params: Mapping) -> dict:

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from charmlib.data import cache_build
 from charmlib.data.cache import open_images
 from charmlib.data.cache_file import IDS, MANIFEST, PIXELS, ROWS
 from charmlib.data.images import read_grey
+from charmlib.data.paths import default_cache_dir
 
 
 def write(folder, n=12, side=40, seed=0):
@@ -575,3 +577,23 @@ def test_contrast_has_a_cache_of_its_own(tmp_path, home):
     plain, clahe = open_images(ids, paths, 24), open_images(ids, paths, 24, contrast="clahe")
     assert plain.folder != clahe.folder and np.array_equal(clahe[3], read_grey(paths[3], 24, contrast="clahe"))
     assert open_images(ids, paths, 24).folder == plain.folder
+
+
+def test_a_user_without_a_home_that_can_be_written_has_a_temporary_folder(tmp_path, monkeypatch):
+    for name in ("CHARM_CACHE", "XDG_CACHE_HOME", "KAGGLE_KERNEL_RUN_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_cache_dir() == tmp_path / "home/.cache/charmlib"
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    own = tmp_path / f"charmlib-{os.getuid()}"
+    assert default_cache_dir() == own and own.stat().st_mode & 0o777 == 0o700
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("CHARM_CACHE", raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a home on a read-only disk
+    assert default_cache_dir() == own
+    own.rmdir()
+    own.symlink_to(tmp_path)
+    with pytest.raises(PermissionError, match="belongs to another user: set HOME or CHARM_CACHE"):
+        default_cache_dir()

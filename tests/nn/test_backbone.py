@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 import torchvision
@@ -58,12 +60,21 @@ def test_a_file_fills_everything_but_the_classifier(tmp_path, suffix):
     net = torchvision.models.resnet18(weights=None, num_classes=7)
     path = tmp_path / f"mine{suffix}"
     state = net.state_dict()
-    save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": {
-        f"module.{k}": v for k, v in state.items()}}, path)
+    save_file(state, path) if suffix == ".safetensors" else torch.save({"epoch": 3, "state_dict": {
+        f"module.encoder.{k}": v for k, v in state.items()}}, path)
     parts = split_backbone("resnet18", path)
     assert torch.equal(parts.trunk.conv1.weight, net.conv1.weight)
     assert torch.equal(parts.final[1].conv2.weight, net.layer4[1].conv2.weight)
     assert parts.mean is None  # a file cannot say what it was normalised with
+
+
+def test_densenet_files_of_before_pytorch_0_4(tmp_path):
+    state = torchvision.models.densenet121(weights=None).state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.", k): v for k, v in state.items()}
+    torch.save({"state_dict": {f"module.densenet121.{k}": v for k, v in old.items()}}, tmp_path / "old.pth.tar")
+    parts = split_backbone("densenet121", tmp_path / "old.pth.tar")
+    name = "denseblock4.denselayer16.conv2.weight"
+    assert torch.equal(parts.final.state_dict()[name], state[f"features.{name}"])
 
 
 def test_a_file_that_does_not_fit_is_refused_by_key(tmp_path):
@@ -92,7 +103,7 @@ def test_a_timm_file_is_checked_and_loaded(tmp_path):
 
 def test_pickled_objects_are_never_loaded(tmp_path):
     torch.save(torchvision.models.resnet18(weights=None), tmp_path / "whole.pt")
-    with pytest.raises(ValueError, match="read safely"):
+    with pytest.raises(ValueError, match=r"read safely.*state_dict\(\)"):
         split_backbone("resnet18", tmp_path / "whole.pt")
 
 

@@ -2,13 +2,14 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from charmlib.nn import VotingBank, find_scales, split_backbone
+from charmlib.nn import VotingBank, find_scales, split_backbone, votes
 from charmlib.nn.scales import maps_of
 from charmlib.nn.votes import FLOOR
 from tests.nn.test_bank import NoReading
@@ -154,12 +155,25 @@ def test_eval_is_frozen_and_state_dict_carries_all():
 def test_nothing_reads_the_device():
     bank = VotingBank(6, 3, size=8, k=3, blocks=BLOCKS)
     keys, logits, ids, labels = torch.randn(5, 6), torch.randn(5, 3), torch.arange(5), torch.eye(5)[:, :3]
-    with NoReading():
-        for training in (True, True, False):
-            bank.train(training)
+    for training in (True, True, False):
+        bank.train(training)  # solving reads the number of filled slots, once an epoch
+        with NoReading():
             bank.expect(ids, labels)
             bank(keys, logits).sum()
     assert bank.filled.item() == 5
+
+
+def test_a_large_bank_costs_what_is_filled_and_one_that_cannot_fit_is_refused(monkeypatch):
+    large, small = (VotingBank(6, 3, size=size, blocks=BLOCKS) for size in (65536, 64))
+    keys, labels = torch.randn(42, 6), torch.randint(0, 2, (42, 3)).float()
+    for bank in (large, small):
+        bank.write(keys, torch.arange(42), labels)
+        bank.eval()
+    torch.testing.assert_close(large.coefficients[:42], small.coefficients[:42], rtol=1e-4, atol=1e-5)
+    assert not large.coefficients[42:].any()
+    with pytest.raises(MemoryError, match=r"65,536 slots need 51\.5 GB .* GB are free: lower bank_size"):
+        monkeypatch.setattr(votes.psutil, "virtual_memory", lambda: SimpleNamespace(available=16e9))
+        large.refuse(65536)
 
 
 def test_refusals():

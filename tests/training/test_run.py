@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from charmlib.evaluation.calibration import fit_temperature
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.operating import choose_thresholds
 from charmlib.evaluation.runs import RunFolder, finish
+from charmlib.nn import votes
 from charmlib.params import ParameterError
 from charmlib.training import fit
 from charmlib.training.checkpoint import load_model, load_resume
@@ -225,6 +227,37 @@ def test_attention_as_a_filter_trains_and_loads(tiny):
     net, _ = load_model(run.folder)
     assert net.state_dict()["attention.weight"].shape == (1, net.features, 5, 5)
     assert torch.equal(net.attention.weight, run.net.attention.weight)
+
+
+def test_a_training_that_diverges_names_its_rate(tiny):
+    with pytest.raises(ValueError, match="diverged in stage1 .*lower stage1_lr, now 100000000.0"):
+        Run.open(tiny, stage1_lr=1e8, stage1_frozen_epochs=0).train()
+
+
+def test_images_that_a_backbone_shrinks_to_nothing_are_refused_at_once(tiny):
+    with pytest.raises(ValueError, match="image_size 16 is too small for vgg16"):
+        Run.open(tiny, arch="vgg16", image_size=16, hidden=8, use_attention=False, use_momentum=False)
+
+
+def test_a_bank_whose_votes_cannot_be_solved_is_refused_before_training(tiny, monkeypatch):
+    run = Run.open(tiny, bank_size=65536, use_momentum=False, use_attention=False)
+    monkeypatch.setattr(votes.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(MemoryError, match="lower bank_size"):
+        run.train()
+    assert not run.folder.resume_file.exists()
+
+
+def test_no_image_with_a_finding_trains_without_stage_1_and_names_the_remedy_with_it(phantoms, tmp_path, tiny):
+    table = pd.read_csv(phantoms / "Data_Entry_2017.csv")
+    ids, people = table["Image Index"][:40], table["Patient ID"][:40]
+    pd.DataFrame({"image": ids, "patient_id": people, "A": 0, "B": 0}).to_csv(tmp_path / "normal.csv", index=False)
+    own = {**tiny, "csv": str(tmp_path / "normal.csv"), "classes": "own", "split": "patient"}
+    with pytest.raises(ValueError, match="0 images with a finding: set stage1_images: all"):
+        Run.open(own).dataloaders()
+    run = Run.open(own, stage1_epochs=0, stage1_frozen_epochs=0)
+    run.dataloaders()
+    run.train()
+    assert run.trained()
 
 
 def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):

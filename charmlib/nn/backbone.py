@@ -145,7 +145,7 @@ def read_state_dict(path: str | Path) -> Mapping[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read safely as a state dict ({type(error).__name__}). A whole pickled module "
-                         "runs code when it is loaded: where you trust it, save its state_dict() to a file of its own.") from error
+                         "runs code when it is loaded; where you trust it, save its state_dict() to a file.") from error
     for key in ("state_dict", "model_state", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

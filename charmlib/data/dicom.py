@@ -50,28 +50,24 @@ def read(source: bytes) -> Image.Image | np.ndarray:
     stored = _stored(file)
     if stored.ndim == 3:
         return _grey_of_colour(stored, file)
-    bits, signed = int(file.BitsStored), stored.dtype.kind == "i"
-    padding = _padding(file, stored)
-    lowest = -(2 ** (bits - 1)) if signed else 0
-    highest, inverted = lowest + 2**bits - 1, kind == "MONOCHROME1"
-    if _filled(file, "ModalityLUTSequence", "LUTData"):
+    padding, inverted, bits = _padding(file, stored), kind == "MONOCHROME1", int(file.BitsStored)
+    lowest = -(2 ** (bits - 1)) if stored.dtype.kind == "i" else 0
+    ends, shown = np.array([lowest, lowest + 2**bits - 1]), None
+    if _filled(file, "ModalityLUTSequence"):
         values = apply_modality_lut(stored, file).astype(np.float32)
-        lowest, highest = 0, 2 ** int(file.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+        ends = np.array([0, 2 ** int(file.ModalityLUTSequence[0].LUTDescriptor[2]) - 1])
     else:
-        slope, intercept = _number(file.get("RescaleSlope")) or 1.0, _number(file.get("RescaleIntercept")) or 0.0
-        values = stored.astype(np.float32) * slope + intercept
-        lowest, highest = sorted((lowest * slope + intercept, highest * slope + intercept))
-    shown = None
-    if _filled(file, "VOILUTSequence", "LUTData"):
-        whole = values.astype(np.int32) if (values == np.rint(values)).all() else stored
-        shown = apply_voi(whole, file) / (2 ** int(file.VOILUTSequence[0].LUTDescriptor[2]) - 1.0)
+        (slope, *_), (intercept, *_) = _numbers(file, "RescaleSlope"), _numbers(file, "RescaleIntercept")
+        slope, intercept = slope if np.isfinite(slope) and slope else 1, np.nan_to_num(intercept)
+        values, ends = stored * np.float32(slope) + np.float32(intercept), ends * slope + intercept
+    if _filled(file, "VOILUTSequence"):
+        shown = apply_voi(np.rint(values).astype(np.int32), file) / (2 ** int(file.VOILUTSequence[0].LUTDescriptor[2]) - 1.0)
     elif window := _window(file):
         shown = _through(values, *window)
-    elif bits <= 8 and (lowest, highest) == (0, 2**bits - 1):
-        shown = values / highest
+    elif ends.tolist() == [0, 2**bits - 1] and bits <= 8:
+        shown = values / ends[1]
     if shown is None:
-        values = lowest + highest - values if inverted else values
-        return np.where(padding, np.float32(np.nan), values)
+        return np.where(padding, np.float32(np.nan), np.float32(ends.sum()) - values if inverted else values)
     shown = np.clip(1 - shown if inverted else shown, 0, 1)
     return Image.fromarray(np.where(padding, 0, np.rint(255 * shown)).astype(np.uint8))
 
@@ -105,21 +101,18 @@ def _grey_of_colour(stored: np.ndarray, file: Any) -> Image.Image:
 
 def _padding(file: Any, stored: np.ndarray) -> np.ndarray:
     """Where the picture is filled up: PixelPaddingValue, or the range up to PixelPaddingRangeLimit."""
-    ends = [_number(file.get(name)) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    ends = [np.array(int(v)).astype(stored.dtype) for v in ends if v is not None]  # an unsigned text of a signed value
-    if not ends:
-        return np.zeros(stored.shape, bool)
-    padding = (stored >= min(ends)) & (stored <= max(ends))
-    return padding if not padding.all() else np.zeros_like(padding)
+    ends = np.concatenate([_numbers(file, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")])
+    ends = ends[np.isfinite(ends)].astype(np.int64).astype(stored.dtype)  # some files write a signed value unsigned
+    padding = (stored >= ends.min()) & (stored <= ends.max()) if len(ends) else np.zeros(stored.shape, bool)
+    return padding if not padding.all() else ~padding
 
 
 def _window(file: Any) -> tuple[float, float, str] | None:
     """Centre, width and function of the first window that is one; None without."""
     function = str(file.get("VOILUTFunction") or "LINEAR").strip().upper()
-    for center, width in zip(*(_numbers(file.get(name)) for name in ("WindowCenter", "WindowWidth"))):
-        if center is not None and width is not None and width > (0 if function in ("LINEAR_EXACT", "SIGMOID") else 1):
-            return center, width, function
-    return None
+    narrowest = 0 if function in ("LINEAR_EXACT", "SIGMOID") else 1
+    pairs = zip(_numbers(file, "WindowCenter"), _numbers(file, "WindowWidth"))
+    return next(((center, width, function) for center, width in pairs if np.isfinite(center) and width > narrowest), None)
 
 
 def _through(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
@@ -131,18 +124,11 @@ def _through(values: np.ndarray, center: float, width: float, function: str) -> 
     return (values - (center - 0.5)) / (width - 1) + 0.5
 
 
-def _filled(file: Any, sequence: str, key: str) -> bool:
-    """Whether a sequence has an item with data."""
-    return bool(file.get(sequence)) and bool(file[sequence][0].get(key)) and bool(file[sequence][0].get("LUTDescriptor"))
+def _filled(file: Any, sequence: str) -> bool:
+    """Whether a table is there and has data."""
+    return bool(file.get(sequence)) and all(file[sequence][0].get(key) for key in ("LUTData", "LUTDescriptor"))
 
 
-def _numbers(value: Any) -> list[float | None]:
-    return [_number(v) for v in (value if isinstance(value, (list, tuple)) or hasattr(value, "append") else [value])]
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if np.isfinite(number) else None
+def _numbers(file: Any, name: str) -> np.ndarray:
+    """The numbers of an element, (n,) float64; NaN if it is empty or absent."""
+    return np.array([file.get(name)], np.float64).ravel()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from charmlib import nih
 from charmlib.nih import NIH14, NIH15, NO_FINDING, PHANTOM_MARK, TABLES, canonical
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -57,18 +58,25 @@ class Index:
     report: Report
     drawn: bool
     table: Path
+    normal_class: str = ""
+    patients_from: str = ""
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """The classes other than the one that means "no finding"."""
+        return tuple(name for name in self.classes if name != self.normal_class)
 
     def labels(self) -> np.ndarray:
         """(n, classes) float32."""
         return self.frame[list(self.classes)].to_numpy(np.float32)
 
     def has_finding(self) -> np.ndarray:
-        """(n,) bool: at least one class other than 'No Finding' is positive."""
-        findings = [c for c in self.classes if c != NO_FINDING]
-        return (self.frame[findings].to_numpy(np.float32) == 1).any(1)
+        """(n,) bool: at least one class other than ``normal_class`` is positive."""
+        return (self.frame[list(self.findings)].to_numpy(np.float32) == 1).any(1)
 
 
-def read_index(root: str | Path, *, classes: str = "nih14", csv: str | Path = "") -> Index:
+def read_index(root: str | Path, *, classes: str = "nih14", csv: str | Path = "", normal_class: str = "", blank: str = "auto",
+               uncertain: str = "auto", patients: str = "") -> Index:
     """Read the table and find its images.
 
     Parameters
@@ -119,7 +127,8 @@ def read_index(root: str | Path, *, classes: str = "nih14", csv: str | Path = ""
                                 f"looked {len(files)} image files through, for example for {next(iter(known), '?')}")
     frame = frame[~missing]
     frame = frame.assign(path=frame["id"].map(files))[["id", "path", "patient", "age", "sex", "view", *names]]
-    return Index(root, frame.reset_index(drop=True), tuple(names), report, is_drawn(root), table)
+    return Index(root, frame.reset_index(drop=True), tuple(names), report, is_drawn(root), table,
+                 nih.normal_class(names, normal_class), "")
 
 
 def is_drawn(root: str | Path) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from charmlib.data.index import Index, read_list
-from charmlib.nih import PARTS, TEST_LISTS, TRAIN_LISTS
+from charmlib.nih import PARTS, TEST_LISTS, TRAIN_LISTS, people
 
 SPLIT_SEED = 85
 """Splits are independent of the run's seed, so that runs of several seeds share one test set and can be compared."""
@@ -21,12 +21,20 @@ class SplitError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """``part`` (n,) holds 'train', 'valid', 'test' or '' for each row of the index."""
+    """``part`` (n,) holds 'train', 'valid', 'test' or '' for each row of the index.
+
+    ``patients_from`` says what a patient is: "column 'subject_id'", or :data:`charmlib.nih.EACH_ITS_OWN`.
+    """
 
     name: str
     part: np.ndarray
     hash: str
     counts: dict[str, dict[str, float]]
+    patients_from: str = ""
+
+    def record(self) -> dict:
+        """What ``metrics.json`` keeps: name, hash, patients_from, and the counts of each part."""
+        return {"name": self.name, "hash": self.hash, "patients_from": self.patients_from, **self.counts}
 
     @property
     def has_valid(self) -> bool:
@@ -42,8 +50,9 @@ class Split:
         return index.frame[["id", "patient"]].assign(part=self.part)[self.part != ""]
 
     def __str__(self) -> str:
-        lines = [f"split '{self.name}' ({self.hash})"]
-        lines += [f"  {part}: {c['images']} images of {c['patients']} patients, {c['positive_share']:.1%} with a finding"
+        lines = [f"split '{self.name}' ({self.hash}), a patient is: {self.patients_from}"]
+        lines += [f"  {part}: {c['images']} images of {people(c['patients'], self.patients_from)}, "
+                  f"{c['positive_share']:.1%} with a finding"
                   if c["images"] else f"  {part}: none, its patients are in the training part (valid_fraction 0)"
                   for part, c in self.counts.items()]
         return "\n".join(lines)
@@ -97,7 +106,7 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
         counts[p] = {"images": int(rows.sum()), "patients": int(patients[rows].nunique()),
                      "positive_share": float(positive[rows].mean()) if rows.any() else float("nan")}
     lines = sorted(f"{p}\t{i}" for p, i in zip(part, index.frame["id"]) if p)
-    return Split(name, part, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], counts)
+    return Split(name, part, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], counts, index.patients_from)
 
 
 def parse_fold(name: str) -> tuple[int, int] | None:

@@ -91,7 +91,7 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
     Param("data", "blank", str, "auto", "what an empty label means; auto is 0 in tables like CheXpert's, unknown in others",
           ("auto", "unknown", "0", "1")),
     Param("data", "uncertain", str, "auto", "what the label -1 means; auto is unknown", ("auto", "unknown", "0", "1")),
-    Param("data", "patients", str, "", "the column of the patients; empty finds it or reads the paths, none counts each image as a patient"),
+    Param("data", "patients", str, "", "the column of the patients; empty finds one; none counts each image as a patient"),
     Param("data", "labels", str, "real", "shuffled is a control that must score 0.5 and is never ranked", ("real", "shuffled")),
     Param("data", "split", str, "official",
           "official lists, random by patient, a fold of a cross-validation, or a folder with train/valid/test.txt",

@@ -1,5 +1,6 @@
 """A data set ready for use: index, split and decoded images together. Needs no torch."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.data.cache import open_images
-from charmlib.data.cache_file import ImageCache
+from charmlib.data.cache_file import ImageCache, constant_images
 from charmlib.data.images import read_grey
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import default_cache_dir, resolve_data_root
@@ -99,7 +100,14 @@ def assemble(index: Index, images: ImageCache, *, split: str = "official", valid
     ------
     charmlib.data.splits.SplitError
         See :func:`charmlib.data.splits.make_split`.
+    ValueError
+        None of the images can be read; names what the files are instead.
     """
+    if len(images.bad) == len(images):
+        example, reasons = next(iter(images.bad)), Counter(why.partition(": ")[2] for why in images.bad.values())
+        raise ValueError(f"none of the {len(images)} images under {index.root} can be read, such as {example}. They are: "
+                         + "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)))
+    index.report.add("black or of one grey throughout, kept as they are", index.frame["id"][constant_images(images)])
     if images.bad:
         index.report.add("unreadable, left out", (f"{name}: {why}" for name, why in images.bad.items()))
         kept = ~index.frame["id"].isin(images.bad.keys()).to_numpy()

@@ -64,8 +64,11 @@ def match(names: Sequence[str], files: Sequence[str]) -> tuple[dict[str, str], l
     The longest common end of the two paths decides, first as written and then by :func:`plain` names. A name whose folders
     differ from the file's is matched by its last part only if that part is unique on both sides.
     """
-    found: dict[str, str] = {}
-    left, free, further = dict.fromkeys(names), list(files), []
+    by_name = {file.rpartition("/")[2]: file for file in files}
+    unique = len(by_name) == len(files)
+    found = {name: by_name[name] for name in names if name in by_name} if unique else {}  # the usual case, at once
+    taken, further = set(found.values()), []
+    left, free = {name: None for name in names if name not in found}, [file for file in files if file not in taken]
     deepest = max((name.count("/") for name in left), default=0) + 1
     for spell, length in [(s, n) for s in (str, plain) for n in range(deepest, 1, -1)] + [(str, 1), (plain, 1)]:
         if not left or not free:
@@ -73,8 +76,10 @@ def match(names: Sequence[str], files: Sequence[str]) -> tuple[dict[str, str], l
         wanted, there, taken = _by_end(left, spell, length), _by_end(free, spell, length), set()
         for end, fitting in wanted.items():
             several = there.get(end, ())
+            if not several:
+                continue
             whole = [name for name in fitting if name.count("/") < length]
-            if not several or len(whole or fitting) > 1 or (length == 1 and not whole and len(several) > 1):
+            if len(whole or fitting) > 1 or (length == 1 and not whole and len(several) > 1):
                 continue
             found[(whole or fitting)[0]] = several[0]
             taken.update(several)

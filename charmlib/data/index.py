@@ -100,7 +100,8 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
     raw, ids, files, labels = raw[kept], ids[kept], files[kept], labels[kept]
     patient, patients_from, why_unknown = read_patients(raw, ids, files, patients)
     unnamed = ~ids.map(has_suffix)
-    ids = ids.mask(unnamed, ids + "." + files.str.rpartition(".")[2])
+    if unnamed.any():
+        ids = ids.mask(unnamed, ids + "." + files.str.rpartition(".")[2])
     report.add("no patient known, each image counted as one of its own", ids[patient == ""])
     frame = pd.DataFrame({"id": ids, "path": f"{root}/" + files, "patient": patient.mask(patient == "", "image:" + ids),
                           **_meta(raw, ids, report)})
@@ -138,21 +139,21 @@ def _find(raw: pd.DataFrame, table: Path, root: Path, own: bool, report: Report)
                          f"found {', '.join(raw.columns)}")
     files, others = find_files(root)
     for column in columns:
-        ids = raw[column].str.strip().str.replace("\\", "/").str.removeprefix("./")
-        if not own:  # NIH file names are unique; in another table the folders may tell images apart
-            ids = ids.str.rpartition("/")[2]
-        found, further = match(ids.tolist(), files)
+        names = [name.strip().replace("\\", "/") for name in raw[column]]
+        # NIH file names are unique; in another table the folders may tell images apart
+        names = [name.removeprefix("./") if own else name.rpartition("/")[2] for name in names]
+        found, further = match(names, files)
         if found:
             break
     else:
         return raw[columns[0]].str.strip(), {}, _nothing_found(raw[columns[0]], table, root, files, others)
     if column != columns[0]:
         report.add("columns whose names are no image files", columns[:columns.index(column)])
-    folders = ids.str.contains("/").any()
+    folders = any("/" in name for name in names)
     report.add("images found twice, first kept", (f if folders else f.rpartition("/")[2] for f in further))
     known = {*found.values(), *further}
     report.add("images without row, left out", (f if folders else f.rpartition("/")[2] for f in files if f not in known))
-    return ids, found, ""
+    return pd.Series(names, raw.index, dtype="str"), found, ""
 
 
 def _nothing_found(names: pd.Series, table: Path, root: Path, files: list[str], others: Counter) -> str:

@@ -151,8 +151,8 @@ def assert_disjoint(patients: pd.Series, part: np.ndarray) -> None:
         Names some of the patients and their parts.
     """
     pairs = pd.DataFrame({"patient": patients.to_numpy(), "part": part})[part != ""].drop_duplicates()
-    parts = pairs.sort_values("part").groupby("patient")["part"].agg(tuple)
-    if len(bad := parts[parts.map(len) > 1]):
+    pairs = pairs[pairs["patient"].duplicated(keep=False)]
+    if len(bad := pairs.sort_values("part").groupby("patient")["part"].agg(tuple)):
         shown = ", ".join(f"{patient} in {' and '.join(p)}" for patient, p in bad.iloc[:3].items())
         raise SplitError(f"{len(bad)} patients are in more than one part ({shown}): scores would be inflated. "
                          "Split by patient, not by image.")
@@ -196,7 +196,7 @@ def _read_list(index: Index, path: Path, *, say: bool = False) -> set[str]:
     SplitError
         A list with names, none of which is in the data; an example of each side.
     """
-    names = dict.fromkeys(name.replace("\\", "/").removeprefix("./") for name in listed_names(path))
+    names = dict.fromkeys(listed_names(path))
     listed = set(index.frame["id"]) & names.keys()
     if others := [name for name in names if name not in listed]:
         found, _ = match(others, [name for name in index.frame["id"] if name not in listed])

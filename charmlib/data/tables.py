@@ -138,12 +138,16 @@ def _parsed(path: Path, text: str) -> pd.DataFrame:
 
 
 def listed_names(path: Path) -> list[str]:
-    """The image names of a list: one a line, perhaps with labels behind it, or the image column of a table with a header."""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", read_text(path)) if line.strip()]
+    """The image names of a list: one a line, perhaps with labels behind it, or the image column of a table with a header.
+
+    Backslashes become slashes.
+    """
+    text = read_text(path).replace("\\", "/")
+    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
     if lines and {key_of(cell) for cell in re.split(r"[,;\t|]", lines[0])} & set(COLUMNS["id"]):
         raw = read_table(path) if len(lines) > 1 else pd.DataFrame(columns=["id"])
-        return raw[column_of(raw, "id")].str.strip().tolist()
-    return [_name(line) for line in lines]
+        return raw[column_of(raw, "id")].str.strip().str.replace("\\", "/").tolist()
+    return [_name(line) for line in lines] if re.search(r"[ ,;|\t\"']", text) else lines
 
 
 def _name(line: str) -> str:

@@ -4,7 +4,6 @@ Names are separated by ``|`` or ``;``, or stand in a Python list, as in PadChest
 yes and no, blanks, or -1 for uncertain, as in CheXpert (Irvin et al., AAAI 2019, arXiv 1901.07031).
 """
 
-import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ _WORDS = {**dict.fromkeys(("true", "yes", "y", "t", "positive", "present"), 1.0)
           **dict.fromkeys(_NOTHING, _BLANK), **dict.fromkeys(("uncertain", "u", "equivocal", "maybe", "possible"), _UNCERTAIN)}
 _CHEXPERT = {"frontallateral", "appa", "enlargedcardiomediastinum", "lungopacity", "lunglesion", "pleuralother",
              "airspaceopacity"}
-_BOXES = {"xmin", "x", "x1", "bboxx", "bboxxmin", "bboxx1", "bbox", "left"}
+_BOX = {"x", "y", "w", "h", "width", "height", "xmin", "ymin", "xmax", "ymax", "x1", "y1", "x2", "y2", "bboxx"}
 OWN_COLUMNS = ("id", "path", "patient", "age", "sex", "view")
 """Columns of :attr:`charmlib.data.index.Index.frame` beside the classes."""
 
@@ -94,26 +93,26 @@ def _labels_of_text(column: pd.Series, ids: pd.Series, report: Report, how: Read
                of([bool(s & normal) and bool(s - normal) for s in sets]))
     values = {name: [not s - normal if name in (NO_FINDING, how.normal_class) else name in s for s in sets] for name in wanted}
     labels = pd.DataFrame({name: np.array(v, np.float32)[codes] for name, v in values.items()}, column.index)
-    return labels.mask(np.array(empty, bool)[codes]) if unknown and any(empty) else labels
+    if unknown:
+        labels.loc[np.array(empty, bool)[codes]] = np.nan
+    return labels
 
 
 def _names(text: str, split: str) -> list[str]:
     """The labels in a cell: names with separators between them, or a Python list."""
     text = text.strip()
     if text[:1] in ("[", "(", "{"):
-        try:
-            parts = list(ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError):  # as numpy prints a list, or without quotes
-            parts = [a or b for a, b in re.findall(r"'([^']*)'|\"([^\"]*)\"", text)] or text.strip("[](){}").split(",")
+        # no literal: numpy prints lists without commas, and nan stands among the texts
+        parts = [one or other for one, other in re.findall(r"'([^']*)'|\"([^\"]*)\"", text)] or text.strip("[](){}").split(",")
     else:
         parts = re.split(split, text)
-    return [canonical(str(part)) for part in parts if str(part).strip().lower() not in _NOTHING]
+    return [canonical(part) for part in parts if part.strip().lower() not in _NOTHING]
 
 
 def _labels_of_columns(raw: pd.DataFrame, ids: pd.Series, table: Path, report: Report, how: Reading) -> pd.DataFrame | None:
     """Labels from one column a class; None if there is none and a column of names is there instead."""
     wanted = how.wanted
-    others = {column_of(raw, what) for what in COLUMNS if what not in ("findings", "finding")}
+    others = {column_of(raw, what) for what in COLUMNS if what not in ("findings", "finding")} | _box_columns(raw)
     columns: dict[str, pd.Series] = {}
     for name in raw.columns:
         if name not in others and key_of(name) not in _IGNORED and not name.startswith("Unnamed:") and name:
@@ -184,14 +183,18 @@ def _value(word: str) -> float:
         return _WORDS.get(word, _ODD)
 
 
+def _box_columns(raw: pd.DataFrame) -> set[str]:
+    found = {name for name in raw.columns if key_of(name) in _BOX}
+    return found if len(found) > 3 else set()
+
+
 def _one_row_an_image(labels: pd.DataFrame, raw: pd.DataFrame, ids: pd.Series, report: Report) -> pd.DataFrame:
     repeated = ids.duplicated(keep=False)
     if not repeated.any():
         return labels
     reader, first = column_of(raw, "reader"), labels[~ids.duplicated()].copy()
-    boxes = any(key_of(name) in _BOXES for name in raw.columns)
     groups, unique = labels[repeated].groupby(ids[repeated], sort=False), ids[repeated].drop_duplicates()
-    if reader or boxes:
+    if reader or _box_columns(raw):
         joined = groups.max()
         if reader:
             share = labels[repeated].groupby([ids[repeated], raw.loc[repeated, reader]]).max().groupby(level=0).mean()

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-SUFFIXES = (".dcm", ".dicom")
 MODALITIES = ("", "CR", "DX", "DR", "RG", "XC", "OT", "XA", "RF")  # DR is outside the standard, and common
 COLOURED = 0.02  # share of pixels whose channels lie more than 24 apart; no NIH file has any
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from charmlib.data import dicom
+from charmlib.data.junk import kind_of
 
 try:
     from kornia_rs.io import decode_image_png_u8 as _decode_png
@@ -27,8 +28,6 @@ LONGEST_SIDE, BLANK = 2.5, 4.0
 All of 11,916 NIH files (17 full-size, the others of 64 pixels) spread by at least 8.4."""
 _CHANNELS = {0: ("mono", 1), 2: ("rgb", 3), 6: ("rgba", 4)}  # of the PNG colour types that the fast decoder reads
 _TURNED = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # marks of a PNG that may say how it is turned
-_NO_PICTURES = {b"version https://git-lfs": "a Git LFS pointer instead of the picture (git lfs pull fetches it)",
-                b"<!doctype": "a web page instead of the picture", b"<html": "a web page instead of the picture"}
 _PERCENTILES = (0.5, 99.5)  # markers and dead pixels must not set the scale
 _VALUES = 2**16  # values of a picture that count for a common scale
 
@@ -102,9 +101,7 @@ def open_pillow(source: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(source), formats=FORMATS)
     except UnidentifiedImageError:
-        start = source[:256].lstrip().lower()
-        found = (words for mark, words in _NO_PICTURES.items() if start.startswith(mark))
-        raise OSError(next(found, f"neither {', '.join(FORMATS)} nor DICOM") if source else "an empty file") from None
+        raise OSError(kind_of(source[:512]) or f"neither {', '.join(FORMATS)} nor DICOM") from None
     if max(image.size) > LARGEST:
         raise OSError(f"{image.width} x {image.height} pixels, more than {LARGEST:,} a side")
     return image

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.data import dicom
+from charmlib.data.find import DICOM_SUFFIXES, SUFFIXES, is_dicom
 from charmlib.data.images import BLANK, LONGEST_SIDE, Scale, fit, open_grey, open_pillow, spread
-from charmlib.data.index import SUFFIXES
 
 SMALLEST = 32  # pixels a side
 _GREY_LEVELS, _BRIGHT, _SMOOTH = 24, 0.4, 0.5
@@ -30,9 +30,9 @@ def find_radiographs(paths) -> list[Path]:
     out: list[Path] = []
     for path in map(Path, paths):
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and (
-            p.suffix.lower() in SUFFIXES or _is_dicom(p)))
+            p.suffix.lower() in SUFFIXES or is_dicom(p)))
         if not found:
-            raise FileNotFoundError(f"{path}: no such file, or a folder without {', '.join(SUFFIXES + dicom.SUFFIXES)} files")
+            raise FileNotFoundError(f"{path}: no such file, or a folder without {', '.join(SUFFIXES + DICOM_SUFFIXES)} files")
         out += found
     return list(dict.fromkeys(out))
 
@@ -53,26 +53,18 @@ def read_radiograph(path: str | Path, size: int, aspect: str = "stretch", *, sca
     path = Path(path)
     try:
         source = path.read_bytes()
-        if not (is_dicom := dicom.is_dicom(source)):
+        if not (is_file := dicom.is_dicom(source)):
             _check_colour(source)
         grey = open_grey(source, scale)
         _check_size(*grey.size)
         _refuse(spread(grey) < BLANK, f"nearly blank (grey values spread by {spread(grey):.1f} only)")
-        _check_grey(np.asarray(grey), paper=not is_dicom)  # a narrow DICOM window may well saturate half of a radiograph
+        _check_grey(np.asarray(grey), paper=not is_file)  # a narrow DICOM window may well saturate half of a radiograph
         return fit(grey, size, aspect, contrast)
     except (NotARadiograph, dicom.NotGrey) as error:
         raise NotARadiograph(f"{path}: {error}") from error.__cause__
     except Exception as error:
         words = " ".join(str(error).split())
         raise NotARadiograph(f"{path}: cannot be read ({type(error).__name__}: {words})") from error
-
-
-def _is_dicom(path: Path) -> bool:
-    """By the suffix, or without one by the file's first bytes."""
-    if path.suffix and not path.suffix[1:].isdigit():  # '1.2.840.113' is a name without suffix
-        return path.suffix.lower() in dicom.SUFFIXES
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
 
 
 def _check_colour(source: bytes) -> None:

@@ -1,0 +1,17 @@
+"""What a file is that should have been a picture or a table, told from its first bytes."""
+
+_STARTS = ((b"version https://git-lfs", "a Git LFS pointer: fetch the files with `git lfs pull`"),
+           (b"<!doctype html", "a web page: download the files again, logged in where the site asks for it"),
+           (b"<html", "a web page: download the files again, logged in where the site asks for it"),
+           (b"<?xml", "an XML page, perhaps a server's error: download the files again"),
+           (b"\0\5\x16\7", "a Mac's AppleDouble file: delete it"),
+           (b"pk\3\4", "a zip archive: unpack it"), (b"\x1f\x8b", "a gzip archive: unpack it"),
+           (b"rar!", "a RAR archive: unpack it"), (b"%pdf", "a PDF"))
+
+
+def kind_of(source: bytes) -> str:
+    """'a Git LFS pointer ...', 'a web page ...', 'an empty file' and the like; '' for anything else."""
+    if not source.strip(b"\0 \r\n\t"):
+        return "an empty file: copy or download it again"
+    start = source[:256].removeprefix(b"\xef\xbb\xbf").lstrip(b" \r\n\t").lower()
+    return next((what for mark, what in _STARTS if start.startswith(mark)), "")

@@ -13,6 +13,7 @@ from charmlib.data.images import read_grey
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import default_cache_dir, resolve_data_root
 from charmlib.data.phantom import make_phantoms
+from charmlib.data.report import Report
 from charmlib.data.splits import SPLIT_SEED, Split, make_split
 from charmlib.nih import PARTS, people
 from charmlib.params import READING
@@ -114,6 +115,8 @@ def assemble(index: Index, images: ImageCache, *, split: str = "official", valid
         kept = ~index.frame["id"].isin(images.bad.keys()).to_numpy()
         index = replace(index, frame=index.frame[kept].reset_index(drop=True))
         images = images.only(kept)
+    if images.scale:
+        index.report.add("values of more than 8 bits that are black and white", map("{:g}".format, images.scale))
     index.report.add("no radiographs by their look, kept as they are", (f"{name}: {why}" for name, why in images.odd.items()))
     parts = make_split(index, split, valid_fraction=valid_fraction, limit=limit)
     if labels == "shuffled":

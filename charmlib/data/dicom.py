@@ -40,7 +40,7 @@ def read(source: bytes) -> Image.Image | np.ndarray:
         raise ImportError("reading DICOM needs pydicom: pip install 'charmlib[dicom]'") from error
     file = pydicom.dcmread(io.BytesIO(source), force=True)
     if "Rows" not in file or "Columns" not in file:
-        raise NotGrey("no picture in it" if "SOPClassUID" in file else "not DICOM, or damaged")
+        raise NotGrey("DICOM with no picture in it, or damaged")
     modality, kind = str(file.get("Modality") or "").strip().upper(), str(file.get("PhotometricInterpretation") or "").strip()
     if modality not in MODALITIES:
         raise NotGrey(f"modality {modality}, wanted a radiograph (CR or DX)")

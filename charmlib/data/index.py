@@ -165,8 +165,8 @@ def _nothing_found(names: pd.Series, table: Path, root: Path, files: list[str], 
     if packed := [suffix for suffix in (".zip", ".gz", ".tar", ".tgz", ".7z", ".rar") if others[suffix]]:
         return f"{start}. There are archives ({', '.join(packed)}) and no images: unpack them."
     kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in others.most_common(4))
-    return (f"{start}. No file there ends in {', '.join(SUFFIXES + DICOM_SUFFIXES)}{f' (but {kinds})' if kinds else ''}: name another "
-            "data_root.")
+    return (f"{start}. No file there ends in {', '.join(SUFFIXES + DICOM_SUFFIXES)}{f' (but {kinds})' if kinds else ''}: "
+            "name another data_root.")
 
 
 def _meta(raw: pd.DataFrame, ids: pd.Series, report: Report) -> dict[str, pd.Series]:

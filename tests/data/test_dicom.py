@@ -4,10 +4,14 @@ import io
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from charmlib import Run
 from charmlib.data import dicom
 from charmlib.data.images import open_grey, open_picture
 from charmlib.data.phantom import draw_phantom
+from charmlib.training.predict import predict
 
 pydicom = pytest.importorskip("pydicom", reason="needs pydicom (pip install pydicom)")
 from pydicom import uid  # noqa: E402
@@ -208,3 +212,36 @@ def test_compressed_files_equal_the_plain_one(tmp_path, twelve, name):
     writer.SetImage(change.GetOutput())
     assert writer.Write() and (tmp_path / "packed.dcm").stat().st_size < (tmp_path / "plain.dcm").stat().st_size
     assert np.array_equal(open_picture(tmp_path / "packed.dcm"), twelve)
+
+
+def test_dicom_files_train_to_the_bits_of_the_same_pictures_as_png(tmp_path, tiny, monkeypatch):
+    """With findings told by the brightness, on 200 files of 8 bits, of 14 bits, and with a window, as PNG and as DICOM."""
+    monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "cache"))
+    rows = ["image_id,patient_id,A,B"]
+    for kind in ("png", "dicom"):
+        (tmp_path / kind).mkdir()
+    for i in range(200):
+        picture = draw_phantom(seed=i, size=48)[0] // (1 + i % 2)
+        deep = picture.astype(np.uint16) * 60
+        rows.append(f"{i:032x},{i // 2},{i % 2},{int(i % 3 == 0)}")
+        stored, how = {0: (picture, {"bits": 8}), 1: (deep, {"bits": 14}),
+                       2: (deep, {"bits": 14, "WindowCenter": 6000, "WindowWidth": 9000})}[i % 3]
+        (tmp_path / "dicom" / f"{i:032x}.dicom").write_bytes(file(stored, **how))
+        shown = open_picture(tmp_path / "dicom" / f"{i:032x}.dicom")
+        (Image.fromarray(deep) if i % 3 == 1 else shown).save(tmp_path / "png" / f"{i:032x}.png")
+    runs = {}
+    for kind in ("png", "dicom"):
+        (tmp_path / kind / "t.csv").write_text("\n".join(rows))
+        run = Run.open(tiny, data_root=str(tmp_path / kind), csv="t.csv", classes="own", split="patient",
+                       run_dir=str(tmp_path / f"run_{kind}"))
+        run.train()
+        runs[kind] = run
+    first, second = (run.net.state_dict() for run in runs.values())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    scale = runs["dicom"].folder.card["data"]["scale"]
+    assert scale == runs["png"].folder.card["data"]["scale"] and scale[1] > scale[0]
+    assert "values of more than 8 bits" in str(runs["dicom"].data.index.report)
+    found = predict(runs["dicom"].folder.path, [tmp_path / "dicom" / f"{1:032x}.dicom"], device="cpu")
+    row = np.flatnonzero(runs["dicom"].data.index.frame["id"].str.startswith(f"{1:032x}"))
+    logits, _ = runs["dicom"].logits("train", row)  # predict reads a deep file by the scale of training
+    np.testing.assert_allclose(found[["p_A", "p_B"]].to_numpy(float), 1 / (1 + np.exp(-logits)), rtol=1e-5)

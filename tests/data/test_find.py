@@ -74,7 +74,7 @@ def test_what_a_mac_adds_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize(("file", "source", "why"), [
-    ("x.dcm", b"", "1 DICOM files and no others, and training reads no DICOM yet"), ("images.zip", b"", "archives .*unpack"),
+    ("x.dcm", b"", "other names, such as 'x.dcm'"), ("images.zip", b"", "archives .*unpack"),
     ("y.png", b"", "'a.png'.*other names, such as 'y.png'"), ("y.npy", b"", "but 1 .npy"), ("readme", b"", "1 without suffix")])
 def test_where_nothing_matches_both_sides_are_shown(tmp_path, file, source, why):
     how = own(tmp_path / "t", "image,patient,A\na.png,1,1\nb.png,2,0\n")
@@ -91,9 +91,9 @@ def test_the_column_that_names_files_is_taken(tmp_path):
 
 @pytest.mark.parametrize(("source", "why"), [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"), (b"", "an empty file"),
-    (b"\xef\xbb\xbf\n<!DOCTYPE html>", "a web page"), (b"\0" * 128 + b"DICM" + b"\0" * 99, "a DICOM file"),
+    (b"\xef\xbb\xbf\n<!DOCTYPE html>", "a web page"), (b"\0" * 128 + b"DICM" + b"\0" * 99, "no picture in it"),
     (b"PK\3\4x", "a zip"),
-    (b"junk", "not a picture of any kind")])
+    (b"junk", "neither PNG, .* nor DICOM")])
 def test_where_every_image_is_unreadable_that_is_said(tmp_path, source, why):
     for name in nih(tmp_path):
         (tmp_path / "images" / name).write_bytes(source)
@@ -120,7 +120,7 @@ def test_constant_pictures_are_named(tmp_path):
     for name, grey in zip(names, (0, 0, 128, 255)):
         Image.fromarray(np.full((8, 8), grey, np.uint8)).save(tmp_path / "images" / name)
     data = open_dataset(data_root=str(tmp_path), image_size=16, split="patient", workers=1, cache_dir=str(tmp_path / "c"))
-    assert "black or of one grey throughout, kept as they are: 4" in str(data.index.report)
+    assert "no radiographs by their look, kept as they are: 4" in str(data.index.report)
 
 
 def test_a_root_one_too_high_is_told(tmp_path):

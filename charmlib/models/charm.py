@@ -103,10 +103,7 @@ class CharmNet(nn.Module):
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-
-        def run(part, x):
-            return recompute(part, x) if again else part(x)
-
+        run = recompute if again else nn.Module.__call__
         shared, maps = maps_of(self.trunk, self.ends, x, run) if self.ends else (run(self.trunk, x), [])
         features = run(self.final, shared)  # (B, D, H, W)
         attended = features if self.attention is None else features * self.attention(features)
@@ -159,13 +156,11 @@ class CharmNet(nn.Module):
         batch : int
             Images at a time.
         """
-        if not isinstance(self.bank, VotingBank):
+        if not isinstance(self.bank, VotingBank) or not (self.bank.slot_ids >= 0).any():
             return
-        slots, was = torch.nonzero(self.bank.slot_ids >= 0).flatten(), self.training
-        if not len(slots):
-            return
+        was = self.training
         self.eval()
-        for some in slots.split(batch):
+        for some in torch.nonzero(self.bank.slot_ids >= 0).flatten().split(batch):
             self.bank.renew(some, self.encode(images(self.bank.slot_ids[some]))[1])
         self.bank.solve()
         self.train(was)

@@ -1,18 +1,13 @@
 """The rare memory bank of CHARM-Xray and MemAug."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charmlib.nn.strategies import STRATEGIES
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RULES = ("rare", "published", "angle")
 RETRIEVALS = ("softmax", "cosine", "gated")
@@ -72,35 +67,34 @@ class RareMemoryBank(nn.Module):
                                      ("retrieval", retrieval, RETRIEVALS), ("bank_norm", bank_norm, NORMS)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if size < 1 or not 1 <= k <= size:
-            raise ValueError(f"expected 1 <= k <= size, got k={k}, size={size}")
-        if threshold < 0:
-            raise ValueError(f"threshold must be 0 or more, got {threshold}")
-        if not 0 <= bank_momentum <= 1:
-            raise ValueError(f"bank_momentum must be in [0, 1], got {bank_momentum}")
-        if strategy == "statistical" and rule == "angle":
-            raise ValueError("strategy 'statistical' keeps a running mean of lengths and has no rule 'angle'")
+        for right, message in (
+                (1 <= k <= size, f"expected 1 <= k <= size, got k={k}, size={size}"),
+                (not threshold < 0, f"threshold must be 0 or more, got {threshold}"),
+                (0 <= bank_momentum <= 1, f"bank_momentum must be in [0, 1], got {bank_momentum}"),
+                (strategy != "statistical" or rule != "angle",
+                 "strategy 'statistical' keeps a running mean of lengths and has no rule 'angle'")):
+            if not right:
+                raise ValueError(message)
         self.size, self.k, self.threshold = size, k, threshold
         self.strategy, self.rule, self.retrieval, self.bank_norm = strategy, rule, retrieval, bank_norm
         self.normalize_retrieved, self.bank_momentum = normalize_retrieved, bank_momentum
         self.policy = STRATEGIES[strategy](classes)
         self.gate = nn.Parameter(torch.zeros(())) if retrieval == "gated" else None
 
-        self.register_buffer("slots", torch.zeros(size, features))
-        self.register_buffer("slot_ids", torch.full((size,), -1))
-        self.register_buffer("slot_labels", torch.zeros(size, classes, dtype=torch.int8))  # -1 where unknown
-        self.register_buffer("slot_steps", torch.full((size,), -1))
-        self.register_buffer("slot_scores", torch.zeros(size))
-        for counter in ("filled", "pointer", "steps", "seen", "accepted"):
-            self.register_buffer(counter, torch.zeros((), dtype=torch.int64))
-        self._expected: tuple[Tensor, Tensor | None] | None = None
+        for name, start in (
+                ("slots", torch.zeros(size, features)), ("slot_ids", torch.full((size,), -1)),
+                ("slot_labels", torch.zeros(size, classes, dtype=torch.int8)),  # -1 where unknown
+                ("slot_steps", torch.full((size,), -1)), ("slot_scores", torch.zeros(size)),
+                *((count, torch.zeros((), dtype=torch.int64)) for count in ("filled", "pointer", "steps", "seen", "accepted"))):
+            self.register_buffer(name, start)
+        self._expected: tuple[Tensor | None, Tensor | None] = None, None
 
     def expect(self, ids: Tensor, labels: Tensor | None = None) -> None:
         """Announce the images of the next batch: integer ids (B,) of 0 or more, and labels (B, C) of 0, 1 or NaN (unknown).
 
         The announcement holds for one call. Without it slots get the id -1 and self-matches are not excluded.
         """
-        self._expected = (ids, labels)
+        self._expected = ids, labels
 
     def forward(self, z: Tensor, predict: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Features (B, D) -> z' (B, D) in float32: retrieve, then write in training mode.
@@ -135,14 +129,10 @@ class RareMemoryBank(nn.Module):
         ValueError
             :meth:`expect` announced a batch of another size.
         """
-        expected, self._expected = self._expected, None
-        if expected is None:
-            return None, None
-        ids, labels = expected
-        ids = torch.as_tensor(ids)
-        if len(ids) != len(batch):
+        (ids, labels), self._expected = self._expected, (None, None)
+        if ids is not None and len(ids) != len(batch):
             raise ValueError(f"expect() announced {len(ids)} images, this batch has {len(batch)}")
-        return ids.to(batch.device), labels
+        return ids if ids is None else torch.as_tensor(ids).to(batch.device), labels
 
     def answer(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
         """The term that the bank adds to each query (B, D): the weighted sum of its slots, scaled and gated."""
@@ -176,10 +166,7 @@ class RareMemoryBank(nn.Module):
         if lengths is not None:
             top = top / lengths[index]
         top = top.masked_fill(~valid, 0.0)
-        if self.retrieval == "cosine":
-            weights = top
-        else:
-            weights = torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
+        weights = top if self.retrieval == "cosine" else torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
         return index.masked_fill(~valid, -1), weights, values
 
     @torch.no_grad()
@@ -252,18 +239,16 @@ class RareMemoryBank(nn.Module):
         ValueError
             The number of names in ``classes`` is not C.
         """
-        import pandas as pd
-
         labels = self.slot_labels[:int(self.filled)].cpu().numpy()
         classes = [str(c) for c in range(labels.shape[1])] if classes is None else [str(c) for c in classes]
         if len(classes) != labels.shape[1]:
             raise ValueError(f"the bank's slots have {labels.shape[1]} labels, {len(classes)} class names were given")
         ids, steps, scores = (store[:len(labels)].tolist() for store in (self.slot_ids, self.slot_steps, self.slot_scores))
-        images = [pd.NA if i < 0 else i if names is None else names[i] for i in ids]
+        images = pd.array([pd.NA if i < 0 else i if names is None else names[i] for i in ids],
+                          dtype="Int64" if names is None else "string")
         text = ["|".join(c for c, value in zip(classes, row) if value == 1) or ("No Finding" if (row >= 0).any() else "")
                 for row in labels]
         values = pd.DataFrame(labels, columns=classes).astype("Int8")
-        images = pd.array(images, dtype="Int64" if names is None else "string")
         slots = pd.DataFrame({"slot": range(len(labels)), "image": images, "labels": text, "step": steps, "score": scores})
         return pd.concat([slots, values.mask(values < 0)], axis=1)
 

@@ -1,7 +1,5 @@
 """A memory bank that predicts from the labels of its slots."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

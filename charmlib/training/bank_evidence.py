@@ -174,9 +174,8 @@ class BankEvidence:
         retrieved = [np.zeros_like(pixels) if pd.isna(name) else np.asarray(data.images[row_of[name]])
                      for name in table["image"]]
         part = next((p for p in PARTS if row in data.split.rows(p)), "")
-        labels = tuple(c for c, value in zip(data.classes, data.labels[row]) if value == 1)
-        if not labels and not np.isnan(data.labels[row]).all():
-            labels = (NO_FINDING,)
+        labels = tuple(c for c, value in zip(data.classes, data.labels[row]) if value == 1) or (
+            () if np.isnan(data.labels[row]).all() else (NO_FINDING,))
         return Explanation(image, str(frame["patient"].iloc[row]), part, labels,
                            dict(zip(data.classes, torch.sigmoid(logits.float())[0].tolist())), table, pixels,
                            np.stack(retrieved) if retrieved else np.empty((0, *pixels.shape), np.uint8), note)

@@ -163,8 +163,7 @@ class LossesToHost(Callback):
         if new := [loss for loss in self.recorder.losses if isinstance(loss, Tensor)]:
             self.recorder.losses[-len(new):] = torch.stack(new).tolist()
 
-    def after_fit(self):  # the learning-rate finder ends within an epoch
-        self.after_epoch()
+    after_fit = after_epoch  # the learning-rate finder ends within an epoch
 
 
 def record_on_device(learn: Learner) -> Learner:

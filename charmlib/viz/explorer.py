@@ -23,9 +23,9 @@ from charmlib.evaluation.runs import RunFolder, run_folders, run_names, valid_au
 from charmlib.evaluation.score import evaluate_run
 from charmlib.evaluation.tables import point_note, split_note, with_intervals
 from charmlib.session import person_watches
-from charmlib.viz.counts import plot_counts
 from charmlib.viz.curves import plot_roc_bands
 from charmlib.viz.page import png
+from charmlib.viz.per_class import plot_counts
 from charmlib.viz.style import FIRST, GUIDE, RC, SECOND, readable
 from charmlib.viz.walk import ORDERS, Walk
 

@@ -87,8 +87,8 @@ def split_backbone(name: str, weights: str | Path = "imagenet") -> Backbone:
         return _split_timm(name, weights)
     if name not in TORCHVISION:
         near = difflib.get_close_matches(name, TORCHVISION, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"unknown arch '{name}'.{hint} Available are {', '.join(TORCHVISION)}, and timm:NAME.")
+        raise ValueError(f"unknown arch '{name}'." + (f" Did you mean '{near[0]}'?" if near else "")
+                         + f" Available are {', '.join(TORCHVISION)}, and timm:NAME.")
     cut, features = TORCHVISION[name]
     state, mean, std = None, *IMAGENET
     if weights == "imagenet":

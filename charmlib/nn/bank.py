@@ -27,12 +27,8 @@ class RareMemoryBank(nn.Module):
 
     Parameters
     ----------
-    features : int
-        D.
-    classes : int
-        C, the number of labels per slot.
-    size : int
-        N, the number of slots.
+    features, classes, size : int
+        D; C, the number of labels per slot; N, the number of slots.
     k : int
         Slots per query, 1 to N.
     threshold : float
@@ -122,13 +118,8 @@ class RareMemoryBank(nn.Module):
         return answer
 
     def announced(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Ids (B,) on the batch's device, and labels (B, C), from :meth:`expect`, whose announcement this call consumes.
-
-        Raises
-        ------
-        ValueError
-            :meth:`expect` announced a batch of another size.
-        """
+        """Ids (B,) on the batch's device, and labels (B, C), from :meth:`expect`, whose announcement this call consumes; raises
+        ValueError if it was of a batch of another size."""
         (ids, labels), self._expected = self._expected, (None, None)
         if ids is not None and len(ids) != len(batch):
             raise ValueError(f"expect() announced {len(ids)} images, this batch has {len(batch)}")
@@ -156,11 +147,7 @@ class RareMemoryBank(nn.Module):
             similarity = query @ self.slots.T  # (B, N)
             if lengths is not None:
                 similarity /= lengths
-            banned = torch.arange(self.size, device=z.device) >= self.filled
-            if ids is not None:
-                banned = banned | ((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
-            best, index = similarity.masked_fill_(banned, -torch.inf).topk(self.k, dim=1)  # (B, k)
-            valid = best > -torch.inf
+            index, valid, _ = self.nearest(similarity, ids)
         values = self.slots[index]  # (B, k, D)
         top = torch.einsum("bd,bkd->bk", query, values)  # the k similarities, with gradient
         if lengths is not None:
@@ -168,6 +155,14 @@ class RareMemoryBank(nn.Module):
         top = top.masked_fill(~valid, 0.0)
         weights = top if self.retrieval == "cosine" else torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
         return index.masked_fill(~valid, -1), weights, values
+
+    def nearest(self, similarity: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Index, eligibility and similarity (B, k) of the most similar slots, from similarities (B, N), changed in place."""
+        banned = torch.arange(self.size, device=similarity.device) >= self.filled
+        if ids is not None:
+            banned = banned | ((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
+        best, index = similarity.masked_fill_(banned, -torch.inf).topk(self.k, dim=1)
+        return index, best > -torch.inf, best
 
     @torch.no_grad()
     def write(self, z: Tensor, ids: Tensor | None = None, labels: Tensor | None = None, logits: Tensor | None = None) -> None:
@@ -222,9 +217,8 @@ class RareMemoryBank(nn.Module):
         """
         labels = self.slot_labels[:, list(findings)] if findings is not None else self.slot_labels
         filled = torch.arange(self.size, device=labels.device) < self.filled
-        positive = (self.slot_labels == 1) & filled[:, None]
         none = filled & ~(labels == 1).any(1) & (labels >= 0).any(1)
-        return torch.cat([positive.sum(0), none.sum()[None]])
+        return torch.cat([((self.slot_labels == 1) & filled[:, None]).sum(0), none.sum()[None]])
 
     def table(self, names: Sequence[str] | None = None, classes: Sequence[str] | None = None) -> pd.DataFrame:
         """One row for each filled slot, by index.
@@ -249,8 +243,8 @@ class RareMemoryBank(nn.Module):
         text = ["|".join(c for c, value in zip(classes, row) if value == 1) or ("No Finding" if (row >= 0).any() else "")
                 for row in labels]
         values = pd.DataFrame(labels, columns=classes).astype("Int8")
-        slots = pd.DataFrame({"slot": range(len(labels)), "image": images, "labels": text, "step": steps, "score": scores})
-        return pd.concat([slots, values.mask(values < 0)], axis=1)
+        return pd.concat([pd.DataFrame({"slot": range(len(labels)), "image": images, "labels": text, "step": steps,
+                                        "score": scores}), values.mask(values < 0)], axis=1)
 
     @torch.no_grad()
     def similarity(self, z: Tensor, index: Tensor) -> Tensor:

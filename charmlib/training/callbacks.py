@@ -61,8 +61,7 @@ class NetworkHooks(Callback):
         device = self.dls.device
 
         def encoded(ids):
-            grey = images.pixels(ids.cpu().numpy()).to(device)
-            return grey_to_network(grey, scale.mean.to(device), scale.std.to(device))
+            return grey_to_network(images.pixels(ids.cpu().numpy()).to(device), scale.mean.to(device), scale.std.to(device))
 
         with torch.autocast(torch.device(device).type, torch.float16, enabled=hasattr(self.learn, "half_precision")):
             self.model.renew(encoded, batch=self.dls.valid.bs)
@@ -121,8 +120,7 @@ class SeedEpoch(Callback):
 
 def seed_everything(*parts) -> int:
     """Seed torch, numpy and random from a hash of ``parts``; returns the 63-bit seed."""
-    text = "/".join(map(str, parts)).encode()
-    seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+    seed = int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

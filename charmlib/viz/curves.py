@@ -1,7 +1,7 @@
 """ROC curves of all classes in one picture; ROC, precision-recall and reliability curves with one panel per class."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,7 +9,7 @@ from scipy.special import expit
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from charmlib.evaluation.calibration import calibration_error, reliability_curve
-from charmlib.evaluation.intervals import Band, precision_recall_bands, roc_bands
+from charmlib.evaluation.intervals import precision_recall_bands, roc_bands
 from charmlib.evaluation.metrics import auc_by_class, known
 from charmlib.evaluation.runs import number
 from charmlib.viz.style import FIRST, GUIDE, SECOND, class_style, heading, readable, styled
@@ -19,11 +19,8 @@ from charmlib.viz.style import FIRST, GUIDE, SECOND, class_style, heading, reada
 def plot_roc(predictions, *, title: str = "", note: str = ""):
     """All classes' curves with their AUC and number of positives in the legend; returns the figure.
 
-    Parameters
-    ----------
-    predictions : charmlib.evaluation.runs.Predictions
-    title, note : str
-        ``note`` is printed under the title: split, images, patients.
+    ``predictions`` are :class:`charmlib.evaluation.runs.Predictions`; ``note`` is printed under the title: split, images,
+    patients.
     """
     aucs = auc_by_class(predictions.labels, predictions.logits, predictions.classes)
     defined = [v for v in aucs.values() if not np.isnan(v)]
@@ -59,8 +56,7 @@ def plot_roc_bands(predictions, part: Mapping, *, point: str = "youden", title: 
         if name in operating:
             axis.plot(1 - operating[name]["specificity"], operating[name]["sensitivity"], "o", ms=5, color=SECOND)
 
-    bands = roc_bands(predictions.labels, predictions.logits, predictions.patients)
-    figure, axes, legend = _band_panels(predictions, part, "auc", bands, draw, "ROC curve")
+    figure, axes, legend = _band_panels(predictions, part, "auc", roc_bands, draw, "ROC curve")
     for axis in axes:
         axis.plot([0, 1], [0, 1], color=GUIDE, lw=0.8, zorder=0)
         axis.set(yticks=[0, 0.5, 1], aspect="equal")
@@ -82,8 +78,7 @@ def plot_precision_recall(predictions, part: Mapping, *, title: str = "", note: 
         axis.plot(recall[recall > 0], precision[recall > 0], color=FIRST, lw=1.2, drawstyle="steps-post")
         axis.axhline(y.mean(), color=GUIDE, lw=1, ls=":")
 
-    bands = precision_recall_bands(predictions.labels, predictions.logits, predictions.patients)
-    figure, axes, legend = _band_panels(predictions, part, "ap", bands, draw, "precision")
+    figure, axes, legend = _band_panels(predictions, part, "ap", precision_recall_bands, draw, "precision")
     for axis in axes:
         _square_root_scale(axis, "y")
         axis.set_yticks([0, 0.1, 0.5, 1], ["0", "0.1", "0.5", "1"])
@@ -99,9 +94,8 @@ def plot_reliability(predictions, temperature: float | None = 1.0, *, bins: int 
     Both axes are square-rooted, because most findings are rare. The numbers in a title are the expected calibration errors
     (15 equal bins) as trained, and at the temperature. Returns the figure.
     """
-    series = [(1.0, FIRST, "o", "as trained")]
-    if temperature is not None:
-        series.append((temperature, SECOND, "s", f"temperature {temperature:.2f}\n(from validation)"))
+    series = [(1.0, FIRST, "o", "as trained"), *(
+        [] if temperature is None else [(temperature, SECOND, "s", f"temperature {temperature:.2f}\n(from validation)")])]
     figure, axes, legend = _small_panels(len(predictions.classes), height=1.95)
     for c, axis in enumerate(axes):
         y, score, _ = known(predictions.labels, predictions.logits, c)
@@ -128,10 +122,10 @@ def plot_reliability(predictions, temperature: float | None = 1.0, *, bins: int 
                         x="mean probability of a bin", y="share of positives in the bin")
 
 
-def _band_panels(predictions, part: Mapping, metric: str, bands: Sequence[Band], draw: Callable, curve: str):
-    """Figure, axes and legend: panels by descending ``metric`` with their bands, to which ``draw(axis, name, y, score)`` adds
-    the curves, titled by the stored value."""
-    classes = predictions.classes
+def _band_panels(predictions, part: Mapping, metric: str, bands: Callable, draw: Callable, curve: str):
+    """Figure, axes and legend: panels by descending ``metric``, titled by its stored value, with the bands of a function, to
+    which ``draw(axis, name, y, score)`` adds the curves."""
+    classes, drawn = predictions.classes, bands(predictions.labels, predictions.logits, predictions.patients)
     order = sorted(range(len(classes)), key=lambda c: -number(part[metric][classes[c]], -1))
     figure, axes, legend = _small_panels(len(order), sharex=True, sharey=True)
     for c, axis in zip(order, axes):
@@ -139,7 +133,7 @@ def _band_panels(predictions, part: Mapping, metric: str, bands: Sequence[Band],
         y, score, _ = known(predictions.labels, predictions.logits, c)
         axis.set(title=f"{readable(name)}\nno positives", xlim=(0, 1), ylim=(0, 1.01), xticks=[0, 0.5, 1])
         if 0 < y.sum() < len(y):
-            axis.fill_between(*bands[c], color=FIRST, alpha=0.22, lw=0)
+            axis.fill_between(*drawn[c], color=FIRST, alpha=0.22, lw=0)
             draw(axis, name, y, score)
             low, high, _ = map(number, part["intervals"][metric][name])
             limits = "" if np.isnan(low) else f" ({low:.2f} to {high:.2f})"
@@ -170,8 +164,7 @@ def _square_root_scale(axis, which: str) -> None:
     """Make the ``x`` or ``y`` axis of probabilities square-rooted: rare findings are flat on a linear one."""
 
     # matplotlib 3.10 asks for values left of 0 during layout, and warns of them
-    functions = (lambda values: np.sqrt(np.maximum(values, 0)), np.square)
-    getattr(axis, f"set_{which}scale")("function", functions=functions)
+    getattr(axis, f"set_{which}scale")("function", functions=(lambda values: np.sqrt(np.maximum(values, 0)), np.square))
 
 
 def _ticks(top: float) -> list[float]:

@@ -91,8 +91,8 @@ def test_every_picture_names_its_data_and_every_class(scored):
 
 
 def test_panels_show_the_stored_numbers(scored):
-    from charmlib.viz.counts import plot_counts
     from charmlib.viz.curves import plot_roc_bands
+    from charmlib.viz.per_class import plot_counts
 
     metrics, test = scored
     part = metrics["test"]

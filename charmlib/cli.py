@@ -6,13 +6,13 @@ Exit 0 only when all that was asked is done.
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import click
 
 from charmlib import __version__
 from charmlib.files import write_csv
+from charmlib.session import entry_point
 
 _ASSIGN = click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter; pins a grid's axis.")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -340,19 +340,7 @@ def _board_text(board) -> str:
 
 
 def main():
-    """Entry point: a refused input is one clear line and exit status 2."""
+    """Entry point of ``charmlib``."""
     from charmlib.grid.cells import GridError
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*undefined for")  # the tables name these classes
-    try:
-        cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; the same command goes on where it was", err=True)
-        sys.exit(130)
-    except (GridError, ValueError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    entry_point(cli, GridError)

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,25 @@ _last = 0.0
 
 class OutOfTime(RuntimeError):
     """The time budget is spent; what was finished is saved, and the same command goes on from there."""
+
+
+def entry_point(command: Callable, refusal: type[Exception], *, clean: Callable[[str], str] = str, **how) -> None:
+    """Run a click command with options ``how``: a refused input is one clear line, made ``clean``, and exit status 2."""
+    import click  # a cell's kernel, which imports this module, does without
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*undefined for")  # the tables name these classes
+    try:
+        command(standalone_mode=False, **how)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command goes on where it was", err=True)
+        sys.exit(130)
+    except (refusal, ValueError, OSError) as error:
+        click.echo(clean(f"error: {error}"), err=True)
+        sys.exit(2)
 
 
 def in_grid() -> bool:

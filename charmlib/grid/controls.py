@@ -13,7 +13,7 @@ from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import run_table
-from charmlib.files import write_whole
+from charmlib.files import write_csv
 from charmlib.grid.cells import GridError
 from charmlib.grid.runner import run_grid
 from charmlib.grid.spec import Cell, Grid, read_cell
@@ -71,7 +71,7 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
         say("the label table has no view position: that control is left out")
     table = pd.concat([table.drop(columns=["valid AUC", "test AP"]), pd.DataFrame(view)], ignore_index=True)
     table["seed"] = table["seed"].astype("Int64")
-    write_whole(folder / "controls.csv", lambda temporary: table.to_csv(temporary, index=False))
+    write_csv(folder / "controls.csv", table)
     samples = runs["shuffled"].resamples
     low, high = interval(mean_of_defined(samples.auc), LEVEL)[:2] if samples else (float("nan"), float("nan"))
     held = bool(low <= 0.5 <= high)

@@ -13,7 +13,7 @@ from fastcore.meta import delegates
 
 from charmlib.data.dataset import find_data, open_dataset
 from charmlib.evaluation.leaks import one_cross_validation
-from charmlib.files import write_text, write_whole
+from charmlib.files import write_csv, write_text
 from charmlib.grid.board import leaderboard, record_of
 from charmlib.grid.bring import bring_earlier, remove_cell
 from charmlib.grid.budget import KAGGLE_WEEK, existing, hours, paces, refuse_without_space, remaining
@@ -187,8 +187,7 @@ def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, d
     _refuse_leaking_splits(splits)
     folder.mkdir(parents=True, exist_ok=True)
     for hash_, (_, frame) in splits.items():
-        write_whole(folder / ("split.csv" if len(splits) == 1 else f"split_{hash_}.csv"),
-                    lambda temporary, frame=frame: frame.to_csv(temporary, index=False))
+        write_csv(folder / ("split.csv" if len(splits) == 1 else f"split_{hash_}.csv"), frame)
     return of_cell, images
 
 

@@ -127,11 +127,8 @@ def local_cluster(means: Means, cells: int) -> Iterator[Cluster]:
 def given_cluster(means: Means, jobs: list[dict]) -> Iterator[Cluster]:
     """A Dask cluster that runs already, checked before anything runs on it.
 
-    Raises
-    ------
-    GridError
-        No scheduler, no workers in time, none that offers a GPU, or workers that do not see the grid's folder or the data or
-        have another charmlib or other notebooks; says which and the remedy.
+    Raises GridError for no scheduler, no workers in time, none that offers a GPU, and workers that do not see the grid's folder
+    or the data or have another charmlib or other notebooks; says which and the remedy.
     """
     with connect(means) as client:
         cluster, end = Cluster(client, gpu=not means.any_worker, stagger=1.0), time.monotonic() + means.wait_workers
@@ -167,7 +164,6 @@ def connect(means: Means):
 
 
 def _refuse_strangers(client, jobs: list[dict]) -> None:
-    """Refuse workers on which a cell could not run, or would be another cell."""
     folder, code = Path(jobs[0]["folder"]).parent, jobs[0]["code"]
     probe = folder / f".seen.{uuid.uuid4().hex}"
     probe.touch()

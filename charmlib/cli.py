@@ -138,15 +138,14 @@ def evaluate(runs, point, ensemble, out):
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table to this CSV.")
 def compare(first, second, point, out):
     """The paired difference SECOND minus FIRST of two runs on the same images, with its interval."""
-    from charmlib.evaluation import compare, leaks, tables
+    from charmlib.evaluation import compare, leaks, score, tables
     from charmlib.evaluation.runs import RunFolder
-    from charmlib.evaluation.score import thresholds_at
 
     if first.resolve() == second.resolve():
         raise click.UsageError(f"{first} is named twice; compare two runs")
     runs = [RunFolder(first), RunFolder(second)]
     leaks.refuse_leaks(runs)
-    thresholds = [thresholds_at(run, point) for run in runs]
+    thresholds = [score.thresholds_at(run, point) for run in runs]
     table = compare.compare(runs[0].test, runs[1].test, thresholds=thresholds if all(thresholds) else None)
     click.echo(f"{tables.split_note(runs[0].metrics)}\nfirst: {first}, second: {second}; " + (
         f"each at its own operating point '{point}', chosen on validation\n" if all(thresholds) else

@@ -58,11 +58,10 @@ def in_grid() -> bool:
 def alive() -> None:
     """Report progress, to be called for each batch: touches the file that the runner watches, once a second at most."""
     global _last
-    now = time.monotonic()
-    if now - _last < _EVERY or not (path := os.environ.get(ALIVE)):
-        return
-    _last = now
-    Path(path).touch()
+    path, now = os.environ.get(ALIVE), time.monotonic()
+    if path and now - _last >= _EVERY:
+        _last = now
+        Path(path).touch()
 
 
 def time_left() -> float:
@@ -72,13 +71,7 @@ def time_left() -> float:
 
 
 def stop_unless(seconds: float, what: str) -> None:
-    """Stop if fewer than ``seconds`` are left for ``what`` comes next.
-
-    Raises
-    ------
-    OutOfTime
-        Names the step that does not fit.
-    """
+    """Raise OutOfTime, naming the step, if fewer than ``seconds`` are left for ``what`` comes next."""
     left = time_left()
     if left < seconds:
         raise OutOfTime(f"stopped before {what}, which takes about {seconds:.0f} s: the time budget has {max(left, 0):.0f} s "

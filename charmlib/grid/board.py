@@ -31,12 +31,8 @@ def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = T
     ``diff_first`` is a cell's mean test AUC minus that of the cell ranked first, with its paired 95 % interval;
     ``same_as_first`` is True where that interval contains 0, so that the two cannot be told apart.
 
-    Raises
-    ------
-    GridError
-        The folder holds no grid.
-    charmlib.evaluation.leaks.LeakError
-        Test images of a cell were in another's training part.
+    Raises GridError for a folder that holds no grid, and :class:`charmlib.evaluation.leaks.LeakError` if test images of a cell
+    were in another's training part.
     """
     folder = Path(folder)
     record = read_record(folder) if grid is None else record_of(grid)

@@ -83,7 +83,6 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
 
 
 def _section(heading: str, text: str, table: pd.DataFrame | None, kind: str = "") -> list[str]:
-    """A heading, a paragraph for each line of text, and a table."""
     tables = [] if table is None else [page.table(table, kind)]
     return [page.heading(heading), *map(page.paragraph, text.splitlines()), *tables]
 

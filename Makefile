@@ -1,5 +1,6 @@
 # make demo   the main job: a small grid on drawn phantoms, from install to leaderboard
-# make test   all tests, on the newest packages
+# make test   all tests, on the newest packages, but for the longest
+# make test-long  the longest tests, and all tests on the packages of Kaggle's image (half an hour)
 # make test-kaggle  the same on the packages of Kaggle's image (TESTS="tests/nn tests/data" for some of them)
 # make explore  finished runs as a web page of this machine (RUNS=runs/nih64 for some of them)
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # brings the notebooks' parameters cells up to date after a change of charmlib/params.py
-.PHONY: demo test test-kaggle explore nih64 parts64 memaug64 benchmarks parameters lint lab clean
+.PHONY: demo test test-kaggle test-long explore nih64 parts64 memaug64 benchmarks parameters lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; say PYTHON=...')"
@@ -40,6 +41,9 @@ $(KAGGLE_VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constrai
 TESTS ?= tests
 test-kaggle: $(KAGGLE_VENV)/.installed
 	CHARM_CONSTRAINTS=kaggle_setup/constraints-kaggle.txt $(KAGGLE_BIN)/python -m pytest $(TESTS)
+
+test-long: $(VENV)/.installed test-kaggle
+	CHARM_CONSTRAINTS=kaggle_setup/constraints-latest.txt $(BIN)/python -m pytest -m long
 
 SHARED ?= ../shared
 nih64: $(VENV)/.installed

@@ -6,14 +6,13 @@ Exit 0 only when all that was asked is done.
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import click
 
 from charmlib import __version__
 from charmlib.files import write_csv
-from charmlib.session import own_temporary_folder
+from charmlib.session import entry_point
 
 _ASSIGN = click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter; pins a grid's axis.")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -139,15 +138,14 @@ def evaluate(runs, point, ensemble, out):
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table to this CSV.")
 def compare(first, second, point, out):
     """The paired difference SECOND minus FIRST of two runs on the same images, with its interval."""
-    from charmlib.evaluation import compare, leaks, tables
+    from charmlib.evaluation import compare, leaks, score, tables
     from charmlib.evaluation.runs import RunFolder
-    from charmlib.evaluation.score import thresholds_at
 
     if first.resolve() == second.resolve():
         raise click.UsageError(f"{first} is named twice; compare two runs")
     runs = [RunFolder(first), RunFolder(second)]
     leaks.refuse_leaks(runs)
-    thresholds = [thresholds_at(run, point) for run in runs]
+    thresholds = [score.thresholds_at(run, point) for run in runs]
     table = compare.compare(runs[0].test, runs[1].test, thresholds=thresholds if all(thresholds) else None)
     click.echo(f"{tables.split_note(runs[0].metrics)}\nfirst: {first}, second: {second}; " + (
         f"each at its own operating point '{point}', chosen on validation\n" if all(thresholds) else
@@ -341,21 +339,7 @@ def _board_text(board) -> str:
 
 
 def main():
-    """Entry point: a refused input is one clear line and exit status 2."""
+    """Entry point of ``charmlib``."""
     from charmlib.grid.cells import GridError
 
-    if os.path.expanduser("~") == "~":  # a user id that the machine does not know (containers); Jupyter needs a home
-        os.environ["HOME"] = str(own_temporary_folder())
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*undefined for")  # the tables name these classes
-    try:
-        cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; the same command goes on where it was", err=True)
-        sys.exit(130)
-    except (GridError, ValueError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    entry_point(cli, GridError)

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import shutil
 import uuid
@@ -28,26 +27,20 @@ class LeaseLost(RuntimeError):
     """This process no longer holds the lease of the folder and must not write there."""
 
 
-def read_lease(folder: Path) -> dict:
-    """The lease of a folder (:mod:`charmlib.grid.lease`); empty if it is missing or damaged."""
+def json_or_empty(path: Path) -> dict:
+    """The content of a JSON file; empty if it is missing or damaged."""
     try:
-        return json.loads((folder / LEASE).read_text())
+        return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 
 def check_lease(path: str | Path, environment=os.environ) -> None:
-    """Refuse to write into a leased folder whose lease this process has lost.
-
-    Raises
-    ------
-    LeaseLost
-        The lease has another token or is missing.
-    """
+    """Raise LeaseLost for a file in a leased folder whose lease this process has lost: it has another token or is missing."""
     token, folder = environment.get(TOKEN), environment.get(FOLDER)
     if not token or Path(path).resolve().parent != Path(folder):
         return
-    found = read_lease(Path(folder)).get("token")
+    found = json_or_empty(Path(folder, LEASE)).get("token")
     if found != token:
         raise LeaseLost(f"{path} was not written: the lease of {folder} "
                         + ("was taken over by another process" if found else "is gone")
@@ -85,12 +78,7 @@ def sync(path: str | Path) -> None:
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Call ``write`` with a temporary path in the same folder, then rename the result to ``path``.
 
-    Raises
-    ------
-    DiskFull
-        No space is left; the previous file is kept.
-    LeaseLost
-        The lease of the folder has another token or is missing.
+    Raises DiskFull if no space is left (the previous file is kept), and LeaseLost as :func:`check_lease`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
@@ -101,10 +89,8 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
         os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes files with mode 600
         check_lease(path)
         os.replace(temporary, path)
-    except DiskFull:
-        raise
     except Exception as error:  # torch and safetensors raise errors of their own classes for a full disk
-        if is_disk_full(error) or shutil.disk_usage(path.parent).free < _FULL:
+        if not isinstance(error, DiskFull) and (is_disk_full(error) or shutil.disk_usage(path.parent).free < _FULL):
             raise DiskFull(errno.ENOSPC, f"no space left to write {path.name}; make room and start the same command again",
                            str(path.parent)) from error
         raise
@@ -142,18 +128,6 @@ def write_csv(path: str | Path, table) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file atomically. NaN and infinities become null; numpy values become plain numbers."""
-    write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if hasattr(value, "tolist") and not isinstance(value, str):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    text = json.dumps(content, default=lambda value: value.tolist() if hasattr(value, "tolist") else os.fspath(value))
+    plain = json.loads(text, parse_constant=lambda constant: None)
+    write_text(path, json.dumps(plain, indent=1, allow_nan=False) + "\n")

@@ -11,13 +11,7 @@ from charmlib.params import DEFAULTS, PARAMS, ParameterError, coerce, nearest
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a dict; an empty file is an empty dict.
-
-    Raises
-    ------
-    ParameterError
-        No such file, not YAML, not a mapping; names the file.
-    """
+    """A YAML file as a dict, empty for an empty file; ParameterError, naming the file, if it is missing or no mapping."""
     path = find_file(path)
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -51,10 +45,7 @@ def load_params(path: str | Path) -> dict[str, Any]:
 def read_params(path: str | Path, *, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """A parameter file, coerced: what it sets itself, and what its ``base`` (a file beside it, which may have one too) sets.
 
-    Raises
-    ------
-    ParameterError
-        As :func:`read_yaml` and :func:`coerce`; files that are each other's base.
+    Raises ParameterError as :func:`read_yaml` and :func:`coerce`, and for files that are each other's base.
     """
     path = find_file(path)
     content = read_yaml(path)
@@ -72,13 +63,7 @@ def read_params(path: str | Path, *, above: tuple[Path, ...] = ()) -> tuple[dict
 
 
 def parse_assignments(pairs, source: str = "-p") -> dict[str, Any]:
-    """``['k=3', 'weights=none']`` as checked parameters.
-
-    Raises
-    ------
-    ParameterError
-        A pair without ``=``, or as :func:`coerce`.
-    """
+    """``['k=3', 'weights=none']`` as checked parameters; ParameterError for a pair without ``=``, or as :func:`coerce`."""
     out = {}
     for pair in pairs:
         name, eq, value = pair.partition("=")
@@ -109,12 +94,8 @@ def cell_source(names: Iterable[str] | None = None) -> str:
 def from_notebook(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that a notebook's namespace sets, ``options`` included, checked.
 
-    ``options`` may also be text in YAML form, as ``papermill -p options "{k: 3}"`` gives it.
-
-    Raises
-    ------
-    ParameterError
-        A name in ``options``, in the parameters cell or given by papermill that is no parameter; names the nearest one.
+    ``options`` may also be text in YAML form, as ``papermill -p options "{k: 3}"`` gives it. Raises ParameterError, naming the
+    nearest one, for a name in ``options``, in the parameters cell or given by papermill that is no parameter.
     """
     options = namespace.get("options", {})
     if isinstance(options, str):

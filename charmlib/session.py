@@ -9,7 +9,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,27 @@ class OutOfTime(RuntimeError):
     """The time budget is spent; what was finished is saved, and the same command goes on from there."""
 
 
+def entry_point(command: Callable, refusal: type[Exception], *, clean: Callable[[str], str] = str, **how) -> None:
+    """Run a click command with options ``how``: a refused input is one clear line, made ``clean``, and exit status 2."""
+    import click  # a cell's kernel, which imports this module, does without
+
+    if os.path.expanduser("~") == "~":  # a user id that the machine does not know (containers); Jupyter needs a home
+        os.environ["HOME"] = str(own_temporary_folder())
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*undefined for")  # the tables name these classes
+    try:
+        command(standalone_mode=False, **how)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command goes on where it was", err=True)
+        sys.exit(130)
+    except (refusal, ValueError, OSError, ImportError, MemoryError) as error:
+        click.echo(clean(f"error: {error}"), err=True)
+        sys.exit(2)
+
+
 def in_grid() -> bool:
     """Whether this process works on a cell of a grid."""
     return CELL in os.environ
@@ -39,11 +61,10 @@ def in_grid() -> bool:
 def alive() -> None:
     """Report progress, to be called for each batch: touches the file that the runner watches, once a second at most."""
     global _last
-    now = time.monotonic()
-    if now - _last < _EVERY or not (path := os.environ.get(ALIVE)):
-        return
-    _last = now
-    Path(path).touch()
+    path, now = os.environ.get(ALIVE), time.monotonic()
+    if path and now - _last >= _EVERY:
+        _last = now
+        Path(path).touch()
 
 
 def time_left() -> float:
@@ -53,13 +74,7 @@ def time_left() -> float:
 
 
 def stop_unless(seconds: float, what: str) -> None:
-    """Stop if fewer than ``seconds`` are left for ``what`` comes next.
-
-    Raises
-    ------
-    OutOfTime
-        Names the step that does not fit.
-    """
+    """Raise OutOfTime, naming the step, if fewer than ``seconds`` are left for ``what`` comes next."""
     left = time_left()
     if left < seconds:
         raise OutOfTime(f"stopped before {what}, which takes about {seconds:.0f} s: the time budget has {max(left, 0):.0f} s "

@@ -6,8 +6,8 @@ modules (separated by commas), so that child processes and their kernels know th
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 from charmlib import params
 from charmlib.params import Param
@@ -15,8 +15,7 @@ from charmlib.params import Param
 MODULES = "CHARM_SYSTEMS"
 
 
-@dataclass(frozen=True)
-class System:
+class System(NamedTuple):
     """What a name in the parameter ``system`` stands for.
 
     Parameters
@@ -43,10 +42,7 @@ SYSTEMS: dict[str, System] = {}
 def register(system: System) -> None:
     """Make a system known under its name, and its parameters with it.
 
-    Raises
-    ------
-    charmlib.params.ParameterError
-        Another system has the name, or another parameter the name of one of its parameters.
+    Raises ParameterError if another system has the name, or another parameter the name of one of its parameters.
     """
     if SYSTEMS.get(system.name, system) != system:
         raise params.ParameterError(f"system '{system.name}' is registered twice; give one of the two another name")
@@ -55,13 +51,7 @@ def register(system: System) -> None:
 
 
 def find(name: str) -> System:
-    """The system of a name.
-
-    Raises
-    ------
-    charmlib.params.ParameterError
-        No such system; names the nearest one.
-    """
+    """The system of a name; ParameterError, naming the nearest one, if there is none."""
     if name not in SYSTEMS:
         raise params.ParameterError(f"parameter 'system': {name!r} is none of {', '.join(SYSTEMS)}."
                                     f"{params.nearest(name, SYSTEMS)} A system of your own is registered by the module that "

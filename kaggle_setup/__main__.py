@@ -1,7 +1,5 @@
 """``python -m kaggle_setup push|wheel|status|fetch``: exit 0 only when all that was asked is done."""
 
-import sys
-import warnings
 from pathlib import Path
 
 import click
@@ -9,8 +7,8 @@ import click
 from charmlib.grid.budget import KAGGLE_WEEK, seconds_of
 from charmlib.grid.cells import GridError
 from charmlib.grid.spec import load_grid
+from charmlib.session import entry_point
 from kaggle_setup import rounds
-from kaggle_setup.client import KaggleError
 from kaggle_setup.kernel import NO_GPU, T4
 from kaggle_setup.prepare import prepare
 from kaggle_setup.redaction import redact, say
@@ -105,20 +103,8 @@ def fetch_command(folder):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: a refusal is one clear line and exit status 2."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*undefined for")  # a merge's tables name these classes
-    try:
-        cli(arguments, prog_name="python -m kaggle_setup", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; the same command goes on where it was", err=True)
-        sys.exit(130)
-    except (KaggleError, GridError, ValueError, OSError) as error:
-        click.echo(redact(f"error: {error}"), err=True)
-        sys.exit(2)
+    """Entry point: a refusal is one clear line without secrets, and exit status 2."""
+    entry_point(cli, GridError, args=arguments, prog_name="python -m kaggle_setup", clean=redact)
 
 
 if __name__ == "__main__":

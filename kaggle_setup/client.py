@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from charmlib.grid.cells import GridError
 from kaggle_setup.redaction import redact
 
 CANCELLED, ABSENT = "cancelled", "not there yet"
@@ -15,7 +16,7 @@ _ENDED = {"COMPLETE": "complete", "ERROR": "failed", "CANCEL_ACKNOWLEDGED": CANC
 _ANSWER_SECONDS, _DOWNLOAD_SECONDS = 1200, 12 * 3600
 
 
-class KaggleError(RuntimeError):
+class KaggleError(GridError):
     """A push, status or fetch that cannot go on; the message names the file, value or kernel and the remedy, no secret."""
 
     def __init__(self, message: str):

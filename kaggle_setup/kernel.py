@@ -3,7 +3,6 @@
 Kaggle takes one file a kernel, so what the grid file and its bases say travels in a cell that writes them there.
 """
 
-import ast
 import os
 import pprint
 import re
@@ -15,7 +14,7 @@ import nbformat
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from charmlib.grid.cells import find_notebooks
+from charmlib.grid.cells import declared, find_notebooks
 from charmlib.param_sources import find_file, read_yaml
 from charmlib.params import nearest
 from kaggle_setup.client import KaggleError
@@ -87,15 +86,10 @@ def shard_notebook(parameters: Mapping[str, Any], files: Mapping[str, str], *, g
     Raises KaggleError for a parameter that it does not declare: papermill would only warn, and the defaults would be trained.
     """
     source = find_notebooks() / "grid.ipynb"
-    book = load_notebook_node(str(source))
-    # not by papermill's inspect_notebook (2.7), which overlooks a line whose comment holds brackets
-    cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
-    declared = [node.target.id for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)]
-    for name in parameters:
-        if name not in declared:
-            raise KaggleError(f"{source} declares no parameter '{name}'.{nearest(name, declared)} "
-                              f"It has {', '.join(declared)}.")
-    book = parameterize_notebook(book, dict(parameters))
+    names = list(declared(source))
+    if unknown := next((name for name in parameters if name not in names), None):
+        raise KaggleError(f"{source} declares no parameter '{unknown}'.{nearest(unknown, names)} It has {', '.join(names)}.")
+    book = parameterize_notebook(load_notebook_node(str(source)), dict(parameters))
     place = next(i for i, cell in enumerate(book.cells) if cell.cell_type == "code") + 1
     written = pprint.pformat(dict(files), width=120, sort_dicts=False)
     book.cells[place:place] = [nbformat.v4.new_code_cell(code, metadata={"tags": ["kaggle"]})

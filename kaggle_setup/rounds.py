@@ -13,7 +13,6 @@ from pathlib import Path
 from charmlib.grid.bring import merge_grids
 from charmlib.grid.budget import seconds_of
 from kaggle_setup import client
-from kaggle_setup.client import KaggleError, NotThere, Refused, SessionLimit, StartedWithout
 from kaggle_setup.kernel import slug_of
 from kaggle_setup.prepare import SESSION_HOURS, write_kernel
 from kaggle_setup.redaction import redact, say
@@ -55,10 +54,10 @@ def push(state: State, asked: bool = True) -> None:
         try:
             seconds = min(seconds_of(state.settings["budget"]) + _GRACE, SESSION_HOURS * 3600)
             kernel.url = client.push(state.place(kernel) / "kernel", int(seconds))
-        except Refused as error:
+        except client.Refused as error:
             # a session that lacks its data holds this name, so the next push needs another one
-            _becomes(state, kernel, VOID if isinstance(error, StartedWithout) else READY, str(error))
-            if isinstance(error, SessionLimit) or (under_way and not asked):
+            _becomes(state, kernel, VOID if isinstance(error, client.StartedWithout) else READY, str(error))
+            if isinstance(error, client.SessionLimit) or (under_way and not asked):
                 return  # what runs is still fetched first
             raise
         _becomes(state, kernel, RUNNING)
@@ -75,10 +74,10 @@ def wait(state: State, poll: float = 60) -> None:
         try:
             push(state, asked=False)
             troubles = 0
-        except KaggleError as error:
+        except client.KaggleError as error:
             troubles += 1
             under_way = any(kernel.state in (PUSHING, RUNNING, ENDED) for kernel in state.kernels)
-            if troubles > _PATIENCE or (isinstance(error, Refused) and not under_way):
+            if troubles > _PATIENCE or (isinstance(error, client.Refused) and not under_way):
                 raise
             say(f"{error} (trying again)")
 
@@ -88,10 +87,10 @@ def refresh(state: State) -> None:
     for kernel in [kernel for kernel in state.kernels if kernel.state in (PUSHING, RUNNING)]:
         try:
             kernel.outcome, kernel.said = client.session(kernel.id)
-        except NotThere:
+        except client.NotThere:
             if kernel.state == RUNNING:
-                raise KaggleError(f"{kernel.id} was pushed and is not there any more: is `kaggle` logged in as "
-                                  f"{state.settings['user']}? If you deleted it, push again to another --out.") from None
+                raise client.KaggleError(f"{kernel.id} was pushed and is not there any more: is `kaggle` logged in as "
+                                         f"{state.settings['user']}? If you deleted it, push again to another --out.") from None
             kernel.state = READY
             continue
         kernel.state = ENDED if kernel.outcome else RUNNING

@@ -129,6 +129,7 @@ def test_train_with_the_finder_then_test_then_a_quick_check(phantoms, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_the_grid_notebook(phantoms, tmp_path):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({**TINY, "data_root": str(phantoms), "stage1_epochs": 1,
                                                         "stage1_frozen_epochs": 0, "stage2_epochs": 1,

@@ -114,8 +114,8 @@ def test_hundreds_of_classes_draw_the_rarest(scored):
 
 
 def test_panels_show_the_stored_numbers(scored):
-    from charmlib.viz.counts import plot_counts
     from charmlib.viz.curves import plot_roc_bands
+    from charmlib.viz.per_class import plot_counts
 
     metrics, test = scored
     part = metrics["test"]

@@ -16,14 +16,8 @@ def fit_temperature(labels, logits) -> float:
     Fitted on validation data. A single number leaves every ranking and so every AUC unchanged. Guo et al. scale a softmax,
     here it is one sigmoid per class. A constant shift of the logits, as asymmetric loss causes, remains.
 
-    Parameters
-    ----------
-    labels, logits : array-like of shape (n_samples, n_classes)
-        Labels 0, 1 or NaN (left out).
-
-    Returns
-    -------
-    float in [0.01, 100]; 1.0 without known labels.
+    ``labels`` (0, 1 or NaN, left out) and ``logits`` are of shape (n_samples, n_classes). The temperature is in [0.01, 100];
+    1.0 without known labels.
     """
     labels, logits = np.asarray(labels, np.float64), np.asarray(logits, np.float64)
     there = ~np.isnan(labels)
@@ -43,13 +37,8 @@ def reliability_curve(y, probability, *, bins: int = 10, strategy: str = "quanti
                       ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean probability, share of positives and number of samples of each filled bin.
 
-    Like scikit-learn's ``calibration_curve``, but with the counts.
-
-    Parameters
-    ----------
-    y, probability : array-like of shape (n_samples,)
-    strategy : str
-        'uniform' bins of equal width over [0, 1], or 'quantile' bins that hold equally many samples.
+    Like scikit-learn's ``calibration_curve``, but with the counts. ``y`` and ``probability`` are of shape (n_samples,); the
+    ``strategy`` is 'uniform' bins of equal width over [0, 1], or 'quantile' bins that hold equally many samples.
     """
     y, probability = np.asarray(y, np.float64), np.asarray(probability, np.float64)
     if strategy not in ("uniform", "quantile"):

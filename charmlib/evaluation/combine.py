@@ -16,11 +16,8 @@ from charmlib.params import UNHASHED
 def mean_ensemble(members: Sequence[Predictions]) -> Predictions:
     """Predictions whose probabilities are the mean of the members', given as logits (float64).
 
-    Raises
-    ------
-    ValueError
-        Fewer than two members, or they differ in images, classes or labels. Leaks between their splits are checked by
-        :func:`charmlib.evaluation.leaks.refuse_leaks`, which needs the runs' folders.
+    Raises ValueError for fewer than two members, or if they differ in images, classes or labels. Leaks between their splits
+    are checked by :func:`charmlib.evaluation.leaks.refuse_leaks`, which needs the runs' folders.
     """
     if len(members) < 2:
         raise ValueError(f"an ensemble needs at least two runs, found {len(members)}")
@@ -34,15 +31,8 @@ def out_of_fold(runs: Iterable[str | Path | RunFolder]) -> Predictions:
     """The test predictions of the runs of all folds as one part: every image scored once, by a network that was trained on
     other patients. See :func:`pooled`.
 
-    Parameters
-    ----------
-    runs : runs or their paths
-        One finished run for each fold I of N, with ``split`` 'fold:I/N' and otherwise equal parameters.
-
-    Raises
-    ------
-    ValueError
-        A run of another split; a fold that is missing or there twice; runs that differ in a parameter, or share a patient.
+    It takes one finished run for each fold I of N, with ``split`` 'fold:I/N' and otherwise equal parameters. Raises ValueError
+    for a run of another split, a fold that is missing or there twice, and runs that differ in a parameter or share a patient.
     """
     found: dict[str, RunFolder] = {}
     settings: list[dict] = []

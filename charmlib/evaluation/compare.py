@@ -5,15 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from charmlib.evaluation.intervals import (
-    RESAMPLES,
-    SEED,
-    bootstrap,
-    enough_patients,
-    interval,
-    mean_of_defined,
-    operating_resamples,
-)
+from charmlib.evaluation import intervals
 from charmlib.evaluation.metrics import ap_by_class, auc_by_class, mean_over_classes
 from charmlib.evaluation.operating import at_thresholds
 from charmlib.evaluation.runs import Predictions
@@ -23,10 +15,7 @@ from charmlib.evaluation.tables import MEAN
 def aligned(first: Predictions, *others: Predictions) -> list[Predictions]:
     """The predictions in the image order of the first.
 
-    Raises
-    ------
-    ValueError
-        Other images, other classes (or in another order), or other labels of the same images.
+    Raises ValueError for other images, other classes (or in another order), or other labels of the same images.
     """
     out = [first]
     order = np.argsort(first.ids)
@@ -50,7 +39,7 @@ def aligned(first: Predictions, *others: Predictions) -> list[Predictions]:
 
 
 def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Mapping[str, float | None]] | None = None,
-            resamples: int = RESAMPLES, seed: int = SEED) -> pd.DataFrame:
+            resamples: int = intervals.RESAMPLES, seed: int = intervals.SEED) -> pd.DataFrame:
     """Second minus first in ROC-AUC and average precision, by class and in the mean, resampled together by patient.
 
     With ``thresholds``, also in sensitivity, specificity and F1. They are those of both runs (class -> probability, each
@@ -59,26 +48,21 @@ def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Map
     ``agree`` is the share of resamples whose difference has the sign of the difference on all images, among those that
     define it; ``undefined`` is the share of the others. The means are over the classes that a resample defines.
 
-    Returns
-    -------
-    DataFrame, one row per class and metric ('AUC', 'AP', with thresholds 'sensitivity', 'specificity' and 'F1'), and one per
-    metric for the mean: class, figure, positives, first, second, difference, low, high, agree, undefined.
-
-    Raises
-    ------
-    ValueError
-        The two differ in images, classes or labels.
+    Returns one row per class and metric ('AUC', 'AP', with thresholds 'sensitivity', 'specificity' and 'F1'), and one per
+    metric for the mean: class, figure, positives, first, second, difference, low, high, agree, undefined. Raises ValueError as
+    :func:`aligned`.
     """
     pair, classes = aligned(first, second), first.classes
-    samples = [bootstrap(p.labels, p.logits, p.patients, resamples=resamples, seed=seed) if enough_patients(p.patients)
-               else None for p in pair]
+    how = {"resamples": resamples, "seed": seed}
+    samples = [intervals.bootstrap(p.labels, p.logits, p.patients, **how) if intervals.enough_patients(p.patients) else None
+               for p in pair]
     nothing = np.full((1, len(classes)), np.nan)
     both = {"AUC": ([auc_by_class(p.labels, p.logits, classes) for p in pair], [getattr(s, "auc", nothing) for s in samples]),
             "AP": ([ap_by_class(p.labels, p.logits, classes) for p in pair], [getattr(s, "ap", nothing) for s in samples])}
     if thresholds is not None:
         matrices = [at_thresholds(p.labels, p.logits, classes, t) for p, t in zip(pair, thresholds)]
-        drawn = [operating_resamples(p.labels, p.logits, p.patients, [t.get(name) for name in classes], resamples=resamples,
-                                     seed=seed) for p, t in zip(pair, thresholds)]
+        drawn = [intervals.operating_resamples(p.labels, p.logits, p.patients, [t.get(name) for name in classes], **how)
+                 for p, t in zip(pair, thresholds)]
         for metric in ("sensitivity", "specificity", "F1"):
             key = metric.lower()
             both[metric] = ([{name: m.get(name, {}).get(key, float("nan")) for name in classes} for m in matrices],
@@ -86,14 +70,14 @@ def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Map
     positives, rows = first.positives, []
     for metric, (values, drawn) in both.items():
         rows.append(_row(MEAN, metric, sum(positives.values()), [mean_over_classes(v, what=metric) for v in values],
-                         mean_of_defined(drawn[1]) - mean_of_defined(drawn[0])))
+                         intervals.mean_of_defined(drawn[1]) - intervals.mean_of_defined(drawn[0])))
         rows += [_row(name, metric, positives[name], [v[name] for v in values], drawn[1][:, c] - drawn[0][:, c])
                  for c, name in enumerate(classes)]
     return pd.DataFrame(rows)
 
 
 def _row(name: str, metric: str, positives: int, values, differences: np.ndarray) -> dict:
-    low, high, undefined = interval(differences)
+    low, high, undefined = intervals.interval(differences)
     difference = values[1] - values[0]
     defined = differences[~np.isnan(differences)]
     agree = float(np.mean(np.sign(defined) == np.sign(difference))) if len(defined) > 1 else float("nan")

@@ -91,7 +91,6 @@ def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *
 
 
 def _widened(limits: Sequence[Interval], counts: np.ndarray) -> list[Interval]:
-    """The limits of each unit, widened to the exact Poisson ones if fewer than :data:`FEW` patients in the bank have it."""
     held, of, seen, images = counts.sum(1)
     patients, in_bank = (counts[:2] > 0).sum(1)
     tail = (1 - LEVEL) / 2

@@ -8,7 +8,6 @@ the same seed use the same draws, so differences of two runs are paired.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +31,7 @@ class Interval(NamedTuple):
     undefined: float
 
 
-@dataclass(frozen=True)
-class Resamples:
+class Resamples(NamedTuple):
     """ROC-AUC and average precision (resamples, n_classes); NaN if a resample has no positives or no negatives of a class."""
 
     auc: np.ndarray
@@ -47,15 +45,8 @@ def bootstrap(labels, scores, patients, *, resamples: int = RESAMPLES, seed: int
     (rows x patients), so that a whole block of resamples is one sparse product. Equal to scikit-learn's weighted
     metrics to 1e-12; ties count half in the AUC and as one threshold in the average precision.
 
-    Parameters
-    ----------
-    labels, scores : array-like of shape (n_samples, n_classes)
-        Labels 0, 1 or NaN (left out, class by class).
-    patients : array-like of shape (n_samples,)
-
-    Notes
-    -----
-    Memory beside the input: about 25 bytes a sample and class, and blocks of 16 million numbers.
+    ``labels`` (0, 1 or NaN, left out class by class) and ``scores`` are of shape (n_samples, n_classes), ``patients`` of shape
+    (n_samples,). Memory beside the input: about 25 bytes a sample and class, and blocks of 16 million numbers.
     """
     labels, scores = np.asarray(labels), np.asarray(scores)
     names, patient = np.unique(np.asarray(patients), return_inverse=True)
@@ -92,14 +83,9 @@ def operating_resamples(labels, logits, patients, thresholds: Sequence[float | N
                         seed: int = SEED) -> dict[str, np.ndarray]:
     """The :func:`~charmlib.evaluation.operating.rates` at fixed thresholds in resamples of patients.
 
-    Parameters
-    ----------
-    labels, logits : array-like of shape (n_samples, n_classes)
-    thresholds : sequence of n_classes probabilities, None where a class has none
-
-    Returns
-    -------
-    Name of the rate -> array (resamples, n_classes), NaN if a resample does not define it; one row of NaN for a single patient.
+    ``labels`` and ``logits`` are of shape (n_samples, n_classes); ``thresholds`` are n_classes probabilities, None where a
+    class has none. Returns name of the rate -> array (resamples, n_classes), NaN if a resample does not define it; one row of
+    NaN for a single patient.
     """
     labels, logits = np.asarray(labels), np.asarray(logits)
     names, patient = np.unique(np.asarray(patients), return_inverse=True)

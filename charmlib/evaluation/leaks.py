@@ -39,11 +39,8 @@ def refuse_leaks(runs: Iterable[str | Path | RunFolder], *, folds: bool = False)
     With ``folds``, runs of one cross-validation (``split`` 'fold:I/N' with one N) may share a table, because each is only
     read on its own test part.
 
-    Raises
-    ------
-    LeakError
-        Names both runs, how many images, and some of them. Also raised for a run of another split without ``split.csv``,
-        which cannot be checked, and for drawn beside real images.
+    The LeakError names both runs, how many images, and some of them. It is also raised for a run of another split without
+    ``split.csv``, which cannot be checked, and for drawn beside real images.
     """
     first: dict[str, RunFolder] = {}
     drawn: dict[bool, RunFolder] = {}

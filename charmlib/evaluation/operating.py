@@ -28,24 +28,13 @@ def choose_thresholds(labels, logits, classes: Sequence[str], points: Sequence[s
     A prediction is positive if its probability is at least the threshold. Of equally good thresholds the highest is taken.
     None for a class without positives or without negatives.
 
-    Parameters
-    ----------
-    labels, logits : array-like of shape (n_samples, n_classes)
-        Validation data; labels 0, 1 or NaN.
-
-    Raises
-    ------
-    ValueError
-        Unknown operating point; lists the known ones.
+    ``labels`` (0, 1 or NaN) and ``logits`` are of shape (n_samples, n_classes). Raises ValueError for an unknown operating
+    point; lists the known ones.
     """
     labels, logits = np.asarray(labels), np.asarray(logits)
-    rules = {point: _rule(point) for point in points}
-    out: dict[str, dict[str, float | None]] = {point: {} for point in points}
-    for c, name in enumerate(classes):
-        y, score, _ = known(labels, logits, c)
-        for point, rule in rules.items():
-            out[point][str(name)] = rule(y, expit(score.astype(np.float64))) if 0 < y.sum() < len(y) else None
-    return out
+    columns = {str(name): known(labels, logits, c)[:2] for c, name in enumerate(classes)}
+    return {point: {name: rule(y, expit(score.astype(np.float64))) if 0 < y.sum() < len(y) else None
+                    for name, (y, score) in columns.items()} for point, rule in {p: _rule(p) for p in points}.items()}
 
 
 def _rule(point: str) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -97,11 +86,7 @@ def rates(tp, fp, fn, tn) -> dict[str, np.ndarray]:
 def at_thresholds(labels, logits, classes: Sequence[str], thresholds: Mapping[str, float | None]) -> dict[str, dict]:
     """Class -> threshold, the four counts and the :func:`rates` at it; only for classes with a threshold.
 
-    Parameters
-    ----------
-    labels, logits : array-like of shape (n_samples, n_classes)
-    thresholds : mapping
-        Class -> probability.
+    ``labels`` and ``logits`` are of shape (n_samples, n_classes); ``thresholds`` are probabilities.
     """
     labels, logits = np.asarray(labels), np.asarray(logits)
     out = {}

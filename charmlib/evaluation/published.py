@@ -1,46 +1,41 @@
 """Published results, shown only beside runs on the same kind of split."""
 
 from collections.abc import Mapping
-from importlib.resources import files
+from pathlib import Path
 
 import pandas as pd
 
 OFFICIAL_IMAGES = 25596
+_FOLDER = Path(__file__).parent
 
 
 def published_results() -> pd.DataFrame:
     """system, split, metric, value and source of the results that ship with charmlib."""
-    return _read("published_results.csv")
+    return pd.read_csv(_FOLDER / "published_results.csv")
 
 
 def published_charm_grid() -> pd.DataFrame:
     """momentum, k, threshold and auc of the 26 published cells (scored on a 12.5 % sample of a random-patient split)."""
-    return _read("published_charm_grid.csv")
+    return pd.read_csv(_FOLDER / "published_charm_grid.csv")
 
 
 def published_per_class() -> pd.DataFrame:
     """system, split, source, and one column of ROC-AUC for each of the 14 findings (blank if unpublished)."""
-    return _read("published_per_class.csv")
-
-
-def _read(name: str) -> pd.DataFrame:
-    with (files("charmlib.evaluation") / name).open(encoding="utf-8") as file:
-        return pd.read_csv(file)
+    return pd.read_csv(_FOLDER / "published_per_class.csv")
 
 
 def _kind(metrics: Mapping) -> tuple[str | None, str]:
     """The kind of published split that a run is comparable with and a remark on it, or None and the reason."""
     name, images, classes = metrics["split"]["name"], metrics["split"]["test"]["images"], len(metrics["classes"])
-    for incomparable, reason in (
-            (metrics["data"]["drawn"], "Drawn phantoms: no published figure belongs beside them."),
-            (metrics["params"]["labels"] == "shuffled", "Shuffled labels, a control: no published figure belongs beside it."),
-            (metrics["quick_check"], "A quick check on part of the data: no published figure belongs beside it."),
-            (classes != 14, f"{classes} classes: the published means are over the 14 findings."),
-            (name.startswith("fold:"), f"Split '{name}' is a part of a cross-validation: no published figure belongs beside "
-                                       "it."),
-            (name not in ("official", "patient"), f"Split '{name}' is your own: no published figure belongs beside it.")):
-        if incomparable:
-            return None, reason
+    reasons = (
+        (metrics["data"]["drawn"], "Drawn phantoms: no published figure belongs beside them."),
+        (metrics["params"]["labels"] == "shuffled", "Shuffled labels, a control: no published figure belongs beside it."),
+        (metrics["quick_check"], "A quick check on part of the data: no published figure belongs beside it."),
+        (classes != 14, f"{classes} classes: the published means are over the 14 findings."),
+        (name.startswith("fold:"), f"Split '{name}' is a part of a cross-validation: no published figure belongs beside it."),
+        (name not in ("official", "patient"), f"Split '{name}' is your own: no published figure belongs beside it."))
+    if reason := next((reason for incomparable, reason in reasons if incomparable), ""):
+        return None, reason
     if name == "patient":
         return "random patient", ("Random splits by patient: each is another draw of patients, so differences of about 0.01 "
                                   "say nothing, and none may be compared with official-split figures.")

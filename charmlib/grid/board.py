@@ -11,7 +11,7 @@ from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.runs import valid_auc
 from charmlib.evaluation.tables import split_label
-from charmlib.files import write_whole
+from charmlib.files import write_csv
 from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.spec import Grid
 from charmlib.params import effective, missing_need
@@ -32,12 +32,8 @@ def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = T
     ``diff_first`` is a cell's mean test AUC minus that of the cell ranked first, with its paired 95 % interval;
     ``same_as_first`` is True where that interval contains 0, so that the two cannot be told apart.
 
-    Raises
-    ------
-    GridError
-        The folder holds no grid.
-    charmlib.evaluation.leaks.LeakError
-        Test images of a cell were in another's training part.
+    Raises GridError for a folder that holds no grid, and :class:`charmlib.evaluation.leaks.LeakError` if test images of a cell
+    were in another's training part.
     """
     folder = Path(folder)
     record = read_record(folder) if grid is None else record_of(grid)
@@ -48,7 +44,7 @@ def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = T
     runs = {cell: CellFolder(folder / cell) for cell in [*cells, *sorted(others - cells.keys())]}
     rows = [_row(run) for run in runs.values()]
     params = {cell: run.metrics["params"] if run.done else cells.get(cell) for cell, run in runs.items()}
-    values = _values_that_act(params, axes, next((run.metrics["images"] for run in runs.values() if run.done), None))
+    values = _values_that_act(params, axes, {cell: run.metrics["images"] for cell, run in runs.items() if run.done})
     board = pd.DataFrame([row | values[row["cell"]] for row in rows], columns=["rank", "cell", *axes, *LAST])
     order = board[board["status"] == "done"].groupby("split")["valid_mean_auc"].rank(ascending=False, method="first")
     board["rank"] = order.reindex(board.index).astype("Int64")
@@ -57,7 +53,7 @@ def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = T
     board = _with_intervals(board, scored).sort_values(["split", "rank", "status", "cell"], na_position="last")
     board = board.sort_values("status", key=lambda status: status == NO_VALIDATION, kind="stable", ignore_index=True)
     if write:
-        write_whole(folder / "leaderboard.csv", lambda temporary: board.to_csv(temporary, index=False))
+        write_csv(folder / "leaderboard.csv", board)
     return board
 
 
@@ -74,9 +70,10 @@ def record_of(grid: Grid) -> dict:
         {"id": cell.id, "axes": cell.axes, "params": cell.params} for cell in grid.cells]}
 
 
-def _values_that_act(params: Mapping[str, Mapping | None], axes: list[str], images: Mapping | None) -> dict[str, dict]:
+def _values_that_act(params: Mapping[str, Mapping | None], axes: list[str], images: Mapping[str, Mapping]) -> dict[str, dict]:
     """Cell -> the values of its axes; None without effect, or if a cell of another value is the same run."""
-    acts = {cell: effective(p, steps(phases(p), images) if images else None) for cell, p in params.items() if p}
+    some = next(iter(images.values()), None)  # stands for the cells that are not finished
+    acts = {cell: effective(p, some and steps(phases(p), images.get(cell, some))) for cell, p in params.items() if p}
     times = Counter(map(str, acts.values()))
     return {cell: {axis: None if not p or missing_need(axis, p) or (times[str(acts[cell])] > 1 and acts[cell].get(axis, p[axis])
                                                                     != p[axis]) else p[axis] for axis in axes}

@@ -114,11 +114,8 @@ def merge_grids(out: str | Path, folders: Sequence[str | Path], *, say: Callable
     Of a cell in several folders, the one that has got furthest is taken; ``out`` may hold cells already. The folders stay as
     they are.
 
-    Raises
-    ------
-    GridError
-        A folder holds no grid, or a process works on a cell; the folders differ in the parameters of a cell, in a split, in the
-        notebooks or in versions: says where.
+    Raises GridError for a folder that holds no grid, if a process works on a cell, and if the folders differ in the parameters
+    of a cell, in a split, in the notebooks or in versions: says where.
     """
     out = Path(out).expanduser().resolve()
     places = [place for folder in folders if (place := Path(folder).expanduser().resolve()) != out]
@@ -155,7 +152,6 @@ def _one_record(records: dict[Path, dict]) -> dict:
 
 
 def _refuse_mixture(records: dict[Path, dict]) -> None:
-    """Refuse finished and started cells that differ in versions, in the notebooks' code, or in the split of the same data."""
     seen: dict[tuple, tuple[str, str]] = {}
     for place, cell in ((place, cell) for place, record in records.items() for cell in record["cells"]):
         refuse_at_work(place / cell["id"])

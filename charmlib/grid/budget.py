@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid.cells import GridError
@@ -78,8 +78,7 @@ class Budget:
         return self.end - self._report - time.time()
 
 
-@dataclass(frozen=True)
-class Pace:
+class Pace(NamedTuple):
     """Median seconds of an epoch by phase and of scoring, and the overhead; None if unknown."""
 
     epochs: Mapping[str, float]
@@ -131,7 +130,6 @@ def remaining(cell: Cell, run: RunFolder, pace: Pace) -> float:
 
 
 def _left(cell: Cell, run: RunFolder) -> dict[str, int]:
-    """Epochs still to run, by phase in order."""
     plan = phases(cell.params)
     done = [phase_of(plan, row).name for row in run.history]
     reached = max((i for i, phase in enumerate(plan) if phase.name in done), default=0)  # earlier phases may have ended early

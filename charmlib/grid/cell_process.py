@@ -4,7 +4,6 @@ Papermill executes both notebooks here, in one kernel, so that a crash or a kill
 process holds the lease of the cell's folder; its exit status is a :class:`charmlib.grid.cells.Ended`.
 """
 
-import ast
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ import charmlib
 from charmlib import session
 from charmlib.files import DiskFull, LeaseLost, is_disk_full, remove_temporaries, write_json, write_text
 from charmlib.grid import lease
-from charmlib.grid.cells import NOTEBOOKS, CellFolder, Ended
+from charmlib.grid.cells import NOTEBOOKS, CellFolder, Ended, declared
 from charmlib.param_sources import changed
 from charmlib.params import UNHASHED, coerce
 from charmlib.session import PARENT, die_with_parent, end_children
@@ -49,8 +48,7 @@ def run_cell(job: dict) -> None:
     params = {name: coerce(name, value, "cell") for name, value in job["params"].items()}
     params["run_dir"] = str(cell.path)
     wanted = {"train": params, "test": {name: params[name] for name in UNHASHED if name in params}}
-    books = [_with_parameters(notebooks / f"{name}.ipynb", wanted[name]) for name in NOTEBOOKS]
-    _execute(books, cell)
+    _execute({notebooks / f"{name}.ipynb": wanted[name] for name in NOTEBOOKS}, cell)
     finish(cell.path, cell=job["id"], hash=job["hash"], code=job["code"], wall=spent + time.time() - job["started"])
     for file in (cell.identity_file, cell.alive_file):
         file.unlink(missing_ok=True)
@@ -71,31 +69,21 @@ def _spent(cell: CellFolder, hash_: str) -> float:
 def injected(notebook: Path, params: Mapping) -> dict[str, Any]:
     """The parameters that papermill sets in a notebook: those that differ from its ``parameters`` cell and, in its ``options``,
     all others that differ from their declaration."""
-    cell = next((c for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])), None)
-    if cell is None:
-        raise ValueError(f"{notebook} has no cell tagged 'parameters'")
-    lines = [node for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)]
-    there = {node.target.id: ast.literal_eval(node.value) for node in lines}
+    there = declared(notebook)
     given = {name: value for name, value in params.items() if name in there and value != there[name]}
     options = {name: value for name, value in changed(params).items() if name not in there} if "options" in there else {}
     return given | ({"options": options} if options else {})
 
 
-def _with_parameters(notebook: Path, params: Mapping) -> nbformat.NotebookNode:
+def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder) -> None:
+    """Run both notebooks, each with its parameters, as one, and keep each as executed, also when it failed."""
     import papermill
 
-    return papermill.execute_notebook(str(notebook), None, parameters=injected(notebook, params), prepare_only=True,
-                                      progress_bar=False)
-
-
-def _execute(books: list[nbformat.NotebookNode], cell: CellFolder) -> None:
-    """Run both notebooks as one, and keep each as executed, also when it failed."""
-    import papermill
-
-    train, test = books
+    books = train, test = [papermill.execute_notebook(str(notebook), None, parameters=injected(notebook, params),
+                                                      prepare_only=True, progress_bar=False)
+                           for notebook, params in notebooks.items()]
     joined = nbformat.from_dict(train)
-    between = nbformat.v4.new_code_cell(_CLEAR, metadata={"tags": [_BETWEEN]})
-    joined.cells = [*train.cells, between, *test.cells]
+    joined.cells = [*train.cells, nbformat.v4.new_code_cell(_CLEAR, metadata={"tags": [_BETWEEN]}), *test.cells]
     source = cell.path / ".both.ipynb"
     write_text(source, nbformat.writes(joined))
     try:
@@ -107,7 +95,6 @@ def _execute(books: list[nbformat.NotebookNode], cell: CellFolder) -> None:
 
 
 def _split(books: list[nbformat.NotebookNode], cell: CellFolder) -> None:
-    """Write ``train.ipynb`` and ``test.ipynb`` from the executed notebook of both."""
     try:
         done = nbformat.read(cell.running_file, as_version=4)
     except (FileNotFoundError, nbformat.reader.NotJSONError):  # nothing ran, or the disk was full

@@ -1,14 +1,16 @@
 """A cell's identity, and its state as read from its folder."""
 
+import ast
 import hashlib
 import json
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import charmlib
 from charmlib.evaluation.runs import RunFolder
-from charmlib.files import remove_temporaries
+from charmlib.files import json_or_empty, remove_temporaries
 from charmlib.grid import lease
 from charmlib.params import UNHASHED
 
@@ -55,6 +57,18 @@ def notebook_code(notebooks: Path) -> str:
     return "\n\n".join(cell["source"] for book in books for cell in book.cells if cell["cell_type"] == "code")
 
 
+def declared(notebook: Path) -> dict[str, Any]:
+    """The values in a notebook's cell tagged ``parameters``, by name; ValueError if it has none."""
+    import nbformat
+
+    # not by papermill's inspect_notebook (2.7), which overlooks a line whose comment holds brackets
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
+    if not cells:
+        raise ValueError(f"{notebook} has no cell tagged 'parameters'")
+    lines = [node for node in ast.parse(cells[0].source).body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: ast.literal_eval(node.value) for node in lines}
+
+
 def cell_hash(params: Mapping, code: str, split_hash: str) -> str:
     """16 hex digits over the parameters (without paths and machine), the notebooks' code, the split and charmlib's version."""
     what = {"params": {k: params[k] for k in sorted(params) if k not in UNHASHED}, "code": code, "split": split_hash,
@@ -82,15 +96,7 @@ class CellFolder(RunFolder):
     @property
     def identity(self) -> dict:
         """Content of ``cell.json``; empty where it is missing or damaged."""
-        try:
-            return json.loads(self.identity_file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
-
-    @property
-    def holder(self) -> str:
-        """'process 123 on HOST' for the living process that works on the cell, or an empty text."""
-        return lease.holder(self.path)
+        return json_or_empty(self.identity_file)
 
     @property
     def progress(self) -> int:
@@ -106,7 +112,7 @@ class CellFolder(RunFolder):
 
     def tidy(self) -> None:
         """Remove the working files of a finished cell that a killed process left."""
-        if self.done and not self.holder:
+        if self.done and not lease.holder(self):
             for file in (self.resume_file, self.scored_file, self.identity_file, self.alive_file, self.error_file):
                 file.unlink(missing_ok=True)
             remove_temporaries(self.path)

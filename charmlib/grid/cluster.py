@@ -91,8 +91,7 @@ class Cluster:
     """
 
     def __init__(self, client, *, devices=(), threads: int = 0, stagger: float = 0.0, gpu: bool = False):
-        self.client, self.devices, self.gpu = client, list(devices), gpu
-        self.own = {"threads": threads, "stagger": stagger}
+        self.client, self.devices, self.gpu, self.own = client, list(devices), gpu, {"threads": threads, "stagger": stagger}
 
     def offers(self) -> list[dict]:
         """The resources of each worker (``scheduler_info`` lists five workers only)."""
@@ -128,27 +127,24 @@ def local_cluster(means: Means, cells: int) -> Iterator[Cluster]:
 def given_cluster(means: Means, jobs: list[dict]) -> Iterator[Cluster]:
     """A Dask cluster that runs already, checked before anything runs on it.
 
-    Raises
-    ------
-    GridError
-        No scheduler, no workers in time, none that offers a GPU, or workers that do not see the grid's folder or the data or
-        have another charmlib or other notebooks; says which and the remedy.
+    Raises GridError for no scheduler, no workers in time, none that offers a GPU, and workers that do not see the grid's folder
+    or the data or have another charmlib or other notebooks; says which and the remedy.
     """
     with connect(means) as client:
-        try:
-            client.wait_for_workers(1, timeout=means.wait_workers)
-        except TimeoutError as error:
-            raise GridError(f"the cluster at {means.given} has no workers (waited {means.wait_workers:.0f} s, --wait-workers); "
-                            f"start some with `dask worker {client.scheduler.address} --resources GPU=1` and try "
-                            "again") from error
-        offers = Cluster(client).offers()
-        gpu = any(GPU in offer for offer in offers)
-        if not gpu and not means.any_worker:
-            raise GridError(f"none of the {len(offers)} workers at {means.given} offers a GPU. Start them with --resources "
-                            "GPU=1, one a GPU with its own CUDA_VISIBLE_DEVICES, or say --any-worker to use them as they are, "
-                            "one cell each.")
+        cluster, end = Cluster(client, gpu=not means.any_worker, stagger=1.0), time.monotonic() + means.wait_workers
+        while not cluster.seats():  # a worker with a GPU may come after others
+            if time.monotonic() > end:
+                count = len(cluster.offers())
+                raise GridError(f"none of the {count} workers at {means.given} offers a GPU. Start them with --resources "
+                                "GPU=1, one a GPU with its own CUDA_VISIBLE_DEVICES, or say --any-worker to use them as they "
+                                "are, one cell each." if count else
+                                f"the cluster at {means.given} has no workers (waited {means.wait_workers:.0f} s, "
+                                f"--wait-workers); start some with `dask worker {client.scheduler.address} --resources GPU=1` "
+                                "and try again")
+            time.sleep(0.2)
         _refuse_strangers(client, jobs)
-        yield Cluster(client, gpu=gpu, stagger=1.0)
+        cluster.gpu = any(GPU in offer for offer in cluster.offers())
+        yield cluster
 
 
 def connect(means: Means):
@@ -168,7 +164,6 @@ def connect(means: Means):
 
 
 def _refuse_strangers(client, jobs: list[dict]) -> None:
-    """Refuse workers on which a cell could not run, or would be another cell."""
     folder, code = Path(jobs[0]["folder"]).parent, jobs[0]["code"]
     probe = folder / f".seen.{uuid.uuid4().hex}"
     probe.touch()

@@ -1,6 +1,6 @@
 """Three controls of a parameter file in one call: shuffled labels, the view position alone, the plain network."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +8,11 @@ import pandas as pd
 
 from charmlib.data.dataset import open_dataset
 from charmlib.evaluation.compare import compare, verdict
-from charmlib.evaluation.controls import column_scores
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import run_table, split_label
-from charmlib.files import write_whole
+from charmlib.files import write_csv
 from charmlib.grid.cells import GridError
 from charmlib.grid.runner import run_grid
 from charmlib.grid.spec import Cell, Grid, read_cell
@@ -38,10 +37,7 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     - ``shuffled``: the same network on label rows shuffled within each part: must score 0.5 within its interval;
     - ``view position alone``: each view (PA, AP) scores the share of positives it has in the training part.
 
-    Raises
-    ------
-    charmlib.params.ParameterError, charmlib.grid.cells.GridError
-        Wrong parameters; a finished control of other settings; a control that failed.
+    Raises ParameterError for wrong parameters, GridError for a finished control of other settings and for one that failed.
     """
     run = RunFolder(Path(path).resolve()) if Path(path).is_dir() else None
     path = run.params_file if run else find_file(path)
@@ -71,7 +67,7 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
         say("the label table has no view position: that control is left out")
     table = pd.concat([table.drop(columns=["valid AUC", "test AP"]), pd.DataFrame(view)], ignore_index=True)
     table["seed"] = table["seed"].astype("Int64")
-    write_whole(folder / "controls.csv", lambda temporary: table.to_csv(temporary, index=False))
+    write_csv(folder / "controls.csv", table)
     samples = runs["shuffled"].resamples
     low, high = interval(mean_of_defined(samples.auc), LEVEL)[:2] if samples else (float("nan"), float("nan"))
     held = bool(low <= 0.5 <= high)
@@ -97,3 +93,15 @@ def _view_alone(params: dict) -> list[dict]:
     return [{"control": "view position alone", "test AUC": mean_auc(labels, scores, data.classes), "test AUC low": low,
              "test AUC high": high, "split": split_label(data.split.record()), "images": part["images"],
              "patients": part["patients"], "positive share": part["positive_share"]}]
+
+
+def column_scores(train_values: Sequence, train_labels, test_values: Sequence) -> np.ndarray:
+    """Scores (n_test, n_classes) from one column alone, such as the view position: each value scores the share of
+    positives that it has in the training part. A value not seen there scores the class's prevalence."""
+    train_values = np.asarray(train_values, dtype=str)
+    labels = np.asarray(train_labels, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        overall = np.nanmean(labels, axis=0)
+        share = {value: np.nanmean(labels[train_values == value], axis=0) for value in np.unique(train_values)}
+    scores = np.array([share.get(value, overall) for value in np.asarray(test_values, dtype=str)])
+    return np.where(np.isnan(scores), overall, scores)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from charmlib.files import FOLDER, LEASE, NO_LOCKS, TOKEN, LeaseLost, check_lease, read_lease, write_json
+from charmlib.files import FOLDER, LEASE, NO_LOCKS, TOKEN, LeaseLost, check_lease, json_or_empty, write_json
 
 _KEYS = {"token", "host", "place", "pid", "born", "folder", "number"}
 RENEW, PATIENCE = 5.0, 60.0  # seconds between renewals, and without any until the lease of another machine counts as lost
@@ -117,7 +117,7 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 def _read(folder: Path) -> dict:
-    held = read_lease(folder)
+    held = json_or_empty(folder / LEASE)
     return held if held.keys() >= _KEYS else {}  # written in one piece, so anything else is damage
 
 

@@ -10,7 +10,7 @@ from charmlib.evaluation.enrichment import NONE, compare_enrichment
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import class_table, origin_note, split_note, with_intervals
-from charmlib.files import write_whole
+from charmlib.files import write_csv, write_whole
 from charmlib.grid.board import NO_VALIDATION, board_axes, over_seeds
 from charmlib.viz import page
 from charmlib.viz.bank_content import plot_bank_history, plot_enrichment_map
@@ -43,7 +43,7 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
     seeds, banks = over_seeds(board), bank_table(folder, board)
     for file, table in (("seeds.csv", seeds), ("enrichment.csv", banks)):
         if table is not None:
-            write_whole(out / file, lambda temporary, table=table: table.to_csv(temporary, index=False))
+            write_csv(out / file, table)
     with matplotlib.rc_context({"figure.max_open_warning": 0}):
         pictures = [("ROC curves on the whole test part", plot_roc(run.test, title=title, note=note)),
                     ("Interval bands", plot_roc_bands(run.test, metrics["test"], title=title, note=note))]
@@ -83,7 +83,6 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
 
 
 def _section(heading: str, text: str, table: pd.DataFrame | None, kind: str = "") -> list[str]:
-    """A heading, a paragraph for each line of text, and a table."""
     tables = [] if table is None else [page.table(table, kind)]
     return [page.heading(heading), *map(page.paragraph, text.splitlines()), *tables]
 

@@ -13,7 +13,8 @@ from fastcore.meta import delegates
 
 from charmlib.data.dataset import find_data, open_dataset
 from charmlib.evaluation.leaks import one_cross_validation
-from charmlib.files import write_text, write_whole
+from charmlib.files import write_csv, write_text
+from charmlib.grid import lease
 from charmlib.grid.board import leaderboard, record_of
 from charmlib.grid.bring import bring_earlier, remove_cell
 from charmlib.grid.budget import KAGGLE_WEEK, existing, hours, paces, refuse_without_space, remaining
@@ -94,12 +95,8 @@ def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | 
                rerun_changed: bool = False, notebooks: str | Path | None = None, say=print) -> Path:
     """Train and test one parameter file, with the files and rules of a grid's cell; returns the run's folder.
 
-    A finished run is left as it is.
-
-    Raises
-    ------
-    charmlib.params.ParameterError, GridError
-        Wrong parameters; a finished run of other settings; or the run failed (its traceback is in ``error.txt``).
+    A finished run is left as it is. Raises ParameterError for wrong parameters, GridError for a finished run of other settings
+    and for a run that failed (its traceback is in ``error.txt``).
     """
     path = find_file(path)
     folder = Path(out or Path("runs") / path.stem).resolve()
@@ -152,7 +149,6 @@ def _terminate(*_):
 
 
 def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
-    """Say of each cell its status and how long it still takes."""
     seconds = _seconds_left(grid, grid, folder)
     for cell, left in zip(grid.cells, seconds):
         run = CellFolder(folder / cell.id)
@@ -186,8 +182,7 @@ def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, d
     _refuse_leaking_splits(splits)
     folder.mkdir(parents=True, exist_ok=True)
     for hash_, (_, frame) in splits.items():
-        write_whole(folder / ("split.csv" if len(splits) == 1 else f"split_{hash_}.csv"),
-                    lambda temporary, frame=frame: frame.to_csv(temporary, index=False))
+        write_csv(folder / ("split.csv" if len(splits) == 1 else f"split_{hash_}.csv"), frame)
     return of_cell, images
 
 
@@ -209,7 +204,7 @@ def _todo(jobs: list[dict], folder: Path, rerun_changed: bool, say) -> list[dict
         cell = CellFolder(job["folder"])
         cell.tidy()
         theirs = cell.metrics["hash"] if cell.done else cell.identity.get("hash", job["hash"])
-        if theirs != job["hash"] and (cell.done or cell.resumable or cell.holder):
+        if theirs != job["hash"] and (cell.done or cell.resumable or lease.holder(cell)):
             changed.append(cell)
     if changed and not rerun_changed:
         names = ", ".join(c.name for c in changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")

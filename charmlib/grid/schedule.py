@@ -6,6 +6,7 @@ from pathlib import Path
 
 from charmlib.evaluation.runs import valid_auc
 from charmlib.files import write_text
+from charmlib.grid import lease
 from charmlib.grid.budget import Budget, hours, next_step, paces, remaining
 from charmlib.grid.cells import CellFolder, Ended, GridError
 from charmlib.grid.cluster import Cluster
@@ -36,10 +37,7 @@ class Schedule:
     def run(self) -> None:
         """Run until every cell is finished, failed, or out of the budget.
 
-        Raises
-        ------
-        GridError
-            The disk is full, or the cluster is lost; everything finished is on disk.
+        Raises GridError if the disk is full or the cluster is lost; everything finished is on disk.
         """
         seen_seats = time.monotonic()
         try:
@@ -86,11 +84,10 @@ class Schedule:
         return False
 
     def _is_elsewhere(self, cell: CellFolder, hash_: str) -> bool:
-        """Whether another runner works on a cell, looked at every few seconds."""
         now = time.monotonic()
         if now < self.elsewhere.get(cell.name, 0.0):
             return True
-        if cell.done_as(hash_) or not (holder := cell.holder):
+        if cell.done_as(hash_) or not (holder := lease.holder(cell)):
             self.elsewhere.pop(cell.name, None)
             return False
         if cell.name not in self.elsewhere:
@@ -99,7 +96,6 @@ class Schedule:
         return True
 
     def _settle(self, future, job: dict) -> None:
-        """Record how a cell's process ended, or have it started again."""
         ended, words = self._outcome(future)
         cell = CellFolder(job["folder"])
         self._show_log(cell)
@@ -139,7 +135,7 @@ class Schedule:
         return Ended.CRASHED, "the scheduler dropped it"
 
     def _keep_error(self, cell: CellFolder, ended: Ended, words: str) -> None:
-        if (ended is Ended.FAILED and cell.error_file.is_file()) or cell.holder:
+        if (ended is Ended.FAILED and cell.error_file.is_file()) or lease.holder(cell):
             return  # the cell's process wrote its own; or another process works on the cell by now
         cell.path.mkdir(parents=True, exist_ok=True)
         twice = "" if ended is Ended.FAILED else ", twice without getting further"
@@ -166,13 +162,12 @@ class Schedule:
         self.shown[cell.name] = len(lines)
 
     def _stop(self) -> None:
-        """End all running cells politely: only unfinished epochs are lost."""
         try:
             self.cluster.client.cancel(list(self.running), force=True)
         except Exception:  # a lost scheduler cannot be told; its workers notice by themselves
             return
         end = time.monotonic() + 12.0
-        while time.monotonic() < end and any(CellFolder(job["folder"]).holder for job in self.running.values()):
+        while time.monotonic() < end and any(lease.holder(job["folder"]) for job in self.running.values()):
             time.sleep(0.1)
 
 

@@ -3,9 +3,8 @@
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import yaml
 
@@ -17,8 +16,7 @@ KEYS = ("name", "base", "axes", "cells")
 _SHORT = {"momentum": "m", "k": "k", "threshold": "t"}
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One run: its id (and folder), all parameters but ``run_dir``, and the values of the axes it sets."""
 
     id: str
@@ -26,8 +24,7 @@ class Cell:
     axes: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """A grid file, expanded.
 
     ``axes`` are those of the file, then the parameters in which its extra cells differ; ``varied`` those given as lists;
@@ -43,7 +40,7 @@ class Grid:
 
     def shard(self, part: int, parts: int) -> Self:
         """Every ``parts``-th cell from the ``part``-th on (1-based): shards of about equal length."""
-        return replace(self, cells=self.cells[part - 1::parts])
+        return self._replace(cells=self.cells[part - 1::parts])
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -65,12 +62,8 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
     """Read a grid file and lay ``name=value`` assignments over it.
 
     An assignment to an axis pins it; a list in YAML form (``k=[2,3]``) replaces it, or the list of an entry of ``cells``.
-    Every cell is resolved here, so an error in any of them is raised before the first one runs.
-
-    Raises
-    ------
-    ParameterError
-        Names the file, the key or cell, and the nearest valid name.
+    Every cell is resolved here, so an error in any of them is raised before the first one runs: a ParameterError that names the
+    file, the key or cell, and the nearest valid name.
     """
     path = find_file(path)
     content = {"axes": None, "cells": None, "base": None, "name": None} | read_yaml(path)
@@ -109,17 +102,9 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
 
 
 def refuse_dead_axes(grid: Grid, images: Mapping[str, Mapping[str, int]] | None = None) -> None:
-    """Refuse a grid with an axis that changes nothing in any cell.
+    """Raise ParameterError for an axis that changes nothing in any cell; names it, and what would give it an effect.
 
-    Parameters
-    ----------
-    images : mapping
-        Cell id -> numbers of training images ('all', 'findings'), by which the steps of each cell are known.
-
-    Raises
-    ------
-    ParameterError
-        Names the axis, and what would give it an effect.
+    ``images`` (cell id -> numbers of training images, 'all' and 'findings') tells the steps of each cell.
     """
     acts = {cell.id: acting(cell, images and images[cell.id]) for cell in grid.cells}
     for name in grid.varied:

@@ -73,15 +73,20 @@ class CharmNet(nn.Module):
         backbone = split_backbone(arch, weights)
         self.grad_checkpointing = grad_checkpointing
         self.arch, self.classes, self.features = arch, classes, backbone.features
-        self.mean, self.std = _input_scale(norm, backbone, weights)
+        scales = {"imagenet": IMAGENET, "half": HALF, "auto": (backbone.mean, backbone.std)}
+        if norm not in scales:
+            raise ValueError(f"norm must be auto, imagenet or half, got {norm!r}")
+        self.mean, self.std = scales[norm]
+        if self.mean is None:
+            raise ValueError(f"norm 'auto' cannot know what {weights} was trained on: say norm: imagenet, or norm: half "
+                             "for inputs in [-1, 1]")
         self.trunk, self.final = backbone.trunk, backbone.final
         self.momentum = MomentumEncoder(self.final, momentum) if use_momentum else None
         self.attention = make_attention(attention, self.features) if use_attention else None
         if answer not in ANSWERS or keys not in KEYS:
             raise ValueError(f"answer must be one of {', '.join(ANSWERS)} and keys one of {', '.join(KEYS)}, got {answer!r} "
                              f"and {keys!r}")
-        by_scales = use_bank and answer == "votes" and keys == "scales"
-        self.ends, channels = find_scales(self.trunk) if by_scales else ([], [])
+        self.ends, channels = find_scales(self.trunk) if use_bank and (answer, keys) == ("votes", "scales") else ([], [])
         common = {"size": bank_size, "k": k, "threshold": threshold, "strategy": strategy, "rule": rule,
                   "bank_momentum": bank_momentum}
         self.bank = None
@@ -103,10 +108,7 @@ class CharmNet(nn.Module):
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-
-        def run(part, x):
-            return recompute(part, x) if again else part(x)
-
+        run = recompute if again else nn.Module.__call__
         shared, maps = maps_of(self.trunk, self.ends, x, run) if self.ends else (run(self.trunk, x), [])
         features = run(self.final, shared)  # (B, D, H, W)
         attended = features if self.attention is None else features * self.attention(features)
@@ -159,13 +161,11 @@ class CharmNet(nn.Module):
         batch : int
             Images at a time.
         """
-        if not isinstance(self.bank, VotingBank):
+        if not isinstance(self.bank, VotingBank) or not (self.bank.slot_ids >= 0).any():
             return
-        slots, was = torch.nonzero(self.bank.slot_ids >= 0).flatten(), self.training
-        if not len(slots):
-            return
+        was = self.training
         self.eval()
-        for some in slots.split(batch):
+        for some in torch.nonzero(self.bank.slot_ids >= 0).flatten().split(batch):
             self.bank.renew(some, self.encode(images(self.bank.slot_ids[some]))[1])
         self.bank.solve()
         self.train(was)
@@ -182,13 +182,3 @@ class CharmNet(nn.Module):
     def compile_parts(self) -> list[nn.Module]:
         """What ``torch.compile`` takes: the trunk (its blocks, where maps between them are read) and the final block."""
         return [*(self.trunk if self.ends and isinstance(self.trunk, nn.Sequential) else [self.trunk]), self.final]
-
-
-def _input_scale(norm: str, backbone, weights) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    scales = {"imagenet": IMAGENET, "half": HALF, "auto": (backbone.mean, backbone.std)}
-    if norm not in scales:
-        raise ValueError(f"norm must be auto, imagenet or half, got {norm!r}")
-    if scales[norm][0] is None:
-        raise ValueError(f"norm 'auto' cannot know what {weights} was trained on: say norm: imagenet, or norm: half "
-                         "for inputs in [-1, 1]")
-    return scales[norm]

@@ -9,7 +9,7 @@ FORMS = ("layers", "filter")
 
 
 class MultiScaleAttention(nn.Module):
-    """One attention map from 1x1, 3x3 and 5x5 convolutions of a feature map (CHARM-Xray, region attention).
+    """One attention map from 1x1, 3x3 and 5x5 convolutions of a feature map of D ``channels`` (CHARM-Xray, region attention).
 
     Each convolution has ``max(channels // 8, 8)`` output channels. A 1x1 convolution reduces their concatenation to one
     channel, and a sigmoid follows. As in the published code, there is no nonlinearity in between.
@@ -17,11 +17,6 @@ class MultiScaleAttention(nn.Module):
     The four convolutions therefore equal one 5x5 filter, which ``forward`` multiplies out and applies once. Parameters,
     gradients and outputs equal those of the four layers up to rounding. Differs from the published code, which applies the
     layers one by one and spends more multiplications on them than on the rest of a MobileNetV2.
-
-    Parameters
-    ----------
-    channels : int
-        D of the feature map.
     """
 
     def __init__(self, channels: int):
@@ -58,11 +53,6 @@ class FilterAttention(nn.Module):
 
     The filter is initialised as the product of randomly drawn layers. With equal seeds both classes start as the same
     function and draw equally many random numbers.
-
-    Parameters
-    ----------
-    channels : int
-        D of the feature map.
     """
 
     def __init__(self, channels: int):

@@ -42,12 +42,9 @@ def _resnet(net):
 
 def _densenet(net):
     # Differs from the published code, whose final block is norm5 alone and holds no convolution.
-    layers = OrderedDict(net.features.named_children())
-    names = list(layers)
-    cut = names.index("denseblock4")
-    final = OrderedDict((n, layers[n]) for n in names[cut:])
-    final["relu"] = nn.ReLU(inplace=True)  # torchvision applies it in DenseNet.forward
-    return nn.Sequential(OrderedDict((n, layers[n]) for n in names[:cut])), nn.Sequential(final)
+    trunk, final = net.features[:-2], net.features[-2:]  # from denseblock4 on
+    final.add_module("relu", nn.ReLU(inplace=True))  # torchvision applies it in DenseNet.forward
+    return trunk, final
 
 
 def _vgg16(net):
@@ -91,8 +88,8 @@ def split_backbone(name: str, weights: str | Path = "imagenet") -> Backbone:
         return _split_timm(name, weights)
     if name not in TORCHVISION:
         near = difflib.get_close_matches(name, TORCHVISION, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"unknown arch '{name}'.{hint} Available are {', '.join(TORCHVISION)}, and timm:NAME.")
+        raise ValueError(f"unknown arch '{name}'." + (f" Did you mean '{near[0]}'?" if near else "")
+                         + f" Available are {', '.join(TORCHVISION)}, and timm:NAME.")
     cut, features = TORCHVISION[name]
     state, mean, std = None, *IMAGENET
     if weights == "imagenet":
@@ -104,7 +101,10 @@ def split_backbone(name: str, weights: str | Path = "imagenet") -> Backbone:
         state, mean, std = read_state_dict(weights), None, None
     net = torchvision.models.get_model(name, weights=None)
     if state is not None:
-        load_except_classifier(net, state, source=weights if mean is None else f"ImageNet weights of {name}")
+        source = weights if mean is None else f"ImageNet weights of {name}"
+        state = _without_prefix(net.state_dict(), state)
+        _check_fit(net.state_dict(), state, f"{source} does not fit {type(net).__name__}")
+        net.load_state_dict({k: v for k, v in state.items() if not k.startswith(CLASSIFIERS)}, strict=False)
     trunk, final = cut(net)
     return Backbone(name, trunk, final, features, mean, std)
 
@@ -162,37 +162,17 @@ def _without_prefix(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> d
     return {k.removeprefix(prefix): v for k, v in state.items()}
 
 
-def _misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Missing, unknown and misshapen keys of ``state`` compared with ``own``, classifiers excluded, as error lines."""
-    def rest(keys):
-        return {k for k in keys if not k.startswith(CLASSIFIERS)}
-
-    lines = []
-    optional = {k for k in own if k.endswith("num_batches_tracked")}  # added in PyTorch 0.4.1
-    missing = sorted(rest(own) - set(state) - optional)
-    extra = sorted(rest(state) - set(own))
+def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], complaint: str) -> None:
+    """Refuse a state with missing, unknown or misshapen keys compared with ``own``, classifiers excluded."""
+    own, state = ({k: v for k, v in each.items() if not k.startswith(CLASSIFIERS)} for each in (own, state))
+    missing = sorted(k for k in own.keys() - state.keys() if not k.endswith("num_batches_tracked"))  # new in PyTorch 0.4.1
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
-              for k in sorted(rest(own) & set(state)) if own[k].shape != state[k].shape]
-    for what, found in (("missing", missing), ("not in the network", extra), ("of another shape", shapes)):
-        if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            lines.append(f"{len(found)} {what}: {', '.join(found[:5])}{more}")
-    return lines
-
-
-def load_except_classifier(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load ``state`` strictly into all layers of ``net`` but its classifier.
-
-    Raises
-    ------
-    ValueError
-        Keys are missing, unknown or of another shape; the message lists them and the source.
-    """
-    state = _without_prefix(net.state_dict(), state)
-    lines = _misfit(net.state_dict(), state)
+              for k in sorted(own.keys() & state.keys()) if own[k].shape != state[k].shape]
+    lines = [f"{len(found)} {what}: {', '.join(found[:5])}" + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+             for what, found in (("missing", missing), ("not in the network", sorted(state.keys() - own.keys())),
+                                 ("of another shape", shapes)) if found]
     if lines:
-        raise ValueError(f"{source} does not fit {type(net).__name__}: " + "; ".join(lines))
-    net.load_state_dict({k: v for k, v in state.items() if not k.startswith(CLASSIFIERS)}, strict=False)
+        raise ValueError(f"{complaint}: {'; '.join(lines)}")
 
 
 def _split_timm(name: str, weights: str) -> Backbone:
@@ -206,9 +186,8 @@ def _split_timm(name: str, weights: str) -> Backbone:
     if weights == "imagenet":
         options = {"pretrained": True}
     elif weights != "none":
-        lines = _misfit(timm.create_model(short).state_dict(), read_state_dict(weights))
-        if lines:
-            raise ValueError(f"{weights} does not fit {name}: " + "; ".join(lines))
+        state = {k.removeprefix("module."): v for k, v in read_state_dict(weights).items()}
+        _check_fit(timm.create_model(short).state_dict(), state, f"{weights} does not fit {name}")
         options = {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
     try:
         net = timm.create_model(short, features_only=True, **options)
@@ -222,33 +201,22 @@ def _split_timm(name: str, weights: str) -> Backbone:
             f"{str(error).splitlines()[0]}). Download the model's file elsewhere and set weights: /path/to/model.safetensors "
             "or weights: none") from error
 
-    stages = OrderedDict()
-    for child, module in net.named_children():
-        if child == "blocks":
-            stages.update((f"blocks_{n}", block) for n, block in module.named_children())
-        else:
-            stages[child] = module
-    names = list(stages)
-    marks = [f["module"].replace(".", "_") for f in net.feature_info.get_dicts()]
-    if not set(marks) <= set(names):
+    named = OrderedDict((f"blocks_{n}" if child == "blocks" else child, part) for child, module in net.named_children()
+                        for n, part in (module.named_children() if child == "blocks" else [(child, module)]))
+    stages, marks = nn.Sequential(named), [f["module"].replace(".", "_") for f in net.feature_info.get_dicts()]
+    if not set(marks) <= set(named):
         raise ValueError(f"{name} does not offer its stages in sequence; choose a convolutional model with feature_info")
     for mark in reversed(marks[:-1]):  # the last stage with weights: a pool alone is no final block
-        cut = names.index(mark) + 1
-        final = nn.Sequential(OrderedDict((n, stages[n]) for n in names[cut:]))
-        if any(p.dim() > 1 for p in final.parameters()):
+        cut = list(named).index(mark) + 1
+        if any(p.dim() > 1 for p in stages[cut:].parameters()):
             break
-    trunk = nn.Sequential(OrderedDict((n, stages[n]) for n in names[:cut]))
-    features = net.feature_info.channels()[-1]
-    was_training = trunk.training
     with torch.no_grad():
-        shape = final.eval()(trunk.eval()(torch.zeros(1, 3, 224, 224))).shape
-    trunk.train(was_training), final.train(was_training)
+        shape = stages.eval()(torch.zeros(1, 3, 224, 224)).shape
+    stages.train()
+    features = net.feature_info.channels()[-1]
     if len(shape) != 4 or shape[1] != features:
         raise ValueError(f"{name} gives features of shape {tuple(shape)}, expected (B, {features}, H, W): "
                          "no spatial map to attend to")
     config = timm.get_pretrained_cfg(short)
-    known = weights != "none" and config is not None
-    mean, std = (tuple(config.mean), tuple(config.std)) if known else IMAGENET
-    if weights not in ("imagenet", "none"):
-        mean = std = None
-    return Backbone(name, trunk, final, features, mean, std)
+    scale = IMAGENET if weights == "none" or config is None else (tuple(config.mean), tuple(config.std))
+    return Backbone(name, stages[:cut], stages[cut:], features, *(scale if weights in ("imagenet", "none") else (None, None)))

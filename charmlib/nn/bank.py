@@ -1,18 +1,13 @@
 """The rare memory bank of CHARM-Xray and MemAug."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charmlib.nn.strategies import STRATEGIES
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RULES = ("rare", "published", "angle")
 RETRIEVALS = ("softmax", "cosine", "gated")
@@ -32,12 +27,8 @@ class RareMemoryBank(nn.Module):
 
     Parameters
     ----------
-    features : int
-        D.
-    classes : int
-        C, the number of labels per slot.
-    size : int
-        N, the number of slots.
+    features, classes, size : int
+        D; C, the number of labels per slot; N, the number of slots.
     k : int
         Slots per query, 1 to N.
     threshold : float
@@ -72,35 +63,34 @@ class RareMemoryBank(nn.Module):
                                      ("retrieval", retrieval, RETRIEVALS), ("bank_norm", bank_norm, NORMS)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if size < 1 or not 1 <= k <= size:
-            raise ValueError(f"expected 1 <= k <= size, got k={k}, size={size}")
-        if threshold < 0:
-            raise ValueError(f"threshold must be 0 or more, got {threshold}")
-        if not 0 <= bank_momentum <= 1:
-            raise ValueError(f"bank_momentum must be in [0, 1], got {bank_momentum}")
-        if strategy == "statistical" and rule == "angle":
-            raise ValueError("strategy 'statistical' keeps a running mean of lengths and has no rule 'angle'")
+        for right, message in (
+                (1 <= k <= size, f"expected 1 <= k <= size, got k={k}, size={size}"),
+                (not threshold < 0, f"threshold must be 0 or more, got {threshold}"),
+                (0 <= bank_momentum <= 1, f"bank_momentum must be in [0, 1], got {bank_momentum}"),
+                (strategy != "statistical" or rule != "angle",
+                 "strategy 'statistical' keeps a running mean of lengths and has no rule 'angle'")):
+            if not right:
+                raise ValueError(message)
         self.size, self.k, self.threshold = size, k, threshold
         self.strategy, self.rule, self.retrieval, self.bank_norm = strategy, rule, retrieval, bank_norm
         self.normalize_retrieved, self.bank_momentum = normalize_retrieved, bank_momentum
         self.policy = STRATEGIES[strategy](classes)
         self.gate = nn.Parameter(torch.zeros(())) if retrieval == "gated" else None
 
-        self.register_buffer("slots", torch.zeros(size, features))
-        self.register_buffer("slot_ids", torch.full((size,), -1))
-        self.register_buffer("slot_labels", torch.zeros(size, classes, dtype=torch.int8))  # -1 where unknown
-        self.register_buffer("slot_steps", torch.full((size,), -1))
-        self.register_buffer("slot_scores", torch.zeros(size))
-        for counter in ("filled", "pointer", "steps", "seen", "accepted"):
-            self.register_buffer(counter, torch.zeros((), dtype=torch.int64))
-        self._expected: tuple[Tensor, Tensor | None] | None = None
+        for name, start in (
+                ("slots", torch.zeros(size, features)), ("slot_ids", torch.full((size,), -1)),
+                ("slot_labels", torch.zeros(size, classes, dtype=torch.int8)),  # -1 where unknown
+                ("slot_steps", torch.full((size,), -1)), ("slot_scores", torch.zeros(size)),
+                *((count, torch.zeros((), dtype=torch.int64)) for count in ("filled", "pointer", "steps", "seen", "accepted"))):
+            self.register_buffer(name, start)
+        self._expected: tuple[Tensor | None, Tensor | None] = None, None
 
     def expect(self, ids: Tensor, labels: Tensor | None = None) -> None:
         """Announce the images of the next batch: integer ids (B,) of 0 or more, and labels (B, C) of 0, 1 or NaN (unknown).
 
         The announcement holds for one call. Without it slots get the id -1 and self-matches are not excluded.
         """
-        self._expected = (ids, labels)
+        self._expected = ids, labels
 
     def forward(self, z: Tensor, predict: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Features (B, D) -> z' (B, D) in float32: retrieve, then write in training mode.
@@ -128,21 +118,12 @@ class RareMemoryBank(nn.Module):
         return answer
 
     def announced(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Ids (B,) on the batch's device, and labels (B, C), from :meth:`expect`, whose announcement this call consumes.
-
-        Raises
-        ------
-        ValueError
-            :meth:`expect` announced a batch of another size.
-        """
-        expected, self._expected = self._expected, None
-        if expected is None:
-            return None, None
-        ids, labels = expected
-        ids = torch.as_tensor(ids)
-        if len(ids) != len(batch):
+        """Ids (B,) on the batch's device, and labels (B, C), from :meth:`expect`, whose announcement this call consumes; raises
+        ValueError if it was of a batch of another size."""
+        (ids, labels), self._expected = self._expected, (None, None)
+        if ids is not None and len(ids) != len(batch):
             raise ValueError(f"expect() announced {len(ids)} images, this batch has {len(batch)}")
-        return ids.to(batch.device), labels
+        return ids if ids is None else torch.as_tensor(ids).to(batch.device), labels
 
     def answer(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
         """The term that the bank adds to each query (B, D): the weighted sum of its slots, scaled and gated."""
@@ -166,21 +147,22 @@ class RareMemoryBank(nn.Module):
             similarity = query @ self.slots.T  # (B, N)
             if lengths is not None:
                 similarity /= lengths
-            banned = torch.arange(self.size, device=z.device) >= self.filled
-            if ids is not None:
-                banned = banned | ((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
-            best, index = similarity.masked_fill_(banned, -torch.inf).topk(self.k, dim=1)  # (B, k)
-            valid = best > -torch.inf
+            index, valid, _ = self.nearest(similarity, ids)
         values = self.slots[index]  # (B, k, D)
         top = torch.einsum("bd,bkd->bk", query, values)  # the k similarities, with gradient
         if lengths is not None:
             top = top / lengths[index]
         top = top.masked_fill(~valid, 0.0)
-        if self.retrieval == "cosine":
-            weights = top
-        else:
-            weights = torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
+        weights = top if self.retrieval == "cosine" else torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
         return index.masked_fill(~valid, -1), weights, values
+
+    def nearest(self, similarity: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Index, eligibility and similarity (B, k) of the most similar slots, from similarities (B, N), changed in place."""
+        banned = torch.arange(self.size, device=similarity.device) >= self.filled
+        if ids is not None:
+            banned = banned | ((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
+        best, index = similarity.masked_fill_(banned, -torch.inf).topk(self.k, dim=1)
+        return index, best > -torch.inf, best
 
     @torch.no_grad()
     def write(self, z: Tensor, ids: Tensor | None = None, labels: Tensor | None = None, logits: Tensor | None = None) -> None:
@@ -235,9 +217,8 @@ class RareMemoryBank(nn.Module):
         """
         labels = self.slot_labels[:, list(findings)] if findings is not None else self.slot_labels
         filled = torch.arange(self.size, device=labels.device) < self.filled
-        positive = (self.slot_labels == 1) & filled[:, None]
         none = filled & ~(labels == 1).any(1) & (labels >= 0).any(1)
-        return torch.cat([positive.sum(0), none.sum()[None]])
+        return torch.cat([((self.slot_labels == 1) & filled[:, None]).sum(0), none.sum()[None]])
 
     def table(self, names: Sequence[str] | None = None, classes: Sequence[str] | None = None) -> pd.DataFrame:
         """One row for each filled slot, by index.
@@ -252,20 +233,18 @@ class RareMemoryBank(nn.Module):
         ValueError
             The number of names in ``classes`` is not C.
         """
-        import pandas as pd
-
         labels = self.slot_labels[:int(self.filled)].cpu().numpy()
         classes = [str(c) for c in range(labels.shape[1])] if classes is None else [str(c) for c in classes]
         if len(classes) != labels.shape[1]:
             raise ValueError(f"the bank's slots have {labels.shape[1]} labels, {len(classes)} class names were given")
         ids, steps, scores = (store[:len(labels)].tolist() for store in (self.slot_ids, self.slot_steps, self.slot_scores))
-        images = [pd.NA if i < 0 else i if names is None else names[i] for i in ids]
+        images = pd.array([pd.NA if i < 0 else i if names is None else names[i] for i in ids],
+                          dtype="Int64" if names is None else "string")
         text = ["|".join(c for c, value in zip(classes, row) if value == 1) or ("No Finding" if (row >= 0).any() else "")
                 for row in labels]
         values = pd.DataFrame(labels, columns=classes).astype("Int8")
-        images = pd.array(images, dtype="Int64" if names is None else "string")
-        slots = pd.DataFrame({"slot": range(len(labels)), "image": images, "labels": text, "step": steps, "score": scores})
-        return pd.concat([slots, values.mask(values < 0)], axis=1)
+        return pd.concat([pd.DataFrame({"slot": range(len(labels)), "image": images, "labels": text, "step": steps,
+                                        "score": scores}), values.mask(values < 0)], axis=1)
 
     @torch.no_grad()
     def similarity(self, z: Tensor, index: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """The classifier of CHARM-Xray and MemAug."""
 
-from __future__ import annotations
-
 from torch import nn
 
 

@@ -12,15 +12,8 @@ from torch import Tensor, nn
 class MultiLabelLoss(nn.Module):
     """Base class, which masks unknown targets and reduces in float32. Subclasses define ``terms``.
 
-    Parameters
-    ----------
-    reduction : {'mean', 'sum', 'none'}
-        'mean' and 'sum' give a scalar, 'none' gives (B, C).
-
-    Raises
-    ------
-    ValueError
-        The shapes of logits and targets differ (raised by ``forward``).
+    The ``reduction`` 'mean' or 'sum' gives a scalar, 'none' gives (B, C). ``forward`` raises ValueError if the shapes of logits
+    and targets differ.
     """
 
     def __init__(self, *, reduction: str = "mean"):

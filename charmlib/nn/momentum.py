@@ -1,8 +1,7 @@
 """The momentum encoder of CHARM-Xray."""
 
-from __future__ import annotations
-
 import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +35,12 @@ class MomentumEncoder(nn.Module):
         super().__init__()
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-        self.momentum = momentum
-        self.warmup = warmup
+        self.momentum, self.warmup = momentum, warmup
         self.encoder = copy.deepcopy(source).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.eval()
 
-    def train(self, mode: bool = True) -> MomentumEncoder:
+    def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, in which norm layers use their averaged statistics."""
         return super().train(False)
 
@@ -67,23 +65,16 @@ class MomentumEncoder(nn.Module):
         which changes neither the averages nor the count of updates. No value is read from the device, so an update never
         waits for the GPU.
         """
-        weight = 1 - self.current_momentum()
         made = torch.ones_like(self.updates) if skipped is None else (skipped == 0).to(self.updates.dtype)
-        weight = weight * made  # 0-dim
-        slow, fast, mine_whole, whole = [], [], [], []
-        theirs = dict(source.named_parameters()) | dict(source.named_buffers())
-        for name, mine in (*self.encoder.named_parameters(), *self.encoder.named_buffers()):
-            if mine.is_floating_point():
-                slow.append(mine)
-                fast.append(theirs[name].detach())
-            else:
-                mine_whole.append(mine)
-                whole.append(theirs[name])
+        weight = (1 - self.current_momentum()) * made  # 0-dim
+        mine, theirs = (dict((*net.named_parameters(), *net.named_buffers())) for net in (self.encoder, source))
+        slow = [name for name, value in mine.items() if value.is_floating_point()]
         if slow:
-            torch._foreach_mul_(slow, 1 - weight)
-            torch._foreach_add_(slow, torch._foreach_mul(fast, weight))
-        if whole:  # batch counters of norm layers, unused in eval mode
-            torch._foreach_copy_(mine_whole, whole)
+            averages = [mine[name] for name in slow]
+            torch._foreach_mul_(averages, 1 - weight)
+            torch._foreach_add_(averages, torch._foreach_mul([theirs[name].detach() for name in slow], weight))
+        if whole := list(mine.keys() - set(slow)):  # batch counters of norm layers, unused in eval mode
+            torch._foreach_copy_([mine[name] for name in whole], [theirs[name] for name in whole])
         self.updates += made
 
     def extra_repr(self) -> str:

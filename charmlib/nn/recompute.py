@@ -1,7 +1,5 @@
 """Gradient checkpointing of a stack of blocks, exact to the bit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -27,7 +25,7 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     """
     for parts in segments(module):
         before = x._version
-        out = checkpoint(_run, parts, x, use_reentrant=False, preserve_rng_state=True,
+        out = checkpoint(parts, x, use_reentrant=False, preserve_rng_state=True,
                          context_fn=lambda parts=parts: (nullcontext(), _statistics_kept(parts)))
         if x._version != before:
             raise RuntimeError(f"grad_checkpointing: {type(parts[0]).__name__} changes its input in place and cannot be run "
@@ -36,44 +34,33 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def segments(module: nn.Module) -> list[list[nn.Module]]:
+def segments(module: nn.Module) -> list[nn.Sequential]:
     """The consecutive blocks of a module, grouped into segments.
 
     Plain ``nn.Sequential`` is opened at any depth. Every other module is a block, including subclasses of ``nn.Sequential``,
     whose ``forward`` may differ. A block without a weight matrix or filter (norm, activation, pool) joins the segment before
     it, because it may change its input in place.
     """
-    found: list[list[nn.Module]] = []
+    found: list[nn.Sequential] = []
     for block in _blocks(module):
         if found and all(p.dim() < 2 for p in block.parameters()):
             found[-1].append(block)
         else:
-            found.append([block])
+            found.append(nn.Sequential(block))
     return found
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    if type(module) is nn.Sequential:
-        for child in module:
-            yield from _blocks(child)
-    else:
-        yield module
-
-
-def _run(parts: list[nn.Module], x: Tensor) -> Tensor:
-    for part in parts:
-        x = part(x)
-    return x
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    return [block for child in module for block in _blocks(child)] if type(module) is nn.Sequential else [module]
 
 
 @contextmanager
-def _statistics_kept(parts: list[nn.Module]) -> Iterator[None]:
+def _statistics_kept(parts: nn.Sequential) -> Iterator[None]:
     """Redirect the statistics of batch norms to temporary tensors and stop their counters.
 
     The statistics stay enabled because checkpointing requires both forward passes to save equally many tensors.
     """
-    norms = [m for part in parts for m in part.modules()
-             if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
+    norms = [m for m in parts.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
     own = [dict(norm._buffers) for norm in norms]
     for norm, buffers in zip(norms, own):
         norm._buffers.update(running_mean=torch.empty_like(buffers["running_mean"]),

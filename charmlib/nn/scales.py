@@ -1,8 +1,7 @@
 """Feature maps of a trunk at several strides, pooled to the keys of a :class:`charmlib.nn.VotingBank`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +46,11 @@ def maps_of(trunk: nn.Module, ends: list[int], x: Tensor,
     if type(trunk) is not nn.Sequential:
         out = run(trunk, x)
         return out, [out]
-    blocks, maps, start = list(trunk.children()), [], 0
-    for end in ends:
-        x = run(nn.Sequential(*blocks[start:end]), x)
+    maps = []
+    for start, end in pairwise((0, *ends)):
+        x = run(trunk[start:end], x)
         maps.append(x)
-        start = end
-    return run(nn.Sequential(*blocks[start:]), x) if start < len(blocks) else x, maps
+    return run(trunk[ends[-1]:], x) if ends[-1] < len(trunk) else x, maps
 
 
 def cells(maps: list[Tensor]) -> Tensor:

@@ -222,18 +222,16 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def batch_rarity(bank, z: Tensor) -> Tensor:
-    """Rarity (B,) of each row compared with its batch: :func:`angle` under the rule 'angle', otherwise :func:`rarity`."""
-    return angle(z) if bank.rule == "angle" else rarity(z, z.norm(dim=1).mean())
+    """Rarity (B,) of each row compared with its batch: ``1 - cos(z_i, zbar)`` under the rule 'angle', in [0, 2], with zbar the
+    mean vector of the batch; otherwise :func:`rarity`."""
+    if bank.rule == "angle":
+        return 1 - F.cosine_similarity(z, z.mean(0, keepdim=True), dim=1)
+    return rarity(z, z.norm(dim=1).mean())
 
 
 def rarity(z: Tensor, mean: Tensor) -> Tensor:
     """``| ||z_i|| - mean | / mean`` (B,), 0 or more."""
     return (z.norm(dim=1) - mean).abs() / mean.clamp(min=1e-12)
-
-
-def angle(z: Tensor) -> Tensor:
-    """``1 - cos(z_i, zbar)`` (B,), in [0, 2], with zbar the mean vector of the batch."""
-    return 1 - F.cosine_similarity(z, z.mean(0, keepdim=True), dim=1)
 
 
 def novelty(bank, z: Tensor) -> Tensor:
@@ -252,10 +250,9 @@ def passes_threshold(bank, score: Tensor) -> Tensor:
 
 def top_share(score: Tensor, share: float) -> Tensor:
     """Rows (B,) at or above the ``1 - share`` quantile of their batch: at least one row, and all rows if all scores tie."""
-    place = (1 - min(share, 1.0)) * (len(score) - 1)
-    low = math.floor(place)
-    ordered = score.sort().values  # torch.quantile of older releases waits for the GPU
-    return score >= torch.lerp(ordered[low], ordered[min(low + 1, len(score) - 1)], place - low)
+    past, low = math.modf((1 - min(share, 1.0)) * (len(score) - 1))
+    ordered = score.sort().values[int(low):]  # torch.quantile of older releases waits for the GPU
+    return score >= torch.lerp(ordered[0], ordered[min(1, len(ordered) - 1)], past)
 
 
 def ring(bank, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,5 +274,4 @@ def match_ids(bank, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 def has_later_duplicate(target: Tensor, among: Tensor) -> Tensor:
     """Whether each row (B,) of ``among`` has the same target as a later row of ``among``."""
     order = torch.arange(len(target), device=target.device)
-    same = (target[:, None] == target) & among[:, None] & among & (order[:, None] < order)
-    return same.any(1)
+    return ((target[:, None] == target) & among[:, None] & among & (order[:, None] < order)).any(1)

@@ -1,7 +1,5 @@
 """A memory bank that predicts from the labels of its slots."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import psutil
@@ -81,12 +79,7 @@ class VotingBank(RareMemoryBank):
     def forward(self, keys: Tensor, logits: Tensor) -> Tensor:
         """Keys (B, K) and logits (B, C) -> logits (B, C): with votes in eval mode; unchanged in training mode, which writes.
 
-        A batch without labels from :meth:`expect` is not stored.
-
-        Raises
-        ------
-        ValueError
-            ``expect`` announced a batch of another size.
+        A batch without labels from :meth:`expect` is not stored. Raises as :meth:`announced`.
         """
         ids, labels = self.announced(keys)
         with torch.autocast(device_type=keys.device.type, enabled=False):
@@ -173,12 +166,7 @@ class VotingBank(RareMemoryBank):
         Returns slot indices (B, k), the most similar first and -1 where fewer than k slots are eligible; kernel values (B, k),
         0 for index -1; and labels (B, k, C), int8 with -1 where unknown.
         """
-        similarity = self.directions(keys) @ self.directions(self.slots).T  # (B, N)
-        banned = torch.arange(self.size, device=keys.device) >= self.filled
-        if ids is not None:
-            banned = banned | ((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
-        best, index = similarity.masked_fill_(banned, -torch.inf).topk(self.k, dim=1)
-        valid = best > -torch.inf
+        index, valid, best = self.nearest(self.directions(keys) @ self.directions(self.slots).T, ids)
         return index.masked_fill(~valid, -1), self.kernel(best) * valid, self.slot_labels[index]
 
     def directions(self, keys: Tensor) -> Tensor:

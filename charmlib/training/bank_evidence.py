@@ -116,8 +116,7 @@ class BankEvidence:
         rows, plan, images = self.data.rows("train"), self.run.phases(), self.data.train_images()
         with_finding = self.data.index.has_finding()[rows].astype(float)
         end, left, weights = self.bank.steps.item(), np.ones(len(steps), bool), np.zeros(len(rows))
-        stages = {phase.stage: phase for phase in plan}  # in order; each with its last phase
-        for stage, phase in reversed(stages.items()):
+        for stage, phase in reversed({phase.stage: phase for phase in plan}.items()):  # each with its last phase
             values = np.array([-row["valid_auc"] if self.run.params["monitor"] == "valid_auc" else row["valid_loss"]
                                for row in history if str(row["stage"]) == stage], dtype=float)
             kept = len(values) if np.isnan(values).all() else int(np.nanargmin(values)) + 1  # the bank is of the best epoch
@@ -136,11 +135,9 @@ class BankEvidence:
         patients, names = (data.index.frame[c].to_numpy(str)[rows] for c in ("patient", "id"))
         chosen = {}  # patient -> image
         for name in sorted((c for c in data.classes if c != NO_FINDING), key=lambda c: share[c]):
-            positive = data.labels[rows, list(data.classes).index(name)] == 1
-            first = next((i for i in np.flatnonzero(positive) if patients[i] not in chosen), None)
-            if first is not None and len(chosen) < count:
-                chosen[patients[first]] = str(names[first])
-        return list(chosen.values())
+            found = np.flatnonzero(data.labels[rows, list(data.classes).index(name)] == 1)
+            chosen |= {patients[i]: str(names[i]) for i in [i for i in found if patients[i] not in chosen][:1]}
+        return list(chosen.values())[:count]
 
     @torch.no_grad()
     def explain(self, image: str) -> Explanation:
@@ -174,9 +171,8 @@ class BankEvidence:
         retrieved = [np.zeros_like(pixels) if pd.isna(name) else np.asarray(data.images[row_of[name]])
                      for name in table["image"]]
         part = next((p for p in PARTS if row in data.split.rows(p)), "")
-        labels = tuple(c for c, value in zip(data.classes, data.labels[row]) if value == 1)
-        if not labels and not np.isnan(data.labels[row]).all():
-            labels = (NO_FINDING,)
+        labels = tuple(c for c, value in zip(data.classes, data.labels[row]) if value == 1) or (
+            () if np.isnan(data.labels[row]).all() else (NO_FINDING,))
         return Explanation(image, str(frame["patient"].iloc[row]), part, labels,
                            dict(zip(data.classes, torch.sigmoid(logits.float())[0].tolist())), table, pixels,
                            np.stack(retrieved) if retrieved else np.empty((0, *pixels.shape), np.uint8), note)
@@ -187,5 +183,4 @@ class BankEvidence:
         weights = weights if self.bank.gate is None else self.bank.gate * weights
         found = pd.DataFrame({"slot": index[0].tolist(), "similarity": self.bank.similarity(query, index)[0].tolist(),
                               "weight": weights[0].tolist()})
-        slots = self.table()[["slot", "image", "patient", "labels", "step"]]
-        return found[found["slot"] >= 0].merge(slots, on="slot")[list(COLUMNS)]
+        return found[found["slot"] >= 0].merge(self.table(), on="slot")[list(COLUMNS)]

@@ -1,14 +1,12 @@
 """Small fastai callbacks, each with one job."""
 
-import csv
 import hashlib
-import io
 import random
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import norm_types
@@ -63,8 +61,7 @@ class NetworkHooks(Callback):
         device = self.dls.device
 
         def encoded(ids):
-            grey = images.pixels(ids.cpu().numpy()).to(device)
-            return grey_to_network(grey, scale.mean.to(device), scale.std.to(device))
+            return grey_to_network(images.pixels(ids.cpu().numpy()).to(device), scale.mean.to(device), scale.std.to(device))
 
         with torch.autocast(torch.device(device).type, torch.float16, enabled=hasattr(self.learn, "half_precision")):
             self.model.renew(encoded, batch=self.dls.valid.bs)
@@ -109,10 +106,8 @@ class Trains(Callback):
 
 
 class SeedEpoch(Callback):
-    """Derives every epoch's randomness (order, augmentation, dropout) from the seed, the phase and the epoch alone.
-
-    A resumed run therefore draws the numbers of an uninterrupted one without stored generator states.
-    """
+    """Derives every epoch's randomness (order, augmentation, dropout) from the seed, the phase and the epoch alone: a resumed
+    run draws the numbers of an uninterrupted one without stored generator states."""
 
     order = -20
 
@@ -125,8 +120,7 @@ class SeedEpoch(Callback):
 
 def seed_everything(*parts) -> int:
     """Seed torch, numpy and random from a hash of ``parts``; returns the 63-bit seed."""
-    text = "/".join(map(str, parts)).encode()
-    seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+    seed = int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -182,20 +176,10 @@ class KeepProgress(Callback):
 
     fastai's ``SaveModelCallback`` keeps weights in files that it loads with pickles allowed.
 
-    Parameters
-    ----------
-    best : dict
-        The best epoch so far: ``value``, ``state`` (its weights on the CPU) and ``waited`` (epochs since). Changed in place.
-    save : callable
-        Gets the number of finished epochs and whether the phase is over. Called after the epoch's other callbacks.
-    monitor : {'valid_loss', 'valid_auc'}, optional
-        What the best epoch is chosen by; None keeps the last epoch.
-    patience : int
-        Epochs without improvement after which the phase ends; 0 never ends it early.
-    start : int
-        Epochs before this one are skipped.
-    scale : dict, optional
-        State of the gradient scaler of a resumed phase; each fit starts with a new scaler.
+    ``best`` is changed in place: ``value``, ``state`` (weights on the CPU) and ``waited`` (epochs since). ``save`` gets the
+    number of finished epochs and whether the phase is over, after the epoch's other callbacks. ``monitor`` None keeps the last
+    epoch, ``patience`` 0 never ends a phase early, and epochs before ``start`` are skipped. ``scale`` is the state of a resumed
+    phase's gradient scaler, since each fit starts with a new one.
 
     Raises
     ------
@@ -242,11 +226,9 @@ class KeepProgress(Callback):
 
 def write_history(folder: RunFolder, rows: list[dict]) -> None:
     """Write ``history.csv``, and with a bank ``bank_history.csv``: the filled slots of each epoch, in all and by class."""
-    tables = [(folder.history_file, HISTORY, [[row[name] for name in HISTORY] for row in rows])]
-    if labels := rows[0]["bank_labels"]:
-        tables.append((folder.bank_history_file, ["stage", "epoch", "filled", *labels],
-                       [[row["stage"], row["epoch"], row["bank_filled"], *row["bank_labels"].values()] for row in rows]))
-    for path, header, lines in tables:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([header, *lines])
-        write_whole(path, partial(Path.write_text, data=text.getvalue(), newline=""))
+    tables = {folder.history_file: pd.DataFrame(rows, columns=list(HISTORY))}
+    if rows[0]["bank_labels"]:
+        tables[folder.bank_history_file] = pd.DataFrame([
+            {"stage": row["stage"], "epoch": row["epoch"], "filled": row["bank_filled"], **row["bank_labels"]} for row in rows])
+    for path, table in tables.items():
+        write_whole(path, partial(table.to_csv, index=False, na_rep="nan", lineterminator="\r\n"))

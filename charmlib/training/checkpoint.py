@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_map
 
 from charmlib.evaluation.runs import FORMAT, RunFolder
 from charmlib.files import write_json, write_whole
@@ -34,13 +35,7 @@ def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, th
 
 
 def load_weights(net: Network, folder: str | Path) -> None:
-    """Fill a network from ``model.safetensors`` of a trained run; see :func:`fill`.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        Not there, or it does not fit.
-    """
+    """Fill a network from ``model.safetensors`` of a trained run; raises FileNotFoundError without one, and as :func:`fill`."""
     path = RunFolder(folder).weights_file
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint: {path} is not there (was the run trained to its end?)")
@@ -50,14 +45,8 @@ def load_weights(net: Network, folder: str | Path) -> None:
 def load_model(folder: str | Path, device="cpu") -> tuple[Network, dict]:
     """The network of a run, in eval mode, and its card (``model.json``).
 
-    Strict: a file that does not fill the network exactly is an error, never a silently fresh network.
-
-    Raises
-    ------
-    FileNotFoundError
-        No checkpoint in the folder.
-    ValueError
-        The checkpoint does not fit; names what is missing, unknown or of another shape.
+    Strict: a file that does not fill the network exactly is an error, never a silently fresh network. Raises as
+    :func:`load_weights`.
     """
     card = RunFolder(folder).card
     net = create({**card["params"], "weights": "none", "norm": "half"}, card["classes"])
@@ -75,10 +64,10 @@ def fill(net: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -
         Names the source and what differs.
     """
     own = net.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is not in the network" for name in state if name not in own]
-    wrong += [f"{name} is {tuple(state[name].shape)}, wanted {tuple(own[name].shape)}"
-              for name in own if name in state and state[name].shape != own[name].shape]
+    wrong = [*(f"{name} is missing" for name in own if name not in state),
+             *(f"{name} is not in the network" for name in state if name not in own),
+             *(f"{name} is {tuple(state[name].shape)}, wanted {tuple(own[name].shape)}"
+               for name in own if name in state and state[name].shape != own[name].shape)]
     if wrong:
         raise ValueError(f"{source} does not fit the network ({len(wrong)} differences): " + "; ".join(wrong[:5]))
     net.load_state_dict(state)
@@ -95,15 +84,8 @@ def save_resume(path: Path, state: Mapping) -> None:
 
     numpy's numbers become Python's: fastai's schedules leave them in the optimizer, and they would need unpickling.
     """
-    write_whole(path, lambda temporary: torch.save(_plain(state), temporary))
-
-
-def _plain(value):
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(v) for v in value)
-    return value.item() if isinstance(value, np.generic) else value
+    plain = tree_map(lambda value: value.item() if isinstance(value, np.generic) else value, state)
+    write_whole(path, lambda temporary: torch.save(plain, temporary))
 
 
 def load_resume(path: Path) -> dict | None:

@@ -21,27 +21,14 @@ FORMAT = 2
 class PhaseRunner:
     """Runs phases in turn and saves after every epoch; a resumed run ends in the same bits as an uninterrupted one.
 
-    Parameters
-    ----------
-    make_learner : callable
-        Phase -> Learner around the one network.
-    path : Path
-        ``resume.pt``.
-    identity : dict
-        Settings in which the file and this run must agree (parameters, hash of the split).
-    monitor, seed
-        See :mod:`charmlib.params`. Without a validation part ``monitor`` is None, and each stage keeps its last epoch.
-    rate : float
-        The learning rate of stage 1, kept for a resumed run.
-    on_row : callable
-        Called with the history so far after each epoch.
-    bars : bool
-        Whether to show fastai's progress bars.
+    ``make_learner`` makes a Learner around the one network from a phase. ``path`` is that of ``resume.pt``, ``identity`` holds
+    the settings in which the file and this run must agree, and ``rate`` is the learning rate of stage 1, kept for a resumed
+    run. Without a validation part ``monitor`` is None, and each stage keeps its last epoch. ``on_row`` gets the history so far
+    after each epoch.
     """
 
     def __init__(self, make_learner: Callable[[Phase], Learner], net: torch.nn.Module, path: Path, identity: dict, *,
-                 monitor: str | None, seed: int, rate: float | None = None, on_row: Callable = lambda history: None,
-                 bars: bool = False):
+                 monitor: str | None, seed: int, rate: float | None, on_row: Callable, bars: bool):
         store_attr()
 
     def saved(self, resume: bool) -> dict | None:
@@ -104,10 +91,9 @@ class PhaseRunner:
         keep = KeepProgress(self.best, save, self.monitor, phase.patience, start=start, scale=state["scaler"])
         callbacks = [SeedEpoch(self.seed, phase.name), Trains(phase.trains, phase.train_norms), keep,
                      EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start)]
-        hidden = () if self.bars else learner._grab_cbs(ProgressCallback)
         rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"
         try:
-            with learner.no_logging(), learner.removed_cbs(hidden):
+            with learner.no_logging(), learner.removed_cbs(() if self.bars else learner._grab_cbs(ProgressCallback)):
                 learner.fit_one_cycle(phase.epochs, phase.lr, cbs=callbacks, start_epoch=start, **phase.cycle)
         except NotFinite as error:
             raise ValueError(f"training diverged in {phase.name} (the network's outputs are not finite): lower {rates}, now "

@@ -8,6 +8,7 @@ import time
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, Metric, Recorder
 from fastai.optimizer import OptimWrapper
@@ -51,11 +52,9 @@ class AdamW(OptimWrapper):
             self.scaler.step(self.opt)
 
 
-class HalfPrecision(Callback):
-    """fp16 autocast with a gradient scaler, as fastai's ``MixedPrecision``; needs an optimizer that takes the scaler, such as
-    :class:`AdamW`, which decides on the device whether gradients overflowed."""
-
-    order = 10
+class HalfPrecision(MixedPrecision):
+    """fastai's fp16 autocast with a gradient scaler; needs an optimizer that takes the scaler, such as :class:`AdamW`, which
+    decides on the device whether gradients overflowed."""
 
     def before_fit(self):
         kind = next(self.model.parameters()).device.type
@@ -63,18 +62,6 @@ class HalfPrecision(Callback):
         self.unscaled = False
         if self.opt is not None:  # there is none yet where a new Learner is only asked to validate
             self.opt.scaler = self.learn.scaler
-
-    def before_batch(self):
-        self.autocast.__enter__()
-
-    def after_pred(self):
-        self.learn.pred = self.pred.float()
-
-    def after_loss(self):
-        self.autocast.__exit__(None, None, None)
-
-    def before_backward(self):
-        self.learn.loss_grad = self.scaler.scale(self.loss_grad)
 
     def before_step(self):
         self.scaler.unscale_(self.opt.opt)  # for callbacks that look at gradients or clip them; the step then does not
@@ -163,8 +150,7 @@ class LossesToHost(Callback):
         if new := [loss for loss in self.recorder.losses if isinstance(loss, Tensor)]:
             self.recorder.losses[-len(new):] = torch.stack(new).tolist()
 
-    def after_fit(self):  # the learning-rate finder ends within an epoch
-        self.after_epoch()
+    after_fit = after_epoch  # the learning-rate finder ends within an epoch
 
 
 def record_on_device(learn: Learner) -> Learner:

@@ -12,33 +12,18 @@ from charmlib.systems import find, load
 class Phase:
     """One call of fastai's ``fit_one_cycle``.
 
-    Parameters
-    ----------
-    name : str
-        Unique in its recipe.
-    stage : str
-        Successive phases of one stage share loaders, optimizer and best epoch; the column ``stage`` of ``history.csv``.
-    epochs : int
-        The most epochs.
-    lr : float or slice
-        Learning rate; a slice runs from the first parameter group to the last.
-    batch : int
-        Images a batch.
-    images : {'all', 'findings'}
-        Training and validation images: all, or those with a finding.
-    loss : str
-        See :func:`charmlib.nn.make_loss`.
-    trains : tuple of str
-        Names of the network's parts that train; empty for all.
-    train_norms : bool
-        Whether the norm layers of frozen parts keep learning, as after fastai's ``freeze()``. False freezes those parts
-        entirely: they stay in eval mode.
-    cycle : mapping
-        Further arguments of ``fit_one_cycle``.
-    patience : int
-        Epochs without improvement after which the phase ends; 0 never ends it early.
-    sets : mapping
-        Handed to the network's ``enter`` before the phase.
+    - ``name``: unique in its recipe.
+    - ``stage``: successive phases of one stage share loaders, optimizer and best epoch; a column of ``history.csv``.
+    - ``epochs``: the most epochs; ``batch``: images a batch.
+    - ``lr``: learning rate; a slice runs from the first parameter group to the last.
+    - ``images``: 'all' training and validation images, or those with 'findings'.
+    - ``loss``: see :func:`charmlib.nn.make_loss`.
+    - ``trains``: names of the network's parts that train; empty for all.
+    - ``train_norms``: whether the norm layers of frozen parts keep learning, as after fastai's ``freeze()``. False freezes
+      those parts entirely: they stay in eval mode.
+    - ``cycle``: further arguments of ``fit_one_cycle``.
+    - ``patience``: epochs without improvement after which the phase ends; 0 never ends it early.
+    - ``sets``: handed to the network's ``enter`` before the phase.
     """
 
     name: str

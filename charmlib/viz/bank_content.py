@@ -31,11 +31,10 @@ def plot_enrichment(found: Mapping, *, title: str = "", note: str = ""):
     at[len(found["classes"]):] -= 0.6  # the findings, and below them their summaries
     figure, axis = plt.subplots(figsize=(8.4, 0.27 * len(rows) + 1.4), layout="constrained")
     axis.axvline(1, color=GUIDE, lw=1)
-    some, none = values > 0, values == 0
     axis.hlines(at, np.clip(np.nan_to_num(limits[:, 0], nan=left), left, None), np.nan_to_num(limits[:, 1], nan=left),
                 color=FIRST, lw=2, alpha=0.5, label="95 % interval over patients")
-    axis.plot(values[some], at[some], "o", color=FIRST, ms=6, label="this bank")
-    for y in at[none]:
+    axis.plot(values[values > 0], at[values > 0], "o", color=FIRST, ms=6, label="this bank")
+    for y in at[values == 0]:
         axis.annotate("0", (left, y), xytext=(3, 0), textcoords="offset points", va="center", color=FIRST, weight="bold")
     if np.isfinite(expected).any() and not np.allclose(expected[np.isfinite(expected)], 1):
         axis.plot(expected, at, "|", color=SECOND, ms=11, mew=2, label="slots drawn at random, each from its stage's images")
@@ -64,8 +63,8 @@ def plot_enrichment_map(table: pd.DataFrame, *, title: str = "", note: str = "")
              for row in values]
     image = number_map(axis, colour, texts, table["cell"], [readable(n) for n in names], white=abs(colour) > 2, fontsize=7,
                        slanted={"rotation": 40, "ha": "right"}, cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto")
-    bar = figure.colorbar(image, ax=axis, ticks=[-3, -2, -1, 0, 1, 2, 3], shrink=0.9)
-    bar.set_ticklabels(["1/8 or less", "1/4", "1/2", "1", "2", "4", "8 or more"])
+    figure.colorbar(image, ax=axis, ticks=[-3, -2, -1, 0, 1, 2, 3], shrink=0.9).set_ticklabels(
+        ["1/8 or less", "1/4", "1/2", "1", "2", "4", "8 or more"])
     return heading(figure, title, f"Enrichment over that of slots drawn at random from the images on offer. {note}")
 
 
@@ -74,18 +73,10 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
                       note: str = ""):
     """Content of the bank over the epochs, one panel per run: share of slots over prevalence, one line per finding.
 
-    Parameters
-    ----------
-    histories : mapping
-        Name -> ``bank_history.csv`` as a frame, or several of one setting (seeds). These share a panel, and their slots
-        are pooled epoch by epoch. The first :data:`PANELS` are drawn.
-    prevalence : mapping
-        Class -> share of positives in the training part, and ``no_finding``; see
-        :func:`charmlib.evaluation.enrichment.training_shares`.
-
-    Returns
-    -------
-    The figure. A finding in none of the slots runs along the lower edge.
+    ``histories`` maps a name to ``bank_history.csv`` as a frame, or to several of one setting (seeds). These share a panel, and
+    their slots are pooled epoch by epoch. The first :data:`PANELS` are drawn. ``prevalence`` maps each class, and
+    ``no_finding``, to its share in the training part (:func:`charmlib.evaluation.enrichment.training_shares`). Returns the
+    figure, in which a finding in none of the slots runs along the lower edge.
     """
     given = {name: [frames] if isinstance(frames, pd.DataFrame) else list(frames) for name, frames in histories.items()}
     shown = {name: pd.concat(frames).groupby(["stage", "epoch"], as_index=False).sum()
@@ -98,11 +89,9 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
     low, high = min(0.4, found.min(initial=1) / 1.5), max(2.5, found.max(initial=1) * 1.5)
     styles = {c: {"color": "#555555", "ls": ":", "lw": 2.2} if c == NONE else {**class_style(i), "lw": 1.3}
               for i, c in enumerate(shares)}
-    columns = min(3, max(len(shown), 1))
-    rows = -(-max(len(shown), 1) // columns)
-    wide = 6.2 if columns == 1 else 3.3
-    figure, axes = plt.subplots(rows, columns, figsize=(wide * columns + 2.3, 2.5 * rows + 1.0), squeeze=False, sharex=True,
-                                sharey=True, layout="constrained")
+    columns, rows = min(3, max(len(shown), 1)), max(1, -(-len(shown) // 3))
+    figure, axes = plt.subplots(rows, columns, figsize=(8.5 if columns == 1 else 3.3 * columns + 2.3, 2.5 * rows + 1.0),
+                                squeeze=False, sharex=True, sharey=True, layout="constrained")
     for axis in axes.flat[len(shown):]:
         axis.axis("off")
     for axis, (name, run) in zip(axes.flat, lines.items()):
@@ -116,9 +105,8 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
     for axis in axes[-1]:
         axis.set_xlabel("epoch (dotted line: next stage)")
     figure.supylabel("share of slots over prevalence", fontsize=9)
-    handles = [plt.Line2D([], [], **styles[c]) for c in shares]
-    figure.legend(handles, [f"{readable(c)} {p:.1%}" for c, p in shares.items()], loc="outside right center",
-                  title="prevalence in training")
+    figure.legend([plt.Line2D([], [], **styles[c]) for c in shares], [f"{readable(c)} {p:.1%}" for c, p in shares.items()],
+                  loc="outside right center", title="prevalence in training")
     left_out = f"; {len(given) - len(shown)} more settings are not drawn" if len(given) > len(shown) else ""
     return heading(figure, "", "Content of the bank at the end of each epoch (the best epoch's is kept); none of a finding at "
                                f"the lower edge{left_out}. {note}")

@@ -15,9 +15,8 @@ def plot_cooccurrence(labels, classes, *, title: str = "", note: str = ""):
     labels = np.asarray(labels, np.float64)
     positive, there = np.nan_to_num(labels) == 1, ~np.isnan(labels)
     both = positive.T.astype(float) @ positive
-    given = positive.T.astype(float) @ there  # images with the row's finding in which the column's label is known
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = both / given
+        share = both / (positive.T.astype(float) @ there)  # of the images in which the column's label is known
     np.fill_diagonal(share, np.nan)
     top = np.nanmax(share, initial=0.01)
     texts = np.array([["" if np.isnan(v) else f"{v:.0%}" for v in row] for row in share], dtype=object)
@@ -27,8 +26,7 @@ def plot_cooccurrence(labels, classes, *, title: str = "", note: str = ""):
     image = number_map(axis, share, texts, names, names, white=share < 0.6 * top, fontsize=7.5,
                        slanted={"rotation": 45, "ha": "right"}, cmap="cividis", vmin=0, vmax=top)
     for text in axis.texts:
-        column, row = text.get_position()
-        text.set_fontweight("bold" if column == row else "normal")
+        text.set_fontweight("bold" if len(set(text.get_position())) == 1 else "normal")
     axis.set(xlabel="also shows", ylabel="of the images with")
     figure.colorbar(image, ax=axis, shrink=0.7, label="share of the row's images")
     return heading(figure, title, note)

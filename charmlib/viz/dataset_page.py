@@ -42,8 +42,8 @@ def part_table(data) -> pd.DataFrame:
 
 
 def _shares(values: pd.Series) -> str:
-    known = values[values != ""]
-    return ", ".join(f"{name} {share:.0%}" for name, share in known.value_counts(normalize=True).items()) or "?"
+    shares = values[values != ""].value_counts(normalize=True)
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) or "?"
 
 
 def finding_table(data) -> pd.DataFrame:
@@ -113,8 +113,7 @@ def plot_patients(data):
     if len(known):
         ages.legend()
     count = frame["patient"].value_counts()
-    bins = np.unique(np.geomspace(1, max(int(count.max()), 2) + 1, 24).astype(int))
-    visits.hist(count, bins=bins, color=FIRST)
+    visits.hist(count, bins=np.unique(np.geomspace(1, max(int(count.max()), 2) + 1, 24).astype(int)), color=FIRST)
     visits.set(xscale="log", yscale="log", xlabel="images of one patient", ylabel="patients")
     for i, images in enumerate(parts.values()):
         left = 0.0
@@ -156,9 +155,10 @@ def write_dataset_page(path: str | Path, data, pictures=None) -> Path:
     """Tables and pictures of a data set on one self-contained page; returns its path. ``pictures`` are drawn if not given."""
     drawn = dataset_pictures(data) if pictures is None else pictures
     groups = "Positives of each part. Groups by prevalence in training: head above 5 %, medium 2 to 5 %, tail below 2 %."
-    parts = [page.paragraph(_note(data), ""), page.heading("Parts"), page.table(part_table(data), "words"),
-             page.heading("Findings"), page.paragraph(groups), page.table(finding_table(data)),
-             page.heading("Irregularities"), page.paragraph(str(data.index.report)), *page.pictures(drawn)]
+    path = page.write_page(path, f"Data: {data.source}", [
+        page.paragraph(_note(data), ""), page.heading("Parts"), page.table(part_table(data), "words"), page.heading("Findings"),
+        page.paragraph(groups), page.table(finding_table(data)), page.heading("Irregularities"),
+        page.paragraph(str(data.index.report)), *page.pictures(drawn)], drawn=data.index.drawn)
     for figure in drawn.values() if pictures is None else ():
         plt.close(figure)
-    return page.write_page(path, f"Data: {data.source}", parts, drawn=data.index.drawn)
+    return path

@@ -19,13 +19,13 @@ from charmlib.data.show import show_images
 from charmlib.evaluation.compare import aligned, compare, verdict
 from charmlib.evaluation.intervals import interval, operating_resamples
 from charmlib.evaluation.operating import RATES
-from charmlib.evaluation.runs import RunFolder, run_folders, run_names, valid_auc
+from charmlib.evaluation.runs import run_folders, run_names, valid_auc
 from charmlib.evaluation.score import evaluate_run
 from charmlib.evaluation.tables import point_note, split_note, with_intervals
 from charmlib.session import person_watches
-from charmlib.viz.counts import plot_counts
 from charmlib.viz.curves import plot_roc_bands
 from charmlib.viz.page import png
+from charmlib.viz.per_class import plot_counts
 from charmlib.viz.style import FIRST, GUIDE, RC, SECOND, readable
 from charmlib.viz.walk import ORDERS, Walk
 
@@ -47,6 +47,7 @@ class Explorer:
     ----------
     runs : folders of runs, or of grids, of which all cells are taken
         The best by validation comes first, those without a validation part last.
+        A folder without finished runs raises FileNotFoundError.
     image_of : callable, optional
         Image id -> (H, W) uint8, for a run's metrics: ``image_of(metrics, image_id)``. Without it, or if it raises
         OSError or KeyError, the place of an image is grey.
@@ -57,11 +58,6 @@ class Explorer:
         Name -> RunFolder.
     scored : callable
         Name -> metrics and test predictions of a run, scored anew once.
-
-    Raises
-    ------
-    FileNotFoundError
-        A folder without finished runs.
     """
 
     def __init__(self, runs: Sequence[str | Path], image_of: Callable | None = None):
@@ -74,11 +70,9 @@ class Explorer:
 
     def comparable(self, name: str) -> list[str]:
         """The other runs that were scored on the same images, labels and classes."""
-
-        def what(run: RunFolder) -> tuple:
-            return run.metrics["split"]["hash"], run.metrics["params"]["labels"], run.metrics["classes"]
-
-        return [other for other, run in self.folders.items() if other != name and what(run) == what(self.folders[name])]
+        scored_on = {other: (run.metrics["split"]["hash"], run.metrics["params"]["labels"], run.metrics["classes"])
+                     for other, run in self.folders.items()}
+        return [other for other, what in scored_on.items() if other != name and what == scored_on[name]]
 
     def show(self) -> None:
         """Display the explorer to a person; otherwise its static pictures."""
@@ -104,9 +98,9 @@ class Explorer:
         figures = [plot_roc_bands(test, metrics["test"], title=name, note=note)]
         if operating:
             figures.append(plot_counts(operating, title=name, note=f"{note}; {point_note(metrics['test'], 'youden')}"))
-        threshold = _digits(walk.point(at)["threshold"])
-        return figures + [self.images(name, walk, walk.by_error(order, at),
-                                      f"{readable(best)}, worst {order} at p ≥ {threshold}. {note}") for order in ORDERS[1:]]
+        end = f"at p ≥ {_digits(walk.point(at)['threshold'])}. {note}"
+        return figures + [self.images(name, walk, walk.by_error(order, at), f"{readable(best)}, worst {order} {end}")
+                          for order in ORDERS[1:]]
 
     def widget(self):
         """The widgets, one box that can be displayed."""
@@ -243,8 +237,7 @@ class _Board:
             found = operating_resamples(self.test.labels[:, column], self.test.logits[:, column], self.test.patients,
                                         [here["threshold"]], resamples=300)
             here |= {f"{rate}_interval": interval(drawn[:, 0]) for rate, drawn in found.items()}
-        rows = "".join(f"<tr><td>{rate.replace('f1', 'F1')}</td><td class='v'>{_rate(here[rate])}</td>"
-                       f"<td class='i'>{_span(here.get(f'{rate}_interval'))}</td></tr>" for rate in RATES)
+        rows = "".join(_row(rate, here[rate], here.get(f"{rate}_interval")) for rate in RATES)
         threshold = f"p ≥ {_digits(here['threshold'])}" if np.isfinite(here["threshold"]) else "above all"
         return (f"{_STYLE}<table class='walk'><tr><td>threshold</td><td class='v'>{threshold}</td><td></td></tr>{rows}</table>"
                 "<br><table class='cm'><tr><th></th><th>predicted positive</th><th>predicted negative</th></tr>"
@@ -293,13 +286,13 @@ class _Board:
         count = -(-len(self.positions) // SHOWN)
         self.page.value, self.page.max = 1, max(count, 2)  # a slider with a single value breaks in the browser: it is hidden
         self.page.layout.display = "" if count > 1 else "none"
-        both = "" if self.theirs is None else "; p of both runs"
-        self.pages.value = f"{len(self.positions):,} images on {count:,} pages{both}"
+        self.pages.value = (f"{len(self.positions):,} images on {count:,} pages"
+                            + ("" if self.theirs is None else "; p of both runs"))
         self._draw_errors()
 
     def _draw_errors(self) -> None:
-        shown = self.positions[(self.page.value - 1) * SHOWN:]
-        self.errors.value = png(self.explorer.images(self.run.value, self.walk, shown, other=self.theirs), 100)
+        self.errors.value = png(self.explorer.images(self.run.value, self.walk, self.positions[(self.page.value - 1) * SHOWN:],
+                                                     other=self.theirs), 100)
 
 
 def _offer(dropdown, options: Sequence, otherwise: str) -> None:
@@ -316,9 +309,7 @@ def _digits(value: float) -> str:
     return f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
 
 
-def _rate(value: float) -> str:
-    return "undefined" if np.isnan(value) else f"{value:.3f}"
-
-
-def _span(limits: Sequence[float] | None) -> str:
-    return "" if limits is None or np.isnan(limits[0]) else f"({limits[0]:.3f} to {limits[1]:.3f})"
+def _row(rate: str, value: float, limits: Sequence[float] | None) -> str:
+    span = "" if limits is None or np.isnan(limits[0]) else f"({limits[0]:.3f} to {limits[1]:.3f})"
+    return (f"<tr><td>{rate.replace('f1', 'F1')}</td><td class='v'>{'undefined' if np.isnan(value) else f'{value:.3f}'}</td>"
+            f"<td class='i'>{span}</td></tr>")

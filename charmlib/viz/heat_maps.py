@@ -31,10 +31,9 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
     tall, wide, deep = (sorted(fields[axis].unique()) for axis in (rows, columns, panels))
     low, high = fields[value].min(), fields[value].max()
     pad = max(high - low, 1e-3) * 0.05
-    width = max(2.2, 1.25 * len(wide)) * len(deep) + 1.4
-    figure, axes = plt.subplots(1, len(deep), figsize=(width, 0.85 * len(tall) + 1.5), squeeze=False, sharey=True,
-                                layout="constrained")
-    for axis, panel in zip(axes[0], deep):
+    figure, (axes,) = plt.subplots(1, len(deep), squeeze=False, sharey=True, layout="constrained", figsize=(
+        max(2.2, 1.25 * len(wide)) * len(deep) + 1.4, 0.85 * len(tall) + 1.5))
+    for axis, panel in zip(axes, deep):
         here = fields[fields[panels] == panel].pivot(index=rows, columns=columns, values=[value, "text"])
         values, texts = (here[v].reindex(index=tall, columns=wide) for v in (value, "text"))
         values = values.to_numpy(float)
@@ -42,13 +41,10 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
                            white=values - low < 0.5 * max(high - low, 1e-9), fontsize=8, cmap="cividis", vmin=low - pad,
                            vmax=high + pad, aspect="auto")
         axis.set(title=f"{panels} {panel:g}", xlabel=columns)
-    axes[0, 0].set_ylabel(rows)
-    figure.colorbar(image, ax=axes[0].tolist(), label=value.replace("_", " "), shrink=0.9)
-    return heading(figure, "", (note or _note(frame.iloc[0])) + several)
-
-
-def _note(row: pd.Series) -> str:
-    if not {"n_images", "n_patients", "positive_share"} <= set(row.index):
-        return f"split {row['split']}"
-    return (f"split {row['split']}: {int(row['n_images']):,} test images of {int(row['n_patients']):,} patients, "
-            f"{row['positive_share']:.1%} with a finding")
+    axes[0].set_ylabel(rows)
+    figure.colorbar(image, ax=axes.tolist(), label=value.replace("_", " "), shrink=0.9)
+    first, counts = frame.iloc[0], ""
+    if {"n_images", "n_patients", "positive_share"} <= set(frame):
+        counts = (f": {int(first['n_images']):,} test images of {int(first['n_patients']):,} patients, "
+                  f"{first['positive_share']:.1%} with a finding")
+    return heading(figure, "", (note or f"split {first['split']}{counts}") + several)

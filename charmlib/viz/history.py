@@ -13,8 +13,7 @@ def plot_history(history, *, note: str = ""):
     bank = pd.to_numeric(history["bank_accepted"], errors="coerce")
     validated = pd.to_numeric(history["valid_loss"], errors="coerce").notna().any()
     panels = 1 + validated + bank.notna().any()
-    figure, axes = plt.subplots(1, panels, figsize=(4.0 * panels, 3.3), squeeze=False, layout="constrained")
-    axes = axes[0]
+    figure, (axes,) = plt.subplots(1, panels, figsize=(4.0 * panels, 3.3), squeeze=False, layout="constrained")
     lines = (0, "train_loss", OKABE_ITO[0], "o"), (0, "valid_loss", OKABE_ITO[1], "s"), (1, "valid_auc", OKABE_ITO[2], "o")
     for panel, column, colour, marker in lines if validated else lines[:1]:
         for i, (_, rows) in enumerate(history.groupby(history["stage"].astype(str))):

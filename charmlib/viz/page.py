@@ -34,8 +34,7 @@ def paragraph(text: str, kind: str = "note") -> str:
 def table(frame: pd.DataFrame, kind: str = "") -> str:
     """A table of texts and numbers as they are; blank if missing. ``kind``: 'first' makes the first row bold, 'words'
     aligns left, 'board' the second column."""
-    shown = frame.astype(object).where(frame.notna(), "")
-    return f"<div class='scroll {kind}'>{shown.to_html(index=False, border=0)}</div>"
+    return f"<div class='scroll {kind}'>{frame.astype(object).where(frame.notna(), '').to_html(index=False, border=0)}</div>"
 
 
 def png(figure, dpi: int = 110) -> bytes:

@@ -18,12 +18,8 @@ _CAPTION = 0.95
 def plot_explanation(cases, *, note: str = ""):
     """One row per case: the image with its labels and highest probabilities, then the images retrieved for it, best first.
 
-    These have labels, similarity and weight; at most :data:`SLOTS` are drawn. Returns the figure.
-
-    Parameters
-    ----------
-    cases : Explanation, or a sequence of them
-        See :class:`charmlib.training.bank_evidence.Explanation`.
+    These have labels, similarity and weight; at most :data:`SLOTS` are drawn. Returns the figure. ``cases`` is an Explanation,
+    or a sequence of them; see :class:`charmlib.training.bank_evidence.Explanation`.
     """
     cases = list(cases) if isinstance(cases, Sequence) else [cases]
     if not cases:
@@ -39,15 +35,14 @@ def plot_explanation(cases, *, note: str = ""):
         axis.axis("off")
     for row, case in zip(axes, cases):
         likely = "\n".join(f"{readable(name)} {p:.2f}" for name, p in case.top[:2])
-        own = _lines(case.labels) or "labels unknown"
-        _image(row[0], case.pixels, f"{case.image}, {case.part or 'in no part'}\n{own}\npredicted: {likely}")
+        _image(row[0], case.pixels, f"{case.image}, {case.part or 'in no part'}\n{_lines(case.labels)}\npredicted: {likely}")
         for axis, pixels, (_, slot) in zip(row[1:], case.retrieved, case.table.head(SLOTS).iterrows()):
-            labels = _lines(str(slot["labels"]).split("|")) or "labels unknown"
+            labels = _lines(str(slot["labels"]).split("|"))
             _image(axis, pixels, f"{slot['image']}\n{labels}\nsimilarity {slot['similarity']:.3f}\nweight {slot['weight']:.3f}")
     told = (f"the {SLOTS} most similar of the {slots} training images that the memory retrieved" if slots > SLOTS else
             "the training images that the memory retrieved")
-    words = [f"left: the image; then {told}", *dict.fromkeys(case.note for case in cases), note]
-    return heading(figure, "", ". ".join(filter(None, words)))
+    return heading(figure, "", ". ".join(filter(None, [f"left: the image; then {told}",
+                                                       *dict.fromkeys(case.note for case in cases), note])))
 
 
 def _image(axis, pixels: np.ndarray, caption: str) -> None:
@@ -55,7 +50,7 @@ def _image(axis, pixels: np.ndarray, caption: str) -> None:
     axis.set_title(caption, fontsize=7)
 
 
-def _lines(labels: Sequence[str], most: int = 3) -> str:
-    """Up to ``most`` labels in lines; the last line counts those that are left out."""
+def _lines(labels: Sequence[str]) -> str:
+    """Up to three labels in lines; the last line counts those that are left out."""
     names = [readable(name) for name in labels if name]
-    return "\n".join(names if len(names) <= most else [*names[:most - 1], f"and {len(names) - most + 1} more"])
+    return "\n".join(names if len(names) < 4 else [*names[:2], f"and {len(names) - 2} more"]) or "labels unknown"

@@ -6,28 +6,17 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from charmlib.evaluation import tables
 from charmlib.evaluation.enrichment import enrichment_note, enrichment_table
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.runs import Predictions
-from charmlib.evaluation.tables import (
-    calibration_table,
-    class_table,
-    groups_note,
-    operating_table,
-    origin_note,
-    point_note,
-    split_note,
-    with_intervals,
-    with_origin,
-)
-from charmlib.files import write_whole
+from charmlib.evaluation.tables import with_intervals
+from charmlib.files import write_csv
 from charmlib.viz import page
 from charmlib.viz.bank_content import plot_enrichment
 from charmlib.viz.cooccurrence import plot_cooccurrence
-from charmlib.viz.counts import plot_counts
-from charmlib.viz.curves import plot_precision_recall, plot_roc, plot_roc_bands
-from charmlib.viz.per_class import plot_per_class
-from charmlib.viz.reliability import plot_reliability
+from charmlib.viz.curves import plot_precision_recall, plot_reliability, plot_roc, plot_roc_bands
+from charmlib.viz.per_class import plot_counts, plot_per_class
 
 PANELS = 40  # classes that fit on a picture
 
@@ -38,7 +27,7 @@ def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "yo
     There are no counts for a run without this operating point, and no enrichment without a bank. Of more than 40 classes,
     the rarest 40 with positives are drawn.
     """
-    part, note, name = metrics["test"], split_note(metrics), metrics.get("cell", "")
+    part, note, name = metrics["test"], tables.split_note(metrics), metrics.get("cell", "")
     if len(predictions.classes) > PANELS:
         shown = sorted(predictions.classes, key=lambda c: (predictions.positives[c] == 0, predictions.positives[c]))[:PANELS]
         note = f"the {PANELS} rarest of {len(predictions.classes)} classes; {note}"
@@ -50,16 +39,12 @@ def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "yo
                 "AUC by class": plot_per_class({**metrics, "test": part}, **how)}
     if counts := {c: row for c, row in part["operating"].get(point, {}).items() if c in predictions.classes}:
         pictures[f"Counts at the operating point '{point}'"] = plot_counts(
-            counts, title=name, note=f"{note}; {point_note(part, point)}")
+            counts, title=name, note=f"{note}; {tables.point_note(part, point)}")
     pictures["Calibration"] = plot_reliability(predictions, part["calibration"].get("scaled", {}).get("temperature"), **how)
     pictures["Co-occurrence of findings (test part)"] = plot_cooccurrence(predictions.labels, predictions.classes, note=note)
-    if enriched := _enrichment(metrics):
+    if enriched := metrics["bank"] and metrics["bank"]["enrichment"]:
         pictures["Enrichment of the memory bank"] = plot_enrichment(enriched, **how)
     return pictures
-
-
-def _enrichment(metrics: Mapping) -> Mapping | None:
-    return metrics["bank"] and metrics["bank"]["enrichment"]
 
 
 def encoded_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "youden") -> dict[str, bytes]:
@@ -78,28 +63,26 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     """
     part, name = metrics["test"], metrics.get("cell") or Path(path).resolve().parent.name
     published, remark = beside_published({**metrics, "cell": name})
-    parts = [page.paragraph(f"{split_note(metrics)}. {origin_note(metrics)}.", "")]
-    if "members" in metrics:
-        parts.append(page.paragraph(f"Mean of the probabilities of {', '.join(metrics['members'])}."))
-    parts += [page.heading("Scores on the whole test part"),
-              page.paragraph("95 % intervals by bootstrap over patients; 'undefined' is the share of resamples that lack "
-                             "positives or negatives of a class, which are left out of its interval."),
-              page.table(with_intervals(class_table(part, predictions.positives)), "first"),
-              page.paragraph(f"{groups_note(part)}.")]
+    parts = [page.paragraph(f"{tables.split_note(metrics)}. {tables.origin_note(metrics)}.", ""),
+             *(page.paragraph(f"{text[0].upper()}{text[1:]}.") for text in _members(metrics)),
+             page.heading("Scores on the whole test part"),
+             page.paragraph("95 % intervals by bootstrap over patients; 'undefined' is the share of resamples that lack "
+                            "positives or negatives of a class, which are left out of its interval."),
+             page.table(with_intervals(tables.class_table(part, predictions.positives)), "first"),
+             page.paragraph(f"{tables.groups_note(part)}.")]
     for point in part["operating"]:
         parts += [page.heading(f"Operating point '{point}'"),
-                  page.paragraph(f"{point_note(part, point)}; thresholds stay fixed in the resamples. An interval of zero "
-                                 "width at 0 or 1 means that all images are on one side of the threshold, not certainty."),
-                  page.table(with_intervals(operating_table(part, point)))]
+                  page.paragraph(f"{tables.point_note(part, point)}; thresholds stay fixed in the resamples. An interval of "
+                                 "zero width at 0 or 1 means that all images are on one side of the threshold, not certainty."),
+                  page.table(with_intervals(tables.operating_table(part, point)))]
     if not part["operating"]:
         parts += [page.heading("Operating points"), page.paragraph(
             "None: the run was trained without a validation part (valid_fraction 0), so there was nothing to choose "
             "thresholds, a temperature or the best epoch on. It is never ranked beside runs that have one.")]
-    parts += [page.heading("Calibration"), page.table(with_intervals(calibration_table(part), 4), "words"),
-              page.heading("Comparison with published results"), page.paragraph(remark)]
-    if published is not None:
-        parts.append(page.table(with_intervals(published, 4), "words"))
-    if enriched := _enrichment(metrics):
+    parts += [page.heading("Calibration"), page.table(with_intervals(tables.calibration_table(part), 4), "words"),
+              page.heading("Comparison with published results"), page.paragraph(remark),
+              *([] if published is None else [page.table(with_intervals(published, 4), "words")])]
+    if enriched := metrics["bank"] and metrics["bank"]["enrichment"]:
         parts += [page.heading("Rare findings in the memory bank"), page.paragraph(enrichment_note(enriched)),
                   page.table(with_intervals(enrichment_table(enriched), 2))]
     return page.write_page(path, f"Run {name}", parts + page.pictures(pictures), drawn=metrics["data"]["drawn"])
@@ -109,25 +92,26 @@ def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predicti
     """Write ``report.html`` and ``per_class.csv`` of a run into a folder; returns the page's path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    calls = operating_table(metrics["test"], point)
-    table = class_table(metrics["test"], predictions.positives).merge(calls, on="class", how="left",
-                                                                      suffixes=("", " at the point"))
-    table = with_origin(table, metrics).assign(run=metrics["cell"], point=point if len(calls) else pd.NA)
-    write_whole(folder / "per_class.csv", lambda temporary: table.to_csv(temporary, index=False))
+    calls = tables.operating_table(metrics["test"], point)
+    table = tables.class_table(metrics["test"], predictions.positives).merge(calls, on="class", how="left",
+                                                                             suffixes=("", " at the point"))
+    write_csv(folder / "per_class.csv", tables.with_origin(table, metrics).assign(
+        run=metrics["cell"], point=point if len(calls) else pd.NA))
     return write_run_report(folder / "report.html", metrics, predictions, encoded_pictures(metrics, predictions, point=point))
 
 
 def evaluation_text(metrics: Mapping, predictions: Predictions, point: str) -> str:
     """The tables of a run for a terminal: scores, counts at an operating point, calibration."""
     part = metrics["test"]
-    calls = operating_table(part, point)
-    lines = [f"{metrics['cell']}: {split_note(metrics)}; {origin_note(metrics)}"]
-    if "members" in metrics:
-        lines.append(f"mean of the probabilities of {', '.join(metrics['members'])}")
-    lines.append(with_intervals(class_table(part, predictions.positives)).to_string(index=False))
-    if part["undefined"]:
-        lines.append(f"left out of the means, having no positives or no negatives: {', '.join(part['undefined'])}")
-    lines += [groups_note(part), f"\n{point_note(part, point)}" + (":" if len(calls) else "")]
-    if len(calls):
-        lines.append(with_intervals(calls).to_string(index=False))
-    return "\n".join([*lines, "\ncalibration:", with_intervals(calibration_table(part), 4).to_string(index=False)])
+    calls, undefined = tables.operating_table(part, point), ", ".join(part["undefined"])
+    return "\n".join([
+        f"{metrics['cell']}: {tables.split_note(metrics)}; {tables.origin_note(metrics)}", *_members(metrics),
+        with_intervals(tables.class_table(part, predictions.positives)).to_string(index=False),
+        *([f"left out of the means, having no positives or no negatives: {undefined}"] if undefined else []),
+        tables.groups_note(part), f"\n{tables.point_note(part, point)}" + (":" if len(calls) else ""),
+        *([with_intervals(calls).to_string(index=False)] if len(calls) else []),
+        "\ncalibration:", with_intervals(tables.calibration_table(part), 4).to_string(index=False)])
+
+
+def _members(metrics: Mapping) -> list[str]:
+    return [f"mean of the probabilities of {', '.join(metrics['members'])}"] if "members" in metrics else []

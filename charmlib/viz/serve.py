@@ -45,9 +45,8 @@ def explore(runs: Sequence[str | Path], *, data_root: str = "", port: int = 8866
         env[name] = os.pathsep.join(filter(None, [str(value), env.get(name)]))
     with tempfile.TemporaryDirectory(prefix="charm-explore-") as scratch:
         page = Path(scratch) / "explore.ipynb"
-        root = str(Path(data_root).expanduser().resolve()) if data_root else ""
-        papermill.execute_notebook(str(book), str(page), parameters={"runs": folders, "data_root": root}, prepare_only=True,
-                                   progress_bar=False)
+        papermill.execute_notebook(str(book), str(page), prepare_only=True, progress_bar=False, parameters={
+            "runs": folders, "data_root": str(Path(data_root).expanduser().resolve()) if data_root else ""})
         command = [sys.executable, "-m", "voila", str(page), "--Voila.ip=127.0.0.1", f"--port={port}", "--template=charm",
                    "--show_tracebacks=True", *([] if browser else ["--no-browser"])]
         print(f"{len(folders)} runs at http://127.0.0.1:{port}/ (Ctrl-C ends it)", flush=True)

@@ -1,7 +1,6 @@
 """One style for all pictures: readable at notebook width and in print, safe for colour-blind readers; and shared elements."""
 
 import functools
-import math
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -37,15 +36,6 @@ def class_style(i: int) -> dict:
     return {"color": OKABE_ITO[i % len(OKABE_ITO)], "ls": LINES[i // len(OKABE_ITO) % len(LINES)]}
 
 
-def square_root_scale(axis, which: str) -> None:
-    """Make the ``x`` or ``y`` axis of probabilities square-rooted: rare findings are flat on a linear one."""
-
-    def root(values):
-        return np.sqrt(np.maximum(values, 0))  # matplotlib 3.10 asks for values left of 0 during layout, and warns of them
-
-    getattr(axis, f"set_{which}scale")("function", functions=(root, np.square))
-
-
 def readable(name: str) -> str:
     """A class's name for pictures: without underscores."""
     return str(name).replace("_", " ")
@@ -57,29 +47,6 @@ def heading(figure, title: str = "", note: str = ""):
     if text:
         figure.suptitle(text, fontsize=9.5)
     return figure
-
-
-def small_panels(count: int, *, columns: int = 5, size: tuple[float, float] = (2.06, 2.05), **kwargs):
-    """Figure and axes for ``count`` small panels, and one blank panel after them for the legend."""
-    rows = math.ceil((count + 1) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.5), squeeze=False,
-                                layout="constrained", **kwargs)
-    for axis in axes.flat[count:]:
-        axis.axis("off")
-    return figure, axes.flat[:count], axes.flat[count]
-
-
-def label_panels(figure, legend, *, key: str, x: str, y: str, title: str = "", note: str = ""):
-    """The legend of small panels in their blank one, titled by ``key``; common axis labels; heading. Returns the figure."""
-    legend.legend(loc="center", title=key)
-    figure.supxlabel(x, fontsize=9)
-    figure.supylabel(y, fontsize=9)
-    return heading(figure, title, note)
-
-
-def error_bars(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Lengths (2, n) of error bars from values (n,) and their limits (n, 2); 0 if undefined."""
-    return np.nan_to_num(np.clip(np.stack([values - limits[:, 0], limits[:, 1] - values]), 0, None))
 
 
 def number_map(axis, values, texts, rows, columns, *, white, fontsize: float, slanted: dict | None = None, **colours):

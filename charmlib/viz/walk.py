@@ -14,12 +14,7 @@ class Walk:
     """The curve of a class: at point 0 no sample is called positive, at point ``last`` all are.
 
     ``rows`` are the samples with a known label, by descending probability; ``y`` and ``probability`` are in their order.
-
-    Parameters
-    ----------
-    labels, logits : array-like of shape (n_samples, n_classes)
-    c : int
-        The class.
+    ``labels`` and ``logits`` are of shape (n_samples, n_classes), ``c`` is the index of the class.
     """
 
     def __init__(self, labels, logits, c: int):
@@ -27,8 +22,7 @@ class Walk:
         order = np.argsort(-score, kind="stable")
         self.y, self.rows = (y == 1)[order], rows[order]
         self.probability = expit(score[order].astype(np.float64))
-        new = np.flatnonzero(np.diff(self.probability)) + 1
-        self.ends = np.concatenate([[0], new, [len(order)]]) if len(order) else np.zeros(1, int)
+        self.ends = np.unique(np.concatenate([[0], np.flatnonzero(np.diff(self.probability)) + 1, [len(order)]]))
         """Number of samples called positive at each point: whole groups of tied probabilities."""
         self.tp = np.concatenate([[0], np.cumsum(self.y)])[self.ends]
         self.fp = self.ends - self.tp
@@ -38,8 +32,8 @@ class Walk:
         """Threshold, counts and rates at point ``i``, as :func:`charmlib.evaluation.operating.at_thresholds` gives them."""
         tp, fp = int(self.tp[i]), int(self.fp[i])
         counts = dict(zip(COUNTS, (tp, fp, int(self.tp[-1]) - tp, int(self.fp[-1]) - fp)))
-        threshold = float(self.probability[self.ends[i] - 1]) if i else float("inf")
-        return {"threshold": threshold, **counts, **{k: float(v) for k, v in rates(**counts).items()}}
+        return {"threshold": float(self.probability[self.ends[i] - 1]) if i else float("inf"), **counts,
+                **{k: float(v) for k, v in rates(**counts).items()}}
 
     def at_threshold(self, threshold: float) -> int:
         """The point at which exactly the samples with a probability of at least ``threshold`` are called positive."""

@@ -263,6 +263,7 @@ def test_kaggle_mounts_of_today_and_before(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_without_any_data_the_embedded_phantoms_are_taken_and_named(tmp_path, monkeypatch, capsys):
     from charmlib.data.index import is_drawn
 

@@ -34,6 +34,7 @@ def test_prevalence_is_long_tailed_in_the_nih_order():
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_the_demos_phantoms_have_five_of_every_class_in_validation_and_test(tmp_path):
     index = read_index(make_phantoms(tmp_path / "p"))
     split = make_split(index, "official", valid_fraction=0.2)

@@ -178,6 +178,7 @@ print((after - before) / 2**20, (everything - before) / 2**20)
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_a_million_images_stay_within_memory():
     """1e6 x 14: the input is 0.1 GB; the bootstrap may take 1.5 GB more, everything that is said of a part 3 GB."""
     done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True)

@@ -10,14 +10,14 @@ from sklearn.metrics import roc_auc_score
 
 from charmlib.evaluation.combine import mean_ensemble
 from charmlib.evaluation.compare import MEAN, aligned, compare, verdict
-from charmlib.evaluation.controls import column_scores
 from charmlib.evaluation.intervals import bootstrap
 from charmlib.evaluation.leaks import LeakError, refuse_leaks, split_of
 from charmlib.evaluation.operating import choose_thresholds
-from charmlib.evaluation.runs import Predictions, RunFolder, run_folders
+from charmlib.evaluation.runs import Predictions, RunFolder, chosen_on_validation, run_folders
 from charmlib.evaluation.score import evaluate_ensemble, evaluate_run, thresholds_at
 from charmlib.evaluation.tables import class_table, operating_table, point_note, run_table, split_note, with_intervals
 from charmlib.files import write_json
+from charmlib.grid.controls import column_scores
 from charmlib.viz.walk import Walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
@@ -155,6 +155,17 @@ def test_evaluate_gives_what_training_stored(make_run):
     mean, both = evaluate_ensemble([run, make_run("g/b", seed=4)])
     assert mean["cell"] == "mean of 2 runs" and mean["test"]["mean_auc"] > max(stored["mean_auc"] - 0.02, 0.5)
     assert len(both.ids) == len(test.ids)
+
+
+def test_an_ensembles_thresholds_and_temperature_are_those_of_its_validation_part(make_run):
+    runs = [RunFolder(make_run(f"g/{name}", seed=seed)) for name, seed in (("a", 1), ("b", 4))]
+    metrics, _ = evaluate_ensemble(runs)
+    valid, test = (mean_ensemble([getattr(run, part) for run in runs]) for part in ("valid", "test"))
+    chosen, wrong = (chosen_on_validation(p.labels, p.logits, p.classes) for p in (valid, test))
+    assert metrics["test"]["calibration"]["scaled"]["temperature"] == chosen["temperature"] != wrong["temperature"]
+    for point, rows in metrics["test"]["operating"].items():
+        assert {name: row["threshold"] for name, row in rows.items()} == {
+            name: value for name, value in chosen["thresholds"][point].items() if value is not None}
 
 
 def test_a_run_given_as_a_value_is_read_once(make_run):

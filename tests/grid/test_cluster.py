@@ -1,5 +1,6 @@
 """Many GPUs and many machines: real schedulers and workers, in network namespaces that see each other by a bridge only."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import run_grid
 from charmlib.grid.cells import GridError
-from charmlib.grid.cluster import gpus
+from charmlib.grid.cluster import Means, given_cluster, gpus
 from tests.grid.conftest import CELLS, ROOT, epochs_done, family, wait_for
 
 pytestmark = pytest.mark.slow
@@ -196,3 +197,12 @@ def test_a_machine_that_is_cut_off_never_runs_a_cell_twice_at_once(light, cluste
     epochs = [int(words[1]) for words in lines if words[0] == "epoch"]
     assert epochs == sorted(set(epochs)) and epochs[-1] == 30  # none twice, none out of turn
     assert json.loads((cell / "metrics.json").read_text())["cell"] == "k1"
+
+
+def test_a_worker_with_a_gpu_may_come_behind_others(monkeypatch):
+    found = [[{}], [{}, {"GPU": 1}]]
+    monkeypatch.setattr("charmlib.grid.cluster.connect", lambda means: contextlib.nullcontext())
+    monkeypatch.setattr("charmlib.grid.cluster._refuse_strangers", lambda client, jobs: None)
+    monkeypatch.setattr("charmlib.grid.cluster.Cluster.offers", lambda self: found.pop(0) if len(found) > 1 else found[0])
+    with given_cluster(Means(scheduler="tcp://there", wait_workers=5), []) as seats:
+        assert seats.gpu and seats.seats() == 1

@@ -13,11 +13,11 @@ from charmlib.evaluation.compare import MEAN, compare
 from charmlib.evaluation.leaks import LeakError
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import leaderboard, run_grid
-from charmlib.grid.board import over_seeds
+from charmlib.grid.board import _values_that_act, over_seeds
 from charmlib.grid.cells import GridError
 from charmlib.grid.controls import run_controls
 from charmlib.grid.report import board_notes, shown_board, write_report
-from charmlib.params import ParameterError
+from charmlib.params import ParameterError, resolve
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
@@ -194,3 +194,12 @@ def test_shuffled_labels_keep_everything_but_the_match(phantoms):
         assert len(real.rows(part, findings_only=True)) == len(shuffled.rows(part, findings_only=True))
     again = open_dataset(data_root=str(phantoms), image_size=32, labels="shuffled")
     assert np.array_equal(again.labels, shuffled.labels)
+
+
+def test_an_axis_acts_by_the_images_of_each_cell_not_by_those_of_the_first():
+    """In few steps both momenta amount to the same, in many they differ."""
+    params = {cell: resolve({"use_momentum": True, "momentum": value}) for cell, value in (("a", 0.999), ("b", 0.9999))}
+    few, many = {"all": 640, "findings": 640}, {"all": 10**7, "findings": 10**7}
+    assert None in [row["momentum"] for row in _values_that_act(params, ["momentum"], {"a": few, "b": few}).values()]
+    own = _values_that_act(params, ["momentum"], {"a": few, "b": many})
+    assert own == {"a": {"momentum": 0.999}, "b": {"momentum": 0.9999}}

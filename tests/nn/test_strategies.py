@@ -221,6 +221,7 @@ def test_a_batch_with_overflow_leaves_no_trace(strategy):
         assert torch.equal(bank.state_dict()[name], value), name
 
 
+@pytest.mark.once
 def test_a_reservoir_is_a_uniform_sample_of_all_that_was_seen():
     """Each of 60 features is in a reservoir of 12 with probability 1/5: counts over 4,000 runs, all within 5 sigma, and the
     chi-square of all of them. The published rule, which leans to recent ones, fails the same test."""

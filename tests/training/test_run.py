@@ -98,6 +98,7 @@ def test_a_bank_that_answers_with_features_resumes_in_the_same_bits(tiny, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard"])
+@pytest.mark.once
 def test_a_bank_of_any_strategy_resumes_in_the_same_bits(tiny, tmp_path, monkeypatch, strategy):
     """Killed inside stage 1 and again inside stage 2. Rarity is in the test above."""
     quiet = tmp_path / "quiet"

@@ -282,6 +282,7 @@ def test_old_cards_keep_torchs_layout_and_are_not_compiled_for(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_a_compiled_backbone_trains_to_the_same_scores_and_the_same_files(learn, tmp_path):
     other = copy.deepcopy(learn.model)
     compile_backbone(other, torch.device("cpu"))

@@ -16,7 +16,7 @@ from charmlib.data.phantom import make_phantoms
 from charmlib.data.report import Report
 from charmlib.data.splits import SPLIT_SEED, Split, make_split
 from charmlib.nih import PARTS, people
-from charmlib.params import READING
+from charmlib.params import DEFAULTS, READING
 
 
 @dataclass
@@ -148,7 +148,7 @@ class ImageReader:
         self._paths: dict[tuple, dict[str, str]] = {}
 
     def __call__(self, metrics: Mapping, image_id: str) -> np.ndarray:
-        params = metrics["params"]
+        params = {**DEFAULTS, **metrics["params"]}
         key = str(self.data_root or params["data_root"]), *(params[name] for name in READING)
         if key not in self._paths:
             self._paths[key] = {}  # missing data is searched once, too

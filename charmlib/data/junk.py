@@ -1,9 +1,7 @@
 """What a file is that should have been a picture or a table, told from its first bytes."""
 
 _STARTS = ((b"version https://git-lfs", "a Git LFS pointer: fetch the files with `git lfs pull`"),
-           (b"<!doctype html", "a web page: download the files again, logged in where the site asks for it"),
-           (b"<html", "a web page: download the files again, logged in where the site asks for it"),
-           (b"<?xml", "an XML page, perhaps a server's error: download the files again"),
+           (b"<", "a web page or a server's error: download the files again, logged in where the site asks for it"),
            (b"\0\5\x16\7", "a Mac's AppleDouble file: delete it"),
            (b"pk\3\4", "a zip archive: unpack it"), (b"\x1f\x8b", "a gzip archive: unpack it"),
            (b"rar!", "a RAR archive: unpack it"), (b"%pdf", "a PDF"))

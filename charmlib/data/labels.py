@@ -129,7 +129,7 @@ def _labels_of_columns(raw: pd.DataFrame, ids: pd.Series, table: Path, report: R
                                  "Mend them, or leave the column out if it is no class.")
         wanted = [name for name in columns if not odd[name].any()]
         if not wanted:
-            if column_of(raw, "finding"):
+            if (names := column_of(raw, "finding")) and pd.to_numeric(raw[names], errors="coerce").isna().any():
                 return None
             empty = sum(name.startswith("Unnamed:") for name in raw.columns)
             raise ValueError(f"{table} has neither a 'Finding Labels' column nor columns of 0 and 1: found "
@@ -160,9 +160,9 @@ def _decided(parsed: dict[str, np.ndarray], raw: pd.DataFrame, report: Report, h
     for code, (parameter, said, auto) in meanings.items():
         meaning = auto if said == "auto" else said
         decoded[int(code)] = np.nan if meaning == "unknown" else float(meaning)
-        why = "as said" if said != "auto" else "as in CheXpert" if chexpert and code == _BLANK else "by default"
-        report.add(f"classes with {'empty labels' if code == _BLANK else 'uncertain labels (-1)'}, taken as {meaning} {why} "
-                   f"(parameter {parameter})", (name for name, values in parsed.items() if (values == code).any()))
+        why = "as given" if said != "auto" else "as in CheXpert" if chexpert and code == _BLANK else "the default"
+        report.add(f"classes with {'empty labels' if code == _BLANK else 'uncertain labels (-1)'}, taken as {meaning} ({why}; "
+                   f"parameter {parameter})", (name for name, values in parsed.items() if (values == code).any()))
     return pd.DataFrame({name: decoded[values.astype(int)] for name, values in parsed.items()}, raw.index)
 
 
@@ -204,6 +204,7 @@ def _one_row_an_image(labels: pd.DataFrame, raw: pd.DataFrame, ids: pd.Series, r
         else:
             report.add("rows of several boxes or findings of an image, joined", unique)
         first.loc[unique.index] = joined.loc[unique].to_numpy()
+        report.add("classes that no image has by majority", labels.columns[(labels == 1).any() & ~(first == 1).any()])
         return first
     differ = groups.nunique(dropna=False).max(axis=1) > 1
     report.add("rows given twice, first kept", ids[ids.duplicated()])

@@ -36,15 +36,15 @@ def test_blank_and_uncertain_of_a_chexpert_table(tmp_path, blank, uncertain, val
     index = read(tmp_path, CHEXPERT + "".join(rows), blank=blank, uncertain=uncertain)
     assert column(index, "Cardiomegaly") == values
     assert index.normal_class == "No Finding" and index.findings == ("Cardiomegaly",)
-    meant = {"auto": "0 as in CheXpert"}.get(blank, f"{blank} as said")
-    assert f"classes with empty labels, taken as {meant} (parameter blank): 1 (Cardiomegaly)" in str(index.report)
+    meant = {"auto": "0 (as in CheXpert"}.get(blank, f"{blank} (as given")
+    assert f"classes with empty labels, taken as {meant}; parameter blank): 1 (Cardiomegaly)" in str(index.report)
     assert "uncertain labels (-1), taken as" in str(index.report)
 
 
 def test_blanks_of_other_tables_stay_unknown_and_classes_with_positives_alone_are_named(tmp_path):
     index = read(tmp_path, "image,patient,A,B\na,1,1,0\nb,2,,1\n")
     assert column(index, "A") == [1, None]
-    assert "taken as unknown by default (parameter blank): 1 (A)" in str(index.report)
+    assert "taken as unknown (the default; parameter blank): 1 (A)" in str(index.report)
     assert "classes without a negative label" in str(index.report)
     assert column(read(tmp_path, "image,patient,A,B\na,1,1,0\nb,2,,1\n", blank="0"), "A") == [1, 0]
 

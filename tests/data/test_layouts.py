@@ -34,7 +34,7 @@ def test_chexpert(tmp_path, below, part):
     data = opened(tmp_path / below, f"{'' if below else 'CheXpert-v1.0-small/'}{part}.csv")
     assert data.classes == CHEXPERT and data.index.frame["patient"].nunique() == 12 and data.index.normal_class == "No Finding"
     assert data.split.patients_from == "patientNNNN in the path" and set(data.index.frame["view"]) == {"AP", "Lateral"}
-    assert np.isnan(data.labels).mean() == 0.25 and "taken as 0 as in CheXpert (parameter blank): 14" in str(data.index.report)
+    assert np.isnan(data.labels).mean() == 0.25 and "taken as 0 (as in CheXpert; parameter blank): 14" in str(data.index.report)
 
 
 @pytest.mark.parametrize("labeller", ["chexpert", "negbio"])

@@ -9,25 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from charmlib.data import cache_file
 from charmlib.data.cache_build import build, repair
-from charmlib.data.cache_file import (
-    BLANK,
-    DAMAGE,
-    DONE,
-    MANIFEST,
-    ROWS,
-    ImageCache,
-    Request,
-    changes,
-    open_cache,
-    read_manifest,
-)
 from charmlib.data.paths import default_cache_dir, kaggle_caches
 
 
 def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: str = "stretch", contrast: str = "none",
                 train: Callable[[], Sequence[int]] | None = None, cache_dir: str | Path = "", workers: int = 2,
-                verify: bool = False, say: Callable[[str], None] | None = None) -> ImageCache:
+                verify: bool = False, say: Callable[[str], None] | None = None) -> cache_file.ImageCache:
     """The cache that holds these images at this size, wherever it lies; built first if there is none.
 
     Searched are ``cache_dir``, this machine's scratch folder and the inputs attached on Kaggle. A cache fits if it has all ids
@@ -61,10 +50,10 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
         Too little room; names the bytes needed and free.
     """
     say = say or partial(print, file=sys.stderr, flush=True)
-    request = Request(ids, paths, size, aspect, contrast, train)
+    request = cache_file.Request(ids, paths, size, aspect, contrast, train)
     cache, suspects = _find(request, cache_dir, say)
     home = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    if (home / MANIFEST).is_file():
+    if (home / cache_file.MANIFEST).is_file():
         home = home.parent
     if not os.access(next(p for p in (home, *home.absolute().parents) if p.exists()), os.W_OK):
         home = default_cache_dir()
@@ -79,19 +68,19 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
 def content_of(folder: str | Path) -> dict:
     """Manifest of a cache, with the sizes of its source pictures: ``sizes``, (width, height) -> images."""
     folder = Path(folder)
-    rows = np.load(folder / ROWS, allow_pickle=False)
-    sizes = Counter(rows[["width", "height"]][np.isin(rows["state"], (DONE, BLANK))].tolist())
-    return {**read_manifest(folder), "sizes": dict(sizes.most_common())}
+    rows = np.load(folder / cache_file.ROWS, allow_pickle=False)
+    sizes = Counter(rows[["width", "height"]][np.isin(rows["state"], (cache_file.DONE, cache_file.BLANK))].tolist())
+    return {**cache_file.read_manifest(folder), "sizes": dict(sizes.most_common())}
 
 
-def _find(request: Request, cache_dir: str | Path, say) -> tuple[ImageCache | None, Sequence[int]]:
+def _find(request: cache_file.Request, cache_dir: str | Path, say) -> tuple[cache_file.ImageCache | None, Sequence[int]]:
     """The first cache that fits; else the first in which some images changed, and the images to check in it."""
     found, suspects = None, ()
     for folder in sorted(_folders(cache_dir), key=lambda folder: folder.name != request.name):
         try:
-            cache = open_cache(folder, request)
-            sampled, mended = ([], []) if cache is None else changes(cache, request)
-        except DAMAGE as error:
+            cache = cache_file.open_cache(folder, request)
+            sampled, mended = ([], []) if cache is None else cache_file.changes(cache, request)
+        except cache_file.DAMAGE as error:
             say(f"{folder} is not used: {error}")
             continue
         same_data = cache is not None and len(sampled) * 2 <= len(request.sample)
@@ -109,8 +98,9 @@ def _folders(cache_dir: str | Path) -> list[Path]:
     """Folders of all finished caches, each once."""
     found: list[Path] = []
     for place in ([Path(cache_dir).expanduser()] if cache_dir else []) + [default_cache_dir()]:
-        found += [place] if (place / MANIFEST).is_file() else sorted(p.parent for p in place.glob(f"*/{MANIFEST}"))
+        here = (place / cache_file.MANIFEST).is_file()
+        found += [place] if here else sorted(p.parent for p in place.glob(f"*/{cache_file.MANIFEST}"))
     unique: dict[Path, Path] = {}
-    for folder in found + kaggle_caches(MANIFEST):
+    for folder in found + kaggle_caches(cache_file.MANIFEST):
         unique.setdefault(folder.resolve(), folder)
     return [folder for folder in unique.values() if folder.suffix != ".partial"]

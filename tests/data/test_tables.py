@@ -44,7 +44,7 @@ def test_row_names_as_r_writes_them_are_no_column(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "why"), [
-    (b"", "is empty"), (b"\n \n", "is an empty file"), (b"image,A\n", "no rows"),
+    (b"", "is empty"), (b"\n \n", "is empty"), (b"image,A\n", "no rows"),
     (b"image,A\na.png,1\nb.png,1,0,1\n", "line 3"),
     (b"image,A\na.png,1,2,3\n", "fields more than the header"), (zipped(b"x", ("a.csv", "b.csv")), "holds 2 files"),
     (zipped(b"", ("[Content_Types].xml", "xl/workbook.xml")), "Excel workbook: save it as CSV"),

@@ -143,7 +143,9 @@ def listed_names(path: Path) -> list[str]:
 
 
 def _name(line: str) -> str:
-    """The name at the start of a line: up to a separator, or up to the suffix that blanks follow."""
+    """The name at the start of a line, up to a separator or behind its suffix; the whole line if that ends in a suffix."""
+    if re.search(r"\.(png|jpe?g)$", line, re.IGNORECASE):
+        return line
     cell = re.split(r"[,;\t|]", line)[0].strip().strip("\"'")
     found = re.match(r"(.+?\.(?:png|jpe?g|tiff?|bmp|webp|dcm|dicom))\s", cell, re.IGNORECASE)
     labelled = re.match(r"(\S+)(?:\s+-?[\d.]+)+$", cell)

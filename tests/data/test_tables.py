@@ -84,7 +84,7 @@ def write_lists(root, names, write):
     lambda n: "".join(f"{x[:-4]} 0 1 0\n" for x in n).encode(), lambda n: ("Image Index\n" + "\n".join(n)).encode(),
     lambda n: ("patient;Image Index;A\n" + "".join(f"1;{x};0\n" for x in n)).encode(),
     lambda n: "".join(f'"{x}"\n' for x in n).encode(),
-    lambda n: "".join(f"./{x}\n" for x in n).encode()])
+    lambda n: "".join(f"./{x}\n" for x in n).encode(), lambda n: "".join(f"images, old/{x}\n" for x in n).encode()])
 def test_lists_as_people_save_them(tmp_path, write):
     names = nih(tmp_path)
     write_lists(tmp_path, names, lambda n: "\n".join(n).encode())

@@ -97,6 +97,8 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
     files = ids.map(found)
     report.add("rows without image, left out", ids[files.isna()])
     kept = files.notna()
+    if not kept.any():
+        raise FileNotFoundError(f"no image of {table} is left:\n{report}")
     raw, ids, files, labels = raw[kept], ids[kept], files[kept], labels[kept]
     patient, patients_from, why_unknown = read_patients(raw, ids, files, patients)
     unnamed = ~ids.map(has_suffix)

@@ -109,6 +109,8 @@ def _labels_of_columns(raw: pd.DataFrame, table: Path, report: Report, wanted: l
             raise ValueError(f"{table} has neither a 'Finding Labels' column nor columns of 0 and 1: found {', '.join(named)} "
                              f"and {raw.shape[1] - len(named)} columns without a name. `python -m charmlib predict` needs no "
                              "labels.")
+        if twice := [name for name in wanted if re.sub(r"\.\d+$", "", name) in {*wanted} - {name}]:  # as pandas names them
+            raise ValueError(f"{table} has two columns for the class {twice[0].rpartition('.')[0]!r}: rename or delete one")
         report.add("columns that hold other things than 0, 1 and blanks, not used as classes",
                    (name for name in columns if name not in wanted))
     findings = [name for name in wanted if name != NO_FINDING]

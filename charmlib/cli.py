@@ -56,15 +56,22 @@ def phantom(out, images, size, seed):
 @click.option("--workers", default=os.cpu_count() or 2, show_default="all cores", type=click.IntRange(1),
               help="Processes that decode.")
 @click.option("--verify", is_flag=True, help="Check every source file against the cache, and decode again what changed.")
-def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
+@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE",
+              help="How the table is read: classes, normal_class, blank, uncertain, patients.")
+def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify, assignments):
     """Decode all images of DATA_ROOT once, and show what the data holds; goes on where a killed build was.
 
     Writes data.html into the cache: findings by part, patients, views, co-occurrence, sample images.
     """
     from charmlib.data import cache, dataset, index, splits
+    from charmlib.param_sources import parse_assignments
+    from charmlib.params import READING, ParameterError
     from charmlib.viz import dataset_page as page
 
-    found = index.read_index(dataset.find_data(data_root), classes="own" if csv else "nih14", csv=csv)
+    how = {"classes": "own" if csv else "nih14", "csv": csv, **parse_assignments(assignments)}
+    if other := set(how) - set(READING):
+        raise ParameterError(f"parameter '{min(other)}' does not say how a table is read; -p takes {', '.join(READING)}.")
+    found = index.read_index(dataset.find_data(data_root), **how)
     start = time.monotonic()
     images = cache.open_images(found.frame["id"].tolist(), found.frame["path"].tolist(), size, aspect=aspect,
                                cache_dir=cache_dir, workers=workers, verify=verify)
@@ -76,7 +83,7 @@ def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify):
     try:
         data = dataset.assemble(found, images, split=split or ("patient" if csv else "official"))
     except splits.SplitError as error:
-        click.echo(f"report: {found.report}\nno parts to show the data by (--split patient needs no lists): {error}")
+        click.echo(f"report: {found.report}\nno parts to show the data by: {error}")
         return
     click.echo(f"{data}\n\n{page.part_table(data).to_string(index=False)}\n\n{page.finding_table(data).to_string(index=False)}")
     if os.access(images.folder, os.W_OK):

@@ -1,9 +1,14 @@
 """The NIH ChestX-ray14 vocabulary: findings, files and parts, in the order of Wang et al. (CVPR 2017, arXiv 1705.02315)."""
 
+from collections.abc import Iterable
+
 NIH14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
          "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")
 NO_FINDING = "No Finding"
 NIH15 = (*NIH14, NO_FINDING)
+
+EACH_ITS_OWN = "each image is its own"
+"""What a patient is where a data set names none (:class:`charmlib.data.splits.Split`)."""
 
 PARTS = ("train", "valid", "test")
 
@@ -14,12 +19,44 @@ PHANTOM_MARK = "PHANTOM.json"
 KAGGLE_DATASETS = (("nih-chest-xrays", "data"), ("khanfashee", "nih-chest-x-ray-14-224x224-resized"),
                    ("nih-chest-xrays", "sample"))
 
+_NORMAL = ("no finding", "no findings", "nofinding", "nofindings", "normal", "healthy", "no abnormality", "no abnormalities",
+           "without findings", "unremarkable")
 _BY_KEY = {name.replace(" ", "_").lower(): name for name in NIH15}
 
 
 def canonical(label: str) -> str:
     """A finding as the NIH tables write it: ``'pleural thickening'`` becomes ``'Pleural_Thickening'``."""
     return _BY_KEY.get(label.strip().replace(" ", "_").lower(), label.strip())
+
+
+def is_normal(label: str) -> bool:
+    """Whether a label says that there is no finding: ``'No Finding'``, ``'no_findings'``, ``'NORMAL'`` and the like."""
+    return " ".join(label.lower().replace("_", " ").replace("-", " ").split()) in _NORMAL
+
+
+def normal_class(classes: Iterable[str], named: str = "") -> str:
+    """The class that means "no finding", '' where the classes have none; ``named`` is the parameter ``normal_class``.
+
+    Raises
+    ------
+    ValueError
+        ``named`` is none of the classes, or several classes mean "no finding" and none is named.
+    """
+    classes = list(classes)
+    if named in classes:
+        return named
+    if named and not is_normal(named):
+        raise ValueError(f"normal_class: {named!r} is none of the classes {', '.join(classes)}")
+    found = [name for name in classes if is_normal(name)]
+    if len(found) > 1:
+        raise ValueError(f"classes {', '.join(map(repr, found))} all mean 'no finding': rename or leave out all but one, or "
+                         "name it with the parameter normal_class")
+    return found[0] if found else ""
+
+
+def people(count: int, patients_from: str) -> str:
+    """The number of patients in words; says so where each image counts as a patient of its own."""
+    return f"{count:,} patients" + (" (unknown: each image counts as one)" if patients_from == EACH_ITS_OWN else "")
 
 
 def same_order(ours, theirs, what: str) -> None:

@@ -87,6 +87,11 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
     Param("data", "classes", str, "nih14", "the 14 NIH findings, 'No Finding' as a 15th class, or the classes of `csv`",
           ("nih14", "nih15", "own"), shown=True),
     Param("data", "csv", str, "", "a label table of your own; empty finds the NIH table", shown=True),
+    Param("data", "normal_class", str, "", "the class that means no finding; empty knows 'No Finding', 'Normal' and the like"),
+    Param("data", "blank", str, "auto", "what an empty label means; auto is 0 in tables like CheXpert's, unknown in others",
+          ("auto", "unknown", "0", "1")),
+    Param("data", "uncertain", str, "auto", "what the label -1 means; auto is unknown", ("auto", "unknown", "0", "1")),
+    Param("data", "patients", str, "", "the column of the patients; empty finds one; none counts each image as a patient"),
     Param("data", "labels", str, "real", "shuffled is a control that must score 0.5 and is never ranked", ("real", "shuffled")),
     Param("data", "split", str, "official",
           "official lists, random by patient, a fold of a cross-validation, or a folder with train/valid/test.txt",
@@ -185,6 +190,7 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
     Param("run", "resume", bool, True, "continue from the last finished epoch in run_dir", hashed=False),
 ]}
 DEFAULTS: dict[str, Any] = {name: p.default for name, p in PARAMS.items()}
+READING = ("classes", "csv", "normal_class", "blank", "uncertain", "patients")  # they say how a table is read
 UNHASHED = tuple(name for name, p in PARAMS.items() if not p.hashed)  # they say where and how a run happens
 # The torchvision backbones; any other is named timm:NAME.
 ARCHS = ("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "efficientnet_b0", "efficientnet_b1", "mobilenet_v2",
@@ -259,7 +265,7 @@ def _number(p: Param, value) -> int | float:
 def _text(p: Param, value) -> str:
     if value is None or (value is False and "none" in p.choices):
         value = "none" if "none" in p.choices else ""
-    if not isinstance(value, str | Path):
+    if str(value) not in p.choices and not isinstance(value, str | Path):
         raise ValueError(f"{value!r} is not text (put it in quotes).")
     value = str(value)
     free = p.also and (any(c in value for c in "/\\.") or Path(value).exists())  # a path in place of a named choice

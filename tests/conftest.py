@@ -92,7 +92,7 @@ def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int
     save_resamples(folder / "resamples.npz", samples)
     write_json(folder / "metrics.json", {
         "format": FORMAT, "cell": folder.name, "hash": None, "params": params, "data": {"name": data.source, "drawn": not real},
-        "split": {"name": data.split.name, "hash": data.split.hash, **data.split.counts}, "classes": data.classes,
+        "split": data.split.record(), "classes": data.classes,
         "images": data.train_images(), "train_prevalence": train, "valid": validated, "test": test, "bank": None,
         "seconds": {"train": 1.0, "score": 1.0, "overhead": 1.0}, "device": "cpu", "precision": "fp32",
         "versions": {"torch": "0", "charmlib": "0"}, "quick_check": bool(params["limit"])})

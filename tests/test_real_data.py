@@ -18,20 +18,17 @@ def test_nih64_index_and_official_split(shared):
     assert not index.report.found
 
 
-def test_the_full_metadata_reads_as_published(shared, tmp_path):
+def test_the_full_metadata_reads_as_published(shared):
     """Labels and official lists of all 112,120 images, without the images."""
-    import gzip
-
-    import pandas as pd
-
-    from charmlib.data.index import Report, _read_labels, _read_meta
+    from charmlib.data.labels import read_labels
+    from charmlib.data.patients import read_patients
+    from charmlib.data.report import Report
+    from charmlib.data.tables import read_table
     from charmlib.nih import NIH14
 
-    with gzip.open(shared / "nih_meta/Data_Entry_2017_v2020.csv.gz", "rt") as file:
-        raw = pd.read_csv(file, dtype=str, keep_default_na=False)
-    frame, report = pd.DataFrame({"id": raw["Image Index"]}), Report()
-    _read_meta(raw, frame, shared / "x.csv", report)
-    _read_labels(raw, frame, shared / "x.csv", report, "nih14")
+    raw = read_table(shared / "nih_meta/Data_Entry_2017_v2020.csv.gz")
+    ids = raw["Image Index"]
+    frame = read_labels(raw, ids, shared / "x.csv", Report()).assign(id=ids, patient=read_patients(raw, ids, ids)[0])
     counts = frame[list(NIH14)].sum().astype(int)
     assert (len(frame), frame["patient"].nunique()) == (112120, 30805)
     assert (counts["Infiltration"], counts["Effusion"], counts["Hernia"]) == (19894, 13317, 227)

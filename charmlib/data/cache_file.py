@@ -186,3 +186,10 @@ def changes(cache: ImageCache, request: Request) -> tuple[list[int], list[int]]:
     unreadable = [i for i, name in enumerate(request.ids) if name in cache.bad]
     sampled, mended = ([i for i in some if not unchanged(cache, rows, request, i)] for some in (request.sample, unreadable))
     return sampled, mended
+
+
+def constant_images(cache: ImageCache) -> np.ndarray:
+    """(n,) bool: the readable images that are black or of one grey throughout, told by the checksums of their pixels."""
+    rows = read_rows(cache)[cache.rows]
+    checksums = [zlib.crc32(bytes([grey]) * cache.pixels[0].size) for grey in range(256)]
+    return np.isin(rows["pixel_crc"], np.array(checksums, np.uint32)) & (rows["state"] == DONE)

@@ -1,5 +1,6 @@
 """A data set ready for use: index, split and decoded images together. Needs no torch."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.data.cache import open_images
-from charmlib.data.cache_file import ImageCache
+from charmlib.data.cache_file import ImageCache, constant_images
 from charmlib.data.images import read_grey
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import default_cache_dir, resolve_data_root
 from charmlib.data.phantom import make_phantoms
 from charmlib.data.splits import SPLIT_SEED, Split, make_split
-from charmlib.nih import PARTS
+from charmlib.nih import PARTS, people
+from charmlib.params import DEFAULTS, READING
 
 
 @dataclass
@@ -52,7 +54,7 @@ class ChestData:
         count, split = self.split.counts[part], f"{self.source}, split '{self.split.name}' ({self.split.hash[:8]})"
         if part == "valid" and not self.split.has_valid:
             return f"{split}: no validation part"
-        return (f"{split}: {count['images']:,} {part} images of {count['patients']:,} patients, "
+        return (f"{split}: {count['images']:,} {part} images of {people(count['patients'], self.split.patients_from)}, "
                 f"{count['positive_share']:.1%} with a finding")
 
     def __str__(self) -> str:
@@ -84,7 +86,7 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     from charmlib.params import resolve
 
     p = resolve({"patience": 0}, dict(params or {}), changes)  # no training here, so valid_fraction 0 needs no check
-    index = read_index(find_data(p["data_root"]), classes=p["classes"], csv=p["csv"])
+    index = read_index(find_data(p["data_root"]), **{name: p[name] for name in READING})
     images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), p["image_size"], aspect=p["aspect"],
                          cache_dir=p["cache_dir"], workers=p["workers"])
     return assemble(index, images, split=p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"], labels=p["labels"])
@@ -98,7 +100,14 @@ def assemble(index: Index, images: ImageCache, *, split: str = "official", valid
     ------
     charmlib.data.splits.SplitError
         See :func:`charmlib.data.splits.make_split`.
+    ValueError
+        None of the images can be read; names what the files are instead.
     """
+    if len(images.bad) == len(images):
+        example, reasons = next(iter(images.bad)), Counter(why.partition(": ")[2] for why in images.bad.values())
+        raise ValueError(f"none of the {len(images)} images under {index.root} can be read, such as {example}. They are: "
+                         + "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)))
+    index.report.add("black or of one grey throughout, kept as they are", index.frame["id"][constant_images(images)])
     if images.bad:
         index.report.add("unreadable, left out", (f"{name}: {why}" for name, why in images.bad.items()))
         kept = ~index.frame["id"].isin(images.bad.keys()).to_numpy()
@@ -134,10 +143,10 @@ class ImageReader:
         self._paths: dict[tuple, dict[str, str]] = {}
 
     def __call__(self, metrics: Mapping, image_id: str) -> np.ndarray:
-        params = metrics["params"]
-        key = str(self.data_root or params["data_root"]), params["classes"], params["csv"]
+        params = {**DEFAULTS, **metrics["params"]}
+        key = str(self.data_root or params["data_root"]), *(params[name] for name in READING)
         if key not in self._paths:
             self._paths[key] = {}  # missing data is searched once, too
-            frame = read_index(key[0], classes=key[1], csv=key[2]).frame
+            frame = read_index(key[0], **dict(zip(READING, key[1:]))).frame
             self._paths[key] = dict(zip(frame["id"], frame["path"]))
         return read_grey(self._paths[key][image_id], self.size)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from charmlib.data.junk import kind_of
+
 try:
     from kornia_rs.io import decode_image_png_u8 as _decode_png
 except ImportError:
@@ -50,7 +52,8 @@ def open_grey(source: str | Path | bytes) -> Image.Image:
     try:
         image = Image.open(source)
     except UnidentifiedImageError as error:
-        raise UnidentifiedImageError("not a picture of any kind that Pillow knows") from error
+        start = source.getvalue()[:512] if isinstance(source, io.BytesIO) else Path(source).read_bytes()[:512]
+        raise UnidentifiedImageError(kind_of(start) or "not a picture of any kind that Pillow knows") from error
     with image:
         if image.mode.startswith("I") or image.mode == "F":
             return _eight_bits(image)

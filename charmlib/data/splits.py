@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from charmlib.data.index import Index, read_list
-from charmlib.nih import PARTS, TEST_LISTS, TRAIN_LISTS
+from charmlib.data.find import match
+from charmlib.data.index import Index
+from charmlib.data.tables import listed_names
+from charmlib.nih import PARTS, TEST_LISTS, TRAIN_LISTS, people
 
 SPLIT_SEED = 85
 """Splits are independent of the run's seed, so that runs of several seeds share one test set and can be compared."""
@@ -21,12 +23,20 @@ class SplitError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """``part`` (n,) holds 'train', 'valid', 'test' or '' for each row of the index."""
+    """``part`` (n,) holds 'train', 'valid', 'test' or '' for each row of the index.
+
+    ``patients_from`` says what a patient is: "column 'subject_id'", or :data:`charmlib.nih.EACH_ITS_OWN`.
+    """
 
     name: str
     part: np.ndarray
     hash: str
     counts: dict[str, dict[str, float]]
+    patients_from: str = ""
+
+    def record(self) -> dict:
+        """What ``metrics.json`` keeps: name, hash, patients_from, and the counts of each part."""
+        return {"name": self.name, "hash": self.hash, "patients_from": self.patients_from, **self.counts}
 
     @property
     def has_valid(self) -> bool:
@@ -42,8 +52,9 @@ class Split:
         return index.frame[["id", "patient"]].assign(part=self.part)[self.part != ""]
 
     def __str__(self) -> str:
-        lines = [f"split '{self.name}' ({self.hash})"]
-        lines += [f"  {part}: {c['images']} images of {c['patients']} patients, {c['positive_share']:.1%} with a finding"
+        lines = [f"split '{self.name}' ({self.hash}), a patient is: {self.patients_from}"]
+        lines += [f"  {part}: {c['images']} images of {people(c['patients'], self.patients_from)}, "
+                  f"{c['positive_share']:.1%} with a finding"
                   if c["images"] else f"  {part}: none, its patients are in the training part (valid_fraction 0)"
                   for part, c in self.counts.items()]
         return "\n".join(lines)
@@ -68,15 +79,21 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
     Raises
     ------
     SplitError
-        Lists missing or overlapping, a patient in two parts, an empty part (``valid_fraction`` 0 allows an empty validation).
+        Lists missing or overlapping, a patient in two parts, an empty part (``valid_fraction`` 0 allows an empty validation),
+        or a split by patient of data whose patients are unknown.
     """
-    patients = index.frame["patient"]
+    patients, fold = index.frame["patient"], parse_fold(name)
+    if index.why_unknown:
+        if name == "patient" or fold:
+            raise SplitError(f"split '{name}' keeps the images of a patient together, and {index.why_unknown}; or say "
+                             "patients: none, which counts each image as a patient and cannot rule out leaks")
+        index.report.add("a patient in two parts would not be noticed", [index.why_unknown])
     if name == "official":
         part = _official(index, valid_fraction)
     elif name == "patient":
         order = _shuffled(patients)
         part = _assign(patients, *np.split(order, np.round(np.cumsum((0.7, 0.1)) * len(order)).astype(int)))
-    elif fold := parse_fold(name):
+    elif fold:
         part = _fold(patients, *fold, valid_fraction)
     else:
         part, name = _own_lists(index, Path(name), optional=("valid",) if valid_fraction == 0 else ()), Path(name).name
@@ -93,11 +110,20 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
     for p in PARTS:
         rows = part == p
         if not rows.any() and (p != "valid" or valid_fraction):
-            raise SplitError(f"split '{name}': the {p} part is empty; check the lists against {index.table.name}")
+            raise SplitError(f"split '{name}': the {p} part is empty; " + (
+                _too_few(patients.nunique()) if name == "patient" or fold else f"check the lists against {index.table.name}"))
         counts[p] = {"images": int(rows.sum()), "patients": int(patients[rows].nunique()),
                      "positive_share": float(positive[rows].mean()) if rows.any() else float("nan")}
     lines = sorted(f"{p}\t{i}" for p, i in zip(part, index.frame["id"]) if p)
-    return Split(name, part, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], counts)
+    return Split(name, part, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], counts, index.patients_from)
+
+
+def _too_few(patients: int) -> str:
+    """What to do about a random split with an empty part."""
+    if patients < 2:
+        return "all images are of one patient, and parts need different patients"
+    instead = f"split: fold:1/{min(patients, 5)}" + (" with valid_fraction: 0" if patients == 2 else "")
+    return f"{patients} patients are too few for it: say {instead}, or make lists of your own"
 
 
 def parse_fold(name: str) -> tuple[int, int] | None:
@@ -125,8 +151,8 @@ def assert_disjoint(patients: pd.Series, part: np.ndarray) -> None:
         Names some of the patients and their parts.
     """
     pairs = pd.DataFrame({"patient": patients.to_numpy(), "part": part})[part != ""].drop_duplicates()
-    parts = pairs.sort_values("part").groupby("patient")["part"].agg(tuple)
-    if len(bad := parts[parts.map(len) > 1]):
+    pairs = pairs[pairs["patient"].duplicated(keep=False)]
+    if len(bad := pairs.sort_values("part").groupby("patient")["part"].agg(tuple)):
         shown = ", ".join(f"{patient} in {' and '.join(p)}" for patient, p in bad.iloc[:3].items())
         raise SplitError(f"{len(bad)} patients are in more than one part ({shown}): scores would be inflated. "
                          "Split by patient, not by image.")
@@ -142,10 +168,11 @@ def _assign(patients: pd.Series, *parts: np.ndarray) -> np.ndarray:
 
 
 def _official(index: Index, valid_fraction: float) -> np.ndarray:
-    train, test = read_list(index.root, TRAIN_LISTS), read_list(index.root, TEST_LISTS)
-    if train is None or test is None:
+    lists = [_find_list(index.root, names) for names in (TRAIN_LISTS, TEST_LISTS)]
+    if None in lists:
         raise SplitError(f"split 'official' needs {TRAIN_LISTS[0]} and {TEST_LISTS[0]} in {index.root}; "
                          "without them say split: patient")
+    train, test = (_read_list(index, path) for path in lists)
     if both := sorted(train & test):
         raise SplitError(f"{len(both)} images are in both official lists of {index.root}: {', '.join(both[:5])}")
     ids, patients = index.frame["id"], index.frame["patient"]
@@ -155,6 +182,31 @@ def _official(index: Index, valid_fraction: float) -> np.ndarray:
     part = np.select([valid, in_train, ids.isin(test)], ["valid", "train", "test"], "").astype(object)
     index.report.add("images in neither official list, left out", ids[part == ""])
     return part
+
+
+def _find_list(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read_list(index: Index, path: Path, *, say: bool = False) -> set[str]:
+    """The ids that a list names, as written or by the ends of paths and plain names (:func:`charmlib.data.find.match`).
+
+    Raises
+    ------
+    SplitError
+        A list with names, none of which is in the data; an example of each side.
+    """
+    names = dict.fromkeys(listed_names(path))
+    listed = set(index.frame["id"]) & names.keys()
+    if others := [name for name in names if name not in listed]:
+        found, _ = match(others, [name for name in index.frame["id"] if name not in listed])
+        listed |= set(found.values())
+        if say:
+            index.report.add(f"listed in {path.name} but not in the data", sorted(set(others) - found.keys()))
+    if names and not listed:
+        raise SplitError(f"split: none of the {len(names)} images that {path} lists is in {index.table.name}: it lists "
+                         f"{next(iter(names))!r}, the data holds {index.frame['id'].iloc[0]!r}")
+    return listed
 
 
 def _fold(patients: pd.Series, number: int, folds: int, valid_fraction: float) -> np.ndarray:
@@ -173,14 +225,13 @@ def _own_lists(index: Index, folder: Path, optional: tuple[str, ...]) -> np.ndar
                          "train.txt, valid.txt and test.txt")
     ids, part = index.frame["id"], np.full(len(index.frame), "", dtype=object)
     for p in PARTS:
-        listed = read_list(folder, (f"{p}.txt",))
-        if listed is None and p not in optional:
+        stems = (p, "val", "validation") if p == "valid" else (p,)
+        path = _find_list(folder, tuple(stem + end for stem in stems for end in (".txt", ".csv", ".tsv")))
+        if path is None and p not in optional:
             raise SplitError(f"split: {folder} has no {p}.txt")
-        listed = listed or set()
-        here = ids.isin(listed).to_numpy()
+        here = ids.isin(_read_list(index, path, say=True) if path else ()).to_numpy()
         if (clash := here & (part != "")).any():
             raise SplitError(f"split: {ids[clash].iloc[0]} is in two lists of {folder}")
-        index.report.add(f"listed in {p}.txt but not in the data", sorted(listed - set(ids)))
         part[here] = p
     index.report.add("images in none of your lists, left out", ids[part == ""])
     return part

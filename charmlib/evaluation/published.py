@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from charmlib.nih import EACH_ITS_OWN
+
 OFFICIAL_IMAGES = 25596
 _FOLDER = Path(__file__).parent
 
@@ -32,6 +34,7 @@ def _kind(metrics: Mapping) -> tuple[str | None, str]:
         (metrics["params"]["labels"] == "shuffled", "Shuffled labels, a control: no published figure belongs beside it."),
         (metrics["quick_check"], "A quick check on part of the data: no published figure belongs beside it."),
         (classes != 14, f"{classes} classes: the published means are over the 14 findings."),
+        (metrics["split"].get("patients_from") == EACH_ITS_OWN, "The patients are unknown, so the split is another."),
         (name.startswith("fold:"), f"Split '{name}' is a part of a cross-validation: no published figure belongs beside it."),
         (name not in ("official", "patient"), f"Split '{name}' is your own: no published figure belongs beside it."))
     if reason := next((reason for incomparable, reason in reasons if incomparable), ""):

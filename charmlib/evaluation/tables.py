@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from charmlib.evaluation.runs import number, valid_auc
+from charmlib.nih import EACH_ITS_OWN, people
 
 MEAN = "mean of classes"
 SHARES = ("undefined", "agree", "positive share", "positive_share", "prevalence", "share")
@@ -19,7 +20,7 @@ def split_note(metrics: Mapping) -> str:
     who = "a member was " if "members" in metrics else ""
     apart = "" if metrics["valid"] else f"; {who}trained without a validation part"
     return (f"{shuffled}{quick}{metrics['data']['name']}, split '{metrics['split']['name']}' ({metrics['split']['hash'][:8]}): "
-            f"{part['images']:,} test images of {part['patients']:,} patients, "
+            f"{part['images']:,} test images of {people(part['patients'], metrics['split'].get('patients_from', ''))}, "
             f"{part['positive_share']:.1%} with a finding{apart}")
 
 
@@ -98,15 +99,16 @@ def run_table(runs: Sequence[Mapping]) -> pd.DataFrame:
     """One row per run: validation and test mean AUC with its interval, mean AP, split, images, patients and seed."""
     return pd.DataFrame([{
         "run": m["cell"], "valid AUC": valid_auc(m), "test AUC": m["test"]["mean_auc"],
-        **limits_of("test AUC", m["test"]["intervals"]["mean_auc"]), "test AP": m["test"]["mean_ap"], "split": _split(m),
-        "images": m["split"]["test"]["images"], "patients": m["split"]["test"]["patients"],
+        **limits_of("test AUC", m["test"]["intervals"]["mean_auc"]), "test AP": m["test"]["mean_ap"],
+        "split": split_label(m["split"]), "images": m["split"]["test"]["images"], "patients": m["split"]["test"]["patients"],
         "positive share": m["split"]["test"]["positive_share"], "seed": m["params"]["seed"]} for m in runs])
 
 
 def with_origin(table: pd.DataFrame, metrics: Mapping) -> pd.DataFrame:
     """A table for a file of its own: with split, images, patients and share of positives in every row."""
     part = metrics["split"]["test"]
-    return table.assign(split=_split(metrics), data=metrics["data"]["name"], images=part["images"], patients=part["patients"],
+    return table.assign(split=split_label(metrics["split"]), data=metrics["data"]["name"], images=part["images"],
+                        patients=part["patients"],
                         positive_share=part["positive_share"])
 
 
@@ -130,5 +132,7 @@ def limits_of(name: str, interval: Sequence[float | None]) -> dict[str, float | 
     return {f"{name} low": interval[0], f"{name} high": interval[1]}
 
 
-def _split(metrics: Mapping) -> str:
-    return f"{metrics['split']['name']} {metrics['split']['hash'][:8]}"
+def split_label(split: Mapping) -> str:
+    """Name and hash of ``metrics['split']`` for the cell of a table; says so where patients are unknown."""
+    unknown = " (patients unknown)" if split.get("patients_from") == EACH_ITS_OWN else ""
+    return f"{split['name']} {split['hash'][:8]}{unknown}"

@@ -10,6 +10,7 @@ import yaml
 from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.runs import valid_auc
+from charmlib.evaluation.tables import split_label
 from charmlib.files import write_csv
 from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.spec import Grid
@@ -93,7 +94,7 @@ def _row(run: CellFolder) -> dict:
         row["status"] = NO_VALIDATION
     drawn, part = " (drawn phantoms)" if m["data"]["drawn"] else "", m["split"]["test"]
     return row | {"valid_mean_auc": valid_auc(m), "test_mean_auc": m["test"]["mean_auc"],
-                  "split": f"{m['split']['name']} {m['split']['hash'][:8]}{drawn}",
+                  "split": split_label(m["split"]) + drawn,
                   "n_images": part["images"], "n_patients": part["patients"], "positive_share": part["positive_share"],
                   "seconds": round(m["seconds"]["train"] + m["seconds"]["score"], 1),
                   "overhead_seconds": m["seconds"]["overhead"]}

@@ -16,13 +16,13 @@ from charmlib.grid.board import leaderboard, read_record
 from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.report import write_report
 from charmlib.grid.spec import Grid
-from charmlib.params import changes
+from charmlib.params import READING, changes
 
 KAGGLE_INPUT = Path("/kaggle/input")
 _MOUNTS = ("*", "notebooks/*/*", "datasets/*/*")  # where Kaggle mounts outputs: before, and today
 _HALF, _OLD = ".half", 600.0  # suffix of a copy, and seconds without a new file after which it counts as killed
 # cells that agree in these have the same split, or were made from other data
-_DATA = ("classes", "csv", "labels", "split", "valid_fraction", "limit")
+_DATA = (*READING, "labels", "split", "valid_fraction", "limit")
 _VERSIONS = ("charmlib", "torch", "torchvision", "fastai")
 
 

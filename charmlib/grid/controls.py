@@ -11,7 +11,7 @@ from charmlib.evaluation.compare import compare, verdict
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.runs import RunFolder
-from charmlib.evaluation.tables import run_table
+from charmlib.evaluation.tables import run_table, split_label
 from charmlib.files import write_csv
 from charmlib.grid.cells import GridError
 from charmlib.grid.runner import run_grid
@@ -91,7 +91,7 @@ def _view_alone(params: dict) -> list[dict]:
     low, high, _ = interval(mean_of_defined(bootstrap(labels, scores, patients).auc))
     part = data.split.counts["test"]
     return [{"control": "view position alone", "test AUC": mean_auc(labels, scores, data.classes), "test AUC low": low,
-             "test AUC high": high, "split": f"{data.split.name} {data.split.hash[:8]}", "images": part["images"],
+             "test AUC high": high, "split": split_label(data.split.record()), "images": part["images"],
              "patients": part["patients"], "positive share": part["positive_share"]}]
 
 

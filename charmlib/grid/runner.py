@@ -24,10 +24,9 @@ from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
 from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell, refuse_dead_axes, remarks
 from charmlib.param_sources import find_file
-from charmlib.params import changes, with_absolute_paths
+from charmlib.params import READING, changes, with_absolute_paths
 
-_DATA = ("data_root", "classes", "csv", "labels", "split", "valid_fraction", "limit", "image_size", "aspect",
-         "cache_dir", "workers")
+_DATA = (*READING, "data_root", "labels", "split", "valid_fraction", "limit", "image_size", "aspect", "cache_dir", "workers")
 
 
 @delegates(Means)

@@ -305,7 +305,7 @@ class Run:
         save_resamples(self.folder.resamples_file, samples)
         metrics = {
             "params": self.params, "data": self._source(),
-            "split": {"name": self.data.split.name, "hash": self.data.split.hash, **self.data.split.counts},
+            "split": self.data.split.record(),
             "classes": list(self.data.classes), "images": self.data.train_images(),
             "train_prevalence": train,
             "valid": score_part(parts["valid"], self.data.classes)[0] if self.data.split.has_valid else None, "test": test,

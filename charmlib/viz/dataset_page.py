@@ -11,7 +11,7 @@ import pandas as pd
 
 from charmlib.data.show import show_images
 from charmlib.evaluation.metrics import frequency_groups, prevalence
-from charmlib.nih import NO_FINDING, PARTS
+from charmlib.nih import NO_FINDING, PARTS, people
 from charmlib.viz import page
 from charmlib.viz.cooccurrence import plot_cooccurrence
 from charmlib.viz.style import FIRST, GUIDE, OKABE_ITO, SECOND, heading, readable, styled
@@ -67,7 +67,8 @@ def _by_class(data) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _note(data) -> str:
     counts = data.split.counts
     return (f"{data.source}, split '{data.split.name}' ({data.split.hash[:8]}): "
-            + ", ".join(f"{counts[p]['images']:,} {p} images of {counts[p]['patients']:,} patients" for p in _rows(data))
+            + ", ".join(f"{counts[p]['images']:,} {p} images of {people(counts[p]['patients'], data.split.patients_from)}"
+                        for p in _rows(data))
             + ("" if data.split.has_valid else ", no validation part"))
 
 

@@ -129,7 +129,7 @@ def test_folders_tell_images_of_a_table_of_ones_own_apart(tmp_path):
     for name in names:
         png(tmp_path / name)
     for above in ("", "archive/"):
-        (tmp_path / "mine.csv").write_text("path,patient_id,A\n" + "".join(f"{above}{n},{n[6:8]},1\n" for n in names))
+        (tmp_path / "mine.csv").write_text("path,patient_id,A\n" + "".join(f"{above}{n},{n[6:8]},{n[10]}\n" for n in names))
         index = read_index(tmp_path, classes="own", csv="mine.csv")
         assert len(index.frame) == 6 and not index.report.found
         assert [p.removeprefix(str(tmp_path) + "/") for p in index.frame["path"]] == names

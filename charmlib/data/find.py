@@ -1,0 +1,101 @@
+"""Finding the image files of a table: by name, or by the end of the path where a table names folders."""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+DICOM_SUFFIXES = (".dcm", ".dicom")
+DEPTH = 15
+"""Folders below the data folder that are searched."""
+
+
+def find_files(root: Path) -> tuple[list[str], Counter]:
+    """Image files under ``root`` as paths relative to it, folder by folder, and the number of other files by suffix.
+
+    Links to folders are followed, each folder once. Hidden files and folders and what a Mac adds to archives (``._x.png``,
+    ``__MACOSX``) are left out.
+    """
+    files, others, seen = [], Counter(), set()
+    top, above = len(os.path.join(root, "")), {_identity(p) for p in (root.resolve(), *root.resolve().parents)}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        here, level = _identity(folder), folder[top:].count(os.sep) + (len(folder) >= top)
+        if here in seen or (level and here in above):
+            subfolders.clear()
+            continue
+        seen.add(here)
+        subfolders[:] = sorted(s for s in subfolders if s[0] != "." and s != "__MACOSX") if level < DEPTH else []
+        within = folder[top:] + os.sep if level else ""
+        for name in sorted(names):
+            if name[0] != ".":
+                if name.lower().endswith(SUFFIXES):
+                    files.append((within + name).replace(os.sep, "/"))
+                else:
+                    others[os.path.splitext(name)[1].lower()] += 1
+    return files, others
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def has_suffix(name: str) -> bool:
+    """Whether a name ends like a picture or DICOM file."""
+    return name.lower().endswith(SUFFIXES + DICOM_SUFFIXES)
+
+
+def plain(name: str) -> str:
+    """A name without suffix, in small letters, accents composed (NFC); Latin-1 bytes in a file's name read as such."""
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            name = os.fsencode(name).decode("cp1252", "replace")
+        name = unicodedata.normalize("NFC", name)
+    return (os.path.splitext(name)[0] if has_suffix(name) else name).lower()
+
+
+def match(names: Sequence[str], files: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Name -> file, and the further files that fit a name as well. A file goes to one name at most.
+
+    The longest common end of the two paths decides, first as written and then by :func:`plain` names. A name whose folders
+    differ from the file's is matched by its last part only if that part is unique on both sides.
+    """
+    by_name = {file.rpartition("/")[2]: file for file in files}
+    unique = len(by_name) == len(files)
+    found = {name: by_name[name] for name in names if name in by_name} if unique else {}  # the usual case, at once
+    taken, further = set(found.values()), []
+    left, free = {name: None for name in names if name not in found}, [file for file in files if file not in taken]
+    deepest = max((name.count("/") for name in left), default=0) + 1
+    for spell, length in [(s, n) for s in (str, plain) for n in range(deepest, 1, -1)] + [(str, 1), (plain, 1)]:
+        if not left or not free:
+            break
+        wanted, there, taken = _by_end(left, spell, length), _by_end(free, spell, length), set()
+        for end, fitting in wanted.items():
+            several = there.get(end, ())
+            if not several:
+                continue
+            whole = [name for name in fitting if name.count("/") < length]
+            if len(whole or fitting) > 1 or (length == 1 and not whole and len(several) > 1):
+                continue
+            found[(whole or fitting)[0]] = several[0]
+            taken.update(several)
+            further += several[1:]
+        if taken:
+            left = {name: None for name in left if name not in found}
+            free = [file for file in free if file not in taken]
+    return found, further
+
+
+def _by_end(paths, spell: Callable[[str], str], length: int) -> dict[str, list[str]]:
+    """Paths by their last ``length`` parts; shorter paths are left out."""
+    out: dict[str, list[str]] = {}
+    for path in paths:
+        if length == 1:
+            out.setdefault(spell(path.rpartition("/")[2]), []).append(path)
+        elif len(parts := path.rsplit("/", length)) >= length:
+            out.setdefault(spell("/".join(parts[-length:])), []).append(path)
+    return out

@@ -1,0 +1,153 @@
+"""Label tables and lists as text files: any usual encoding, separator and compression; the names of their columns."""
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import re
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import pandas as pd
+
+from charmlib.data.junk import kind_of
+
+COLUMNS = {what: tuple(names.split()) for what, names in {
+    "id": "imageindex imageid image id path filename imagename imagefile imagefilename imagepath img imgid imgname imgpath "
+          "dicomid file filepath fpath pathtoimage jpgpath pngpath relativepath sopinstanceuid uid",
+    "patient": "patientid patient subjectid subject studypatientid anonpatientid deidpatientid empianon patientnumber "
+               "patientno participantid personid ptid pid mrn",
+    "age": "patientage age ageatstudy ageyears", "sex": "patientgender patientsex sex gender patientsexdicom",
+    "view": "viewposition view projection appa viewpositiondicom", "plane": "frontallateral", "study": "studyid",
+    "findings": "findinglabels labels findings findinglabel classname",
+    "finding": "finding label class diagnosis disease target",
+    "reader": "radid readerid reader raterid rater annotatorid annotator radiologistid radiologist"}.items()}
+"""What a column holds -> its names, in small letters and digits alone, the most telling first."""
+_PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+_EXCEL = "an Excel workbook: save it as CSV (UTF-8), with the ids as text"
+
+
+def key_of(name: str) -> str:
+    """A column's name in small letters and digits alone: 'Patient ID', 'patient_id' and 'PatientID' are one."""
+    return re.sub(r"[\W_]+", "", name.lower())
+
+
+def columns_of(raw: pd.DataFrame, what: str) -> list[str]:
+    """The columns that may hold the image ``id``, the ``patient`` ... (:data:`COLUMNS`), the most telling first."""
+    there: dict[str, str] = {}
+    for column in raw.columns:
+        there.setdefault(key_of(column), column)
+    return [there[key] for key in COLUMNS[what] if key in there]
+
+
+def column_of(raw: pd.DataFrame, what: str) -> str | None:
+    """The first of :func:`columns_of`; None without any."""
+    return next(iter(columns_of(raw, what)), None)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, UTF-16, UTF-32 or Windows' Latin-1, perhaps packed with gzip, bz2, xz or zip.
+
+    Raises
+    ------
+    ValueError
+        A damaged file, a workbook, a web page, a Git LFS pointer ..., or an archive of several files; names file and remedy.
+    """
+    source = path.read_bytes()
+    try:
+        source = _unzipped(path, source) if source.startswith(b"PK\3\4") else source
+        for mark, unpack in _PACKED.items():
+            source = unpack(source) if source.startswith(mark) else source
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is a damaged archive ({error}): copy or download it again") from error
+    # an empty file may be an empty list
+    if what := _EXCEL if source.startswith(b"\xd0\xcf\x11\xe0") else kind_of(source) if source.strip() else "":
+        raise ValueError(f"{path} is {what}")
+    marks = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+    wide = [name for mark, name in marks if source.startswith(mark)]
+    wide += [name for name, start in (("utf-16-le", 1), ("utf-16-be", 0))  # without a mark: half of the bytes are 0
+             if source[start:4096:2].count(0) > len(source[:4096]) / 4]
+    for encoding in wide[:1] or ("utf-8-sig", "cp1252", "latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return source.decode(encoding)
+    raise ValueError(f"{path} is no text: save it as CSV (UTF-8)")
+
+
+def _unzipped(path: Path, source: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(source)) as archive:
+        names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
+        if len(names) != 1:
+            raise ValueError(f"{path} is {_EXCEL}" if "[Content_Types].xml" in names else
+                             f"{path} holds {len(names)} files ({', '.join(names[:3])} ...): unpack it and name one")
+        return archive.read(names[0])
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table as text cells, blanks as '': separated by commas, semicolons, tabs or ``|``, or a workbook (with openpyxl).
+
+    Raises
+    ------
+    ValueError
+        Empty, without rows, a row with more fields than the header, or what :func:`read_text` refuses; names the file.
+    """
+    if path.suffix.lower() in (".xlsx", ".xlsm", ".xls", ".ods"):
+        try:
+            raw = pd.read_excel(path, dtype=str, keep_default_na=False)
+        except (ImportError, ValueError, OSError) as error:
+            raise ValueError(f"{path} is {_EXCEL} ({error})") from error
+    else:
+        raw = _parsed(path, read_text(path))
+    raw.columns = [str(column).strip() for column in raw.columns]
+    if raw.empty:
+        raise ValueError(f"{path} has a header and no rows: wanted one row an image")
+    return raw.fillna("") if raw.iloc[:, -1].isna().any() else raw
+
+
+def _parsed(path: Path, text: str) -> pd.DataFrame:
+    text = re.sub(r"\Asep=.\s+", "", text).lstrip("\r\n ")  # Excel's note of the separator
+    if not text:
+        raise ValueError(f"{path} is empty: wanted a header and one row an image")
+    head = text.split("\n", 1)[0]
+    separator = max(",;\t|", key=head.count)
+    options = {"sep": separator, "dtype": str, "keep_default_na": False, "skipinitialspace": separator in ",;"}
+    try:
+        raw = pd.read_csv(io.StringIO(text), **options)
+        if isinstance(raw.index, pd.RangeIndex):
+            return raw
+        extra = raw.index.nlevels
+        if (raw.iloc[:, -extra:] == "").all(axis=None):  # separators at the end of the rows alone
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", pd.errors.ParserWarning)
+                return pd.read_csv(io.StringIO(text), index_col=False, **options)
+        if extra == 1:  # row names, as R writes them
+            return raw.reset_index(drop=True)
+        raise pd.errors.ParserError(f"rows have {extra} fields more than the header")
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{path}: {str(error).strip()}. Put quotes around cells with {separator!r} in them") from error
+
+
+def listed_names(path: Path) -> list[str]:
+    """The image names of a list: one a line, perhaps with labels behind it, or the image column of a table with a header.
+
+    Backslashes become slashes.
+    """
+    text = read_text(path).replace("\\", "/")
+    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
+    if lines and {key_of(cell) for cell in re.split(r"[,;\t|]", lines[0])} & set(COLUMNS["id"]):
+        raw = read_table(path) if len(lines) > 1 else pd.DataFrame(columns=["id"])
+        return raw[column_of(raw, "id")].str.strip().str.replace("\\", "/").tolist()
+    return [_name(line) for line in lines] if re.search(r"[ ,;|\t\"']", text) else lines
+
+
+def _name(line: str) -> str:
+    """The name at the start of a line, up to a separator or behind its suffix; the whole line if that ends in a suffix."""
+    if re.search(r"\.(png|jpe?g)$", line, re.IGNORECASE):
+        return line
+    cell = re.split(r"[,;\t|]", line)[0].strip().strip("\"'")
+    found = re.match(r"(.+?\.(?:png|jpe?g|tiff?|bmp|webp|dcm|dicom))\s", cell, re.IGNORECASE)
+    labelled = re.match(r"(\S+)(?:\s+-?[\d.]+)+$", cell)
+    return found[1] if found else labelled[1] if labelled else cell
+

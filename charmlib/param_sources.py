@@ -10,6 +10,31 @@ import yaml
 from charmlib.params import DEFAULTS, PARAMS, ParameterError, coerce, nearest
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which each key of a mapping stands once."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = {}
+        for key, _ in node.value:
+            if seen.setdefault(key.value, key) is not key and isinstance(key.value, str):
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice: in line "
+                                                        f"{seen[key.value].start_mark.line + 1} and line "
+                                                        f"{key.start_mark.line + 1}; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, source: str, what: str = "valid YAML") -> Any:
+    """YAML text, such as '[2, 3]', as plain Python values; ParameterError names the ``source`` if it is none, or if a key
+    stands twice."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    except (yaml.YAMLError, ValueError) as error:
+        raise ParameterError(f"{source} is not {what}: {error}") from error
+    finally:
+        loader.dispose()
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a dict; an empty file is an empty dict.
 
@@ -22,10 +47,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParameterError(f"no file {path}.{nearest(path.name, there)}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ParameterError(f"{path} is not valid YAML: {error}") from error
+    content = parse_yaml(path.read_text(), str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -118,17 +140,35 @@ def from_notebook(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = namespace.get("options", {})
     if isinstance(options, str):
-        options = yaml.safe_load(options) or {}
+        options = parse_yaml(options, "options") or {}
     if not isinstance(options, dict):
         raise ParameterError(f"options is {options!r}, wanted a dict such as {{'use_bank': False}}")
-    injected = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters\n")]
-    assigned = {node.id for cell in injected for node in ast.walk(ast.parse(cell))
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    for name in sorted(assigned | set(namespace.get("__annotations__", ()))):
+    for name in sorted(_injected(namespace) | set(namespace.get("__annotations__", ()))):
         if name not in PARAMS and name != "options":
             coerce(name, None, "notebook")
     shown = {name: namespace[name] for name in PARAMS if name in namespace}
     return {name: coerce(name, value, "notebook") for name, value in {**shown, **options}.items()}
+
+
+def _injected(namespace: Mapping[str, Any]) -> set[str]:
+    """The names that papermill's command line gives a notebook, in a cell that it adds."""
+    cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters\n")]
+    return {node.id for cell in cells for node in ast.walk(ast.parse(cell))
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def refuse_unknown(namespace: Mapping[str, Any]) -> None:
+    """Refuse a name given by papermill that the notebook's own ``parameters`` cell lacks, where it would have no effect.
+
+    Raises
+    ------
+    ParameterError
+        Names the nearest one and all that the notebook takes.
+    """
+    takes = list(namespace.get("__annotations__", ()))
+    for name in sorted(_injected(namespace) - set(takes)):
+        raise ParameterError(f"unknown parameter '{name}' (notebook).{nearest(name, takes)} This notebook takes "
+                             f"{', '.join(takes)}.")
 
 
 def changed(params: Mapping[str, Any]) -> dict[str, Any]:

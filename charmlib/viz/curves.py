@@ -34,7 +34,8 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
         ``note`` is printed under the title: split, images, patients.
     """
     aucs = auc_by_class(predictions.labels, predictions.logits, predictions.classes)
-    defined = [v for v in aucs.values() if not np.isnan(v)]
+    findings = [aucs[predictions.classes[c]] for c in predictions.findings]
+    defined = [v for v in findings if not np.isnan(v)]
     figure, axis = plt.subplots(figsize=(8.6, 5.7), layout="constrained")
     for i in np.argsort([-np.nan_to_num(v, nan=-1.0) for v in aucs.values()], kind="stable"):
         name = predictions.classes[i]

@@ -143,18 +143,20 @@ def from_notebook(namespace: Mapping[str, Any]) -> dict[str, Any]:
         options = parse_yaml(options, "options") or {}
     if not isinstance(options, dict):
         raise ParameterError(f"options is {options!r}, wanted a dict such as {{'use_bank': False}}")
-    for name in sorted(_injected(namespace) | set(namespace.get("__annotations__", ()))):
+    injected = set().union(*(given for _, given in _injected(namespace)))
+    for name in sorted(injected | set(namespace.get("__annotations__", ()))):
         if name not in PARAMS and name != "options":
             coerce(name, None, "notebook")
     shown = {name: namespace[name] for name in PARAMS if name in namespace}
     return {name: coerce(name, value, "notebook") for name, value in {**shown, **options}.items()}
 
 
-def _injected(namespace: Mapping[str, Any]) -> set[str]:
-    """The names that papermill's command line gives a notebook, in a cell that it adds."""
-    cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters\n")]
-    return {node.id for cell in cells for node in ast.walk(ast.parse(cell))
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+def _injected(namespace: Mapping[str, Any]) -> list[tuple[list[str], set[str]]]:
+    """For each cell that papermill added: the names in the parameters cell before it, and the names that it sets."""
+    cells = list(namespace.get("In", []))
+    return [([node.target.id for node in ast.walk(ast.parse(before)) if isinstance(node, ast.AnnAssign)],
+             {node.id for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)})
+            for before, cell in zip(["", *cells], cells) if cell.lstrip().startswith("# Parameters\n")]
 
 
 def refuse_unknown(namespace: Mapping[str, Any]) -> None:
@@ -165,10 +167,11 @@ def refuse_unknown(namespace: Mapping[str, Any]) -> None:
     ParameterError
         Names the nearest one and all that the notebook takes.
     """
-    takes = list(namespace.get("__annotations__", ()))
-    for name in sorted(_injected(namespace) - set(takes)):
-        raise ParameterError(f"unknown parameter '{name}' (notebook).{nearest(name, takes)} This notebook takes "
-                             f"{', '.join(takes)}.")
+    for takes, given in _injected(namespace):
+        if set(takes) <= set(namespace.get("__annotations__", ())):  # else of the notebook that ran before in this kernel
+            for name in sorted(given - set(takes)):
+                raise ParameterError(f"unknown parameter '{name}' (notebook).{nearest(name, takes)} This notebook takes "
+                                     f"{', '.join(takes)}.")
 
 
 def changed(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def _read(name: str) -> pd.DataFrame:
 def _kind(metrics: Mapping) -> tuple[str | None, str]:
     """The kind of published split that a run is comparable with and a remark on it, or None and the reason."""
     name, images = metrics["split"]["name"], metrics["split"]["test"]["images"]
-    findings = len(finding_columns(metrics["classes"], metrics["test"]["normal_class"]))
+    findings = len(finding_columns(metrics["classes"], metrics.get("normal_class", "")))
     for incomparable, reason in (
             (metrics["data"]["drawn"], "Drawn phantoms: no published figure belongs beside them."),
             (metrics["params"]["labels"] == "shuffled", "Shuffled labels, a control: no published figure belongs beside it."),

@@ -67,6 +67,12 @@ def mean_name(defined: int, findings: int, normal_class: str) -> str:
     return MEAN if defined == findings else f"mean of {defined} of {findings} classes"
 
 
+def means_note(metrics: Mapping) -> str:
+    """A line that names the class which no mean counts; empty if all classes are findings."""
+    normal = metrics["test"]["normal_class"]
+    return f"\nThe means are over the findings, without {normal}." if normal else ""
+
+
 def operating_table(part: Mapping, point: str) -> pd.DataFrame:
     """Counts and rates at an operating point, with intervals: class, threshold, TP, FP, FN, TN, sensitivity, low, high ...
 

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from charmlib.evaluation.enrichment import enrichment_note, enrichment_table
+from charmlib.evaluation.groups import group_table
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.tables import (
@@ -79,6 +80,8 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
                              "positives or negatives of a class, which are left out of its interval."),
               page.table(with_intervals(class_table(part, predictions.positives)), "first"),
               page.paragraph(f"{groups_note(part)}.")]
+    if len(by_group := group_table(predictions)):
+        parts += [page.heading("By view, sex and age group"), page.table(with_intervals(by_group), "words")]
     for point in part["operating"]:
         parts += [page.heading(f"Operating point '{point}'"),
                   page.paragraph(f"{point_note(part, point)}; thresholds stay fixed in the resamples. An interval of zero "
@@ -120,6 +123,8 @@ def evaluation_text(metrics: Mapping, predictions: Predictions, point: str) -> s
     lines.append(with_intervals(class_table(part, predictions.positives)).to_string(index=False))
     if part["undefined"]:
         lines.append(f"left out of the means, having no positives or no negatives: {', '.join(part['undefined'])}")
+    if len(by_group := group_table(predictions)):
+        lines.append(f"\nby group:\n{with_intervals(by_group).to_string(index=False)}\n")
     lines += [groups_note(part), f"\n{point_note(part, point)}" + (":" if len(calls) else "")]
     if len(calls):
         lines.append(with_intervals(calls).to_string(index=False))

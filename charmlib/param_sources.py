@@ -16,7 +16,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = {}
         for key, _ in node.value:
-            if seen.setdefault(key.value, key) is not key and isinstance(key.value, str):
+            if isinstance(key.value, str) and seen.setdefault(key.value, key) is not key:
                 raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice: in line "
                                                         f"{seen[key.value].start_mark.line + 1} and line "
                                                         f"{key.start_mark.line + 1}; keep one")

@@ -85,6 +85,6 @@ def calibration(labels, logits, classes: Sequence[str], temperature: float = 1.0
         probability = expit(score.astype(np.float64) / temperature)
         ece[str(name)] = calibration_error(y, probability)
         brier[str(name)] = float(brier_score_loss(y, probability, pos_label=1)) if len(y) else float("nan")
-    return {"temperature": temperature, "ece": ece, "brier": brier,
-            "mean_ece": mean_over_classes(ece, normal_class=normal_class, what="ECE", why="no labels"),
-            "mean_brier": mean_over_classes(brier, normal_class=normal_class, what="Brier score", why="no labels")}
+    means = {f"mean_{key}": mean_over_classes(values, normal_class=normal_class, what=what, why="no labels")
+             for key, values, what in (("ece", ece, "ECE"), ("brier", brier, "Brier score"))}
+    return {"temperature": temperature, **means, "ece": ece, "brier": brier}

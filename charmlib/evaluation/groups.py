@@ -1,13 +1,12 @@
 """Scores by view, sex and age group: mean AUC over the findings, with intervals over patients."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
-from charmlib.evaluation.intervals import bootstrap, enough_patients, interval, mean_of_defined
+from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.tables import limits_of
@@ -18,7 +17,6 @@ AGES = (18, 40, 60, 80)
 """Limits of the age groups in years."""
 _MOST = 6  # values of a column that are groups of their own
 _RESAMPLES = 300
-_SEXES = {"f": "female", "female": "female", "w": "female", "woman": "female", "m": "male", "male": "male", "man": "male"}
 
 
 def groups_of(predictions: Predictions) -> Iterator[tuple[str, np.ndarray]]:
@@ -29,11 +27,10 @@ def groups_of(predictions: Predictions) -> Iterator[tuple[str, np.ndarray]]:
         if len(counts) < 2:
             continue
         common = sorted(name for name, _ in counts.most_common(_MOST))
-        other = ~np.isin(names, [*common, "unknown"])
-        for name in common:
-            yield f"{column} {name}", names == name
-        yield f"{column} other", other
-        yield f"{column} unknown", names == "unknown"
+        names[~np.isin(names, [*common, "unknown"])] = "other"
+        for name in (*common, "other", "unknown"):
+            if (names == name).any():
+                yield f"{column} {name}", names == name
 
 
 def group_table(predictions: Predictions, resamples: int = _RESAMPLES) -> pd.DataFrame:
@@ -46,16 +43,12 @@ def group_table(predictions: Predictions, resamples: int = _RESAMPLES) -> pd.Dat
     findings = [predictions.classes[c] for c in columns]
     for name, mask in groups_of(predictions):
         part = predictions.take(mask)
-        if not len(part.ids):
-            continue
         labels, logits, patients = part.labels[:, columns], part.logits[:, columns], len(np.unique(part.patients))
         auc = auc_by_class(labels, logits, findings)
-        defined = [value for value in auc.values() if not np.isnan(value)]
-        drawn = bootstrap(labels, logits, part.patients, resamples=resamples).auc if defined and enough_patients(
-            part.patients) else np.full((1, 1), np.nan)
         missing = [finding for finding, value in auc.items() if np.isnan(value)]
+        drawn = bootstrap(labels, logits, part.patients, resamples=resamples).auc if patients > 1 else np.full((1, 1), np.nan)
         rows.append({"group": name, "images": len(part.ids), "patients": patients, "positives": int((labels == 1).sum()),
-                     "mean AUC": float(np.mean(defined)) if defined else float("nan"),
+                     "mean AUC": mean_of_defined(np.array([list(auc.values())]))[0],
                      **limits_of("mean AUC", interval(mean_of_defined(drawn))),
                      "undefined in it": f"{len(missing)} of {len(findings)}: {', '.join(missing)}" if missing else "",
                      "note": f"small: fewer than {FEW} patients" if patients < FEW else ""})
@@ -63,11 +56,8 @@ def group_table(predictions: Predictions, resamples: int = _RESAMPLES) -> pd.Dat
 
 
 def _name(column: str, value) -> str:
-    if column != "age":
-        text = re.sub(r"\s+", " ", str(value).strip())
-        return (_SEXES.get(text.lower(), "unknown" if text.lower() in ("", "nan", "u", "unknown") else text)
-                if column == "sex" else text.upper() or "unknown")
-    if not value >= 0:
-        return "unknown"
-    low = max((age for age in (0, *AGES) if age <= value), default=0)
-    return f"{low} and older" if low == AGES[-1] else f"{low} to {next(a for a in AGES if a > value) - 1}"
+    if column == "age":
+        low = max((age for age in (0, *AGES) if age <= value), default=None)  # NaN is in no group
+        return "unknown" if low is None else next((f"{low} to {age - 1}" for age in AGES if age > low), f"{low} and older")
+    text = " ".join(str(value).upper().split())
+    return {"F": "female", "W": "female", "M": "male"}.get(text[:1], "unknown") if column == "sex" else text or "unknown"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from charmlib.evaluation.intervals import Resamples
 
-FORMAT = 2
+FORMAT = 3
 """Of ``model.json`` and ``metrics.json``; files of another number are refused."""
 ABOUT = ("view", "sex", "age")
 """What ``predictions.npz`` holds of each image beside ids, patients, labels and logits."""
@@ -227,6 +227,11 @@ def _json(path: Path, missing: str, remedy: str) -> dict:
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: format {content.get('format')!r}, this charmlib reads {FORMAT}; {remedy}")
     return content
+
+
+def about(frame) -> dict[str, np.ndarray]:
+    """:data:`ABOUT` of the rows of an index's frame: view and sex as text, age in years or NaN."""
+    return {key: frame[key].to_numpy("float32" if key == "age" else str) for key in ABOUT}
 
 
 def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str],

@@ -62,8 +62,7 @@ def class_table(part: Mapping, positives: Mapping[str, int] | None = None) -> pd
 def mean_name(defined: int, findings: int, normal_class: str) -> str:
     """What a mean is over, in words: all classes, some of them, or the findings without the class that means "no finding"."""
     if normal_class:
-        return f"mean of {defined} of {findings} findings (without {normal_class})" if defined < findings else \
-            f"mean of the {findings} findings (without {normal_class})"
+        return f"mean of {f'{defined} of {findings}' if defined < findings else findings} findings (without {normal_class})"
     return MEAN if defined == findings else f"mean of {defined} of {findings} classes"
 
 

@@ -82,7 +82,7 @@ class BankEvidence:
         if self.bank is None:
             raise ValueError(f"{self.run.folder} has no bank (use_bank is off), so there are no slots to show")
         frame = self.data.index.frame
-        table = self.bank.table(frame["id"].tolist(), self.data.classes, self.data.index.normal_class)
+        table = self.bank.table(frame["id"].tolist(), self.data.classes)
         table.insert(2, "patient", table["image"].map(dict(zip(frame["id"], frame["patient"]))))
         return table
 

@@ -12,12 +12,12 @@ from charmlib.data.index import Index, read_index
 from charmlib.data.splits import Split
 from charmlib.evaluation.class_names import match_classes
 from charmlib.evaluation.leaks import split_of
-from charmlib.evaluation.runs import Predictions, RunFolder, save_predictions
+from charmlib.evaluation.runs import Predictions, RunFolder, about, save_predictions
 from charmlib.evaluation.score import score_part, thresholds_at
 from charmlib.files import write_json
 from charmlib.training.checkpoint import load_model
 from charmlib.training.device import pick_device, pick_precision
-from charmlib.training.machine import device_name, versions
+from charmlib.training.machine import device_name
 from charmlib.training.run import Run
 
 WHOLE = "whole table"
@@ -68,7 +68,7 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
     test = Predictions(frame["id"].to_numpy(str), frame["patient"].to_numpy(str), data.index.frame[list(matched.values())].
                        to_numpy(np.float32)[rows], logits[:, [card["classes"].index(c) for c in ours]], tuple(ours),
                        card["normal_class"] if card["normal_class"] in matched else "",
-                       {key: frame[key].to_numpy(np.float32 if key == "age" else str) for key in ("view", "sex", "age")})
+                       about(frame))
     thresholds = card["thresholds"] | ({point: thresholds_at(run, point)} if card["thresholds"] else {})
     scores, _ = score_part(vars(test), ours, thresholds=thresholds, temperature=card["temperature"],
                            prevalence={c: trained["train_prevalence"][c] for c in ours}, normal_class=test.normal_class)
@@ -77,20 +77,16 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
     record, left = data.split.record(), [c for c in index.findings if c not in matched.values()]
     record["test"] = record[part if split else "test"]
     name = name or "_".join(dict.fromkeys([data.index.root.resolve().name, index.table.stem, *([part] if split else [])]))
-    metrics = {**{key: trained[key] for key in ("format", "params", "train_prevalence", "quick_check")},
-               "cell": f"{run.name} on {name}", "data": {"name": data.source, "drawn": data.index.drawn,
-                                                         "table": str(index.table), "trained_on": card["data"]},
-               "split": record, "classes": ours, "normal_class": test.normal_class, "valid": bool(card["thresholds"]) or None,
-               "test": scores, "matched": matched, "seen": seen, "bank": None, "device": device_name(where),
-               "unmatched": {"run": [c for c in card["classes"] if c not in matched], "data": left},
-               "report": str(data.index.report), "precision": trained["precision"], "versions": versions()}
-    folder = Path(out or run / "scores")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.json"
+    metrics = {**trained, "cell": f"{run.name} on {name}", "classes": ours, "normal_class": test.normal_class,
+               "data": {"name": data.source, "drawn": data.index.drawn, "table": str(index.table), "trained_on": card["data"]},
+               "unmatched": {"run": [c for c in card["classes"] if c not in matched], "data": left}, "seen": seen, "bank": None,
+               "matched": matched, "split": record, "test": scores, "report": str(data.index.report), "device": device_name(where)}
+    file = Path(out or run / "scores") / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file() and f'"hash": "{record["hash"]}"' not in file.read_text():
         raise ValueError(f"{file} holds the scores of other images: say another --name")
-    save_predictions(folder / f"{name}.npz", {"test": {
-        **{key: getattr(test, key) for key in ("ids", "patients", "labels", "logits")}, **test.about}}, ours, test.normal_class)
+    arrays = {key: getattr(test, key) for key in ("ids", "patients", "labels", "logits")} | test.about
+    save_predictions(file.with_name(f"{name}.npz"), {"test": arrays}, ours, test.normal_class)
     write_json(file, metrics)
     return metrics | {"file": str(file)}, test
 

@@ -15,7 +15,7 @@ from charmlib.data.dataset import ChestData, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
-from charmlib.evaluation.runs import RunFolder, chosen_on_validation, save_predictions
+from charmlib.evaluation.runs import RunFolder, about, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_csv, write_json, write_text
 from charmlib.models.registry import Network, create
@@ -299,8 +299,7 @@ class Run:
             logits, labels = self.logits(part)
             frame = self.data.index.frame.iloc[self.data.rows(part)]
             parts[part] = {"ids": frame["id"].to_numpy(str), "patients": frame["patient"].to_numpy(str),
-                           "labels": labels, "logits": logits, "view": frame["view"].to_numpy(str),
-                           "sex": frame["sex"].to_numpy(str), "age": frame["age"].to_numpy(np.float32)}
+                           "labels": labels, "logits": logits, **about(frame)}
         normal = self.data.index.normal_class
         save_predictions(self.folder.predictions_file, parts, self.data.classes, normal)
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)

@@ -49,6 +49,7 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
     axis.set(xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)", xlim=(0, 1),
              ylim=(0, 1.01), aspect="equal")
     mean = f"mean {np.mean(defined):.3f}" + (f" of {len(defined)}" if len(defined) < len(aucs) else "") if defined else ""
+    mean += " findings" if mean and len(findings) < len(aucs) else ""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside center right", fontsize=10,
                   title=f"AUC, finding (positives)\n{mean}")
     return heading(figure, title, note)

@@ -80,7 +80,8 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
     metrics = {**trained, "cell": f"{run.name} on {name}", "classes": ours, "normal_class": test.normal_class,
                "data": {"name": data.source, "drawn": data.index.drawn, "table": str(index.table), "trained_on": card["data"]},
                "unmatched": {"run": [c for c in card["classes"] if c not in matched], "data": left}, "seen": seen, "bank": None,
-               "matched": matched, "split": record, "test": scores, "report": str(data.index.report), "device": device_name(where)}
+               "matched": matched, "split": record, "test": scores, "report": str(data.index.report),
+               "device": device_name(where)}
     file = Path(out or run / "scores") / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file() and f'"hash": "{record["hash"]}"' not in file.read_text():

@@ -20,7 +20,7 @@ def test_nih64_index_and_official_split(shared):
 
 def test_the_full_metadata_reads_as_published(shared):
     """Labels and official lists of all 112,120 images, without the images."""
-    from charmlib.data.labels import Reading, read_labels
+    from charmlib.data.labels import read_labels
     from charmlib.data.patients import read_patients
     from charmlib.data.report import Report
     from charmlib.data.tables import read_table
@@ -28,7 +28,7 @@ def test_the_full_metadata_reads_as_published(shared):
 
     raw = read_table(shared / "nih_meta/Data_Entry_2017_v2020.csv.gz")
     ids = raw["Image Index"]
-    frame = read_labels(raw, ids, shared / "x.csv", Report(), Reading()).assign(id=ids, patient=read_patients(raw, ids, ids)[0])
+    frame = read_labels(raw, ids, shared / "x.csv", Report()).assign(id=ids, patient=read_patients(raw, ids, ids)[0])
     counts = frame[list(NIH14)].sum().astype(int)
     assert (len(frame), frame["patient"].nunique()) == (112120, 30805)
     assert (counts["Infiltration"], counts["Effusion"], counts["Hernia"]) == (19894, 13317, 227)

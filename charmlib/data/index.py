@@ -15,7 +15,7 @@ import pandas as pd
 
 from charmlib import nih
 from charmlib.data.find import DICOM_SUFFIXES, SUFFIXES, find_files, has_suffix, match
-from charmlib.data.labels import Reading, read_labels
+from charmlib.data.labels import read_labels
 from charmlib.data.layouts import images_of_studies, last_part, removed_names
 from charmlib.data.patients import read_patients
 from charmlib.data.report import Report
@@ -68,7 +68,7 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
         A column, or 'none' for each image as a patient of its own; '' looks for them (:mod:`charmlib.data.patients`).
     reading
         ``classes`` {'nih14', 'nih15', 'own'}: 'own' takes the classes from the table. ``normal_class``, ``blank`` and
-        ``uncertain``: see :class:`charmlib.data.labels.Reading`.
+        ``uncertain``: see :func:`charmlib.data.labels.read_labels`.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
     FileNotFoundError, ValueError
         No table, a column missing, no image at all; the message names the file and the remedy.
     """
-    root, report, how = Path(root), Report(), Reading(**reading)
+    root, report = Path(root), Report()
     table = _find_table(root, csv)
     raw = images_of_studies(read_table(table), table)
     ids, found, why_none = _find(raw, table, root, bool(csv), report)
@@ -90,13 +90,15 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
         gone = ids.map(last_part).isin(removed)
         report.add(f"rows that {source} lists, left out", ids[gone])
         raw, ids = raw[~gone], ids[~gone]
-    labels = read_labels(raw, ids, table, report, how)
+    labels = read_labels(raw, ids, table, report, **reading)
     if why_none:
         raise FileNotFoundError(why_none)
     raw, ids = raw.loc[labels.index], ids[labels.index]
     files = ids.map(found)
     report.add("rows without image, left out", ids[files.isna()])
     kept = files.notna()
+    if not kept.any():
+        raise FileNotFoundError(f"no image of {table} is left:\n{report}")
     raw, ids, files, labels = raw[kept], ids[kept], files[kept], labels[kept]
     patient, patients_from, why_unknown = read_patients(raw, ids, files, patients)
     unnamed = ~ids.map(has_suffix)
@@ -106,8 +108,8 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
     frame = pd.DataFrame({"id": ids, "path": f"{root}/" + files, "patient": patient.mask(patient == "", "image:" + ids),
                           **_meta(raw, ids, report)})
     frame = pd.concat([frame, labels], axis=1).reset_index(drop=True)
-    return Index(root, frame, tuple(labels), report, is_drawn(root), table, nih.normal_class(labels, how.normal_class),
-                 patients_from, why_unknown)
+    return Index(root, frame, tuple(labels), report, is_drawn(root), table,
+                 nih.normal_class(labels, reading.get("normal_class", "")), patients_from, why_unknown)
 
 
 def is_drawn(root: str | Path) -> bool:

@@ -5,7 +5,6 @@ yes and no, blanks, or -1 for uncertain, as in CheXpert (Irvin et al., AAAI 2019
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,96 +25,72 @@ _WORDS = {**dict.fromkeys(("true", "yes", "y", "t", "positive", "present"), 1.0)
 _CHEXPERT = {"frontallateral", "appa", "enlargedcardiomediastinum", "lungopacity", "lunglesion", "pleuralother",
              "airspaceopacity"}
 _BOX = {"x", "y", "w", "h", "width", "height", "xmin", "ymin", "xmax", "ymax", "x1", "y1", "x2", "y2", "bboxx"}
-OWN_COLUMNS = ("id", "path", "patient", "age", "sex", "view")
-"""Columns of :attr:`charmlib.data.index.Index.frame` beside the classes."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How labels are read: the parameters ``classes``, ``normal_class``, ``blank`` and ``uncertain``."""
-
-    classes: str = "nih14"
-    normal_class: str = ""
-    blank: str = "auto"
-    uncertain: str = "auto"
-
-    @property
-    def wanted(self) -> list[str] | None:
-        """The classes in their order; None takes those of the table."""
-        return {"nih14": list(NIH14), "nih15": list(NIH15)}.get(self.classes)
-
-
-def read_labels(raw: pd.DataFrame, ids: pd.Series, table: Path, report: Report, how: Reading) -> pd.DataFrame:
+def read_labels(raw: pd.DataFrame, ids: pd.Series, table: Path, report: Report, *, classes: str = "nih14",
+                normal_class: str = "", blank: str = "auto", uncertain: str = "auto") -> pd.DataFrame:
     """One float32 column a class, one row an image: 0, 1 or NaN; the index holds the image's first row in ``raw``.
 
-    Rows of several readers are joined by majority, where an equal split is unknown. Rows of one box each are joined to what any
-    of them says. Of other rows of one image the first is kept.
+    The keywords are the parameters of these names. Rows of several readers are joined by majority, where an equal split is
+    unknown. Rows of one box each are joined to what any of them says. Of other rows of one image the first is kept.
 
     Raises
     ------
     ValueError
         No labels, a class without column, unclear values, or a class named like a column of our own; names table and remedy.
     """
-    text = next((c for c in columns_of(raw, "findings") if not _is_binary(raw[c])), None)
-    labels = None if text else _labels_of_columns(raw, ids, table, report, how)
+    wanted = {"nih14": list(NIH14), "nih15": list(NIH15)}.get(classes)
+    text = next((c for c in columns_of(raw, "findings") if (_parsed(raw[c]) == _ODD).any()), None)
+    labels = None if text else _labels_of_columns(raw, table, report, wanted, blank, uncertain)
     if labels is None:
-        labels = _labels_of_text(raw[text or column_of(raw, "finding")], ids, report, how)
-    if clash := [name for name in labels if name in OWN_COLUMNS]:
-        raise ValueError(f"{table}: a class cannot be called {clash[0]!r}, as one of our own columns is: rename it")
+        labels = _labels_of_text(raw[text or column_of(raw, "finding")], ids, report, wanted, normal_class, blank == "unknown")
+    if clash := {"id", "path", "patient", "age", "sex", "view"} & set(labels):
+        raise ValueError(f"{table}: a class cannot be called {min(clash)!r}, as one of our own columns is: rename it")
     labels = _one_row_an_image(labels, raw, ids, report)
     report.add("classes without a negative label: their AUC is undefined (parameter blank says what empty labels mean)",
                (name for name, column in labels.items() if not (column == 0).any() and (column == 1).any()))
     return labels
 
 
-def _labels_of_text(column: pd.Series, ids: pd.Series, report: Report, how: Reading) -> pd.DataFrame:
-    """Labels from one column such as 'Mass|Nodule'."""
+def _labels_of_text(column: pd.Series, ids: pd.Series, report: Report, wanted: list[str] | None, named: str, unknown: bool
+                    ) -> pd.DataFrame:
+    """Labels from one column such as 'Mass|Nodule'; empty cells are NaN if ``unknown``."""
     codes, texts = pd.factorize(column)
-    split = r"[|;,]" if how.wanted else r"[|;]"
-    sets = [set(_names(text, split)) for text in texts]
-
-    def of(chosen: list[bool]) -> pd.Series:
-        return ids[np.array(chosen, bool)[codes]]
-
+    sets = [set(_names(text, r"[|;,]" if wanted else r"[|;]")) for text in texts]
     places = sorted(n for n in set().union(*sets) if n.lower().startswith("loc "))
     report.add("places among the labels (loc ...), left out", places)
     sets = [s - set(places) for s in sets]
-    normal = {n for n in set().union(*sets) if is_normal(n) or n == how.normal_class}
-    seen = set().union(*sets) - (normal - {how.normal_class})
-    wanted = sorted(seen) if how.wanted is None else how.wanted
-    for name in sorted(seen - set(wanted) - normal):
-        report.add(f"label {name!r} is not among the classes, its images keep their other labels",
-                   of([name in s for s in sets]))
-    empty = [not s for s in sets]
-    unknown = how.blank == "unknown"
-    report.add(f"rows with an empty label, taken as {'unknown' if unknown else 'no finding'}", of(empty))
-    report.add("rows with 'No Finding' beside a finding, finding kept",
-               of([bool(s & normal) and bool(s - normal) for s in sets]))
-    values = {name: [not s - normal if name in (NO_FINDING, how.normal_class) else name in s for s in sets] for name in wanted}
-    labels = pd.DataFrame({name: np.array(v, np.float32)[codes] for name, v in values.items()}, column.index)
-    if unknown:
-        labels.loc[np.array(empty, bool)[codes]] = np.nan
-    return labels
+    normal = {n for n in set().union(*sets) if is_normal(n) or n == named}
+    seen = set().union(*sets) - (normal - {named})
+    wanted = sorted(seen) if wanted is None else wanted
+    said = {f"label {name!r} is not among the classes, its images keep their other labels": [name in s for s in sets]
+            for name in sorted(seen - set(wanted) - normal)}
+    said |= {f"rows with an empty label, taken as {'unknown' if unknown else 'no finding'}": [not s for s in sets],
+             "rows with 'No Finding' beside a finding, finding kept": [bool(s & normal) and bool(s - normal) for s in sets]}
+    for kind, chosen in said.items():
+        report.add(kind, ids[np.array(chosen, bool)[codes]])
+    values = {name: [np.nan if unknown and not s else not s - normal if name in (NO_FINDING, named) else name in s
+                     for s in sets] for name in wanted}
+    return pd.DataFrame({name: np.array(v, np.float32)[codes] for name, v in values.items()}, column.index)
 
 
 def _names(text: str, split: str) -> list[str]:
     """The labels in a cell: names with separators between them, or a Python list."""
-    text = text.strip()
-    if text[:1] in ("[", "(", "{"):
-        # no literal: numpy prints lists without commas, and nan stands among the texts
-        parts = [one or other for one, other in re.findall(r"'([^']*)'|\"([^\"]*)\"", text)] or text.strip("[](){}").split(",")
+    if text.strip()[:1] in ("[", "(", "{"):  # not always a literal: numpy prints lists without commas, pandas nan among texts
+        parts = [one or other for one, other in re.findall(r"'([^']*)'|\"([^\"]*)\"", text)] or text.strip("[](){} ").split(",")
     else:
         parts = re.split(split, text)
     return [canonical(part) for part in parts if part.strip().lower() not in _NOTHING]
 
 
-def _labels_of_columns(raw: pd.DataFrame, ids: pd.Series, table: Path, report: Report, how: Reading) -> pd.DataFrame | None:
+def _labels_of_columns(raw: pd.DataFrame, table: Path, report: Report, wanted: list[str] | None, blank: str, uncertain: str
+                       ) -> pd.DataFrame | None:
     """Labels from one column a class; None if there is none and a column of names is there instead."""
-    wanted = how.wanted
     others = {column_of(raw, what) for what in COLUMNS if what not in ("findings", "finding")} | _box_columns(raw)
+    named = [name for name in raw.columns if name and not name.startswith("Unnamed:")]
     columns: dict[str, pd.Series] = {}
-    for name in raw.columns:
-        if name not in others and key_of(name) not in _IGNORED and not name.startswith("Unnamed:") and name:
+    for name in named:
+        if name not in others and key_of(name) not in _IGNORED:
             if (label := canonical(name) if wanted else name) in columns:
                 raise ValueError(f"{table} has two columns for the class {label!r}: rename or delete one")
             columns[label] = raw[name]
@@ -131,11 +106,11 @@ def _labels_of_columns(raw: pd.DataFrame, ids: pd.Series, table: Path, report: R
         if not wanted:
             if (names := column_of(raw, "finding")) and pd.to_numeric(raw[names], errors="coerce").isna().any():
                 return None
-            empty = sum(name.startswith("Unnamed:") for name in raw.columns)
-            raise ValueError(f"{table} has neither a 'Finding Labels' column nor columns of 0 and 1: found "
-                             f"{', '.join(c for c in raw.columns if not c.startswith('Unnamed:'))}"
-                             + (f" and {empty} columns without a name. `python -m charmlib predict` scores images without "
-                                "labels." if empty else ""))
+            raise ValueError(f"{table} has neither a 'Finding Labels' column nor columns of 0 and 1: found {', '.join(named)} "
+                             f"and {raw.shape[1] - len(named)} columns without a name. `python -m charmlib predict` needs no "
+                             "labels.")
+        if twice := [name for name in wanted if re.sub(r"\.\d+$", "", name) in {*wanted} - {name}]:  # as pandas names them
+            raise ValueError(f"{table} has two columns for the class {twice[0].rpartition('.')[0]!r}: rename or delete one")
         report.add("columns that hold other things than 0, 1 and blanks, not used as classes",
                    (name for name in columns if name not in wanted))
     findings = [name for name in wanted if name != NO_FINDING]
@@ -144,30 +119,26 @@ def _labels_of_columns(raw: pd.DataFrame, ids: pd.Series, table: Path, report: R
                          "for classes of your own say classes: own")
     if wrong := [name for name in wanted if name in parsed and odd[name].any()]:
         raise ValueError(f"{table}: column {wrong[0]!r} holds other things than 0, 1 and blanks")
-    labels = _decided({name: parsed[name] for name in wanted if name in parsed}, raw, report, how)
+    labels = _decided({name: parsed[name] for name in wanted if name in parsed}, raw, report, blank, uncertain)
     if NO_FINDING in wanted and NO_FINDING not in parsed:
         labels[NO_FINDING] = (labels[findings].max(axis=1) == 0).astype("float32")
     return labels[wanted]
 
 
-def _decided(parsed: dict[str, np.ndarray], raw: pd.DataFrame, report: Report, how: Reading) -> pd.DataFrame:
+def _decided(parsed: dict[str, np.ndarray], raw: pd.DataFrame, report: Report, blank: str, uncertain: str
+             ) -> pd.DataFrame:
     """0, 1 and NaN for the values read, with blanks and -1 as the parameters or the kind of table say."""
     keys = {key_of(name) for name in raw.columns}
     chexpert = len(keys & _CHEXPERT) > 1 or {"subjectid", "studyid"} <= keys
-    meanings = {_BLANK: ("blank", how.blank, "0" if chexpert else "unknown"),
-                _UNCERTAIN: ("uncertain", how.uncertain, "unknown")}
-    decoded = np.array([0, 1, np.nan, np.nan, np.nan], np.float32)
-    for code, (parameter, said, auto) in meanings.items():
-        meaning = auto if said == "auto" else said
+    decoded, preset = np.array([0, 1, np.nan, np.nan, np.nan], np.float32), ("0", "as in CheXpert")
+    for code, said, parameter, kind, auto in (
+            (_BLANK, blank, "blank", "empty labels", preset if chexpert else ("unknown", "the default")),
+            (_UNCERTAIN, uncertain, "uncertain", "uncertain labels (-1)", ("unknown", "the default"))):
+        meaning, why = auto if said == "auto" else (said, "as given")
         decoded[int(code)] = np.nan if meaning == "unknown" else float(meaning)
-        why = "as given" if said != "auto" else "as in CheXpert" if chexpert and code == _BLANK else "the default"
-        report.add(f"classes with {'empty labels' if code == _BLANK else 'uncertain labels (-1)'}, taken as {meaning} ({why}; "
-                   f"parameter {parameter})", (name for name, values in parsed.items() if (values == code).any()))
+        report.add(f"classes with {kind}, taken as {meaning} ({why}; parameter {parameter})",
+                   (name for name, values in parsed.items() if (values == code).any()))
     return pd.DataFrame({name: decoded[values.astype(int)] for name, values in parsed.items()}, raw.index)
-
-
-def _is_binary(column: pd.Series) -> bool:
-    return bool((_parsed(column) != _ODD).all())
 
 
 def _parsed(column: pd.Series) -> np.ndarray:

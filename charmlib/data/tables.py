@@ -1,6 +1,7 @@
 """Label tables and lists as text files: any usual encoding, separator and compression; the names of their columns."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
@@ -14,20 +15,16 @@ import pandas as pd
 
 from charmlib.data.junk import kind_of
 
-COLUMNS = {"id": ("imageindex", "imageid", "image", "id", "path", "filename", "imagename", "imagefile", "imagefilename",
-                  "imagepath", "img", "imgid", "imgname", "imgpath", "dicomid", "file", "filepath", "fpath", "pathtoimage",
-                  "jpgpath", "pngpath", "relativepath", "sopinstanceuid", "uid"),
-           "patient": ("patientid", "patient", "subjectid", "subject", "studypatientid", "anonpatientid", "deidpatientid",
-                       "empianon", "patientnumber", "patientno", "participantid", "personid", "ptid", "pid", "mrn"),
-           "study": ("studyid",),
-           "age": ("patientage", "age", "ageatstudy", "ageyears", "patientagedicom"),
-           "sex": ("patientgender", "patientsex", "sex", "gender", "patientsexdicom"),
-           "view": ("viewposition", "view", "projection", "appa", "viewpositiondicom"),
-           "plane": ("frontallateral",),
-           "findings": ("findinglabels", "labels", "findings", "findinglabel", "classname"),
-           "finding": ("finding", "label", "class", "diagnosis", "disease", "target"),
-           "reader": ("radid", "readerid", "reader", "raterid", "rater", "annotatorid", "annotator", "radiologistid",
-                      "radiologist")}
+COLUMNS = {what: tuple(names.split()) for what, names in {
+    "id": "imageindex imageid image id path filename imagename imagefile imagefilename imagepath img imgid imgname imgpath "
+          "dicomid file filepath fpath pathtoimage jpgpath pngpath relativepath sopinstanceuid uid",
+    "patient": "patientid patient subjectid subject studypatientid anonpatientid deidpatientid empianon patientnumber "
+               "patientno participantid personid ptid pid mrn",
+    "age": "patientage age ageatstudy ageyears", "sex": "patientgender patientsex sex gender patientsexdicom",
+    "view": "viewposition view projection appa viewpositiondicom", "plane": "frontallateral", "study": "studyid",
+    "findings": "findinglabels labels findings findinglabel classname",
+    "finding": "finding label class diagnosis disease target",
+    "reader": "radid readerid reader raterid rater annotatorid annotator radiologistid radiologist"}.items()}
 """What a column holds -> its names, in small letters and digits alone, the most telling first."""
 _PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
 _EXCEL = "an Excel workbook: save it as CSV (UTF-8), with the ids as text"
@@ -61,34 +58,30 @@ def read_text(path: Path) -> str:
     """
     source = path.read_bytes()
     try:
-        if source.startswith(b"PK\3\4"):
-            source = _unzipped(path, source)
+        source = _unzipped(path, source) if source.startswith(b"PK\3\4") else source
         for mark, unpack in _PACKED.items():
             source = unpack(source) if source.startswith(mark) else source
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is a damaged archive ({error}): copy or download it again") from error
-    if what := _EXCEL if source.startswith(b"\xd0\xcf\x11\xe0") else kind_of(source) if source else "":
+    # an empty file may be an empty list
+    if what := _EXCEL if source.startswith(b"\xd0\xcf\x11\xe0") else kind_of(source) if source.strip() else "":
         raise ValueError(f"{path} is {what}")
-    pairs = len(source[:4096]) // 2
-    odd, even = source[1:4096:2].count(0), source[:4096:2].count(0)
-    guesses = ("utf-32",) if source[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else \
-        ("utf-16",) if source[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-16-le",) if odd > pairs / 2 else \
-        ("utf-16-be",) if even > pairs / 2 else ("utf-8-sig", "cp1252", "latin-1")
-    for encoding in guesses:
-        try:
+    marks = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+    wide = [name for mark, name in marks if source.startswith(mark)]
+    wide += [name for name, start in (("utf-16-le", 1), ("utf-16-be", 0))  # without a mark: half of the bytes are 0
+             if source[start:4096:2].count(0) > len(source[:4096]) / 4]
+    for encoding in wide[:1] or ("utf-8-sig", "cp1252", "latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
             return source.decode(encoding)
-        except UnicodeDecodeError as error:
-            problem = error
-    raise ValueError(f"{path} is no text ({problem}): save it as CSV (UTF-8)")
+    raise ValueError(f"{path} is no text: save it as CSV (UTF-8)")
 
 
 def _unzipped(path: Path, source: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(source)) as archive:
         names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
-        if "[Content_Types].xml" in names:
-            raise ValueError(f"{path} is {_EXCEL}")
         if len(names) != 1:
-            raise ValueError(f"{path} holds {len(names)} files ({', '.join(names[:3])} ...): unpack it and name one")
+            raise ValueError(f"{path} is {_EXCEL}" if "[Content_Types].xml" in names else
+                             f"{path} holds {len(names)} files ({', '.join(names[:3])} ...): unpack it and name one")
         return archive.read(names[0])
 
 
@@ -114,11 +107,10 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def _parsed(path: Path, text: str) -> pd.DataFrame:
-    if re.match(r"sep=.\s", text):  # Excel's note of the separator
-        text = text.split("\n", 1)[1]
-    head = text.lstrip().split("\n", 1)[0]
-    if not head:
+    text = re.sub(r"\Asep=.\s+", "", text).lstrip("\r\n ")  # Excel's note of the separator
+    if not text:
         raise ValueError(f"{path} is empty: wanted a header and one row an image")
+    head = text.split("\n", 1)[0]
     separator = max(",;\t|", key=head.count)
     options = {"sep": separator, "dtype": str, "keep_default_na": False, "skipinitialspace": separator in ",;"}
     try:
@@ -130,11 +122,11 @@ def _parsed(path: Path, text: str) -> pd.DataFrame:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", pd.errors.ParserWarning)
                 return pd.read_csv(io.StringIO(text), index_col=False, **options)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        if extra == 1:  # row names, as R writes them
+            return raw.reset_index(drop=True)
+        raise pd.errors.ParserError(f"rows have {extra} fields more than the header")
+    except pd.errors.ParserError as error:
         raise ValueError(f"{path}: {str(error).strip()}. Put quotes around cells with {separator!r} in them") from error
-    if extra > 1:
-        raise ValueError(f"{path}: rows have {extra} fields more than the header; name every column")
-    return raw.reset_index(drop=True)  # row names, as R writes them
 
 
 def listed_names(path: Path) -> list[str]:
@@ -151,7 +143,9 @@ def listed_names(path: Path) -> list[str]:
 
 
 def _name(line: str) -> str:
-    """The name at the start of a line: up to a separator, or up to the suffix that blanks follow."""
+    """The name at the start of a line, up to a separator or behind its suffix; the whole line if that ends in a suffix."""
+    if re.search(r"\.(png|jpe?g)$", line, re.IGNORECASE):
+        return line
     cell = re.split(r"[,;\t|]", line)[0].strip().strip("\"'")
     found = re.match(r"(.+?\.(?:png|jpe?g|tiff?|bmp|webp|dcm|dicom))\s", cell, re.IGNORECASE)
     labelled = re.match(r"(\S+)(?:\s+-?[\d.]+)+$", cell)

@@ -117,7 +117,8 @@ def test_boxes_are_joined_and_other_rows_that_disagree_are_named(tmp_path):
 @pytest.mark.parametrize(("header", "values", "why"), [
     ("image,patient_id,id,A", "1,0", "cannot be called 'id'"), ("image,patient_id,path,A", "1,0", "cannot be called 'path'"),
     ("image,patient_id,Normal,normal", "1,0", "normal_class"),
-    ("image,patient_id,note,size", "7,9", "neither a 'Finding Labels'")])
+    ("image,patient_id,note,size", "7,9", "neither a 'Finding Labels'"),
+    ("image,patient_id,A,A", "1,0", "two columns for the class 'A'")])
 def test_classes_that_cannot_be_are_refused_by_name(tmp_path, header, values, why):
     with pytest.raises(ValueError, match=why):
         read(tmp_path, f"{header}\n" + "".join(f"p{i},{i},{values}\n" for i in range(20)))

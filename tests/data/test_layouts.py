@@ -144,3 +144,10 @@ def test_rsna_has_patients_for_images(tmp_path):
     index = read_index(**own(tmp_path, "\n".join(["patientId,x,y,width,height,Target", *rows]), [f"{n}.png" for n in names]))
     assert index.classes == ("Target",) and index.labels()[:, 0].tolist() == [1, 0, 0] * 4
     assert index.frame["patient"].nunique() == 12
+
+
+def test_a_removal_of_every_image_is_refused(tmp_path):
+    how = own(tmp_path, "ImageID,PatientID,A\nx.png,P1,1\ny.png,P2,0\n", ["x.png", "y.png"])
+    (tmp_path / "removal.csv").write_text("ImageID\nx\ny\n")
+    with pytest.raises(FileNotFoundError, match=r"no image of .*mine\.csv is left:\nrows that removal\.csv lists, left out: 2"):
+        read_index(**how)

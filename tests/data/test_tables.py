@@ -44,7 +44,7 @@ def test_row_names_as_r_writes_them_are_no_column(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "why"), [
-    (b"", "is empty"), (b"\n \n", "is an empty file"), (b"image,A\n", "no rows"),
+    (b"", "is empty"), (b"\n \n", "is empty"), (b"image,A\n", "no rows"),
     (b"image,A\na.png,1\nb.png,1,0,1\n", "line 3"),
     (b"image,A\na.png,1,2,3\n", "fields more than the header"), (zipped(b"x", ("a.csv", "b.csv")), "holds 2 files"),
     (zipped(b"", ("[Content_Types].xml", "xl/workbook.xml")), "Excel workbook: save it as CSV"),
@@ -84,7 +84,7 @@ def write_lists(root, names, write):
     lambda n: "".join(f"{x[:-4]} 0 1 0\n" for x in n).encode(), lambda n: ("Image Index\n" + "\n".join(n)).encode(),
     lambda n: ("patient;Image Index;A\n" + "".join(f"1;{x};0\n" for x in n)).encode(),
     lambda n: "".join(f'"{x}"\n' for x in n).encode(),
-    lambda n: "".join(f"./{x}\n" for x in n).encode()])
+    lambda n: "".join(f"./{x}\n" for x in n).encode(), lambda n: "".join(f"images, old/{x}\n" for x in n).encode()])
 def test_lists_as_people_save_them(tmp_path, write):
     names = nih(tmp_path)
     write_lists(tmp_path, names, lambda n: "\n".join(n).encode())

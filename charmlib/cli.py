@@ -19,6 +19,8 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 _PATH = click.Path(path_type=Path)
 _POINT = click.option("--point", default="youden", show_default=True, metavar="POINT",
                       help="Operating point: youden, f1, or sensitivity_S such as sensitivity_0.95.")
+_READING = click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE",
+                        help="How the table is read: classes, normal_class, blank, uncertain, patients.")
 _RERUN = click.option("--rerun-changed", is_flag=True, help="Replace finished runs that were made with other settings.")
 _RUN = click.Path(path_type=Path, exists=True, file_okay=False)
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Trainings at once [default: one a GPU, or 1].")
@@ -56,22 +58,17 @@ def phantom(out, images, size, seed):
 @click.option("--workers", default=os.cpu_count() or 2, show_default="all cores", type=click.IntRange(1),
               help="Processes that decode.")
 @click.option("--verify", is_flag=True, help="Check every source file against the cache, and decode again what changed.")
-@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE",
-              help="How the table is read: classes, normal_class, blank, uncertain, patients.")
+@_READING
 def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify, assignments):
     """Decode all images of DATA_ROOT once, and show what the data holds; goes on where a killed build was.
 
     Writes data.html into the cache: findings by part, patients, views, co-occurrence, sample images.
     """
     from charmlib.data import cache, dataset, index, splits
-    from charmlib.param_sources import parse_assignments
-    from charmlib.params import READING, ParameterError
     from charmlib.viz import dataset_page as page
 
-    how = {"classes": "own" if csv else "nih14", "csv": csv, **parse_assignments(assignments)}
-    if other := set(how) - set(READING):
-        raise ParameterError(f"parameter '{min(other)}' does not say how a table is read; -p takes {', '.join(READING)}.")
-    found = index.read_index(dataset.find_data(data_root), **how)
+    found = index.read_index(dataset.find_data(data_root), **{"classes": "own" if csv else "nih14", "csv": csv,
+                                                              **_reading(assignments)})
     start = time.monotonic()
     images = cache.open_images(found.frame["id"].tolist(), found.frame["path"].tolist(), size, aspect=aspect,
                                cache_dir=cache_dir, workers=workers, verify=verify)
@@ -139,6 +136,32 @@ def evaluate(runs, point, ensemble, out):
 
 
 @cli.command()
+@click.argument("run", type=_RUN)
+@click.option("--data-root", required=True, help="The folder of the other data set.")
+@click.option("--csv", default="", help="Its label table [default: the NIH's].")
+@click.option("--split", default="", help="A split of it: official, patient, fold:I/N, a folder [default: all its images].")
+@click.option("--part", default="test", show_default=True, type=click.Choice(["train", "valid", "test"]), help="With --split.")
+@_READING
+@_POINT
+@click.option("--name", default="", help="Of the files [default: data folder and table].")
+@click.option("--out", type=_FOLDER, help="The folder of the files [default: scores in the run's].")
+@click.option("--cache-dir", default="", help="Folder of decoded images [default: a scratch folder of this machine].")
+@click.option("--device", default="auto", show_default=True)
+def score(run, assignments, **how):
+    """Score RUN on another data set (external validation), by the classes that both have."""
+    from charmlib.training.external import external_note, score_elsewhere
+    from charmlib.viz.curves import plot_roc
+    from charmlib.viz.run_report import evaluation_text, split_note
+
+    if not (how["out"] or os.access(run, os.W_OK)):
+        raise click.UsageError(f"{run} is read-only: name a folder for the scores with --out")
+    metrics, test = score_elsewhere(run, reading=_reading(assignments), **how)
+    picture = str(Path(metrics["file"]).with_suffix("")) + "_roc.png"
+    plot_roc(test, title=metrics["cell"], note=split_note(metrics)).savefig(picture, dpi=150)
+    click.echo(f"{external_note(metrics)}\n\n{evaluation_text(metrics, test, how['point'])}\n\n{metrics['file']}\n{picture}")
+
+
+@cli.command()
 @click.argument("first", type=_RUN)
 @click.argument("second", type=_RUN)
 @_POINT
@@ -159,7 +182,8 @@ def compare(first, second, point, out):
         "no operating points: trained without a validation part was "
         f"{' and '.join(str(run) for run, t in zip(runs, thresholds) if not t)}\n"))
     shown = table.rename(columns={"low": "difference low", "high": "difference high"})
-    click.echo(f"{tables.with_intervals(shown, 4).to_string(index=False)}\n\n{compare.verdict(table, str(first), str(second))}")
+    click.echo(f"{tables.with_intervals(shown, 4).to_string(index=False)}\n\n{compare.verdict(table, str(first), str(second))}"
+               f"{tables.means_note(runs[0].metrics)}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_csv(out, tables.with_origin(table, runs[0].metrics).assign(first_run=str(first), second_run=str(second)))
@@ -327,6 +351,16 @@ def params(notebooks):
         cell.source = cell_source(None if path.stem == "train" else names)
         nbformat.write(book, path)
         click.echo(f"{path}: {len(cell.source.splitlines())} lines")
+
+
+def _reading(assignments) -> dict:
+    from charmlib.param_sources import parse_assignments
+    from charmlib.params import READING, ParameterError
+
+    how = parse_assignments(assignments)
+    if other := set(how) - set(READING):
+        raise ParameterError(f"parameter '{min(other)}' does not say how a table is read; -p takes {', '.join(READING)}.")
+    return how
 
 
 def _board_text(board) -> str:

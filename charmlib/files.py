@@ -122,8 +122,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_csv(path: str | Path, table) -> None:
-    """Write a DataFrame as a CSV file atomically, without its index."""
-    write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
+    """Write a DataFrame as a CSV file atomically, without its index; bytes of file names that are no text are escaped."""
+    write_whole(path, lambda temporary: table.to_csv(temporary, index=False, errors="backslashreplace"))
+
+
+def readable(text: str | Path) -> str:
+    """A path, or a text that names one, for reading: bytes that are not UTF-8 are escaped, as in ``radiograf\\xeda.png``."""
+    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -54,6 +54,13 @@ def normal_class(classes: Iterable[str], named: str = "") -> str:
     return found[0] if found else ""
 
 
+def finding_columns(classes: Iterable[str], named: str = "") -> list[int]:
+    """Positions of the classes other than :func:`normal_class`: those that means over classes are over."""
+    classes = list(classes)
+    normal = normal_class(classes, named)
+    return [i for i, name in enumerate(classes) if name != normal]
+
+
 def people(count: int, patients_from: str) -> str:
     """The number of patients in words; says so where each image counts as a patient of its own."""
     return f"{count:,} patients" + (" (unknown: each image counts as one)" if patients_from == EACH_ITS_OWN else "")

@@ -10,16 +10,38 @@ import yaml
 from charmlib.params import DEFAULTS, PARAMS, ParameterError, coerce, nearest
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which each key of a mapping stands once."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = {}
+        for key, _ in node.value:
+            if isinstance(key.value, str) and seen.setdefault(key.value, key) is not key:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice: in line "
+                                                        f"{seen[key.value].start_mark.line + 1} and line "
+                                                        f"{key.start_mark.line + 1}; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, source: str, what: str = "valid YAML") -> Any:
+    """YAML text, such as '[2, 3]', as plain Python values; ParameterError names the ``source`` if it is none, or if a key
+    stands twice."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    except (yaml.YAMLError, ValueError) as error:
+        raise ParameterError(f"{source} is not {what}: {error}") from error
+    finally:
+        loader.dispose()
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a dict, empty for an empty file; ParameterError, naming the file, if it is missing or no mapping."""
     path = find_file(path)
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParameterError(f"no file {path}.{nearest(path.name, there)}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ParameterError(f"{path} is not valid YAML: {error}") from error
+    content = parse_yaml(path.read_text(), str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -99,17 +121,38 @@ def from_notebook(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = namespace.get("options", {})
     if isinstance(options, str):
-        options = yaml.safe_load(options) or {}
+        options = parse_yaml(options, "options") or {}
     if not isinstance(options, dict):
         raise ParameterError(f"options is {options!r}, wanted a dict such as {{'use_bank': False}}")
-    injected = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters\n")]
-    assigned = {node.id for cell in injected for node in ast.walk(ast.parse(cell))
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    for name in sorted(assigned | set(namespace.get("__annotations__", ()))):
+    injected = set().union(*(given for _, given in _injected(namespace)))
+    for name in sorted(injected | set(namespace.get("__annotations__", ()))):
         if name not in PARAMS and name != "options":
             coerce(name, None, "notebook")
     shown = {name: namespace[name] for name in PARAMS if name in namespace}
     return {name: coerce(name, value, "notebook") for name, value in {**shown, **options}.items()}
+
+
+def _injected(namespace: Mapping[str, Any]) -> list[tuple[list[str], set[str]]]:
+    """For each cell that papermill added: the names in the parameters cell before it, and the names that it sets."""
+    cells = list(namespace.get("In", []))
+    return [([node.target.id for node in ast.walk(ast.parse(before)) if isinstance(node, ast.AnnAssign)],
+             {node.id for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)})
+            for before, cell in zip(["", *cells], cells) if cell.lstrip().startswith("# Parameters\n")]
+
+
+def refuse_unknown(namespace: Mapping[str, Any]) -> None:
+    """Refuse a name given by papermill that the notebook's own ``parameters`` cell lacks, where it would have no effect.
+
+    Raises
+    ------
+    ParameterError
+        Names the nearest one and all that the notebook takes.
+    """
+    for takes, given in _injected(namespace):
+        if set(takes) <= set(namespace.get("__annotations__", ())):  # else of the notebook that ran before in this kernel
+            for name in sorted(given - set(takes)):
+                raise ParameterError(f"unknown parameter '{name}' (notebook).{nearest(name, takes)} This notebook takes "
+                                     f"{', '.join(takes)}.")
 
 
 def changed(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,7 +105,8 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
           ("none", "clahe")),
     Param("data", "cache_dir", str, "", "folder of the decoded images; empty is a scratch folder of this machine",
           hashed=False),
-    Param("data", "limit", int, 0, "0 is all images; N images a part is a quick check, never ranked", low=0),
+    Param("data", "limit", int, 0, "0 is all images; N images a part is a quick check, never ranked", low=0,
+          shown=True),
     # network
     Param("network", "system", str, "charm", "which network and recipe: charm, which is also MemAug and the plain network",
           shown=True),
@@ -267,9 +268,12 @@ def _number(p: Param, value) -> int | float:
 def _text(p: Param, value) -> str:
     if value is None or (value is False and "none" in p.choices):
         value = "none" if "none" in p.choices else ""
+    if value == "" and p.default:
+        words = f", or say {', '.join(p.choices)}" if p.choices else ""
+        raise ValueError(f"is empty; leave it out for {p.default!r}{words}.")
     if str(value) not in p.choices and not isinstance(value, str | Path):
         raise ValueError(f"{value!r} is not text (put it in quotes).")
-    value = str(value)
+    value = str(Path(value).expanduser()) if str(value).startswith("~") else str(value)
     free = p.also and (any(c in value for c in "/\\.") or Path(value).exists())  # a path in place of a named choice
     if p.choices and value not in p.choices and not free:
         raise ValueError(f"{value!r} is none of {', '.join(p.choices)}{f', or {p.also}' if p.also else ''}."

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 import charmlib
+from charmlib.files import readable
 
 CELL = "CHARM_CELL"  # id of the grid cell that this process works on
 BATCH = "CHARM_BATCH"  # set where a program runs the notebook
@@ -46,10 +47,12 @@ def entry_point(command: Callable, refusal: type[Exception], *, clean: Callable[
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; the same command goes on where it was", err=True)
+        kept = "starts anew: nothing is kept" if {"predict", "evaluate", "compare", "score"} & {*sys.argv[1:2]} else \
+            "goes on where it was"
+        click.echo(f"stopped; the same command {kept}", err=True)
         sys.exit(130)
     except (refusal, ValueError, OSError, ImportError, MemoryError) as error:
-        click.echo(clean(f"error: {error}"), err=True)
+        click.echo(clean(f"error: {readable(error)}"), err=True)
         sys.exit(2)
 
 

@@ -91,6 +91,14 @@ def test_a_mistyped_name_is_an_error_before_training(phantoms, tmp_path, wrong, 
     assert done.returncode != 0 and says in done.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, wrong, near", [("prepare", "image_sze", "image_size"), ("test", "limt", "limit"),
+                                               ("grid", "worker", "workers"), ("explore", "data_rot", "data_root")])
+def test_so_it_is_in_the_other_notebooks(tmp_path, name, wrong, near):
+    done = call_papermill(ROOT / f"notebooks/{name}.ipynb", tmp_path / "out.ipynb", {wrong: 3}, tmp_path)
+    assert done.returncode != 0 and f"Did you mean '{near}'" in done.stderr
+
+
 def pictures(book):
     return sum("image/png" in o.get("data", {}) for c in book.cells if c.cell_type == "code" for o in c.outputs)
 

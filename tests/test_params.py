@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 
+from charmlib.grid.board import read_record
+from charmlib.grid.spec import load_grid
 from charmlib.nn import MomentumEncoder
-from charmlib.param_sources import cell_source, from_notebook, load_params, parse_assignments
+from charmlib.param_sources import cell_source, from_notebook, load_params, parse_assignments, parse_yaml, refuse_unknown
 from charmlib.params import PARAMS, ParameterError, coerce, effective, missing_need, resolve, without_effect
 from charmlib.training.recipes import phases
 
@@ -150,3 +154,53 @@ def test_a_notebook_gives_shown_names_options_and_no_others():
                         ({"k": "three"}, "not a number")):
         with pytest.raises(ParameterError, match=says):
             from_notebook({**shown, **wrong})
+
+
+def test_another_notebook_refuses_names_that_its_parameters_cell_lacks():
+    cell, given = "limit: int = 0  # 0 is all\nrun_dir: str = ''", "# Parameters\nlimit = 5\n"
+    mine = {"__annotations__": {"limit": int, "run_dir": str}}
+    refuse_unknown({**mine, "In": ["", cell, given]})
+    refuse_unknown({**mine, "In": ["", "k: int = 3", "# Parameters\nk = 4", cell, given]})  # train and test in one kernel
+    for wrong, says in (("limt", "Did you mean 'limit'"), ("k", "This notebook takes limit, run_dir")):
+        with pytest.raises(ParameterError, match=f"unknown parameter '{wrong}'.*{says}"):
+            refuse_unknown({**mine, "In": ["", cell, f"{given}{wrong} = 1\n"]})
+
+
+@pytest.mark.parametrize("name", ["explore", "grid", "prepare", "test"])
+def test_each_notebook_checks_the_names_it_is_given(name):
+    text = (Path(__file__).parents[1] / f"notebooks/{name}.ipynb").read_text()
+    assert "refuse_unknown(globals())" in text
+
+
+@pytest.mark.parametrize("text, says", [
+    ("stage1_lr: 0.001\nk: 3\nstage1_lr: 0.5\n", "'stage1_lr' stands twice: in line 1 and line 3"),
+    ("axes: {k: [2], k: [3]}", "'k' stands twice"), ("cells: [{name: a, name: b}]", "'name' stands twice"),
+    ("k: 3\n\"k\": 4", "'k' stands twice")])
+def test_a_key_twice_is_refused_wherever_yaml_is_read(tmp_path, text, says):
+    (tmp_path / "twice.yaml").write_text(text)
+    for read in (load_params, load_grid, read_record):
+        path = tmp_path / "twice.yaml" if read is not read_record else tmp_path
+        (tmp_path / "grid.yaml").write_text(text)
+        with pytest.raises(ParameterError, match=f"yaml is not valid YAML: {says}"):
+            read(path)
+    with pytest.raises(ParameterError, match="options is not valid YAML: 'k' stands twice"):
+        from_notebook({"options": "{k: 3, k: 4}"})
+
+
+def test_anchors_and_merged_keys_are_no_repetition():
+    assert parse_yaml("a: &x {k: 1}\nb: {<<: *x, k: 2}", "text")["b"] == {"k": 2}
+
+
+@pytest.mark.parametrize("name", ["split", "arch", "monitor", "system", "weights", "classes"])
+def test_an_empty_text_is_refused_where_a_default_is_not_empty(name):
+    with pytest.raises(ParameterError, match=f"parameter '{name}'.*is empty; leave it out for '{PARAMS[name].default}'"):
+        coerce(name, "")
+
+
+def test_none_and_home_folders(monkeypatch):
+    with pytest.raises(ParameterError, match="'split' .*is empty"):
+        coerce("split", None, "-p")
+    assert coerce("weights", None) == "none" and coerce("csv", None) == ""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for name in ("split", "csv", "cache_dir", "data_root", "weights", "run_dir"):
+        assert coerce(name, "~/there.x") == "/home/somebody/there.x"

@@ -16,7 +16,7 @@ from charmlib.data.phantom import make_phantoms
 from charmlib.data.report import Report
 from charmlib.data.splits import SPLIT_SEED, Split, make_split
 from charmlib.nih import PARTS, people
-from charmlib.params import DEFAULTS, READING
+from charmlib.params import DEFAULTS, READING, coerce
 
 
 @dataclass
@@ -95,14 +95,11 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     return assemble(index, images, split=p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"], labels=p["labels"])
 
 
-def assemble(index: Index, images: ImageCache, *, split: str = "official", valid_fraction: float = 0.1, limit: int = 0,
-             labels: str = "real") -> ChestData:
-    """The data set of an index and the cache of its images, row for row; unreadable images are left out before the split.
+def readable_only(index: Index, images: ImageCache) -> tuple[Index, ImageCache]:
+    """Index and cache without the images that cannot be read, which ``index.report`` then names.
 
     Raises
     ------
-    charmlib.data.splits.SplitError
-        See :func:`charmlib.data.splits.make_split`.
     ValueError
         None of the images can be read; names what the files are instead.
     """
@@ -110,15 +107,27 @@ def assemble(index: Index, images: ImageCache, *, split: str = "official", valid
         example, reasons = next(iter(images.bad)), Counter(why.partition(": ")[2] for why in images.bad.values())
         raise ValueError(f"none of the {len(images)} images under {index.root} can be read, such as {example}. They are: "
                          + "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3)))
-    if images.bad:
-        index.report.add("unreadable, left out", (f"{name}: {why}" for name, why in images.bad.items()))
-        kept = ~index.frame["id"].isin(images.bad.keys()).to_numpy()
-        index = replace(index, frame=index.frame[kept].reset_index(drop=True))
-        images = images.only(kept)
     if images.scale:
         index.report.add("values of more than 8 bits that are black and white", map("{:g}".format, images.scale))
     index.report.add("no radiographs by their look, kept as they are", (f"{name}: {why}" for name, why in images.odd.items()))
-    parts = make_split(index, split, valid_fraction=valid_fraction, limit=limit)
+    if not images.bad:
+        return index, images
+    index.report.add("unreadable, left out", (f"{name}: {why}" for name, why in images.bad.items()))
+    kept = ~index.frame["id"].isin(images.bad.keys()).to_numpy()
+    return replace(index, frame=index.frame[kept].reset_index(drop=True)), images.only(kept)
+
+
+def assemble(index: Index, images: ImageCache, *, split: str = "official", valid_fraction: float = 0.1, limit: int = 0,
+             labels: str = "real") -> ChestData:
+    """The data set of an index and the cache of its images, row for row; unreadable images are left out before the split.
+
+    Raises
+    ------
+    charmlib.data.splits.SplitError, ValueError
+        See :func:`charmlib.data.splits.make_split` and :func:`readable_only`.
+    """
+    index, images = readable_only(index, images)
+    parts = make_split(index, coerce("split", split), valid_fraction=valid_fraction, limit=limit)
     if labels == "shuffled":
         index = shuffle_labels(index, parts)
     return ChestData(index, parts, images, index.labels())

@@ -198,6 +198,7 @@ class ChestDataLoaders(DataLoaders):
     """Training, validation and, if asked for, test loaders of one data set."""
 
     aspect = "stretch"  # rule for new images that are not square
+    normal_class = ""  # the class that means "no finding"
 
     vocab = property(lambda self: self.train.dataset.classes)
     c = property(lambda self: len(self.vocab))
@@ -254,5 +255,6 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
         loaders.append(ChestDL(dataset, bs=min(bs, len(rows)) or bs, shuffle=train, drop_last=train, device=device,
                                after_batch=[GreyToNetwork(mean, std), *augment]))
     dls = ChestDataLoaders(*loaders, path=path, device=device)
+    dls.normal_class = data.index.normal_class
     dls.aspect = data.images.manifest["aspect"]
     return dls

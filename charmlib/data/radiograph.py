@@ -22,14 +22,18 @@ class NotARadiograph(ValueError):
 def find_radiographs(paths) -> list[Path]:
     """The given files, and all PNG, JPEG and DICOM files (also without a suffix) under the given folders, sorted.
 
+    What systems leave in folders (``._x.png``, ``__MACOSX``, ``Thumbs.db``, ``desktop.ini``) is skipped, hidden files as well.
+
     Raises
     ------
     FileNotFoundError
         A path that is missing, or a folder without such files.
     """
     out: list[Path] = []
-    for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and (
+    paths = [Path(path) for path in paths]
+    for path in [path for path in paths if not _is_junk(path.name)] or paths:
+        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not any(
+            part[0] == "." or _is_junk(part) for part in p.relative_to(path).parts) and (
             p.suffix.lower() in SUFFIXES or is_dicom(p)))
         if not found:
             raise FileNotFoundError(f"{path}: no such file, or a folder without {', '.join(SUFFIXES + DICOM_SUFFIXES)} files")
@@ -65,6 +69,10 @@ def read_radiograph(path: str | Path, size: int, aspect: str = "stretch", *, sca
     except Exception as error:
         words = " ".join(str(error).split())
         raise NotARadiograph(f"{path}: cannot be read ({type(error).__name__}: {words})") from error
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith("._") or name.lower() in ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store")
 
 
 def _check_colour(source: bytes) -> None:

@@ -62,8 +62,8 @@ def calibration_error(y, probability, *, bins: int = 15, strategy: str = "unifor
     return float(np.abs(mean - share) @ count / count.sum()) if len(count) else float("nan")
 
 
-def calibration(labels, logits, classes: Sequence[str], temperature: float = 1.0) -> dict:
-    """ECE and Brier score (mean squared error of the probability) by class and their means, at a temperature.
+def calibration(labels, logits, classes: Sequence[str], temperature: float = 1.0, normal_class: str = "") -> dict:
+    """ECE and Brier score (mean squared error of the probability) by class and their means over findings, at a temperature.
 
     Brier scores of rare findings are small for any network: predicting the prevalence p scores p (1 - p).
     """
@@ -74,5 +74,6 @@ def calibration(labels, logits, classes: Sequence[str], temperature: float = 1.0
         probability = expit(score.astype(np.float64) / temperature)
         ece[str(name)] = calibration_error(y, probability)
         brier[str(name)] = float(brier_score_loss(y, probability, pos_label=1)) if len(y) else float("nan")
-    return {"temperature": temperature, "mean_ece": mean_over_classes(ece, what="ECE", why="no labels"),
-            "mean_brier": mean_over_classes(brier, what="Brier score", why="no labels"), "ece": ece, "brier": brier}
+    means = {f"mean_{key}": mean_over_classes(values, normal_class=normal_class, what=what, why="no labels")
+             for key, values, what in (("ece", ece, "ECE"), ("brier", brier, "Brier score"))}
+    return {"temperature": temperature, **means, "ece": ece, "brier": brier}

@@ -67,7 +67,8 @@ def pooled(parts: Sequence[Predictions]) -> Predictions:
     between folds, in one configuration perhaps more than in another; :func:`auc_within_folds` is not. Report both.
     """
     return Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "patients", "labels", "logits")),
-                       parts[0].classes)
+                       parts[0].classes, parts[0].normal_class,
+                       {key: np.concatenate([p.about[key] for p in parts]) for key in parts[0].about})
 
 
 def auc_within_folds(parts: Sequence[Predictions]) -> dict[str, float]:

@@ -49,8 +49,8 @@ def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Map
     define it; ``undefined`` is the share of the others. The means are over the classes that a resample defines.
 
     Returns one row per class and metric ('AUC', 'AP', with thresholds 'sensitivity', 'specificity' and 'F1'), and one per
-    metric for the mean: class, figure, positives, first, second, difference, low, high, agree, undefined. Raises ValueError as
-    :func:`aligned`.
+    metric for the mean of the findings: class, figure, positives, first, second, difference, low, high, agree, undefined.
+    Raises ValueError as :func:`aligned`.
     """
     pair, classes = aligned(first, second), first.classes
     how = {"resamples": resamples, "seed": seed}
@@ -67,10 +67,11 @@ def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Map
             key = metric.lower()
             both[metric] = ([{name: m.get(name, {}).get(key, float("nan")) for name in classes} for m in matrices],
                             [d[key] for d in drawn])
-    positives, rows = first.positives, []
+    positives, findings, rows = first.positives, first.findings, []
     for metric, (values, drawn) in both.items():
-        rows.append(_row(MEAN, metric, sum(positives.values()), [mean_over_classes(v, what=metric) for v in values],
-                         intervals.mean_of_defined(drawn[1]) - intervals.mean_of_defined(drawn[0])))
+        rows.append(_row(MEAN, metric, sum(positives[classes[c]] for c in findings),
+                         [mean_over_classes(v, normal_class=first.normal_class, what=metric) for v in values],
+                         intervals.mean_of_defined(drawn[1][:, findings]) - intervals.mean_of_defined(drawn[0][:, findings])))
         rows += [_row(name, metric, positives[name], [v[name] for v in values], drawn[1][:, c] - drawn[0][:, c])
                  for c, name in enumerate(classes)]
     return pd.DataFrame(rows)

@@ -10,7 +10,7 @@ from charmlib.evaluation.intervals import LEVEL, RESAMPLES, SEED, Interval, draw
 from charmlib.evaluation.metrics import frequency_groups, prevalence
 from charmlib.evaluation.runs import number
 from charmlib.evaluation.tables import limits_of
-from charmlib.nih import NO_FINDING
+from charmlib.nih import finding_columns
 
 FEW = 15
 """Patients in the bank with a finding, below which the bootstrap interval is too narrow."""
@@ -18,8 +18,8 @@ NONE = "no_finding"
 """The key and column of images without any finding, whether or not 'No Finding' is a class too."""
 
 
-def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *, offered=None, resamples: int = RESAMPLES,
-               seed: int = SEED) -> dict:
+def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *, offered=None, normal_class: str = "",
+               resamples: int = RESAMPLES, seed: int = SEED) -> dict:
     """Share of the bank's slots with a finding over the finding's prevalence in the training part.
 
     At 1, the bank holds a finding as often as the training part does. Intervals are by bootstrap over the training part's
@@ -35,7 +35,7 @@ def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *
     labels, patients : array-like of shape (n_images, n_classes) and (n_images,)
         The training part, 1, 0 or NaN.
     classes : sequence of n_classes names
-        A class 'No Finding' is not a finding; it is reported as ``no_finding``.
+        ``normal_class``, or a class named like 'No Finding', is no finding; it is reported as ``no_finding``.
     offered : array-like of shape (n_images,)
         Weights: the probability of each image under slots drawn at random from the images on offer when they were written.
         ``expected`` is the enrichment of such slots. It is above 1 if a stage shows only images with findings, which is not to
@@ -63,7 +63,7 @@ def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *
     if strangers:
         raise ValueError(f"{strangers} of {len(slots)} slots are of patients who are not in the training part: the bank is of "
                          "another run or split")
-    findings = [c for c, name in enumerate(classes) if name != NO_FINDING]
+    findings = finding_columns(classes, normal_class)
     share = prevalence(labels[:, findings], [classes[c] for c in findings])
     groups = {group: members for group, members in frequency_groups(share).items() if members}
     columns = [findings, *([list(classes).index(name) for name in members] for members in groups.values())]
@@ -128,10 +128,10 @@ def _ratio(held, of, seen, images) -> np.ndarray:
         return np.where((of > 0) & (seen > 0), held / of / (seen / images), np.nan)
 
 
-def training_shares(labels, classes: Sequence[str]) -> dict[str, float]:
+def training_shares(labels, classes: Sequence[str], normal_class: str = "") -> dict[str, float]:
     """Prevalence in the training part of each finding, and of ``no_finding``: the reference of a bank's history."""
     labels = np.asarray(labels, np.float64)
-    findings = [c for c, name in enumerate(classes) if name != NO_FINDING]
+    findings = finding_columns(classes, normal_class)
     return {**prevalence(labels[:, findings], [classes[c] for c in findings]),
             NONE: float(np.nanmean(_units(labels, [findings])[:, -1]))}
 

@@ -7,6 +7,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from charmlib.evaluation.runs import number
+from charmlib.nih import finding_columns
 
 
 class NotFinite(ValueError):
@@ -61,8 +62,13 @@ def ap_by_class(labels, scores, classes: Sequence[str] | None = None) -> dict[st
     return _by_class(average_precision_score, labels, scores, classes)
 
 
-def mean_over_classes(by_class: dict[str, float], *, what: str = "AUC", why: str = "no positives or no negatives") -> float:
-    """Unweighted mean over the defined classes; warns of the others by name; NaN if none is defined."""
+def mean_over_classes(by_class: dict[str, float], *, normal_class: str = "", what: str = "AUC",
+                      why: str = "no positives or no negatives") -> float:
+    """Unweighted mean over the defined findings; warns of the others by name; NaN if none is defined.
+
+    The class that means "no finding" is left out: ``normal_class``, or by its name (:func:`charmlib.nih.normal_class`).
+    """
+    by_class = {list(by_class)[c]: list(by_class.values())[c] for c in finding_columns(by_class, normal_class)}
     values = [v for v in by_class.values() if not np.isnan(v)]
     if len(values) < len(by_class):
         left_out = ", ".join(name for name, value in by_class.items() if np.isnan(value))
@@ -71,13 +77,13 @@ def mean_over_classes(by_class: dict[str, float], *, what: str = "AUC", why: str
     return float(np.mean(values)) if values else float("nan")
 
 
-def mean_auc(labels, scores, classes: Sequence[str] | None = None) -> float:
-    """Mean ROC-AUC over the classes, as the published figures are; see :func:`mean_over_classes`."""
-    return mean_over_classes(auc_by_class(labels, scores, classes))
+def mean_auc(labels, scores, classes: Sequence[str] | None = None, normal_class: str = "") -> float:
+    """Mean ROC-AUC over the findings, as the published figures are; see :func:`mean_over_classes`."""
+    return mean_over_classes(auc_by_class(labels, scores, classes), normal_class=normal_class)
 
 
 def micro(labels, scores) -> dict[str, float]:
-    """ROC-AUC and average precision over all (sample, class) pairs together; NaN without positives or negatives.
+    """ROC-AUC and average precision over all (sample, finding) pairs together; NaN without positives or negatives.
 
     It requires scores that are comparable between classes, and common findings dominate it.
     """
@@ -103,8 +109,9 @@ def prevalence(labels, classes: Sequence[str]) -> dict[str, float]:
         return dict(zip(map(str, classes), np.nanmean(labels, axis=0).tolist()))
 
 
-def summarize(labels, scores, classes: Sequence[str]) -> dict:
+def summarize(labels, scores, classes: Sequence[str], normal_class: str = "") -> dict:
     """The metrics of a part as in ``metrics.json``: mean_auc, mean_ap, auc and ap by class, undefined classes."""
     auc, ap = auc_by_class(labels, scores, classes), ap_by_class(labels, scores, classes)
-    return {"mean_auc": mean_over_classes(auc), "mean_ap": mean_over_classes(ap, what="average precision"),
+    return {"mean_auc": mean_over_classes(auc, normal_class=normal_class),
+            "mean_ap": mean_over_classes(ap, normal_class=normal_class, what="average precision"),
             "auc": auc, "ap": ap, "undefined": [name for name, value in auc.items() if np.isnan(value)]}

@@ -5,34 +5,47 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from charmlib import session
 from charmlib.files import write_json, write_whole
+from charmlib.nih import finding_columns
 
 if TYPE_CHECKING:
     import numpy as np
 
     from charmlib.evaluation.intervals import Resamples
 
-FORMAT = 2
+FORMAT = 3
 """Of ``model.json`` and ``metrics.json``; files of another number are refused."""
+ABOUT = ("view", "sex", "age")
+"""What ``predictions.npz`` holds of each image beside ids, patients, labels and logits."""
 PART_FILE = "scored.json"
 """The scores of the test notebook, from which ``metrics.json`` is made when the run is done."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One part of ``predictions.npz``: ids, patients (n,), labels and logits (n, C), and the names of the C classes."""
+    """One part of ``predictions.npz``: ids, patients (n,), labels and logits (n, C), and the names of the C classes.
+
+    ``normal_class`` means "no finding"; '' takes a class by its name. ``about`` holds :data:`ABOUT` (n,), as far as known.
+    """
 
     ids: np.ndarray
     patients: np.ndarray
     labels: np.ndarray
     logits: np.ndarray
     classes: tuple[str, ...]
+    normal_class: str = ""
+    about: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def findings(self) -> list[int]:
+        """Positions of the classes in means: all but the one that means "no finding"."""
+        return finding_columns(self.classes, self.normal_class)
 
     @property
     def positives(self) -> dict[str, int]:
@@ -47,7 +60,7 @@ class Predictions:
     def take(self, rows) -> Predictions:
         """The images at some positions, or those that a mask (n,) selects."""
         return replace(self, ids=self.ids[rows], patients=self.patients[rows], labels=self.labels[rows],
-                       logits=self.logits[rows])
+                       logits=self.logits[rows], about={key: values[rows] for key, values in self.about.items()})
 
 
 class RunFolder:
@@ -156,7 +169,8 @@ class RunFolder:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return Predictions(*(file[f"{part}_{key}"] for key in ("ids", "patients", "labels", "logits")),
-                                   tuple(str(c) for c in file["classes"]))
+                                   tuple(str(c) for c in file["classes"]), str(file.get("normal_class", "")),
+                                   {key: file[f"{part}_{key}"] for key in ABOUT if f"{part}_{key}" in file})
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged or no prediction file ({type(error).__name__}); score again") from error
 
@@ -220,11 +234,18 @@ def _json(path: Path, missing: str, remedy: str) -> dict:
     return content
 
 
-def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str]) -> None:
-    """Write ``{valid,test}_{ids,patients,labels,logits}`` and ``classes``; no pickles. Valid may be empty arrays."""
+def about(frame) -> dict[str, np.ndarray]:
+    """:data:`ABOUT` of the rows of an index's frame: view and sex as text, age in years or NaN."""
+    return {key: frame[key].to_numpy("float32" if key == "age" else str) for key in ABOUT}
+
+
+def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str],
+                     normal_class: str = "") -> None:
+    """Write ``{valid,test}_{ids,patients,labels,logits}``, :data:`ABOUT` where given, ``classes`` and ``normal_class``; no
+    pickles. Valid may be empty arrays."""
     import numpy as np
 
-    write_arrays(path, classes=np.array(list(classes)),
+    write_arrays(path, classes=np.array(list(classes)), normal_class=np.array(normal_class),
                  **{f"{part}_{key}": value for part, values in parts.items() for key, value in values.items()})
 
 

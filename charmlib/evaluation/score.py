@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from charmlib import nih
 from charmlib.evaluation.calibration import calibration
 from charmlib.evaluation.combine import mean_ensemble
 from charmlib.evaluation.intervals import (
@@ -24,12 +25,13 @@ from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.metrics import frequency_groups, mean_auc, mean_over_classes, micro, summarize
 from charmlib.evaluation.operating import at_thresholds, choose_thresholds
 from charmlib.evaluation.runs import Predictions, RunFolder, chosen_on_validation, run_names
+from charmlib.nih import finding_columns
 
 
 def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
                thresholds: Mapping[str, Mapping[str, float | None]] | None = None, temperature: float | None = None,
-               prevalence: Mapping[str, float] | None = None, resamples: int = RESAMPLES, seed: int = SEED
-               ) -> tuple[dict, Resamples | None]:
+               prevalence: Mapping[str, float] | None = None, normal_class: str = "", resamples: int = RESAMPLES,
+               seed: int = SEED) -> tuple[dict, Resamples | None]:
     """What ``metrics.json`` holds of a part, and the bootstrap behind its intervals (None for a single patient).
 
     Parameters
@@ -43,25 +45,30 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
         it is given as trained.
     prevalence : mapping
         Class -> share of positives in the training part, for the frequency groups.
+    normal_class : str
+        The class that means "no finding", which no mean counts; '' takes one by its name.
     """
     labels, logits, patients = values["labels"], values["logits"], values["patients"]
-    out = summarize(labels, logits, classes) | {f"micro_{name}": value for name, value in micro(labels, logits).items()}
+    findings, normal = finding_columns(classes, normal_class), nih.normal_class(classes, normal_class)
+    out = {**summarize(labels, logits, classes, normal), "normal_class": normal,
+           **{f"micro_{name}": value for name, value in micro(labels[:, findings], logits[:, findings]).items()}}
     samples = bootstrap(labels, logits, patients, resamples=resamples, seed=seed) if enough_patients(patients) else None
     found = {figure: getattr(samples, figure, np.full((1, len(classes)), np.nan)) for figure in ("auc", "ap")}
     out["intervals"] = {"level": LEVEL, "resamples": resamples, "seed": seed, "clustered_by": "patient"}
     for figure, drawn in found.items():
-        out["intervals"] |= {f"mean_{figure}": interval(mean_of_defined(drawn)), figure: intervals_by_class(drawn, classes)}
+        out["intervals"] |= {f"mean_{figure}": interval(mean_of_defined(drawn[:, findings])),
+                             figure: intervals_by_class(drawn, classes)}
     out["mean_auc_low"], out["mean_auc_high"], _ = out["intervals"]["mean_auc"]
     if prevalence is not None:
-        out["groups"] = {group: _group(out, members, found, classes)
-                         for group, members in frequency_groups(dict(prevalence)).items() if members}
+        groups = frequency_groups({name: share for name, share in prevalence.items() if name != normal})
+        out["groups"] = {group: _group(out, members, found, classes) for group, members in groups.items() if members}
     if thresholds is not None:
         out["operating"] = {point: _operating(values, classes, chosen, resamples, seed)
                             for point, chosen in thresholds.items()}
     if thresholds is not None or temperature is not None:
-        out["calibration"] = {"as_trained": calibration(labels, logits, classes)}
+        out["calibration"] = {"as_trained": calibration(labels, logits, classes, normal_class=normal)}
     if temperature is not None:
-        out["calibration"]["scaled"] = calibration(labels, logits, classes, temperature)
+        out["calibration"]["scaled"] = calibration(labels, logits, classes, temperature, normal)
     return out, samples
 
 
@@ -118,7 +125,8 @@ def evaluate_ensemble(runs: Sequence[str | Path | RunFolder], *, points: Sequenc
     return {**each[0], "bank": None, "cell": f"mean of {len(members)} runs", "members": run_names(members),
             "params": {**each[0]["params"], "seed": together(m["params"]["seed"] for m in each)},
             "device": together(m["device"] for m in each), "precision": together(m["precision"] for m in each),
-            "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes)} if len(valid.ids) else None,
+            "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes, valid.normal_class)}
+            if len(valid.ids) else None,
             "test": _test(test, valid, chosen, points, each[0]["train_prevalence"])}, test
 
 
@@ -138,4 +146,4 @@ def _with_points(thresholds: dict, valid: Predictions, points: Sequence[str]) ->
 
 def _test(test: Predictions, valid: Predictions, chosen: dict, points: Sequence[str], prevalence) -> dict:
     return score_part(vars(test), test.classes, thresholds=_with_points(chosen["thresholds"], valid, points),
-                      temperature=chosen["temperature"], prevalence=prevalence)[0]
+                      temperature=chosen["temperature"], prevalence=prevalence, normal_class=test.normal_class)[0]

@@ -38,12 +38,14 @@ def class_table(part: Mapping, positives: Mapping[str, int] | None = None) -> pd
     """
     limits = part["intervals"]
     names = sorted(part["auc"], key=lambda name: -number(part["auc"][name], -1))
-    defined = [name for name in names if name not in part["undefined"]]
+    normal = part["normal_class"]
+    findings = [name for name in names if name != normal]
+    defined = [name for name in findings if name not in part["undefined"]]
 
     def row(name: str, auc, ap, auc_interval=(None, None), ap_interval=(None, None), **more) -> dict:
         return {"class": name, "AUC": auc, **limits_of("AUC", auc_interval), "AP": ap, **limits_of("AP", ap_interval), **more}
 
-    rows = [row(MEAN if len(defined) == len(names) else f"mean of {len(defined)} of {len(names)} classes", part["mean_auc"],
+    rows = [row(mean_name(len(defined), len(findings), normal), part["mean_auc"],
                 part["mean_ap"], limits["mean_auc"], limits["mean_ap"],
                 undefined=max((limits["auc"][name][2] for name in defined), default=float("nan")))]
     rows += [row(f"mean of {group}", g["mean_auc"], g["mean_ap"], g["mean_auc_interval"], g["mean_ap_interval"])
@@ -55,6 +57,19 @@ def class_table(part: Mapping, positives: Mapping[str, int] | None = None) -> pd
     if positives is not None:
         table.insert(1, "positives", table["class"].map(positives).astype("Int64"))
     return table.astype({c: float for c in table if c not in ("class", "positives")})
+
+
+def mean_name(defined: int, findings: int, normal_class: str) -> str:
+    """What a mean is over, in words: all classes, some of them, or the findings without the class that means "no finding"."""
+    if normal_class:
+        return f"mean of {f'{defined} of {findings}' if defined < findings else findings} findings (without {normal_class})"
+    return MEAN if defined == findings else f"mean of {defined} of {findings} classes"
+
+
+def means_note(metrics: Mapping) -> str:
+    """A line that names the class which no mean counts; empty if all classes are findings."""
+    normal = metrics["test"]["normal_class"]
+    return f"\nThe means are over the findings, without {normal}." if normal else ""
 
 
 def operating_table(part: Mapping, point: str) -> pd.DataFrame:

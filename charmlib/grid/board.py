@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.leaks import refuse_leaks
@@ -14,6 +13,7 @@ from charmlib.evaluation.tables import split_label
 from charmlib.files import write_csv
 from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.spec import Grid
+from charmlib.param_sources import read_yaml
 from charmlib.params import effective, missing_need
 from charmlib.training.recipes import phases, steps
 
@@ -61,7 +61,7 @@ def read_record(folder: Path) -> dict:
     """``grid.yaml`` of a grid's folder: name, axes, and cells with id, axes and params; GridError without one."""
     if not (folder / "grid.yaml").is_file():
         raise GridError(f"{folder} holds no grid (no grid.yaml); name a folder that `grid run` wrote")
-    return yaml.safe_load((folder / "grid.yaml").read_text())
+    return read_yaml(folder / "grid.yaml")
 
 
 def record_of(grid: Grid) -> dict:
@@ -103,7 +103,8 @@ def _row(run: CellFolder) -> dict:
 def _with_intervals(board: pd.DataFrame, runs: dict[str, CellFolder]) -> pd.DataFrame:
     """Fill in each cell's interval, and each ranked cell's paired difference to the first of its split, from one bootstrap."""
     board = board.astype({"same_as_first": object})
-    means = {cell: mean_of_defined(run.resamples.auc) for cell, run in runs.items() if run.resamples is not None}
+    means = {cell: mean_of_defined(run.resamples.auc[:, run.test.findings]) for cell, run in runs.items()
+             if run.resamples is not None}
     for i, row in board[board["cell"].isin(means)].iterrows():
         board.loc[i, ["ci_low", "ci_high"]] = interval(means[row["cell"]])[:2]
     for _, same_split in board[board["rank"].notna() & board["cell"].isin(means)].groupby("split"):

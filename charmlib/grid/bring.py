@@ -16,6 +16,7 @@ from charmlib.grid.board import leaderboard, read_record
 from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.report import write_report
 from charmlib.grid.spec import Grid
+from charmlib.param_sources import read_yaml
 from charmlib.params import READING, changes
 
 KAGGLE_INPUT = Path("/kaggle/input")
@@ -105,7 +106,7 @@ def _attached(name: str, inputs: Path) -> Iterator[Path]:
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ or inputs != KAGGLE_INPUT:
         for pattern in (f"{mount}/{inside}/grid.yaml" for mount in _MOUNTS for inside in (name, f"runs/{name}", ".")):
             yield from (record.parent for record in sorted(inputs.glob(pattern))
-                        if (yaml.safe_load(record.read_text()) or {}).get("name") == name)
+                        if read_yaml(record).get("name") == name)
 
 
 def merge_grids(out: str | Path, folders: Sequence[str | Path], *, say: Callable[[str], None] = print) -> pd.DataFrame:

@@ -69,7 +69,9 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     table["seed"] = table["seed"].astype("Int64")
     write_csv(folder / "controls.csv", table)
     samples = runs["shuffled"].resamples
-    low, high = interval(mean_of_defined(samples.auc), LEVEL)[:2] if samples else (float("nan"), float("nan"))
+    low, high = (float("nan"), float("nan"))
+    if samples:
+        low, high, _ = interval(mean_of_defined(samples.auc[:, runs["shuffled"].test.findings]), LEVEL)
     held = bool(low <= 0.5 <= high)
     remarks = [f"shuffled labels: the {LEVEL:.0%} interval {low:.4f} to {high:.4f} "
                f"{'contains' if held else 'does NOT contain'} 0.5"]
@@ -88,9 +90,11 @@ def _view_alone(params: dict) -> list[dict]:
         return []
     scores = column_scores(views[train], data.labels[train], views[test])
     labels, patients = data.labels[test], data.index.frame["patient"].to_numpy(str)[test]
+    columns = [data.classes.index(name) for name in data.index.findings]
+    labels, scores = labels[:, columns], scores[:, columns]
     low, high, _ = interval(mean_of_defined(bootstrap(labels, scores, patients).auc))
     part = data.split.counts["test"]
-    return [{"control": "view position alone", "test AUC": mean_auc(labels, scores, data.classes), "test AUC low": low,
+    return [{"control": "view position alone", "test AUC": mean_auc(labels, scores, data.index.findings), "test AUC low": low,
              "test AUC high": high, "split": split_label(data.split.record()), "images": part["images"],
              "patients": part["patients"], "positive share": part["positive_share"]}]
 

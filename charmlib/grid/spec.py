@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import yaml
-
-from charmlib.param_sources import find_file, load_params, parse_assignments, read_params, read_yaml
+from charmlib.param_sources import find_file, load_params, parse_assignments, parse_yaml, read_params, read_yaml
 from charmlib.params import ParameterError, coerce, effect_text, effective, missing_need, nearest, resolve, with_absolute_paths
 from charmlib.training.recipes import phases, steps
 
@@ -149,10 +147,7 @@ def _assigned(assignments: Iterable[str]) -> tuple[dict[str, Any], dict[str, lis
         if not text.startswith("["):
             fixed |= parse_assignments([pair])
             continue
-        try:
-            lists[name] = _values(name, yaml.safe_load(text), f"-p {name}")
-        except yaml.YAMLError as error:
-            raise ParameterError(f"-p: {text!r} is not a YAML list: {error}") from error
+        lists[name] = _values(name, parse_yaml(text, f"-p: {text!r}", "a YAML list"), f"-p {name}")
     return fixed, lists
 
 

@@ -98,7 +98,7 @@ class BankEvidence:
 
     def shares(self) -> dict[str, float]:
         """Prevalence of each finding, and of ``no_finding``, in the training part."""
-        return training_shares(self.data.labels[self.data.rows("train")], self.data.classes)
+        return training_shares(self.data.labels[self.data.rows("train")], self.data.classes, self.data.index.normal_class)
 
     def summary(self, history: list[dict]) -> dict | None:
         """What ``metrics.json`` holds of the bank: slots filled, share of features stored, enrichment; None without a bank."""
@@ -108,7 +108,7 @@ class BankEvidence:
         return {"filled": self.bank.filled.item(), "accepted": self.bank.accepted.item() / max(self.bank.seen.item(), 1),
                 "enrichment": None if table.empty else enrichment(
                     table[classes].to_numpy(np.float64, na_value=np.nan), table["patient"], self.data.labels[rows],
-                    self.data.index.frame["patient"].to_numpy(str)[rows], classes,
+                    self.data.index.frame["patient"].to_numpy(str)[rows], classes, normal_class=self.data.index.normal_class,
                     offered=self._offered(table["step"].to_numpy(), history))}
 
     def _offered(self, steps: np.ndarray, history: list[dict]) -> np.ndarray:
@@ -134,7 +134,7 @@ class BankEvidence:
         share = prevalence(data.labels[data.rows("train")], data.classes)
         patients, names = (data.index.frame[c].to_numpy(str)[rows] for c in ("patient", "id"))
         chosen = {}  # patient -> image
-        for name in sorted((c for c in data.classes if c != NO_FINDING), key=lambda c: share[c]):
+        for name in sorted(data.index.findings, key=lambda c: share[c]):
             found = np.flatnonzero(data.labels[rows, list(data.classes).index(name)] == 1)
             chosen |= {patients[i]: str(names[i]) for i in [i for i in found if patients[i] not in chosen][:1]}
         return list(chosen.values())[:count]

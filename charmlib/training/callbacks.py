@@ -16,7 +16,7 @@ from charmlib import session
 from charmlib.data.loaders import GreyToNetwork, grey_to_network
 from charmlib.evaluation.runs import RunFolder, number
 from charmlib.files import write_whole
-from charmlib.nih import NO_FINDING
+from charmlib.nih import finding_columns
 
 NUMBERS = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
 HISTORY = ("stage", "epoch", *NUMBERS, "bank_filled", "bank_accepted")  # columns of history.csv
@@ -162,7 +162,7 @@ class EpochRecord(Callback):
                "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": "", "bank_labels": {}}
         if (bank := getattr(self.model, "bank", None)) is not None:
             classes = list(self.dls.vocab)
-            held = bank.label_counts([c for c, name in enumerate(classes) if name != NO_FINDING])
+            held = bank.label_counts(finding_columns(classes, self.dls.normal_class))
             counts = torch.stack([bank.seen - self.counts[0], bank.accepted - self.counts[1], bank.filled])
             seen, accepted, row["bank_filled"], *held = torch.cat([counts, held]).tolist()  # one wait for the device
             row["bank_accepted"] = round(accepted / max(seen, 1), 4)

@@ -14,8 +14,9 @@ from charmlib.models.registry import Network, create
 from charmlib.training.device import place
 
 
-def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, thresholds: Mapping | None = None,
-               temperature: float | None = None, stage1_lr: float | None = None, data: Mapping | None = None) -> Path:
+def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, normal_class: str = "",
+               thresholds: Mapping | None = None, temperature: float | None = None, stage1_lr: float | None = None,
+               data: Mapping | None = None) -> Path:
     """Write ``model.safetensors`` and ``model.json`` (classes, arch, parameters, norm, thresholds); returns the former.
 
     ``stage1_lr`` is the rate that stage 1 used (the finder's, where none was pinned).
@@ -28,7 +29,7 @@ def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, th
     state = {k: v.detach().to("cpu").contiguous() for k, v in net.state_dict().items()}
     write_whole(folder / "model.safetensors", lambda temporary: save_file(state, temporary))
     write_json(folder / "model.json", {
-        "format": FORMAT, "classes": list(classes), "arch": net.arch, "params": dict(params),
+        "format": FORMAT, "classes": list(classes), "normal_class": normal_class, "arch": net.arch, "params": dict(params),
         "norm": {"mean": list(net.mean), "std": list(net.std)}, "thresholds": dict(thresholds or {}),
         "temperature": temperature, "stage1_lr": stage1_lr, "data": data})
     return folder / "model.safetensors"

@@ -63,5 +63,5 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
                  *([HalfPrecision()] if pick_precision(precision, device) == "fp16" else [])]
     return record_on_device(Learner(
         dls, place(net, device), loss_func=make_loss(loss) if isinstance(loss, str) else loss, opt_func=AdamW,
-        splitter=lambda net: net.parameter_groups(), metrics=[MeanAUC(dls.vocab)], cbs=callbacks, wd=weight_decay, path=path,
-        model_dir=".", **{name: value for name, value in kwargs.items() if name not in of_network}))
+        splitter=lambda net: net.parameter_groups(), metrics=[MeanAUC(dls.vocab, dls.normal_class)], cbs=callbacks,
+        wd=weight_decay, path=path, model_dir=".", **{name: value for name, value in kwargs.items() if name not in of_network}))

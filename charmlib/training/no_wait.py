@@ -97,12 +97,12 @@ class MeanLoss(AvgLoss):
 
 
 class MeanAUC(Metric):
-    """Mean ROC-AUC over a whole validation part."""
+    """Mean ROC-AUC over the findings on a whole validation part."""
 
     name = "mean_auc"
 
-    def __init__(self, classes):
-        self.classes = tuple(classes)
+    def __init__(self, classes, normal_class: str = ""):
+        self.classes, self.normal_class = tuple(classes), normal_class
         self.reset()
 
     def reset(self):
@@ -117,7 +117,7 @@ class MeanAUC(Metric):
         if not self.logits:
             return float("nan")
         labels, logits = (torch.cat(parts).float().cpu().numpy() for parts in (self.labels, self.logits))
-        return mean_auc(labels, logits, self.classes)
+        return mean_auc(labels, logits, self.classes, self.normal_class)
 
 
 class Progress(ProgressCallback):

@@ -12,6 +12,7 @@ from charmlib.data.loaders import grey_to_network
 from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
 from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.score import thresholds_at
+from charmlib.files import readable
 from charmlib.training.checkpoint import load_model
 from charmlib.training.device import pick_device
 
@@ -61,7 +62,7 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
                 images.append(read_radiograph(path, card["params"]["image_size"], **how))
                 kept.append(path)
             except NotARadiograph as error:
-                refused(str(error))
+                refused(readable(error))
         if images:
             grey = torch.from_numpy(np.stack(images)).to(chosen).unsqueeze(1)
             with torch.inference_mode():
@@ -70,7 +71,7 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     values = np.concatenate(logits) if logits else np.empty((0, len(classes)))
     probability = expit(values.astype(np.float64))
     shown = expit(values / card["temperature"]) if calibrated else probability
-    table = pd.DataFrame({"image": [str(path) for path in kept]}).assign(run=Path(run).resolve().name,
+    table = pd.DataFrame({"image": [readable(path) for path in kept]}).assign(run=Path(run).resolve().name,
                                                                            point=point if validated else pd.NA)
     calls = {f"call_{name}": pd.array([pd.NA] * len(kept) if (threshold := thresholds.get(name)) is None else
                                       probability[:, c] >= threshold, dtype="Int8")

@@ -15,7 +15,7 @@ from charmlib.data.dataset import ChestData, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
-from charmlib.evaluation.runs import RunFolder, chosen_on_validation, save_predictions
+from charmlib.evaluation.runs import RunFolder, about, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_csv, write_json, write_text
 from charmlib.models.registry import Network, create
@@ -189,7 +189,8 @@ class Run:
         self.history = [{name: row[name] for name in HISTORY} for row in runner.run(plan, state)]
         logits, labels = self.logits("valid")
         self.bank.write()
-        save_model(self.net, folder.path, classes=self.data.classes, params={**self.params, "split_hash": self.data.split.hash},
+        save_model(self.net, folder.path, classes=self.data.classes, normal_class=self.data.index.normal_class,
+                   params={**self.params, "split_hash": self.data.split.hash},
                    stage1_lr=self._rate, data=self._source(), **chosen_on_validation(labels, logits, self.data.classes))
         self.folder = RunFolder(folder.path)
         return self.history
@@ -277,7 +278,7 @@ class Run:
         if images < len(rows):
             rows = np.sort(np.random.default_rng(self.params["seed"]).choice(rows, images, replace=False))
         logits, labels = self.logits("test", rows)
-        score = mean_auc(labels, logits, self.data.classes)
+        score = mean_auc(labels, logits, self.data.classes, self.data.index.normal_class)
         print(f"QUICK CHECK on {len(rows)} of {self.data.split.counts['test']['images']} test images: "
               f"mean ROC-AUC {score:.3f}. Not a test score.")
         return score
@@ -301,17 +302,20 @@ class Run:
             logits, labels = self.logits(part)
             frame = self.data.index.frame.iloc[self.data.rows(part)]
             parts[part] = {"ids": frame["id"].to_numpy(str), "patients": frame["patient"].to_numpy(str),
-                           "labels": labels, "logits": logits}
-        save_predictions(self.folder.predictions_file, parts, self.data.classes)
+                           "labels": labels, "logits": logits, **about(frame)}
+        normal = self.data.index.normal_class
+        save_predictions(self.folder.predictions_file, parts, self.data.classes, normal)
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
-        test, samples = score_part(parts["test"], self.data.classes, prevalence=train, **self.folder.choices)
+        test, samples = score_part(parts["test"], self.data.classes, prevalence=train, normal_class=normal,
+                                   **self.folder.choices)
         save_resamples(self.folder.resamples_file, samples)
         metrics = {
             "params": self.params, "data": self._source(),
             "split": self.data.split.record(),
-            "classes": list(self.data.classes), "images": self.data.train_images(),
+            "classes": list(self.data.classes), "normal_class": normal, "images": self.data.train_images(),
             "train_prevalence": train,
-            "valid": score_part(parts["valid"], self.data.classes)[0] if self.data.split.has_valid else None, "test": test,
+            "valid": score_part(parts["valid"], self.data.classes, normal_class=normal)[0]
+            if self.data.split.has_valid else None, "test": test,
             "bank": self.bank.summary(history), "stage1_lr": self.folder.card["stage1_lr"],
             "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": round(time.monotonic() - start, 3),
                         "overhead": None},

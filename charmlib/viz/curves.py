@@ -23,7 +23,8 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
     patients.
     """
     aucs = auc_by_class(predictions.labels, predictions.logits, predictions.classes)
-    defined = [v for v in aucs.values() if not np.isnan(v)]
+    findings = [aucs[predictions.classes[c]] for c in predictions.findings]
+    defined = [v for v in findings if not np.isnan(v)]
     figure, axis = plt.subplots(figsize=(8.6, 5.7), layout="constrained")
     for i in np.argsort([-np.nan_to_num(v, nan=-1.0) for v in aucs.values()], kind="stable"):
         name = predictions.classes[i]
@@ -37,6 +38,7 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
     axis.set(xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)", xlim=(0, 1),
              ylim=(0, 1.01), aspect="equal")
     mean = f"mean {np.mean(defined):.3f}" + (f" of {len(defined)}" if len(defined) < len(aucs) else "") if defined else ""
+    mean += " findings" if mean and len(findings) < len(aucs) else ""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside center right", fontsize=10,
                   title=f"AUC, finding (positives)\n{mean}")
     return heading(figure, title, note)

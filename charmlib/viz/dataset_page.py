@@ -49,7 +49,8 @@ def _shares(values: pd.Series) -> str:
 def finding_table(data) -> pd.DataFrame:
     """One row per class by falling prevalence: positives of each part, prevalence in training, and frequency group."""
     positives, shares = _by_class(data)
-    group = {name: kind for kind, names in frequency_groups(shares["train"].to_dict()).items() for name in names}
+    groups = frequency_groups(shares["train"][list(data.index.findings)].to_dict())
+    group = {name: kind for kind, names in groups.items() for name in names}
     table = positives.apply(lambda column: column.map("{:,}".format))
     table.insert(0, "class", [readable(name) for name in data.classes])
     table["prevalence (train)"] = shares["train"].map("{:.2%}".format)

@@ -8,6 +8,7 @@ import pandas as pd
 
 from charmlib.evaluation import tables
 from charmlib.evaluation.enrichment import enrichment_note, enrichment_table
+from charmlib.evaluation.groups import group_table
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.tables import with_intervals
@@ -70,6 +71,8 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
                             "positives or negatives of a class, which are left out of its interval."),
              page.table(with_intervals(tables.class_table(part, predictions.positives)), "first"),
              page.paragraph(f"{tables.groups_note(part)}.")]
+    if len(by_group := group_table(predictions)):
+        parts += [page.heading("By view, sex and age group"), page.table(with_intervals(by_group), "words")]
     for point in part["operating"]:
         parts += [page.heading(f"Operating point '{point}'"),
                   page.paragraph(f"{tables.point_note(part, point)}; thresholds stay fixed in the resamples. An interval of "
@@ -103,11 +106,13 @@ def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predicti
 def evaluation_text(metrics: Mapping, predictions: Predictions, point: str) -> str:
     """The tables of a run for a terminal: scores, counts at an operating point, calibration."""
     part = metrics["test"]
+    by_group = group_table(predictions)
     calls, undefined = tables.operating_table(part, point), ", ".join(part["undefined"])
     return "\n".join([
         f"{metrics['cell']}: {tables.split_note(metrics)}; {tables.origin_note(metrics)}", *_members(metrics),
         with_intervals(tables.class_table(part, predictions.positives)).to_string(index=False),
         *([f"left out of the means, having no positives or no negatives: {undefined}"] if undefined else []),
+        *([f"\nby group:\n{with_intervals(by_group).to_string(index=False)}\n"] if len(by_group) else []),
         tables.groups_note(part), f"\n{tables.point_note(part, point)}" + (":" if len(calls) else ""),
         *([with_intervals(calls).to_string(index=False)] if len(calls) else []),
         "\ncalibration:", with_intervals(tables.calibration_table(part), 4).to_string(index=False)])

@@ -122,3 +122,16 @@ def test_folders_are_searched_and_missing_ones_named(tmp_path, grey):
 def test_all_real_radiographs_pass(shared):
     for path in [*sorted((shared / "nih_full").glob("*.png")), *sorted((shared / "nih64").rglob("*.png"))[::40]]:
         assert read_radiograph(path, 64).shape == (64, 64)
+
+
+def test_what_systems_leave_in_folders_is_skipped(tmp_path):
+    picture = tmp_path / "a b \u00e9.png"
+    Image.fromarray(np.arange(64 * 64).reshape(64, 64).astype(np.uint8)).save(picture)
+    for name in ("._a b \u00e9.png", "__MACOSX/._x.png", "__MACOSX/x.png", "Thumbs.db", ".DS_Store", "desktop.ini", "README",
+                 ".trash/old.png", "sub/._y.dcm", "sub/.DS_Store"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7" + b"\0" * 200)
+    (tmp_path / "broken.png").symlink_to("/nowhere/x.png")
+    assert find_radiographs([tmp_path]) == [picture]
+    assert find_radiographs(sorted(p for p in tmp_path.iterdir() if p.name not in ("README", "broken.png", "sub", ".trash"))
+                            ) == [picture]  # as the shell's * names them

@@ -1,0 +1,63 @@
+"""Scores by view, sex and age group: mean AUC over the findings, with intervals over patients."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
+from charmlib.evaluation.metrics import auc_by_class
+from charmlib.evaluation.runs import Predictions
+from charmlib.evaluation.tables import limits_of
+
+FEW = 50
+"""Patients in a group, below which it is marked as small."""
+AGES = (18, 40, 60, 80)
+"""Limits of the age groups in years."""
+_MOST = 6  # values of a column that are groups of their own
+_RESAMPLES = 300
+
+
+def groups_of(predictions: Predictions) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and mask (n,) of each group. A column that is unknown for all images, or has one value, gives none."""
+    for column, values in predictions.about.items():
+        names = np.array([_name(column, value) for value in values.tolist()])
+        counts = Counter(names[names != "unknown"].tolist())
+        if len(counts) < 2:
+            continue
+        common = sorted(name for name, _ in counts.most_common(_MOST))
+        names[~np.isin(names, [*common, "unknown"])] = "other"
+        for name in (*common, "other", "unknown"):
+            if (names == name).any():
+                yield f"{column} {name}", names == name
+
+
+def group_table(predictions: Predictions, resamples: int = _RESAMPLES) -> pd.DataFrame:
+    """One row a group: group, images, patients, positives (labels of findings), mean AUC with low and high, undefined, note.
+
+    ``undefined`` names the findings without positives or negatives in the group, which its mean leaves out. So means over
+    different findings are not comparable. ``note`` marks groups of fewer than :data:`FEW` patients.
+    """
+    columns, rows = predictions.findings, []
+    findings = [predictions.classes[c] for c in columns]
+    for name, mask in groups_of(predictions):
+        part = predictions.take(mask)
+        labels, logits, patients = part.labels[:, columns], part.logits[:, columns], len(np.unique(part.patients))
+        auc = auc_by_class(labels, logits, findings)
+        missing = [finding for finding, value in auc.items() if np.isnan(value)]
+        drawn = bootstrap(labels, logits, part.patients, resamples=resamples).auc if patients > 1 else np.full((1, 1), np.nan)
+        rows.append({"group": name, "images": len(part.ids), "patients": patients, "positives": int((labels == 1).sum()),
+                     "mean AUC": mean_of_defined(np.array([list(auc.values())]))[0],
+                     **limits_of("mean AUC", interval(mean_of_defined(drawn))),
+                     "undefined in it": f"{len(missing)} of {len(findings)}: {', '.join(missing)}" if missing else "",
+                     "note": f"small: fewer than {FEW} patients" if patients < FEW else ""})
+    return pd.DataFrame(rows)
+
+
+def _name(column: str, value) -> str:
+    if column == "age":
+        low = max((age for age in (0, *AGES) if age <= value), default=None)  # NaN is in no group
+        return "unknown" if low is None else next((f"{low} to {age - 1}" for age in AGES if age > low), f"{low} and older")
+    text = " ".join(str(value).upper().split())
+    return {"F": "female", "W": "female", "M": "male"}.get(text[:1], "unknown") if column == "sex" else text or "unknown"

@@ -1,0 +1,119 @@
+"""A finished run scored on another data set (external validation)."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from charmlib.data.cache import open_images
+from charmlib.data.dataset import ChestData, assemble, find_data, readable_only
+from charmlib.data.index import Index, read_index
+from charmlib.data.splits import Split
+from charmlib.evaluation.class_names import match_classes
+from charmlib.evaluation.leaks import split_of
+from charmlib.evaluation.runs import Predictions, RunFolder, about, save_predictions
+from charmlib.evaluation.score import score_part, thresholds_at
+from charmlib.files import write_json
+from charmlib.training.checkpoint import load_model
+from charmlib.training.device import pick_device, pick_precision
+from charmlib.training.machine import device_name
+from charmlib.training.run import Run
+
+WHOLE = "whole table"
+"""The split of a data set whose every image is scored."""
+
+
+def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: str = "", split: str = "", part: str = "test",
+                    point: str = "youden", out: str | Path = "", name: str = "", device: str = "auto", cache_dir: str = "",
+                    workers: int = 2, reading: Mapping | None = None) -> tuple[dict, Predictions]:
+    """Score a finished run on a data set that it was not trained on; returns metrics and predictions of the matched classes.
+
+    Thresholds and temperature are those of the run's own validation part. Writes ``scores/NAME.json`` and ``NAME.npz``.
+
+    Parameters
+    ----------
+    csv, reading
+        How the table is read, as in :func:`charmlib.data.index.read_index`.
+    split, part : str
+        A part of a split of the data; by default all images of the table.
+    out, name : str
+        The folder, by default ``scores`` in the run's, and NAME, by default of data folder and table.
+
+    Returns
+    -------
+    metrics as in ``metrics.json`` without ``valid``, and ``matched`` (our class -> theirs), ``unmatched`` {run, data} and
+    ``seen`` (the number of images whose names are among the run's training and validation images).
+
+    Raises
+    ------
+    ValueError
+        No class of the run is among those of the data; names both. The name is taken by the scores of other images.
+    """
+    run = RunFolder.of(run)
+    card, trained = run.card, run.metrics
+    params = {**card["params"], "run_dir": str(run.path), "device": device}
+    index = read_index(find_data(data_root), csv=csv, **{"classes": "own" if csv else "nih15", **(reading or {})})
+    matched = match_classes(card["classes"], index.classes)
+    if not matched:
+        raise ValueError(f"no class of {run} is in {index.table}: the run has {', '.join(card['classes'])}; the table has "
+                         f"{', '.join(index.classes)}. Rename columns of the table that mean the same.")
+    images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), params["image_size"],
+                         aspect=params["aspect"], contrast=params["contrast"], cache_dir=cache_dir, workers=workers)
+    data = assemble(index, images, split=split) if split else whole(*readable_only(index, images))
+    rows, where = data.rows(part if split else "test"), pick_device(device)
+    net, _ = load_model(run.path, where)
+    logits, _ = Run(params, data, net, where, pick_precision(params["precision"], where)).logits(part, rows)
+    frame, ours = data.index.frame.iloc[rows], list(matched)
+    test = Predictions(frame["id"].to_numpy(str), frame["patient"].to_numpy(str), data.index.frame[list(matched.values())].
+                       to_numpy(np.float32)[rows], logits[:, [card["classes"].index(c) for c in ours]], tuple(ours),
+                       card["normal_class"] if card["normal_class"] in matched else "",
+                       about(frame))
+    thresholds = card["thresholds"] | ({point: thresholds_at(run, point)} if card["thresholds"] else {})
+    scores, _ = score_part(vars(test), ours, thresholds=thresholds, temperature=card["temperature"],
+                           prevalence={c: trained["train_prevalence"][c] for c in ours}, normal_class=test.normal_class)
+    known = split_of(run)
+    seen = None if known is None else int(frame["id"].isin(known["id"][known["part"] != "test"]).sum())
+    record, left = data.split.record(), [c for c in index.findings if c not in matched.values()]
+    record["test"] = record[part if split else "test"]
+    name = name or "_".join(dict.fromkeys([data.index.root.resolve().name, index.table.stem, *([part] if split else [])]))
+    metrics = {**trained, "cell": f"{run.name} on {name}", "classes": ours, "normal_class": test.normal_class,
+               "data": {"name": data.source, "drawn": data.index.drawn, "table": str(index.table), "trained_on": card["data"]},
+               "unmatched": {"run": [c for c in card["classes"] if c not in matched], "data": left}, "seen": seen, "bank": None,
+               "matched": matched, "split": record, "test": scores, "report": str(data.index.report),
+               "device": device_name(where)}
+    file = Path(out or run / "scores") / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_file() and f'"hash": "{record["hash"]}"' not in file.read_text():
+        raise ValueError(f"{file} holds the scores of other images: say another --name")
+    arrays = {key: getattr(test, key) for key in ("ids", "patients", "labels", "logits")} | test.about
+    save_predictions(file.with_name(f"{name}.npz"), {"test": arrays}, ours, test.normal_class)
+    write_json(file, metrics)
+    return metrics | {"file": str(file)}, test
+
+
+def whole(index: Index, images) -> ChestData:
+    """A data set whose every image is in the test part."""
+    ids, patients = index.frame["id"], index.frame["patient"]
+    count = {"images": len(ids), "patients": int(patients.nunique()), "positive_share": float(index.has_finding().mean())}
+    return ChestData(index, Split(WHOLE, np.full(len(ids), "test", dtype=object), hashlib.sha256(
+        "\n".join(sorted(ids)).encode("utf-8", "surrogateescape")).hexdigest()[:16], {"test": count}, index.patients_from),
+        images, index.labels())
+
+
+def external_note(metrics: Mapping) -> str:
+    """What was scored on what, which classes were matched and which were not, in words."""
+    unmatched, matched = metrics["unmatched"], metrics["matched"]
+    renamed = [f"{ours} = {theirs}" for ours, theirs in matched.items() if ours != theirs]
+    lines = [f"trained on {metrics['data']['trained_on']['name']}, scored on {metrics['data']['name']} "
+             f"({metrics['data']['table']}), at thresholds and temperature of the run's own validation part",
+             f"{len(matched)} classes matched by name" + (f", of which by another spelling or a synonym: {', '.join(renamed)}"
+                                                          if renamed else "")]
+    lines += [f"classes of the {whose} without a counterpart, not scored: {', '.join(names)}"
+              for whose, names in (("run", unmatched["run"]), ("data", unmatched["data"])) if names]
+    if metrics["seen"]:
+        lines.append(f"WARNING: {metrics['seen']:,} of {metrics['split']['test']['images']:,} images have the names of images "
+                     "that the run was trained or validated on. If they are the same images, this is no external validation.")
+    if metrics["seen"] is None:
+        lines.append("the run has no split.csv: whether it was trained on some of these images cannot be checked")
+    return "\n".join(lines)

@@ -49,8 +49,8 @@ def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Map
     define it; ``undefined`` is the share of the others. The means are over the classes that a resample defines.
 
     Returns one row per class and metric ('AUC', 'AP', with thresholds 'sensitivity', 'specificity' and 'F1'), and one per
-    metric for the mean of the findings: class, figure, positives, first, second, difference, low, high, agree, undefined. Raises
-    ValueError as :func:`aligned`.
+    metric for the mean of the findings: class, figure, positives, first, second, difference, low, high, agree, undefined.
+    Raises ValueError as :func:`aligned`.
     """
     pair, classes = aligned(first, second), first.classes
     how = {"resamples": resamples, "seed": seed}

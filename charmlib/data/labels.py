@@ -106,9 +106,9 @@ def _labels_of_columns(raw: pd.DataFrame, table: Path, report: Report, wanted: l
         if not wanted:
             if (names := column_of(raw, "finding")) and pd.to_numeric(raw[names], errors="coerce").isna().any():
                 return None
-            raise ValueError(f"{table} has neither a 'Finding Labels' column nor columns of 0 and 1: found {', '.join(named)} "
-                             f"and {raw.shape[1] - len(named)} columns without a name. `python -m charmlib predict` needs no "
-                             "labels.")
+            raise ValueError(f"{table} has neither a 'Finding Labels' column nor columns of 0 and 1: found {', '.join(named)}"
+                             + (f" and {unnamed} columns without a name. `python -m charmlib predict` needs no labels."
+                                if (unnamed := raw.shape[1] - len(named)) else ""))
         if twice := [name for name in wanted if re.sub(r"\.\d+$", "", name) in {*wanted} - {name}]:  # as pandas names them
             raise ValueError(f"{table} has two columns for the class {twice[0].rpartition('.')[0]!r}: rename or delete one")
         report.add("columns that hold other things than 0, 1 and blanks, not used as classes",
@@ -149,7 +149,7 @@ def _parsed(column: pd.Series) -> np.ndarray:
 
 def _value(word: str) -> float:
     try:
-        return {0: 0.0, 1: 1.0, -1: _UNCERTAIN}.get(float(word), _ODD) if word != "nan" else _BLANK
+        return {0: 0.0, 1: 1.0, -1: _UNCERTAIN}.get(float(word.replace(",", ".")), _ODD) if word != "nan" else _BLANK
     except ValueError:
         return _WORDS.get(word, _ODD)
 

@@ -17,7 +17,7 @@ from charmlib.data.junk import kind_of
 
 COLUMNS = {what: tuple(names.split()) for what, names in {
     "id": "imageindex imageid image id path filename imagename imagefile imagefilename imagepath img imgid imgname imgpath "
-          "dicomid file filepath fpath pathtoimage jpgpath pngpath relativepath sopinstanceuid uid",
+          "fname dicomid file filepath fpath pathtoimage jpgpath pngpath relativepath sopinstanceuid uid",
     "patient": "patientid patient subjectid subject studypatientid anonpatientid deidpatientid empianon patientnumber "
                "patientno participantid personid ptid pid mrn",
     "age": "patientage age ageatstudy ageyears", "sex": "patientgender patientsex sex gender patientsexdicom",

@@ -13,6 +13,7 @@ from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.tables import (
     calibration_table,
     class_table,
+    clusters,
     groups_note,
     operating_table,
     origin_note,
@@ -76,7 +77,7 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     if "members" in metrics:
         parts.append(page.paragraph(f"Mean of the probabilities of {', '.join(metrics['members'])}."))
     parts += [page.heading("Scores on the whole test part"),
-              page.paragraph("95 % intervals by bootstrap over patients; 'undefined' is the share of resamples that lack "
+              page.paragraph(f"95 % intervals by bootstrap over {clusters(metrics['split'])}; 'undefined' is the share of resamples that lack "
                              "positives or negatives of a class, which are left out of its interval."),
               page.table(with_intervals(class_table(part, predictions.positives)), "first"),
               page.paragraph(f"{groups_note(part)}.")]

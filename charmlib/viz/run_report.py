@@ -77,8 +77,8 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     if "members" in metrics:
         parts.append(page.paragraph(f"Mean of the probabilities of {', '.join(metrics['members'])}."))
     parts += [page.heading("Scores on the whole test part"),
-              page.paragraph(f"95 % intervals by bootstrap over {clusters(metrics['split'])}; 'undefined' is the share of resamples that lack "
-                             "positives or negatives of a class, which are left out of its interval."),
+              page.paragraph(f"95 % intervals by bootstrap over {clusters(metrics['split'])}; 'undefined' is the share of "
+                             "resamples that lack positives or negatives of a class, which are left out of its interval."),
               page.table(with_intervals(class_table(part, predictions.positives)), "first"),
               page.paragraph(f"{groups_note(part)}.")]
     if len(by_group := group_table(predictions)):

@@ -158,7 +158,7 @@ class ImageReader:
 
     def __call__(self, metrics: Mapping, image_id: str) -> np.ndarray:
         params = {**DEFAULTS, **metrics["params"]}
-        key = str(self.data_root or params["data_root"]), *(params[name] for name in READING)
+        key = str(Path(self.data_root or params["data_root"]).expanduser()), *(params[name] for name in READING)
         if key not in self._paths:
             self._paths[key] = {}  # missing data is searched once, too
             frame = read_index(key[0], **dict(zip(READING, key[1:]))).frame

@@ -147,6 +147,11 @@ def limits_of(name: str, interval: Sequence[float | None]) -> dict[str, float | 
     return {f"{name} low": interval[0], f"{name} high": interval[1]}
 
 
+def clusters(split: Mapping) -> str:
+    """What a bootstrap draws: patients, or images where the patients are unknown."""
+    return "images, since the patients are unknown" if split.get("patients_from") == EACH_ITS_OWN else "patients"
+
+
 def split_label(split: Mapping) -> str:
     """Name and hash of ``metrics['split']`` for the cell of a table; says so where patients are unknown."""
     unknown = " (patients unknown)" if split.get("patients_from") == EACH_ITS_OWN else ""

@@ -67,8 +67,8 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     parts = [page.paragraph(f"{tables.split_note(metrics)}. {tables.origin_note(metrics)}.", ""),
              *(page.paragraph(f"{text[0].upper()}{text[1:]}.") for text in _members(metrics)),
              page.heading("Scores on the whole test part"),
-             page.paragraph("95 % intervals by bootstrap over patients; 'undefined' is the share of resamples that lack "
-                            "positives or negatives of a class, which are left out of its interval."),
+             page.paragraph(f"95 % intervals by bootstrap over {tables.clusters(metrics['split'])}; 'undefined' is the share "
+                            "of resamples that lack positives or negatives of a class, which are left out of its interval."),
              page.table(with_intervals(tables.class_table(part, predictions.positives)), "first"),
              page.paragraph(f"{tables.groups_note(part)}.")]
     if len(by_group := group_table(predictions)):

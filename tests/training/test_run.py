@@ -392,8 +392,8 @@ def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
     p = RunFolder(folder).test
     assert set(p.ids) == set((phantoms / "test_list.txt").read_text().split()) and p.classes == run.data.classes
     with np.load(folder / "predictions.npz", allow_pickle=False) as file:
-        assert set(file.files) == {"classes", *(f"{a}_{b}" for a in ("valid", "test")
-                                                for b in ("ids", "patients", "labels", "logits"))}
+        assert set(file.files) == {"classes", "normal_class", *(f"{a}_{b}" for a in ("valid", "test") for b in (
+            "ids", "patients", "labels", "logits", "view", "sex", "age"))}
     defined = [i for i in range(14) if 0 < p.labels[:, i].sum() < len(p.labels)]
     want = np.mean([roc_auc_score(p.labels[:, i], p.logits[:, i]) for i in defined])
     assert metrics["test"]["mean_auc"] == pytest.approx(want, abs=1e-12)

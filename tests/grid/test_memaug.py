@@ -55,7 +55,8 @@ def test_the_fifteen_run_end_to_end(tmp_path, shard):
     data = make_phantoms(tmp_path / "phantoms", images=120, size=32, seed=2)
     board = run_grid(PARAMS / "grid_memaug.yaml", [f"{k}={v}" for k, v in SMALL.items()] + [f"data_root={data}"],
                      out=tmp_path / "memaug", workers=2, shard=shard)
-    assert set(board["cell"]) <= FIFTEEN and len(board) == (15 if shard == "1/1" else 3)
-    assert set(board["status"]) == {"done"} and board["test_mean_auc"].notna().all()
-    for cell in board["cell"]:
+    done = board[board["status"] == "done"]
+    assert set(board["cell"]) == FIFTEEN and len(done) == (15 if shard == "1/1" else 3)
+    assert done["test_mean_auc"].notna().all()
+    for cell in done["cell"]:
         assert (tmp_path / "memaug" / cell / "bank.csv").is_file() == (not cell.startswith("baseline"))

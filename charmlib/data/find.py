@@ -1,4 +1,4 @@
-"""Finding the image files of a table: by name, or by the end of the path where a table names folders."""
+"""Finding the image files of a table, by name or the end of the path; and what a file is that should have been a picture."""
 
 import os
 import unicodedata
@@ -10,11 +10,15 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 DICOM_SUFFIXES = (".dcm", ".dicom")
 DEPTH = 15
 """Folders below the data folder that are searched."""
+_STARTS = ((b"version https://git-lfs", "a Git LFS pointer: fetch the files with `git lfs pull`"),
+           (b"<", "a web page or a server's error: download the files again, logged in where the site asks for it"),
+           (b"\0\5\x16\7", "a Mac's AppleDouble file: delete it"),
+           (b"pk\3\4", "a zip archive: unpack it"), (b"\x1f\x8b", "a gzip archive: unpack it"),
+           (b"rar!", "a RAR archive: unpack it"), (b"%pdf", "a PDF"))
 
 
 def find_files(root: Path) -> tuple[list[str], Counter]:
-    """Image files under ``root`` as paths relative to it, folder by folder and DICOM files last, and the number of other files
-    by suffix.
+    """Image files below ``root``, folder by folder and DICOM files last, and the number of other files by suffix.
 
     Links to folders are followed, each folder once. Hidden files and folders and what a Mac adds to archives (``._x.png``,
     ``__MACOSX``) are left out.
@@ -30,13 +34,12 @@ def find_files(root: Path) -> tuple[list[str], Counter]:
         subfolders[:] = sorted(s for s in subfolders if s[0] != "." and s != "__MACOSX") if level < DEPTH else []
         within = folder[top:] + os.sep if level else ""
         for name in sorted(names):
-            if name[0] != ".":
-                if name.lower().endswith(SUFFIXES):
-                    files.append((within + name).replace(os.sep, "/"))
-                elif is_dicom(os.path.join(folder, name)):
-                    dicom.append((within + name).replace(os.sep, "/"))
-                else:
-                    others[os.path.splitext(name)[1].lower()] += 1
+            if name[0] == ".":
+                continue
+            if (picture := name.lower().endswith(SUFFIXES)) or is_dicom(os.path.join(folder, name)):
+                (files if picture else dicom).append((within + name).replace(os.sep, "/"))
+            else:
+                others[os.path.splitext(name)[1].lower()] += 1
     return files + dicom, others
 
 
@@ -60,6 +63,14 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 def has_suffix(name: str) -> bool:
     """Whether a name ends like a picture or DICOM file."""
     return name.lower().endswith(SUFFIXES + DICOM_SUFFIXES)
+
+
+def kind_of(source: bytes) -> str:
+    """What a file is by its first bytes: 'a Git LFS pointer ...', 'a web page ...', 'an empty file'; '' for anything else."""
+    if not source.strip(b"\0 \r\n\t"):
+        return "an empty file: copy or download it again"
+    start = source[:256].removeprefix(b"\xef\xbb\xbf").lstrip(b" \r\n\t").lower()
+    return next((what for mark, what in _STARTS if start.startswith(mark)), "")
 
 
 def plain(name: str) -> str:

@@ -16,6 +16,6 @@ class Report:
             self.found.setdefault(kind, []).extend(names)
 
     def __str__(self) -> str:
-        lines = [f"{kind}: {len(names)} ({', '.join(names[:5])}"
-                 + (f" ... and {len(names) - 5} more)" if len(names) > 5 else ")") for kind, names in self.found.items()]
-        return "\n".join(lines) or "nothing odd found"
+        return "\n".join(
+            f"{kind}: {len(names)} ({', '.join(names[:5])}" + (f" ... and {len(names) - 5} more)" if len(names) > 5 else ")")
+            for kind, names in self.found.items()) or "nothing odd found"

@@ -23,10 +23,7 @@ class SplitError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """``part`` (n,) holds 'train', 'valid', 'test' or '' for each row of the index.
-
-    ``patients_from`` says what a patient is: "column 'subject_id'", or :data:`charmlib.nih.EACH_ITS_OWN`.
-    """
+    """``part`` (n,) holds 'train', 'valid', 'test' or '' for each row of the index; ``patients_from``: what a patient is."""
 
     name: str
     part: np.ndarray
@@ -76,11 +73,8 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
     limit : int
         At most so many images a part, drawn at random; 0 for all.
 
-    Raises
-    ------
-    SplitError
-        Lists missing or overlapping, a patient in two parts, an empty part (``valid_fraction`` 0 allows an empty validation),
-        or a split by patient of data whose patients are unknown.
+    Raises SplitError for lists missing or overlapping, a patient in two parts, an empty part (``valid_fraction`` 0 allows an
+    empty validation), or a split by patient of data whose patients are unknown.
     """
     patients, fold = index.frame["patient"], parse_fold(name)
     if index.why_unknown:
@@ -99,12 +93,10 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
         part, name = _own_lists(index, Path(name), optional=("valid",) if valid_fraction == 0 else ()), Path(name).name
     if valid_fraction == 0:
         part[part == "valid"] = "train"
-    if limit:
-        generator = np.random.default_rng(SPLIT_SEED)
-        for p in PARTS:
-            rows = np.flatnonzero(part == p)
-            if len(rows) > limit:
-                part[np.setdiff1d(rows, generator.choice(rows, limit, replace=False))] = ""
+    generator = np.random.default_rng(SPLIT_SEED)
+    for rows in (np.flatnonzero(part == p) for p in PARTS):
+        if limit and len(rows) > limit:
+            part[np.setdiff1d(rows, generator.choice(rows, limit, replace=False))] = ""
     assert_disjoint(patients, part)
     counts, positive = {}, index.has_finding()
     for p in PARTS:
@@ -127,13 +119,7 @@ def _too_few(patients: int) -> str:
 
 
 def parse_fold(name: str) -> tuple[int, int] | None:
-    """``'fold:2/5'`` as (2, 5); None for another split.
-
-    Raises
-    ------
-    SplitError
-        A fold outside its range, such as 'fold:6/5'.
-    """
+    """``'fold:2/5'`` as (2, 5); None for another split; raises SplitError for a fold outside its range, such as 'fold:6/5'."""
     if not str(name).startswith("fold:"):
         return None
     found = re.fullmatch(r"fold:(\d+)/(\d+)", name)
@@ -143,13 +129,7 @@ def parse_fold(name: str) -> tuple[int, int] | None:
 
 
 def assert_disjoint(patients: pd.Series, part: np.ndarray) -> None:
-    """Refuse a split in which a patient is in two parts.
-
-    Raises
-    ------
-    SplitError
-        Names some of the patients and their parts.
-    """
+    """Refuse a split in which a patient is in two parts: SplitError names some of the patients and their parts."""
     pairs = pd.DataFrame({"patient": patients.to_numpy(), "part": part})[part != ""].drop_duplicates()
     pairs = pairs[pairs["patient"].duplicated(keep=False)]
     if len(bad := pairs.sort_values("part").groupby("patient")["part"].agg(tuple)):
@@ -158,8 +138,8 @@ def assert_disjoint(patients: pd.Series, part: np.ndarray) -> None:
                          "Split by patient, not by image.")
 
 
-def _shuffled(patients: pd.Series, seed=SPLIT_SEED) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(np.array(sorted(set(patients)), dtype=object))
+def _shuffled(patients: pd.Series) -> np.ndarray:
+    return np.random.default_rng(SPLIT_SEED).permutation(np.array(sorted(set(patients)), dtype=object))
 
 
 def _assign(patients: pd.Series, *parts: np.ndarray) -> np.ndarray:
@@ -189,13 +169,7 @@ def _find_list(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _read_list(index: Index, path: Path, *, say: bool = False) -> set[str]:
-    """The ids that a list names, as written or by the ends of paths and plain names (:func:`charmlib.data.find.match`).
-
-    Raises
-    ------
-    SplitError
-        A list with names, none of which is in the data; an example of each side.
-    """
+    """The ids that a list names, as written or by the ends of paths and plain names (:func:`charmlib.data.find.match`)."""
     names = dict.fromkeys(listed_names(path))
     listed = set(index.frame["id"]) & names.keys()
     if others := [name for name in names if name not in listed]:

@@ -38,7 +38,7 @@ Scale = tuple[float, float]
 
 def read_grey(source: str | Path | bytes, size: int | None = None, aspect: str = "stretch", *, scale: Scale | None = None,
               contrast: str = "none") -> np.ndarray:
-    """An image file (or its bytes) as uint8 (size, size), or (height, width) for None; see :func:`open_grey` and :func:`fit`."""
+    """An image file (or its bytes) as uint8 (size, size), or (height, width) for None; see :func:`open_grey`, :func:`fit`."""
     grey = open_grey(source, scale)
     return np.asarray(grey) if size is None else fit(grey, size, aspect, contrast)
 

@@ -90,8 +90,7 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
         raise FileNotFoundError(f"no image of {table} is left:\n{report}")
     raw, ids, files, labels = raw[kept], ids[kept], files[kept], labels[kept]
     patient, patients_from, why_unknown = read_patients(raw, ids, files, patients)
-    unnamed = ~ids.map(has_suffix)
-    if unnamed.any():
+    if (unnamed := ~ids.map(has_suffix)).any():
         ids = ids.mask(unnamed, ids + "." + files.str.rpartition(".")[2])
     report.add("no patient known, each image counted as one of its own", ids[patient == ""])
     frame = pd.DataFrame({"id": ids, "path": f"{root}/" + files, "patient": patient.mask(patient == "", "image:" + ids),
@@ -120,7 +119,7 @@ def _find_table(root: Path, csv: str | Path) -> Path:
 
 
 def _find(raw: pd.DataFrame, table: Path, root: Path, own: bool, report: Report) -> tuple[pd.Series, dict[str, str], str]:
-    """The ids of all rows, id -> file below ``root``, and why no file was found or ''; the first column that names files decides."""
+    """The ids of all rows, id -> file below ``root``, and why no file was found or ''; the first column of files decides."""
     columns = columns_of(raw, "id") or columns_of(raw, "patient")  # as in RSNA's, where each patient has one image
     if not columns:
         raise ValueError(f"{table} has no image column: wanted Image Index, image_id, path, filename, dicom_id or the like, "

@@ -24,16 +24,15 @@ from charmlib.data.dataset import ChestData
 from charmlib.data.images import read_grey
 from charmlib.nih import NO_FINDING, PARTS
 
-READ_AHEAD = 2
-"""Batches that are read while the network computes."""
+READ_AHEAD = 2  # batches that are read while the network computes
 
 
 class ChestImages:
     """A part of a data set as (image uint8 (1, S, S), labels float32 (C,)) pairs, with the row of each.
 
     ``images`` is an ImageCache or an array (n, S, S) uint8, ``labels`` (n, C) float32. ``rows`` (m,) of the two belong to this
-    part; the bank stores them as image ids. ``train`` says whether training transforms apply. ``known`` is False for images from
-    elsewhere, whose rows are reported as -1. ``note`` is the title of every figure of these images.
+    part; the bank stores them as image ids. ``train`` says whether training transforms apply. Images from elsewhere are not
+    ``known``; their rows are reported as -1. ``note`` is the title of every figure of these images.
     """
 
     def __init__(self, images, labels, rows, classes: Sequence[str], *, train: bool = False, known: bool = True,
@@ -134,18 +133,18 @@ class ChestDL(TfmdDL):
     def show_batch(self, b=None, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings; returns the figure, or the decoded batch with ``show=False``."""
         x, y = self.decode(self.one_batch() if b is None else b)[:2]
-        return self._drawn(x[:max_n], ["\n".join(self._names(row)) for row in y], ctxs) if show else (x, y)
+        return self._drawn(x, ["\n".join(self._names(row)) for row in y], max_n, ctxs) if show else (x, y)
 
     def show_results(self, b, out, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings, and below them the findings predicted at probability 0.5."""
         x, y = self.decode(b)[:2]
         titles = ["\n".join(self._names(truth)) + "\n-> " + ", ".join(self._names(call)) for truth, call in zip(y, out)]
-        return self._drawn(x[:max_n], titles, ctxs) if show else (x, y, out)
+        return self._drawn(x, titles, max_n, ctxs) if show else (x, y, out)
 
-    def _drawn(self, x, titles, axes):
+    def _drawn(self, x, titles, max_n, axes):
         from charmlib.data.show import show_images
 
-        return show_images(x.numpy(), titles[:len(x)], axes=axes, note=self.dataset.note)
+        return show_images(x[:max_n].numpy(), titles[:max_n], axes=axes, note=self.dataset.note)
 
     def _names(self, row) -> list[str]:
         return [c for c, v in zip(self.dataset.classes, row) if v == 1] or [NO_FINDING]

@@ -111,7 +111,6 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
 
 
 def _too_few(patients: int) -> str:
-    """What to do about a random split with an empty part."""
     if patients < 2:
         return "all images are of one patient, and parts need different patients"
     instead = f"split: fold:1/{min(patients, 5)}" + (" with valid_fraction: 0" if patients == 2 else "")

@@ -36,10 +36,7 @@ _LOG = {"mininterval": 20, "maxinterval": 20, "delay": 20, "leave": False,  # pr
 
 
 def build(request: cache_file.Request, home: Path, workers: int, say: Callable[[str], None]) -> cache_file.ImageCache:
-    """A new cache in the folder ``home``, by ``workers`` processes; of two concurrent builds the second waits and opens.
-
-    Raises OSError for too little room, with the megabytes needed and free.
-    """
+    """A new cache in the folder ``home``; of two concurrent builds the second waits. Raises OSError for too little room."""
     home.mkdir(parents=True, exist_ok=True)
     target = home / request.name
     with lock(target, say):

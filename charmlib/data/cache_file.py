@@ -126,10 +126,9 @@ class ImageCache:
 
 def file_size(path: str | Path) -> int:
     """Bytes of a file; -1 if it is missing."""
-    try:
+    with suppress(OSError):
         return os.stat(path).st_size
-    except OSError:
-        return -1
+    return -1
 
 
 def manifest_of(request: Request, rows: np.ndarray, bad: dict[int, str], scale: Sequence[float] | None = None) -> dict:

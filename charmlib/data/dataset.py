@@ -13,8 +13,8 @@ from charmlib.data.images import read_grey
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import default_cache_dir, resolve_data_root
 from charmlib.data.phantom import make_phantoms
-from charmlib.data.report import Report
 from charmlib.data.splits import SPLIT_SEED, Split, make_split
+from charmlib.data.tables import Report
 from charmlib.nih import PARTS, people
 from charmlib.params import DEFAULTS, READING, coerce, resolve
 

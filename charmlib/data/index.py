@@ -17,8 +17,7 @@ from charmlib import nih
 from charmlib.data.find import DICOM_SUFFIXES, SUFFIXES, find_files, has_suffix, match
 from charmlib.data.labels import read_labels
 from charmlib.data.patients import read_patients
-from charmlib.data.report import Report
-from charmlib.data.tables import column_of, columns_of, images_of_studies, last_part, read_table, removed_names
+from charmlib.data.tables import Report, column_of, columns_of, images_of_studies, last_part, read_table, removed_names
 
 
 @dataclass

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from charmlib.data.report import Report
-from charmlib.data.tables import COLUMNS, column_of, columns_of, key_of
+from charmlib.data.tables import COLUMNS, Report, column_of, columns_of, key_of
 from charmlib.nih import NIH14, NIH15, NO_FINDING, canonical, is_normal
 
 _IGNORED = {key_of(name) for name in (

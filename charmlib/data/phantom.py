@@ -315,14 +315,10 @@ def _plan(images: int, seed: int) -> list[dict]:
 def _test_patients(rows: list[dict], seed: int) -> set[int]:
     """A fifth of the patients: of 20 draws that with the largest test share of the class with the smallest one."""
     labels = np.array([[name in r["findings"] for name in NIH14] for r in rows])
-    patient, totals, count = np.array([r["patient"] for r in rows]), labels.sum(0), rows[-1]["patient"]
-
-    def smallest_share(chosen: set[int]) -> float:
-        inside = labels[np.isin(patient, list(chosen))].sum(0)
-        return (inside[totals > 0] / totals[totals > 0]).min(initial=1.0)
-
+    labels, patient, count = labels[:, labels.any(0)], np.array([r["patient"] for r in rows]), rows[-1]["patient"]
     draws = (np.random.default_rng([seed, 4, attempt]).permutation(count)[:max(1, count // 5)] + 1 for attempt in range(20))
-    return max((set(draw.tolist()) for draw in draws), key=smallest_share)
+    best = max(draws, key=lambda draw: (labels[np.isin(patient, draw)].sum(0) / labels.sum(0)).min(initial=1.0))
+    return set(best.tolist())
 
 
 def _write_csv(path: Path, rows: list[list]) -> None:

@@ -12,6 +12,8 @@ import re
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +33,23 @@ COLUMNS = {what: tuple(names.split()) for what, names in {
 """What a column holds -> its names, in small letters and digits alone, the most telling first."""
 _PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
 _EXCEL = "an Excel workbook: save it as CSV (UTF-8), with the ids as text"
+
+
+@dataclass
+class Report:
+    """What is odd about a data set: kind -> names. Whatever is left out of a data set is named here."""
+
+    found: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, names: Iterable) -> None:
+        """Note names under a kind; without names nothing is noted."""
+        if names := [str(n) for n in names]:
+            self.found.setdefault(kind, []).extend(names)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{kind}: {len(names)} ({', '.join(names[:5])}" + (f" ... and {len(names) - 5} more)" if len(names) > 5 else ")")
+            for kind, names in self.found.items()) or "nothing odd found"
 
 
 def key_of(name: str) -> str:

@@ -43,10 +43,7 @@ DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError)
 
 @dataclass(frozen=True)
 class Request:
-    """The images that are asked for: an id and a source file each, pixels a side, and the rules of aspect and contrast.
-
-    ``train`` gives the positions of the training images, and is called if a common scale has to be found.
-    """
+    """The images that are asked for, and their rules; ``train`` is called for the training positions if a scale is needed."""
 
     ids: Sequence[str]
     paths: Sequence[str]
@@ -66,7 +63,6 @@ class Request:
 
     @cached_property
     def ids_hash(self) -> str:
-        """SHA-256 of the listing."""
         return hashlib.sha256(self.listing).hexdigest()
 
     @cached_property
@@ -102,9 +98,7 @@ class ImageCache:
         """The values that became black and white in pictures of more than 8 bits; None if there are none."""
         return self.manifest["scale"] and tuple(self.manifest["scale"])
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (len(self), *self.pixels.shape[1:])
+    shape = property(lambda self: (len(self), *self.pixels.shape[1:]))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -59,10 +59,7 @@ class ChestData:
 
 
 def find_data(data_root: str | Path = "", **where) -> Path:
-    """The data folder of :func:`charmlib.data.paths.resolve_data_root`; without any data, drawn phantoms in the cache folder.
-
-    Drawing them is announced on standard output, and every table and figure made from them names them as drawn.
-    """
+    """The data folder of :func:`charmlib.data.paths.resolve_data_root`; without data, drawn phantoms, which it announces."""
     if root := resolve_data_root(data_root, **where):
         return root
     folder = default_cache_dir() / "phantoms"

@@ -24,9 +24,10 @@ def find_files(root: Path) -> tuple[list[str], Counter]:
     ``__MACOSX``) are left out.
     """
     files, dicom, others, seen = [], [], Counter(), set()
-    top, above = len(os.path.join(root, "")), {_identity(p) for p in (root.resolve(), *root.resolve().parents)}
+    # a folder's identity is its inode and device
+    top, above = len(os.path.join(root, "")), {os.stat(p)[1:3] for p in (root.resolve(), *root.resolve().parents)}
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        here, level = _identity(folder), folder[top:].count(os.sep) + (len(folder) >= top)
+        here, level = os.stat(folder)[1:3], folder[top:].count(os.sep) + (len(folder) >= top)
         if here in seen or (level and here in above):
             subfolders.clear()
             continue
@@ -51,11 +52,6 @@ def is_dicom(path: str | Path) -> bool:
     with suppress(OSError), open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
     return False
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
 
 
 def has_suffix(name: str) -> bool:

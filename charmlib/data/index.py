@@ -55,16 +55,10 @@ class Index:
 def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **reading) -> Index:
     """Read the table and find its images in the data folder ``root`` (:func:`charmlib.data.paths.resolve_data_root`).
 
-    Parameters
-    ----------
-    csv : path
-        A table other than the NIH's: an image column (``Image Index``, ``ImageID``, ``dicom_id``, ``path`` ...), labels
-        (:mod:`charmlib.data.labels`), and preferably a patient column.
-    patients : str
-        A column, or 'none' for each image as a patient of its own; '' looks for them (:mod:`charmlib.data.patients`).
-    reading
-        ``classes`` {'nih14', 'nih15', 'own'}: 'own' takes the classes from the table. ``normal_class``, ``blank`` and
-        ``uncertain``: see :func:`charmlib.data.labels.read_labels`.
+    ``csv`` is a table other than the NIH's: an image column (``Image Index``, ``ImageID``, ``dicom_id``, ``path`` ...), labels
+    (:mod:`charmlib.data.labels`), and preferably a patient column. ``patients`` is a column, or 'none' for each image as a
+    patient of its own; '' looks for them (:mod:`charmlib.data.patients`). ``classes`` is 'nih14', 'nih15', or 'own' for those
+    of the table; it goes to :func:`charmlib.data.labels.read_labels` with ``normal_class``, ``blank`` and ``uncertain``.
 
     The report names rows without image, which are left out, images without row, duplicates and unknown labels. Raises
     FileNotFoundError or ValueError for no table, a column missing, or no image at all; names the file and the remedy.

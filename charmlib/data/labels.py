@@ -52,9 +52,9 @@ def _labels_of_text(column: pd.Series, ids: pd.Series, report: Report, wanted: l
     """Labels from one column such as 'Mass|Nodule'; empty cells are NaN if ``unknown``."""
     codes, texts = pd.factorize(column)
     sets = [set(_names(text, r"[|;,]" if wanted else r"[|;]")) for text in texts]
-    places = sorted(n for n in set().union(*sets) if n.lower().startswith("loc "))
-    report.add("places among the labels (loc ...), left out", places)
-    sets = [s - set(places) for s in sets]
+    places = {n for n in set().union(*sets) if n.lower().startswith("loc ")}
+    report.add("places among the labels (loc ...), left out", sorted(places))
+    sets = [s - places for s in sets]
     normal = {n for n in set().union(*sets) if is_normal(n) or n == named}
     seen = set().union(*sets) - (normal - {named})
     wanted = sorted(seen) if wanted is None else wanted
@@ -124,10 +124,10 @@ def _decided(parsed: dict[str, np.ndarray], raw: pd.DataFrame, report: Report, b
     """0, 1 and NaN for the values read, with blanks and -1 as the parameters or the kind of table say."""
     keys = {key_of(name) for name in raw.columns}
     chexpert = len(keys & _CHEXPERT) > 1 or {"subjectid", "studyid"} <= keys
-    decoded, preset = np.array([0, 1, np.nan, np.nan, np.nan], np.float32), ("0", "as in CheXpert")
+    decoded, default = np.array([0, 1, np.nan, np.nan, np.nan], np.float32), ("unknown", "the default")
     for code, said, parameter, kind, auto in (
-            (_BLANK, blank, "blank", "empty labels", preset if chexpert else ("unknown", "the default")),
-            (_UNCERTAIN, uncertain, "uncertain", "uncertain labels (-1)", ("unknown", "the default"))):
+            (_BLANK, blank, "blank", "empty labels", ("0", "as in CheXpert") if chexpert else default),
+            (_UNCERTAIN, uncertain, "uncertain", "uncertain labels (-1)", default)):
         meaning, why = auto if said == "auto" else (said, "as given")
         decoded[int(code)] = np.nan if meaning == "unknown" else float(meaning)
         report.add(f"classes with {kind}, taken as {meaning} ({why}; parameter {parameter})",

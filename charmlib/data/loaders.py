@@ -87,8 +87,7 @@ class ChestImages:
         for start in range(0, len(self), 1024):
             part = images[start:start + 1024]
             part.copy_(self.pixels(self.rows[start:start + len(part)]))
-        self.held = (images, torch.from_numpy(self.labels[self.rows]).to(device),
-                     torch.from_numpy(self.rows.astype(np.int64)).to(device))
+        self.held = images, *(torch.from_numpy(a).to(device) for a in (self.labels[self.rows], self.rows.astype(np.int64)))
 
     def __getitem__(self, i: int):
         (x, y), _ = self.send(*self.read([i]), "cpu" if self.held is None else self.held[0].device)
@@ -238,20 +237,13 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
                       path: str | Path = ".") -> ChestDataLoaders:
     """fastai DataLoaders ``[train, valid, test]`` over a :class:`ChestData`.
 
-    The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one. Raises ValueError for a part
-    without images or fewer than two training images.
+    The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one. With ``findings_only``
+    (stage 1), training and validation take only images with a finding. The test part is always complete. The validation loader
+    of a split without a validation part gives no batch. ``mean`` and ``std`` (3,) are the normalisation that the network
+    expects for RGB in [0, 1]. ``degrees`` and ``flip`` augment the training part (:class:`FlipRotate`). ``preload`` holds the
+    training images as uint8 on the device (50 KB an image at 224 pixels); see :meth:`ChestImages.preload`.
 
-    Parameters
-    ----------
-    findings_only : bool
-        Stage 1: training and validation take only images with a finding. The test part is always complete. The validation
-        loader of a split without a validation part gives no batch.
-    mean, std : sequences of 3
-        Normalisation that the network expects for RGB in [0, 1] (``net.mean``, ``net.std``); ImageNet's by default.
-    degrees, flip : float
-        Augmentation of the training part (:class:`FlipRotate`).
-    preload : bool
-        Hold the training images as uint8 on the device (50 KB an image at 224 pixels); see :meth:`ChestImages.preload`.
+    Raises ValueError for a part without images or fewer than two training images.
     """
     device = torch.device("cpu" if device is None else device)
     loaders = []

@@ -60,18 +60,13 @@ class Split:
 def make_split(index: Index, name: str = "official", *, valid_fraction: float = 0.1, limit: int = 0) -> Split:
     """Assign every image a part.
 
-    Parameters
-    ----------
-    name : str
-        'official': the NIH lists, with ``valid_fraction`` of the train_val patients as validation. 'patient': 70 / 10 / 20 per
-        cent of the patients at random. 'fold:2/5': the second of five test parts that hold each patient once, with
-        ``valid_fraction`` of the other patients as validation. All of these use seed 85 whatever the run's seed. Otherwise a
-        folder with ``train.txt``, ``valid.txt`` and ``test.txt``.
-    valid_fraction : float
-        Of 'official' and folds, at most 0.5. 0 puts the validation part of any split into the training part (a folder then
-        needs no ``valid.txt``); the test part stays as it is.
-    limit : int
-        At most so many images a part, drawn at random; 0 for all.
+    - 'official': the NIH lists, with ``valid_fraction`` (at most 0.5) of the train_val patients as validation;
+    - 'patient': 70 / 10 / 20 per cent of the patients at random;
+    - 'fold:2/5': the second of five test parts that hold each patient once, ``valid_fraction`` of the others as validation;
+    - otherwise a folder with ``train.txt``, ``valid.txt`` and ``test.txt``.
+
+    All draws use seed 85 whatever the run's seed. ``valid_fraction`` 0 puts the validation part of any split into the training
+    part (a folder then needs no ``valid.txt``). ``limit`` draws at most so many images a part; 0 takes all.
 
     Raises SplitError for lists missing or overlapping, a patient in two parts, an empty part (``valid_fraction`` 0 allows an
     empty validation), or a split by patient of data whose patients are unknown.

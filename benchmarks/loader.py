@@ -23,10 +23,9 @@ from fastai.vision.core import imagenet_stats
 from PIL import Image
 
 from benchmarks.measure import median_ratio, save
-from charmlib.data.augment import FlipRotate
 from charmlib.data.cache import open_images
 from charmlib.data.images import open_grey
-from charmlib.data.loaders import ChestDL, ChestImages, GreyToNetwork
+from charmlib.data.loaders import ChestDL, ChestImages, FlipRotate, GreyToNetwork
 from charmlib.training.device import pick_device
 from charmlib.training.run import peak_memory_mb
 

@@ -25,9 +25,8 @@ from fastai.vision.core import imagenet_stats
 
 from benchmarks.loops import PARTS, BareLoop, network
 from benchmarks.measure import save
-from charmlib.data.augment import FlipRotate
 from charmlib.data.cache import open_images
-from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork
+from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, FlipRotate, GreyToNetwork
 from charmlib.nn import MultiScaleAttention, RareMemoryBank
 from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner

@@ -7,11 +7,8 @@ NIH14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nod
 NO_FINDING = "No Finding"
 NIH15 = (*NIH14, NO_FINDING)
 
-EACH_ITS_OWN = "each image is its own"
-"""What a patient is where a data set names none (:class:`charmlib.data.splits.Split`)."""
-
+EACH_ITS_OWN = "each image is its own"  # what a patient is where a data set names none (charmlib.data.splits.Split)
 PARTS = ("train", "valid", "test")
-
 TABLES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv", "sample_labels.csv")
 TRAIN_LISTS = ("train_val_list.txt", "train_val_list_NIH.txt")
 TEST_LISTS = ("test_list.txt", "test_list_NIH.txt")
@@ -37,10 +34,7 @@ def is_normal(label: str) -> bool:
 def normal_class(classes: Iterable[str], named: str = "") -> str:
     """The class that means "no finding", '' where the classes have none; ``named`` is the parameter ``normal_class``.
 
-    Raises
-    ------
-    ValueError
-        ``named`` is none of the classes, or several classes mean "no finding" and none is named.
+    Raises ValueError if ``named`` is none of the classes, or several classes mean "no finding" and none is named.
     """
     classes = list(classes)
     if named in classes:
@@ -51,7 +45,7 @@ def normal_class(classes: Iterable[str], named: str = "") -> str:
     if len(found) > 1:
         raise ValueError(f"classes {', '.join(map(repr, found))} all mean 'no finding': rename or leave out all but one, or "
                          "name it with the parameter normal_class")
-    return found[0] if found else ""
+    return next(iter(found), "")
 
 
 def finding_columns(classes: Iterable[str], named: str = "") -> list[int]:
@@ -67,17 +61,10 @@ def people(count: int, patients_from: str) -> str:
 
 
 def same_order(ours, theirs, what: str) -> None:
-    """Compare two lists of classes name by name.
-
-    Raises
-    ------
-    ValueError
-        The lists differ; names the first difference.
-    """
+    """Raises ValueError if two lists of classes differ; names the first difference."""
     ours, theirs = list(ours), list(theirs)
-    if ours == theirs:
-        return
     for i, (a, b) in enumerate(zip(ours, theirs)):
         if a != b:
             raise ValueError(f"{what}: class {i} is {a!r} here and {b!r} there; scores would be paired wrongly")
-    raise ValueError(f"{what}: {len(ours)} classes here, {len(theirs)} there")
+    if len(ours) != len(theirs):
+        raise ValueError(f"{what}: {len(ours)} classes here, {len(theirs)} there")

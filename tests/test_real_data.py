@@ -22,8 +22,7 @@ def test_the_full_metadata_reads_as_published(shared):
     """Labels and official lists of all 112,120 images, without the images."""
     from charmlib.data.labels import read_labels
     from charmlib.data.patients import read_patients
-    from charmlib.data.report import Report
-    from charmlib.data.tables import read_table
+    from charmlib.data.tables import Report, read_table
     from charmlib.nih import NIH14
 
     raw = read_table(shared / "nih_meta/Data_Entry_2017_v2020.csv.gz")

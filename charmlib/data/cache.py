@@ -1,6 +1,5 @@
 """Opening the image cache: searched for, checked, and built or repaired where that is needed."""
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ import numpy as np
 
 from charmlib.data import cache_file
 from charmlib.data.cache_build import build, repair
-from charmlib.data.paths import default_cache_dir, kaggle_caches
+from charmlib.data.paths import default_cache_dir, kaggle_caches, writable
 
 
 def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: str = "stretch", contrast: str = "none",
@@ -22,15 +21,12 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
     Searched are ``cache_dir``, this machine's scratch folder and the inputs attached on Kaggle. A cache fits if it has all ids
     (perhaps more) and a sample of its rows agrees with its checksums and the source files. If sampled source files changed,
     every file is checked, and those that changed are decoded again. Of two concurrent builds the second waits for the first.
+    Raises OSError for too little room; names the bytes needed and free.
 
     Parameters
     ----------
-    ids, paths : sequences of str
-        Name and file of each image.
-    size : int
-        Pixels a side.
-    aspect, contrast : str
-        'stretch', 'pad' or 'crop'; 'none' or 'clahe': see :func:`charmlib.data.images.fit`.
+    ids, paths, size, aspect, contrast
+        Name and file of each image; pixels a side; rules of :func:`charmlib.data.images.fit`.
     train : callable
         Gives the positions of the training images, on which the common scale of pictures of more than 8 bits is found; all
         images without it. A cache that is there already keeps its scale.
@@ -43,23 +39,16 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
         Check pixels and source file of every row, and decode those that changed again. Rows of missing files are kept.
     say : callable
         Receives messages; standard error by default.
-
-    Raises
-    ------
-    OSError
-        Too little room; names the bytes needed and free.
     """
     say = say or partial(print, file=sys.stderr, flush=True)
     request = cache_file.Request(ids, paths, size, aspect, contrast, train)
     cache, suspects = _find(request, cache_dir, say)
     home = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    if (home / cache_file.MANIFEST).is_file():
-        home = home.parent
-    if not os.access(next(p for p in (home, *home.absolute().parents) if p.exists()), os.W_OK):
-        home = default_cache_dir()
-    if cache is None and verify:
-        say("no cache of these images yet: building it")
+    home = home.parent if (home / cache_file.MANIFEST).is_file() else home
+    home = home if writable(home) else default_cache_dir()
     if cache is None:
+        if verify:
+            say("no cache of these images yet: building it")
         return build(request, home, max(1, workers), say)
     suspects = range(len(ids)) if verify else suspects
     return repair(request, cache, suspects, home, max(1, workers), say) if suspects else cache

@@ -8,7 +8,6 @@ memory map.
 """
 
 import contextlib
-import json
 import math
 import multiprocessing
 import os
@@ -29,20 +28,15 @@ from charmlib import files, session
 from charmlib.data import cache_file
 from charmlib.data.images import BLANK, Scale, common_scale, fit, open_picture, spread, to_grey
 from charmlib.data.splits import SPLIT_SEED
-from charmlib.files import sync, write_json
 
 _WORTH_PROCESSES = 400  # images; starting processes takes as long as decoding some
-_SCALED = 64  # training pictures that a common scale is found on
 _CHUNK = 16  # images a task; one future an image would take a gigabyte for a million of them
 _LOG = {"mininterval": 20, "maxinterval": 20, "delay": 20, "leave": False,  # progress in a log: a line every 20 seconds
         "bar_format": "{desc} {n_fmt} of {total_fmt} images, {rate_fmt}, about {remaining} left\n"}
 
 
 def build(request: cache_file.Request, home: Path, workers: int, say: Callable[[str], None]) -> cache_file.ImageCache:
-    """A new cache in the folder ``home``, by ``workers`` processes; of two concurrent builds the second waits and opens.
-
-    Raises OSError for too little room, with the megabytes needed and free.
-    """
+    """A new cache in the folder ``home``; of two concurrent builds the second waits. Raises OSError for too little room."""
     home.mkdir(parents=True, exist_ok=True)
     target = home / request.name
     with lock(target, say):
@@ -66,10 +60,7 @@ def repair(request: cache_file.Request, cache: cache_file.ImageCache, suspects: 
     stays as it is, and a new one is built in ``home``. Missing source files are named and their rows kept.
     """
     rows, changed = cache_file.read_rows(cache), []
-
-    def check(chunk: Sequence[int]) -> list[int]:
-        return [i for i in chunk if not cache_file.unchanged(cache, rows, request, i)]
-
+    check = partial(cache_file.changed, cache, rows, request)
     _for_each(ThreadPoolExecutor(workers), check, suspects, "checked", changed.extend)
     if gone := [request.ids[i] for i in suspects if not os.path.exists(request.paths[i])]:
         say(f"{len(gone)} source files are gone, their rows are kept: {_some(gone)}")
@@ -96,7 +87,7 @@ def repair(request: cache_file.Request, cache: cache_file.ImageCache, suspects: 
                 os.rename(cache.folder, unfinished)
             rows["state"][changed] = 0
             np.save(unfinished / cache_file.ROWS, rows)
-            write_json(unfinished / cache_file.SCALE, cache.manifest["scale"])
+            files.write_json(unfinished / cache_file.SCALE, cache.manifest["scale"])
             _fill(request, target, workers, say)
             if target != cache.folder:
                 shutil.rmtree(cache.folder, ignore_errors=True)
@@ -125,8 +116,8 @@ def _fill(request: cache_file.Request, target: Path, workers: int, say) -> None:
     pixels.flush()
     rows.flush()
     for name in (cache_file.PIXELS, cache_file.ROWS, cache_file.IDS):
-        sync(folder / name)
-    write_json(folder / cache_file.MANIFEST, cache_file.manifest_of(request, rows, bad, _scale_in(folder)))
+        files.sync(folder / name)
+    files.write_json(folder / cache_file.MANIFEST, cache_file.manifest_of(request, rows, bad, _scale_in(folder)))
     (folder / cache_file.SCALE).unlink(missing_ok=True)
     old = target.with_name(target.name + ".old.partial")
     shutil.rmtree(old, ignore_errors=True)
@@ -134,7 +125,7 @@ def _fill(request: cache_file.Request, target: Path, workers: int, say) -> None:
         os.rename(target, old)
     os.rename(folder, target)
     shutil.rmtree(old, ignore_errors=True)
-    sync(target.parent)
+    files.sync(target.parent)
 
 
 def _begin(request: cache_file.Request, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -181,8 +172,7 @@ def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarra
     def missing() -> list[tuple[int, str]]:
         done = np.isin(rows["state"], (cache_file.DONE, cache_file.BLANK))
         return [(i, path) for i, path in enumerate(request.paths) if i not in bad and not (
-            done[i] and zlib.crc32(pixels[i]) == rows["pixel_crc"][i]
-            and cache_file.file_size(path) in (rows["bytes"][i], -1))]
+            done[i] and zlib.crc32(pixels[i]) == rows["pixel_crc"][i] and cache_file.file_size(path) in (rows["bytes"][i], -1))]
 
     if len(todo := missing()) < len(request.ids):
         say(f"going on with {folder}: {len(request.ids) - len(todo):,} of {len(request.ids):,} images are there")
@@ -195,11 +185,10 @@ def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarra
                 break
             scale = _find_scale(request, deep)
             say(f"{len(deep):,} pictures of more than 8 bits: values from {scale[0]:g} to {scale[1]:g} become black to white")
-            write_json(folder / cache_file.SCALE, scale)
+            files.write_json(folder / cache_file.SCALE, scale)
             suspects = []
         except BrokenExecutor:
-            suspects = np.flatnonzero(rows["state"] == cache_file.STARTED).tolist()
-            if not suspects:
+            if not (suspects := np.flatnonzero(rows["state"] == cache_file.STARTED).tolist()):
                 raise
         for i in suspects:
             try:
@@ -212,15 +201,13 @@ def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarra
 
 
 def _scale_in(folder: Path) -> Scale | None:
-    """The common scale of a build, if it was found already."""
-    file = folder / cache_file.SCALE
-    return json.loads(file.read_text()) if file.is_file() else None
+    return files.json_or_empty(folder / cache_file.SCALE) or None
 
 
 def _find_scale(request: cache_file.Request, deep: np.ndarray) -> Scale:
     """The scale of pictures of more than 8 bits, from up to 64 of the training part, drawn with the seed of the splits."""
     train = np.intersect1d(deep, request.train()) if request.train else deep
-    chosen = np.random.default_rng(SPLIT_SEED).permutation(train if len(train) else deep)[:_SCALED]
+    chosen = np.random.default_rng(SPLIT_SEED).permutation(train if len(train) else deep)[:64]
     return common_scale([open_picture(request.paths[i]) for i in chosen])
 
 
@@ -228,7 +215,7 @@ def _decode(folder: Path, aspect: str, contrast: str, scale: Scale | None, work:
     """Decode (row, path) pairs into a partial cache; returns row -> reason of the unreadable files, whose rows are black."""
     (pixels, rows), bad = _maps(folder), {}
     for i, path in work:
-        state, width, height = cache_file.DONE, 0, 0
+        width = height = 0
         rows["state"][i] = cache_file.STARTED
         rows["bytes"][i], rows["source_crc"][i] = cache_file.file_size(path), 0  # of a file that is there and cannot be read
         try:
@@ -246,8 +233,7 @@ def _decode(folder: Path, aspect: str, contrast: str, scale: Scale | None, work:
         except ImportError:
             raise
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for damaged files
-            state, bad[i] = cache_file.BAD, f"{type(error).__name__}: {error}"
-            pixels[i] = 0
+            pixels[i], state, bad[i] = 0, cache_file.BAD, f"{type(error).__name__}: {error}"
         rows["width"][i], rows["height"][i], rows["pixel_crc"][i] = width, height, zlib.crc32(pixels[i])
         rows["state"][i] = state  # last: a row that says it is done has all the rest
     return bad
@@ -258,10 +244,7 @@ def _processes(workers: int) -> ProcessPoolExecutor:
 
 
 def _for_each(pool: Executor, do: Callable, items: Sequence, verb: str, take: Callable) -> None:
-    """Call ``do`` with a few items at a time and ``take`` with each result; shows progress as a bar or as lines of a log.
-
-    An exception, also an interrupt, ends the pool after the items that are being worked on.
-    """
+    """Call ``do`` with a few items at a time and ``take`` with each result; an exception ends the pool after those at work."""
     chunks = [items[i:i + _CHUNK] for i in range(0, len(items), _CHUNK)]
     watched = sys.stderr.isatty() or session.person_watches()
     with pool, tqdm(total=len(items), desc=verb, unit=" images", **({} if watched else _LOG)) as bar:

@@ -17,6 +17,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,20 +37,13 @@ cache has DONE, BLANK and BAD rows only."""
 SAMPLE = 16  # rows that are compared with their source files whenever a cache is opened
 
 
-class DamagedCache(ValueError):
-    """Files of a cache that contradict one another."""
-
-
 DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError)
-"""Errors that reading damaged files ends in."""
+"""Errors that reading damaged files ends in; ValueError where files of a cache contradict one another."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The images that are asked for: an id and a source file each, pixels a side, and the rules of aspect and contrast.
-
-    ``train`` gives the positions of the training images, and is called if a common scale has to be found.
-    """
+    """The images that are asked for, and their rules; ``train`` is called for the training positions if a scale is needed."""
 
     ids: Sequence[str]
     paths: Sequence[str]
@@ -69,7 +63,6 @@ class Request:
 
     @cached_property
     def ids_hash(self) -> str:
-        """SHA-256 of the listing."""
         return hashlib.sha256(self.listing).hexdigest()
 
     @cached_property
@@ -105,9 +98,7 @@ class ImageCache:
         """The values that became black and white in pictures of more than 8 bits; None if there are none."""
         return self.manifest["scale"] and tuple(self.manifest["scale"])
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (len(self), *self.pixels.shape[1:])
+    shape = property(lambda self: (len(self), *self.pixels.shape[1:]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,16 +120,14 @@ class ImageCache:
 
 def file_size(path: str | Path) -> int:
     """Bytes of a file; -1 if it is missing."""
-    try:
+    with suppress(OSError):
         return os.stat(path).st_size
-    except OSError:
-        return -1
+    return -1
 
 
 def manifest_of(request: Request, rows: np.ndarray, bad: dict[int, str], scale: Sequence[float] | None = None) -> dict:
     """The manifest of a cache of exactly these images; ``bad`` gives the reason of each unreadable row."""
-    odd = {i: "nearly blank" for i in np.flatnonzero(rows["state"] == BLANK)}
-    sides = np.stack([rows["width"], rows["height"]])
+    sides, odd = np.stack([rows["width"], rows["height"]]), {i: "nearly blank" for i in np.flatnonzero(rows["state"] == BLANK)}
     odd |= {i: f"{' x '.join(map(str, sides[:, i]))} pixels is no chest radiograph's shape"
             for i in np.flatnonzero(sides.max(0) > LONGEST_SIDE * sides.min(0))}
     return {"format": FORMAT, "images": len(request.ids), "size": request.size, "aspect": request.aspect,
@@ -148,17 +137,17 @@ def manifest_of(request: Request, rows: np.ndarray, bad: dict[int, str], scale: 
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a cache; raises :class:`DamagedCache` for another format."""
+    """The manifest of a cache; raises ValueError for another format."""
     manifest = json.loads((folder / MANIFEST).read_text())
     if manifest.get("format") != FORMAT:
-        raise DamagedCache(f"its format is {manifest.get('format')}, wanted {FORMAT}")
+        raise ValueError(f"its format is {manifest.get('format')}, wanted {FORMAT}")
     return manifest
 
 
 def open_cache(folder: Path, request: Request) -> ImageCache | None:
     """The cache in a folder; None if it lacks requested images or has another size or rule.
 
-    Raises :class:`DamagedCache` if files contradict the manifest.
+    Raises ValueError if files contradict the manifest.
     """
     manifest = read_manifest(folder)
     if [manifest[key] for key in ("size", "aspect", "contrast", "filter")] != \
@@ -166,7 +155,7 @@ def open_cache(folder: Path, request: Request) -> ImageCache | None:
         return None
     listing = (folder / IDS).read_bytes()
     if hashlib.sha256(listing).hexdigest() != manifest["ids_hash"]:
-        raise DamagedCache(f"{IDS} is not what its manifest says")
+        raise ValueError(f"{IDS} is not what its manifest says")
     rows = np.arange(len(request.ids))
     if listing != request.listing:
         positions = {name: i for i, name in enumerate(listing.decode("utf-8", "surrogateescape").split("\n"))}
@@ -175,35 +164,36 @@ def open_cache(folder: Path, request: Request) -> ImageCache | None:
             return None
     pixels = np.load(folder / PIXELS, mmap_mode="r", allow_pickle=False)
     if pixels.shape != (manifest["images"], request.size, request.size) or pixels.dtype != np.uint8:
-        raise DamagedCache(f"{PIXELS} is {pixels.dtype} {pixels.shape}, its manifest says {manifest['images']} images of "
-                           f"{request.size} pixels")
+        raise ValueError(f"{PIXELS} is {pixels.dtype} {pixels.shape}, its manifest says {manifest['images']} images of "
+                         f"{request.size} pixels")
     notes = [{name: manifest[kind][name] for name in request.ids if name in manifest[kind]} for kind in ("bad", "odd")]
     return ImageCache(folder, manifest, pixels, rows, *notes)
 
 
 def read_rows(cache: ImageCache) -> np.ndarray:
-    """The record of each image, (n in the file,) of :data:`ROW`; raises :class:`DamagedCache` if the manifest contradicts."""
+    """The record of each image, (n in the file,) of :data:`ROW`; raises ValueError if the manifest contradicts."""
     rows = np.load(cache.folder / ROWS, allow_pickle=False)
     if hashlib.sha256(rows.tobytes()).hexdigest() != cache.manifest["hash"]:
-        raise DamagedCache(f"{ROWS} is not what its manifest says")
+        raise ValueError(f"{ROWS} is not what its manifest says")
     return rows
 
 
-def unchanged(cache: ImageCache, rows: np.ndarray, request: Request, i: int) -> bool:
-    """Whether pixels and source file of image ``i`` have their checksums; an unreadable source counts as unchanged."""
-    row = rows[cache.rows[i]]
-    if zlib.crc32(cache[i]) != row["pixel_crc"]:
+def changed(cache: ImageCache, rows: np.ndarray, request: Request, some: Sequence[int]) -> list[int]:
+    """Those of some images whose pixels or source file lack their checksums; unreadable sources count as unchanged."""
+
+    def differs(i: int) -> bool:
+        row = rows[cache.rows[i]]
+        if zlib.crc32(cache[i]) != row["pixel_crc"]:
+            return True
+        with suppress(OSError):
+            source = Path(request.paths[i]).read_bytes()
+            return (len(source), zlib.crc32(source)) != (row["bytes"], row["source_crc"])
         return False
-    try:
-        source = Path(request.paths[i]).read_bytes()
-    except OSError:
-        return True
-    return (len(source), zlib.crc32(source)) == (row["bytes"], row["source_crc"])
+
+    return [i for i in some if differs(i)]
 
 
 def changes(cache: ImageCache, request: Request) -> tuple[list[int], list[int]]:
     """Positions of the requested images that changed: among the sample, and among the unreadable ones."""
-    rows = read_rows(cache)
-    unreadable = [i for i, name in enumerate(request.ids) if name in cache.bad]
-    sampled, mended = ([i for i in some if not unchanged(cache, rows, request, i)] for some in (request.sample, unreadable))
-    return sampled, mended
+    rows, unreadable = read_rows(cache), [i for i, name in enumerate(request.ids) if name in cache.bad]
+    return tuple(changed(cache, rows, request, some) for some in (request.sample, unreadable))

@@ -13,28 +13,22 @@ from charmlib.data.images import read_grey
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import default_cache_dir, resolve_data_root
 from charmlib.data.phantom import make_phantoms
-from charmlib.data.report import Report
 from charmlib.data.splits import SPLIT_SEED, Split, make_split
+from charmlib.data.tables import Report
 from charmlib.nih import PARTS, people
-from charmlib.params import DEFAULTS, READING, coerce
+from charmlib.params import DEFAULTS, READING, coerce, resolve
 
 
 @dataclass
 class ChestData:
-    """Index, split and images, row for row.
-
-    ``images[i]`` and ``images[rows]`` are uint8 arrays (size, size) and (rows, size, size) from the image cache; ``labels`` is
-    (n, classes) float32.
-    """
+    """Index, split and images, row for row: ``images[rows]`` is uint8 (rows, size, size), ``labels`` (n, classes) float32."""
 
     index: Index
     split: Split
     images: ImageCache
     labels: np.ndarray
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.index.classes
+    classes = property(lambda self: self.index.classes)
 
     @property
     def source(self) -> str:
@@ -65,16 +59,12 @@ class ChestData:
 
 
 def find_data(data_root: str | Path = "", **where) -> Path:
-    """The data folder of :func:`charmlib.data.paths.resolve_data_root`; without any data, drawn phantoms in the cache folder.
-
-    Drawing them is announced on standard output, and every table and figure made from them names them as drawn.
-    """
-    root = resolve_data_root(data_root, **where)
-    if root is None:
-        folder = default_cache_dir() / "phantoms"
-        print(f"no data_root given and no NIH data found: taking DRAWN PHANTOMS in {folder}", flush=True)
-        root = make_phantoms(folder, size=128)
-    return root
+    """The data folder of :func:`charmlib.data.paths.resolve_data_root`; without data, drawn phantoms, which it announces."""
+    if root := resolve_data_root(data_root, **where):
+        return root
+    folder = default_cache_dir() / "phantoms"
+    print(f"no data_root given and no NIH data found: taking DRAWN PHANTOMS in {folder}", flush=True)
+    return make_phantoms(folder, size=128)
 
 
 def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
@@ -84,8 +74,6 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
 
     >>> data = open_dataset(data_root='data/phantoms', image_size=64)      # doctest: +SKIP
     """
-    from charmlib.params import resolve
-
     p = resolve({"patience": 0}, dict(params or {}), changes)  # no training here, so valid_fraction 0 needs no check
     index = read_index(find_data(p["data_root"]), **{name: p[name] for name in READING})
     apart = replace(index, report=Report())  # assemble() reports of the split
@@ -98,10 +86,7 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
 def readable_only(index: Index, images: ImageCache) -> tuple[Index, ImageCache]:
     """Index and cache without the images that cannot be read, which ``index.report`` then names.
 
-    Raises
-    ------
-    ValueError
-        None of the images can be read; names what the files are instead.
+    Raises ValueError if none can be read; names what the files are instead.
     """
     if len(images.bad) == len(images):
         example, reasons = next(iter(images.bad)), Counter(why.partition(": ")[2] for why in images.bad.values())
@@ -121,28 +106,19 @@ def assemble(index: Index, images: ImageCache, *, split: str = "official", valid
              labels: str = "real") -> ChestData:
     """The data set of an index and the cache of its images, row for row; unreadable images are left out before the split.
 
-    Raises
-    ------
-    charmlib.data.splits.SplitError, ValueError
-        See :func:`charmlib.data.splits.make_split` and :func:`readable_only`.
+    ``labels`` 'shuffled' is a control: label rows are permuted within each part, with the seed of the splits. Prevalence and
+    co-occurrence stay as they are. A test AUC whose interval excludes 0.5 therefore shows a leak of labels.
+
+    Raises what :func:`charmlib.data.splits.make_split` and :func:`readable_only` raise.
     """
     index, images = readable_only(index, images)
     parts = make_split(index, coerce("split", split), valid_fraction=valid_fraction, limit=limit)
     if labels == "shuffled":
-        index = shuffle_labels(index, parts)
+        frame, generator, classes = index.frame.copy(), np.random.default_rng(SPLIT_SEED), list(index.classes)
+        for rows in map(parts.rows, PARTS):
+            frame.loc[rows, classes] = index.frame.loc[generator.permutation(rows), classes].to_numpy()
+        index = replace(index, frame=frame)
     return ChestData(index, parts, images, index.labels())
-
-
-def shuffle_labels(index: Index, split: Split) -> Index:
-    """A control: the label rows are permuted within each part of the split, with the seed of the splits.
-
-    Prevalence and co-occurrence stay as they are. A test AUC whose interval excludes 0.5 therefore shows a leak of labels.
-    """
-    frame, generator = index.frame.copy(), np.random.default_rng(SPLIT_SEED)
-    labels = list(index.classes)
-    for rows in map(split.rows, PARTS):
-        frame.loc[rows, labels] = index.frame.loc[generator.permutation(rows), labels].to_numpy()
-    return replace(index, frame=frame)
 
 
 class ImageReader:

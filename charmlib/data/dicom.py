@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 MODALITIES = ("", "CR", "DX", "DR", "RG", "XC", "OT", "XA", "RF")  # DR is outside the standard, and common
-COLOURED = 0.02  # share of pixels whose channels lie more than 24 apart; no NIH file has any
 
 
 class NotGrey(ValueError):
@@ -26,12 +25,8 @@ def read(source: bytes) -> Image.Image | np.ndarray:
     picture has. One of at most 8 stored bits without rescaling is taken as it is. Others give their values, with MONOCHROME1
     mirrored in the range of its stored bits. Elements that are empty count as absent.
 
-    Raises
-    ------
-    NotGrey
-        Another modality, several frames, or colour.
-    ImportError
-        pydicom or the decoder of a compressed file is missing; names what to install.
+    Raises NotGrey for another modality, several frames, or colour; and ImportError if pydicom or the decoder of a compressed
+    file is missing, with what to install.
     """
     try:
         import pydicom
@@ -74,10 +69,9 @@ def read(source: bytes) -> Image.Image | np.ndarray:
 def _stored(file: Any) -> np.ndarray:
     """The stored values, without the bits beside them."""
     from pydicom.pixels import pixel_array
+    from pydicom.uid import ImplicitVRLittleEndian
 
     if "TransferSyntaxUID" not in file.file_meta:
-        from pydicom.uid import ImplicitVRLittleEndian
-
         file.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     shift = int(file.get("HighBit") or file.BitsStored - 1) + 1 - int(file.BitsStored)
     try:
@@ -92,10 +86,15 @@ def _stored(file: Any) -> np.ndarray:
 def _grey_of_colour(stored: np.ndarray, file: Any) -> Image.Image:
     """A grey picture that was stored in three channels."""
     levels = (stored.astype(np.float32) * (255 / (2 ** int(file.BitsStored) - 1)) + 0.5).astype(np.uint8)
-    coloured = float((np.ptp(levels, axis=2) > 24).mean())
-    if coloured > COLOURED:
-        raise NotGrey(f"a colour picture ({coloured:.0%} of its pixels), not a grey radiograph")
+    refuse_colour(levels)
     return Image.fromarray(levels).convert("L")
+
+
+def refuse_colour(levels: np.ndarray) -> None:
+    """Raises NotGrey for pixels (height, width, 3) uint8 of which more than 2 per cent are coloured."""
+    coloured = float((np.ptp(levels, axis=2) > 24).mean())
+    if coloured > 0.02:  # channels lie more than 24 apart; no NIH file has any
+        raise NotGrey(f"a colour picture ({coloured:.0%} of its pixels), not a grey radiograph")
 
 
 def _padding(file: Any, stored: np.ndarray) -> np.ndarray:
@@ -118,9 +117,7 @@ def _through(values: np.ndarray, center: float, width: float, function: str) -> 
     """Values through a window, 0 to 1: the functions of PS3.3 C.11.2.1.2 and C.11.2.1.3."""
     if function == "SIGMOID":
         return 1 / (1 + np.exp(-4 * (values - center) / width))
-    if function == "LINEAR_EXACT":
-        return (values - center) / width + 0.5
-    return (values - (center - 0.5)) / (width - 1) + 0.5
+    return (values - center) / width + 0.5 if function == "LINEAR_EXACT" else (values - (center - 0.5)) / (width - 1) + 0.5
 
 
 def _filled(file: Any, sequence: str) -> bool:

@@ -4,13 +4,15 @@ import io
 import struct
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from charmlib.data import dicom
-from charmlib.data.junk import kind_of
+from charmlib.data.find import kind_of
 
 try:
     from kornia_rs.io import decode_image_png_u8 as _decode_png
@@ -28,7 +30,6 @@ LONGEST_SIDE, BLANK = 2.5, 4.0
 All of 11,916 NIH files (17 full-size, the others of 64 pixels) spread by at least 8.4."""
 _CHANNELS = {0: ("mono", 1), 2: ("rgb", 3), 6: ("rgba", 4)}  # of the PNG colour types that the fast decoder reads
 _TURNED = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # marks of a PNG that may say how it is turned
-_PERCENTILES = (0.5, 99.5)  # markers and dead pixels must not set the scale
 _VALUES = 2**16  # values of a picture that count for a common scale
 
 Scale = tuple[float, float]
@@ -37,10 +38,7 @@ Scale = tuple[float, float]
 
 def read_grey(source: str | Path | bytes, size: int | None = None, aspect: str = "stretch", *, scale: Scale | None = None,
               contrast: str = "none") -> np.ndarray:
-    """An image file (or its bytes) as uint8 (size, size), or (height, width) for ``size=None``.
-
-    See :func:`open_grey` and :func:`fit`; raises what they raise.
-    """
+    """An image file (or its bytes) as uint8 (size, size), or (height, width) for None; see :func:`open_grey`, :func:`fit`."""
     grey = open_grey(source, scale)
     return np.asarray(grey) if size is None else fit(grey, size, aspect, contrast)
 
@@ -50,12 +48,8 @@ def open_grey(source: str | Path | bytes, scale: Scale | None = None) -> Image.I
 
     Pictures of 8 bits are taken as they are: L, RGB, RGBA, palette and 1-bit files are converted by Pillow's ``L``; an alpha
     channel is dropped. Deeper ones are scaled by ``scale``, which a data set has in common. Without one, the 0.5th and 99.5th
-    percentile of the picture itself become black and white.
-
-    Raises
-    ------
-    OSError, ValueError
-        Unreadable or truncated, another format, values that are not finite, or more than 10,000 pixels a side.
+    percentile of the picture itself become black and white. Raises OSError or ValueError for files that are unreadable or
+    truncated, of another format, of values that are not finite, or of more than 10,000 pixels a side.
     """
     picture = open_picture(source)
     return picture if isinstance(picture, Image.Image) else to_grey(picture, scale)
@@ -70,8 +64,7 @@ def open_picture(source: str | Path | bytes) -> Image.Image | np.ndarray:
     if (picture := _plain_png(source)) is not None:
         return picture
     with open_pillow(source) as image:
-        deep = image.mode.startswith("I") or image.mode == "F"
-        image = ImageOps.exif_transpose(image)
+        deep, image = image.mode.startswith(("I", "F")), ImageOps.exif_transpose(image)
         if not deep:
             return image.convert("L")
         values = np.asarray(image).astype(np.float32)
@@ -91,9 +84,12 @@ def to_grey(values: np.ndarray, scale: Scale | None = None) -> Image.Image:
 
 
 def common_scale(pictures: Sequence[np.ndarray]) -> Scale:
-    """The 0.5th and 99.5th percentile of the values of some pictures, each with equal weight; (0, 1) without any value."""
+    """The 0.5th and 99.5th percentile of the values of some pictures, each with equal weight; (0, 1) without any value.
+
+    Markers and dead pixels thereby do not set the scale.
+    """
     values = [v[np.linspace(0, len(v) - 1, min(len(v), _VALUES)).astype(int)] for p in pictures if len(v := p[~np.isnan(p)])]
-    return tuple(np.percentile(np.concatenate(values), _PERCENTILES).tolist()) if values else (0.0, 1.0)
+    return tuple(np.percentile(np.concatenate(values), (0.5, 99.5)).tolist()) if values else (0.0, 1.0)
 
 
 def open_pillow(source: bytes) -> Image.Image:
@@ -121,44 +117,29 @@ def _plain_png(source: bytes) -> Image.Image | None:
     if _decode_png is None or len(source) < 33 or source[:8] + source[12:16] != b"\x89PNG\r\n\x1a\nIHDR":
         return None
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", source[16:29])
-    mode, channels = _CHANNELS.get(colour, ("", 0))
-    if depth != 8 or not channels or interlaced or b"tRNS" in source[33:4096] or max(width, height) > LARGEST \
+    if depth != 8 or colour not in _CHANNELS or interlaced or b"tRNS" in source[33:4096] or max(width, height) > LARGEST \
             or any(mark in source for mark in _TURNED):
         return None
-    try:
+    with suppress(Exception):
+        mode, channels = _CHANNELS[colour]
         pixels = _decode_png(source, (height, width), mode)
-    except Exception:
-        return None
-    if pixels.shape != (height, width, channels):
-        return None
-    return Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels).convert("L")
+        if pixels.shape == (height, width, channels):
+            return Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels).convert("L")
+    return None
 
 
 def fit(grey: Image.Image, size: int, aspect: str = "stretch", contrast: str = "none") -> np.ndarray:
     """A grey picture as uint8 (size, size), by Pillow's bilinear filter (with antialiasing when shrinking).
 
-    Parameters
-    ----------
-    aspect : str
-        What to do with pictures that are not square: 'stretch' them, 'pad' the shorter side with black, or 'crop' the longer
-        one about its middle.
-    contrast : str
-        'none', or 'clahe' for contrast-limited adaptive histogram equalisation (Zuiderveld 1994) with a clip limit of 2 and
-        8 x 8 tiles, OpenCV's defaults for the grid.
-
-    Raises
-    ------
-    ValueError
-        Another rule.
-    ImportError
-        'clahe' where neither kornia_rs 0.2 nor OpenCV is installed.
+    ``aspect`` is for pictures that are not square: 'stretch' them, 'pad' the shorter side with black, or 'crop' the longer one
+    about its middle. ``contrast`` is 'none', or 'clahe' for contrast-limited adaptive histogram equalisation (Zuiderveld 1994)
+    with a clip limit of 2 and 8 x 8 tiles, OpenCV's defaults for the grid. Raises ValueError for another rule, and ImportError
+    for 'clahe' without kornia_rs 0.2 and OpenCV.
     """
-    bilinear = Image.Resampling.BILINEAR
-    rules = {"stretch": lambda: grey.resize((size, size), bilinear), "crop": lambda: ImageOps.fit(grey, (size, size), bilinear),
-             "pad": lambda: ImageOps.pad(grey, (size, size), bilinear, color=0)}
+    rules = {"stretch": Image.Image.resize, "crop": ImageOps.fit, "pad": partial(ImageOps.pad, color=0)}
     if aspect not in rules or contrast not in ("none", "clahe"):
         raise ValueError(f"aspect must be one of {', '.join(rules)}, and contrast none or clahe; got {aspect!r}, {contrast!r}")
-    fitted = np.asarray(rules[aspect]())
+    fitted = np.asarray(rules[aspect](grey, (size, size), Image.Resampling.BILINEAR))
     return fitted if contrast == "none" else _clahe(fitted)
 
 

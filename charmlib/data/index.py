@@ -16,10 +16,8 @@ import pandas as pd
 from charmlib import nih
 from charmlib.data.find import DICOM_SUFFIXES, SUFFIXES, find_files, has_suffix, match
 from charmlib.data.labels import read_labels
-from charmlib.data.layouts import images_of_studies, last_part, removed_names
 from charmlib.data.patients import read_patients
-from charmlib.data.report import Report
-from charmlib.data.tables import column_of, columns_of, read_table
+from charmlib.data.tables import Report, column_of, columns_of, images_of_studies, last_part, read_table, removed_names
 
 
 @dataclass
@@ -55,31 +53,15 @@ class Index:
 
 
 def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **reading) -> Index:
-    """Read the table and find its images.
+    """Read the table and find its images in the data folder ``root`` (:func:`charmlib.data.paths.resolve_data_root`).
 
-    Parameters
-    ----------
-    root : path
-        The data folder (see :func:`charmlib.data.paths.resolve_data_root`).
-    csv : path
-        A table other than the NIH's: an image column (``Image Index``, ``ImageID``, ``dicom_id``, ``path`` ...), labels
-        (:mod:`charmlib.data.labels`), and preferably a patient column.
-    patients : str
-        A column, or 'none' for each image as a patient of its own; '' looks for them (:mod:`charmlib.data.patients`).
-    reading
-        ``classes`` {'nih14', 'nih15', 'own'}: 'own' takes the classes from the table. ``normal_class``, ``blank`` and
-        ``uncertain``: see :func:`charmlib.data.labels.read_labels`.
+    ``csv`` is a table other than the NIH's: an image column (``Image Index``, ``ImageID``, ``dicom_id``, ``path`` ...), labels
+    (:mod:`charmlib.data.labels`), and preferably a patient column. ``patients`` is a column, or 'none' for each image as a
+    patient of its own; '' looks for them (:mod:`charmlib.data.patients`). ``classes`` is 'nih14', 'nih15', or 'own' for those
+    of the table; it goes to :func:`charmlib.data.labels.read_labels` with ``normal_class``, ``blank`` and ``uncertain``.
 
-    Returns
-    -------
-    Index
-        Its report names rows without image, images without row, duplicates and unknown labels. Rows without an image are left
-        out.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No table, a column missing, no image at all; the message names the file and the remedy.
+    The report names rows without image, which are left out, images without row, duplicates and unknown labels. Raises
+    FileNotFoundError or ValueError for no table, a column missing, or no image at all; names the file and the remedy.
     """
     root, report = Path(root), Report()
     table = _find_table(root, csv)
@@ -95,14 +77,13 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
         raise FileNotFoundError(why_none)
     raw, ids = raw.loc[labels.index], ids[labels.index]
     files = ids.map(found)
-    report.add("rows without image, left out", ids[files.isna()])
     kept = files.notna()
+    report.add("rows without image, left out", ids[~kept])
     if not kept.any():
         raise FileNotFoundError(f"no image of {table} is left:\n{report}")
     raw, ids, files, labels = raw[kept], ids[kept], files[kept], labels[kept]
     patient, patients_from, why_unknown = read_patients(raw, ids, files, patients)
-    unnamed = ~ids.map(has_suffix)
-    if unnamed.any():
+    if (unnamed := ~ids.map(has_suffix)).any():
         ids = ids.mask(unnamed, ids + "." + files.str.rpartition(".")[2])
     report.add("no patient known, each image counted as one of its own", ids[patient == ""])
     frame = pd.DataFrame({"id": ids, "path": f"{root}/" + files, "patient": patient.mask(patient == "", "image:" + ids),
@@ -121,9 +102,8 @@ def is_drawn(root: str | Path) -> bool:
 def _find_table(root: Path, csv: str | Path) -> Path:
     """The label table: ``csv`` (also relative to ``root``), or the NIH's in ``root``."""
     places = (Path(csv).expanduser(), root / csv) if csv else [f / name for name in nih.TABLES for f in (root, root / "sample")]
-    for path in places:
-        if path.is_file():
-            return path
+    if found := next(filter(Path.is_file, places), None):
+        return found
     deeper = next((path.parent for name in nih.TABLES for path in sorted(root.glob(f"*/{name}"))), None)
     raise FileNotFoundError(f"csv: no file {csv} (nor {root / csv})" if csv else
                             f"{root} holds none of {', '.join(nih.TABLES)}: "
@@ -132,9 +112,7 @@ def _find_table(root: Path, csv: str | Path) -> Path:
 
 
 def _find(raw: pd.DataFrame, table: Path, root: Path, own: bool, report: Report) -> tuple[pd.Series, dict[str, str], str]:
-    """The image ids of all rows, id -> file below ``root``, and why no file was found or ''; the first column that names files
-    of the folder decides.
-    """
+    """The ids of all rows, id -> file below ``root``, and why no file was found or ''; the first column of files decides."""
     columns = columns_of(raw, "id") or columns_of(raw, "patient")  # as in RSNA's, where each patient has one image
     if not columns:
         raise ValueError(f"{table} has no image column: wanted Image Index, image_id, path, filename, dicom_id or the like, "
@@ -151,10 +129,10 @@ def _find(raw: pd.DataFrame, table: Path, root: Path, own: bool, report: Report)
         return raw[columns[0]].str.strip(), {}, _nothing_found(raw[columns[0]], table, root, files, others)
     if column != columns[0]:
         report.add("columns whose names are no image files", columns[:columns.index(column)])
-    folders = any("/" in name for name in names)
-    report.add("images found twice, first kept", (f if folders else f.rpartition("/")[2] for f in further))
-    known = {*found.values(), *further}
-    report.add("images without row, left out", (f if folders else f.rpartition("/")[2] for f in files if f not in known))
+    folders, known = any("/" in name for name in names), {*found.values(), *further}
+    for kind, some in (("images found twice, first kept", further),
+                       ("images without row, left out", (file for file in files if file not in known))):
+        report.add(kind, (file if folders else file.rpartition("/")[2] for file in some))
     return pd.Series(names, raw.index, dtype="str"), found, ""
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from charmlib.data.report import Report
-from charmlib.data.tables import COLUMNS, column_of, columns_of, key_of
+from charmlib.data.tables import COLUMNS, Report, column_of, columns_of, key_of
 from charmlib.nih import NIH14, NIH15, NO_FINDING, canonical, is_normal
 
 _IGNORED = {key_of(name) for name in (
@@ -32,12 +31,8 @@ def read_labels(raw: pd.DataFrame, ids: pd.Series, table: Path, report: Report, 
     """One float32 column a class, one row an image: 0, 1 or NaN; the index holds the image's first row in ``raw``.
 
     The keywords are the parameters of these names. Rows of several readers are joined by majority, where an equal split is
-    unknown. Rows of one box each are joined to what any of them says. Of other rows of one image the first is kept.
-
-    Raises
-    ------
-    ValueError
-        No labels, a class without column, unclear values, or a class named like a column of our own; names table and remedy.
+    unknown. Rows of one box each are joined to what any of them says. Of other rows of one image the first is kept. Raises
+    ValueError for no labels, a class without column, unclear values, or a class named like a column of our own.
     """
     wanted = {"nih14": list(NIH14), "nih15": list(NIH15)}.get(classes)
     text = next((c for c in columns_of(raw, "findings") if (_parsed(raw[c]) == _ODD).any()), None)
@@ -57,9 +52,9 @@ def _labels_of_text(column: pd.Series, ids: pd.Series, report: Report, wanted: l
     """Labels from one column such as 'Mass|Nodule'; empty cells are NaN if ``unknown``."""
     codes, texts = pd.factorize(column)
     sets = [set(_names(text, r"[|;,]" if wanted else r"[|;]")) for text in texts]
-    places = sorted(n for n in set().union(*sets) if n.lower().startswith("loc "))
-    report.add("places among the labels (loc ...), left out", places)
-    sets = [s - set(places) for s in sets]
+    places = {n for n in set().union(*sets) if n.lower().startswith("loc ")}
+    report.add("places among the labels (loc ...), left out", sorted(places))
+    sets = [s - places for s in sets]
     normal = {n for n in set().union(*sets) if is_normal(n) or n == named}
     seen = set().union(*sets) - (normal - {named})
     wanted = sorted(seen) if wanted is None else wanted
@@ -89,11 +84,10 @@ def _labels_of_columns(raw: pd.DataFrame, table: Path, report: Report, wanted: l
     others = {column_of(raw, what) for what in COLUMNS if what not in ("findings", "finding")} | _box_columns(raw)
     named = [name for name in raw.columns if name and not name.startswith("Unnamed:")]
     columns: dict[str, pd.Series] = {}
-    for name in named:
-        if name not in others and key_of(name) not in _IGNORED:
-            if (label := canonical(name) if wanted else name) in columns:
-                raise ValueError(f"{table} has two columns for the class {label!r}: rename or delete one")
-            columns[label] = raw[name]
+    for name in (name for name in named if name not in others and key_of(name) not in _IGNORED):
+        if (label := canonical(name) if wanted else name) in columns:
+            raise ValueError(f"{table} has two columns for the class {label!r}: rename or delete one")
+        columns[label] = raw[name]
     parsed = {name: _parsed(column) for name, column in columns.items()}
     odd = {name: values == _ODD for name, values in parsed.items()}
     if wanted is None:
@@ -130,10 +124,10 @@ def _decided(parsed: dict[str, np.ndarray], raw: pd.DataFrame, report: Report, b
     """0, 1 and NaN for the values read, with blanks and -1 as the parameters or the kind of table say."""
     keys = {key_of(name) for name in raw.columns}
     chexpert = len(keys & _CHEXPERT) > 1 or {"subjectid", "studyid"} <= keys
-    decoded, preset = np.array([0, 1, np.nan, np.nan, np.nan], np.float32), ("0", "as in CheXpert")
+    decoded, default = np.array([0, 1, np.nan, np.nan, np.nan], np.float32), ("unknown", "the default")
     for code, said, parameter, kind, auto in (
-            (_BLANK, blank, "blank", "empty labels", preset if chexpert else ("unknown", "the default")),
-            (_UNCERTAIN, uncertain, "uncertain", "uncertain labels (-1)", ("unknown", "the default"))):
+            (_BLANK, blank, "blank", "empty labels", ("0", "as in CheXpert") if chexpert else default),
+            (_UNCERTAIN, uncertain, "uncertain", "uncertain labels (-1)", default)):
         meaning, why = auto if said == "auto" else (said, "as given")
         decoded[int(code)] = np.nan if meaning == "unknown" else float(meaning)
         report.add(f"classes with {kind}, taken as {meaning} ({why}; parameter {parameter})",
@@ -149,9 +143,9 @@ def _parsed(column: pd.Series) -> np.ndarray:
 
 def _value(word: str) -> float:
     try:
-        return {0: 0.0, 1: 1.0, -1: _UNCERTAIN}.get(float(word.replace(",", ".")), _ODD) if word != "nan" else _BLANK
+        return _WORDS[word] if word in _WORDS else {0: 0.0, 1: 1.0, -1: _UNCERTAIN}.get(float(word.replace(",", ".")), _ODD)
     except ValueError:
-        return _WORDS.get(word, _ODD)
+        return _ODD
 
 
 def _box_columns(raw: pd.DataFrame) -> set[str]:
@@ -165,20 +159,19 @@ def _one_row_an_image(labels: pd.DataFrame, raw: pd.DataFrame, ids: pd.Series, r
         return labels
     reader, first = column_of(raw, "reader"), labels[~ids.duplicated()].copy()
     groups, unique = labels[repeated].groupby(ids[repeated], sort=False), ids[repeated].drop_duplicates()
-    if reader or _box_columns(raw):
-        joined = groups.max()
-        if reader:
-            share = labels[repeated].groupby([ids[repeated], raw.loc[repeated, reader]]).max().groupby(level=0).mean()
-            joined = (share > 0.5).astype("float32").mask(share.isna() | (share == 0.5))
-            report.add("images whose readers split evenly on a class, unknown there", share.index[(share == 0.5).any(axis=1)])
-            report.add(f"rows of several readers (column {reader!r}), joined by majority", unique)
-        else:
-            report.add("rows of several boxes or findings of an image, joined", unique)
-        first.loc[unique.index] = joined.loc[unique].to_numpy()
-        report.add("classes that no image has by majority", labels.columns[(labels == 1).any() & ~(first == 1).any()])
+    if not reader and not _box_columns(raw):
+        differ = groups.nunique(dropna=False).max(axis=1) > 1
+        report.add("rows given twice, first kept", ids[ids.duplicated()])
+        report.add("rows of one image that disagree in their labels, first kept (a column reader_id joins them by majority)",
+                   differ.index[differ])
         return first
-    differ = groups.nunique(dropna=False).max(axis=1) > 1
-    report.add("rows given twice, first kept", ids[ids.duplicated()])
-    report.add("rows of one image that disagree in their labels, first kept (a column reader_id joins them by majority)",
-               differ.index[differ])
+    joined = groups.max()
+    if reader:
+        share = labels[repeated].groupby([ids[repeated], raw.loc[repeated, reader]]).max().groupby(level=0).mean()
+        joined = (share > 0.5).astype("float32").mask(share.isna() | (share == 0.5))
+        report.add("images whose readers split evenly on a class, unknown there", share.index[(share == 0.5).any(axis=1)])
+    report.add(f"rows of several readers (column {reader!r}), joined by majority" if reader else
+               "rows of several boxes or findings of an image, joined", unique)
+    first.loc[unique.index] = joined.loc[unique].to_numpy()
+    report.add("classes that no image has by majority", labels.columns[(labels == 1).any() & ~(first == 1).any()])
     return first

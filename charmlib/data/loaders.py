@@ -13,36 +13,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Transform
 from fastai.torch_core import TensorImage, TensorMultiCategory
 from fastai.vision.core import imagenet_stats
 from torch import Tensor
 
-from charmlib.data.augment import FlipRotate
 from charmlib.data.dataset import ChestData
 from charmlib.data.images import read_grey
 from charmlib.nih import NO_FINDING, PARTS
 
-READ_AHEAD = 2
-"""Batches that are read while the network computes."""
+READ_AHEAD = 2  # batches that are read while the network computes
 
 
 class ChestImages:
     """A part of a data set as (image uint8 (1, S, S), labels float32 (C,)) pairs, with the row of each.
 
-    Parameters
-    ----------
-    images : ImageCache, or array (n, S, S) uint8
-    labels : array (n, C) float32
-    rows : array (m,)
-        Rows of the two that belong to this part; the bank stores them as image ids.
-    train : bool
-        Whether training transforms apply.
-    known : bool
-        False for images from elsewhere, whose rows are reported as -1.
-    note : str
-        Title of every figure of these images.
+    ``images`` is an ImageCache or an array (n, S, S) uint8, ``labels`` (n, C) float32. ``rows`` (m,) of the two belong to this
+    part; the bank stores them as image ids. ``train`` says whether training transforms apply. Images from elsewhere are not
+    ``known``; their rows are reported as -1. ``note`` is the title of every figure of these images.
     """
 
     def __init__(self, images, labels, rows, classes: Sequence[str], *, train: bool = False, known: bool = True,
@@ -83,10 +73,7 @@ class ChestImages:
     def preload(self, device) -> None:
         """Hold the whole part as uint8 on a device; batches are then gathered there.
 
-        Raises
-        ------
-        MemoryError
-            The GPU has too little free memory; names the gigabytes needed and free.
+        Raises MemoryError if the GPU has too little free memory; names the gigabytes needed and free.
         """
         device, size = torch.device(device), self.images.shape[1:]
         if device.type == "cuda":
@@ -100,8 +87,7 @@ class ChestImages:
         for start in range(0, len(self), 1024):
             part = images[start:start + 1024]
             part.copy_(self.pixels(self.rows[start:start + len(part)]))
-        self.held = (images, torch.from_numpy(self.labels[self.rows]).to(device),
-                     torch.from_numpy(self.rows.astype(np.int64)).to(device))
+        self.held = images, *(torch.from_numpy(a).to(device) for a in (self.labels[self.rows], self.rows.astype(np.int64)))
 
     def __getitem__(self, i: int):
         (x, y), _ = self.send(*self.read([i]), "cpu" if self.held is None else self.held[0].device)
@@ -146,21 +132,54 @@ class ChestDL(TfmdDL):
     def show_batch(self, b=None, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings; returns the figure, or the decoded batch with ``show=False``."""
         x, y = self.decode(self.one_batch() if b is None else b)[:2]
-        return self._drawn(x[:max_n], ["\n".join(self._names(row)) for row in y], ctxs) if show else (x, y)
+        return self._drawn(x, ["\n".join(self._names(row)) for row in y], max_n, ctxs) if show else (x, y)
 
     def show_results(self, b, out, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings, and below them the findings predicted at probability 0.5."""
         x, y = self.decode(b)[:2]
         titles = ["\n".join(self._names(truth)) + "\n-> " + ", ".join(self._names(call)) for truth, call in zip(y, out)]
-        return self._drawn(x[:max_n], titles, ctxs) if show else (x, y, out)
+        return self._drawn(x, titles, max_n, ctxs) if show else (x, y, out)
 
-    def _drawn(self, x, titles, axes):
+    def _drawn(self, x, titles, max_n, axes):
         from charmlib.data.show import show_images
 
-        return show_images(x.numpy(), titles[:len(x)], axes=axes, note=self.dataset.note)
+        return show_images(x[:max_n].numpy(), titles[:max_n], axes=axes, note=self.dataset.note)
 
     def _names(self, row) -> list[str]:
         return [c for c, v in zip(self.dataset.classes, row) if v == 1] or [NO_FINDING]
+
+
+class FlipRotate(Transform):
+    """Training only: a flip with probability ``flip`` and a rotation by up to ``degrees``, drawn for each image.
+
+    Rotated-in corners repeat the border. It runs before the expansion to three channels, so that one channel is rotated.
+    Angles are drawn on the CPU, so that a run is the same on every device.
+    """
+
+    order = split_idx = 0
+
+    def __init__(self, degrees: float = 10.0, flip: float = 0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.degrees, self.flip = degrees, flip
+
+    def encodes(self, x: TensorImage):
+        flip = (torch.rand(len(x)) < self.flip).float() * -2 + 1
+        angle = (torch.rand(len(x)) * 2 - 1) * math.radians(self.degrees)
+        return TensorImage(flip_rotate(x.as_subclass(Tensor).float(), flip, angle))
+
+
+def flip_rotate(x: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
+    """Images (B, C, S, S), mirrored where ``flip`` (B,) is -1 and rotated by ``angle`` (B,) radians, bilinear."""
+    size = x.shape[-1]
+    c, s = torch.cos(angle), torch.sin(angle)
+    turns = torch.stack([c * flip, -s, s * flip, c])  # (4, B)
+    turns = (turns.pin_memory() if x.is_cuda else turns).to(x.device, x.dtype, non_blocking=True)[:, :, None, None]
+    at = (torch.arange(size, device=x.device, dtype=x.dtype) * 2 + 1) / size - 1  # pixel centres in [-1, 1]
+    along, down = turns * at, turns * at[:, None]  # (4, B, 1, S) and (4, B, S, 1)
+    grid = torch.empty((len(x), size, size, 2), device=x.device, dtype=x.dtype)
+    torch.add(along[0], down[1], out=grid[..., 0])
+    torch.add(along[2], down[3], out=grid[..., 1])
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 class GreyToNetwork(Transform):
@@ -218,26 +237,13 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
                       path: str | Path = ".") -> ChestDataLoaders:
     """fastai DataLoaders ``[train, valid, test]`` over a :class:`ChestData`.
 
-    Parameters
-    ----------
-    bs : int
-        Batch size. The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one.
-    findings_only : bool
-        Stage 1: training and validation take only images with a finding. The test part is always complete. The validation
-        loader of a split without a validation part gives no batch.
-    mean, std : sequences of 3
-        Normalisation that the network expects for RGB in [0, 1] (``net.mean``, ``net.std``); ImageNet's by default.
-    degrees, flip : float
-        Augmentation of the training part (:class:`charmlib.data.augment.FlipRotate`).
-    preload : bool
-        Hold the training images as uint8 on the device (50 KB an image at 224 pixels); the batches are the same.
+    The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one. With ``findings_only``
+    (stage 1), training and validation take only images with a finding. The test part is always complete. The validation loader
+    of a split without a validation part gives no batch. ``mean`` and ``std`` (3,) are the normalisation that the network
+    expects for RGB in [0, 1]. ``degrees`` and ``flip`` augment the training part (:class:`FlipRotate`). ``preload`` holds the
+    training images as uint8 on the device (50 KB an image at 224 pixels); see :meth:`ChestImages.preload`.
 
-    Raises
-    ------
-    ValueError
-        A part without images, or fewer than two training images.
-    MemoryError
-        ``preload`` on a GPU with too little free memory.
+    Raises ValueError for a part without images or fewer than two training images.
     """
     device = torch.device("cpu" if device is None else device)
     loaders = []
@@ -255,6 +261,5 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
         loaders.append(ChestDL(dataset, bs=min(bs, len(rows)) or bs, shuffle=train, drop_last=train, device=device,
                                after_batch=[GreyToNetwork(mean, std), *augment]))
     dls = ChestDataLoaders(*loaders, path=path, device=device)
-    dls.normal_class = data.index.normal_class
-    dls.aspect = data.images.manifest["aspect"]
+    dls.normal_class, dls.aspect = data.index.normal_class, data.images.manifest["aspect"]
     return dls

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from charmlib import session
@@ -12,12 +13,7 @@ def resolve_data_root(data_root: str | Path = "", *, kaggle_input: str | Path = 
     """The data folder: the given one, or what is attached on Kaggle, or ``./data``; None if there is none.
 
     On Kaggle the mounts ``datasets/<owner>/<slug>`` and ``<slug>`` are tried, then a search four folders deep for an NIH
-    table.
-
-    Raises
-    ------
-    FileNotFoundError
-        The given folder is missing, or nothing is attached on Kaggle; lists the folders that were tried.
+    table. Raises FileNotFoundError if the given folder is missing, or nothing is attached on Kaggle; lists what was tried.
     """
     if data_root:
         root = Path(data_root).expanduser()
@@ -27,14 +23,13 @@ def resolve_data_root(data_root: str | Path = "", *, kaggle_input: str | Path = 
     base = Path(kaggle_input)
     tried = [folder for owner, slug in KAGGLE_DATASETS for folder in (base / "datasets" / owner / slug, base / slug)]
     searched = (folder for depth in ("*", "*/*", "*/*/*", "*/*/*/*") for folder in sorted(base.glob(depth)))
-    for folders in (tried, searched):
-        for folder in folders:
-            if _has_table(folder):
-                return folder
+    for folder in chain(tried, searched):
+        if _has_table(folder):
+            return folder
     if base.is_dir():
-        looked = f"{' or '.join(TABLES)} in {', '.join(map(str, tried))} and {base} four folders deep"
-        raise FileNotFoundError("no data is attached: add the dataset nih-chest-xrays/data to the notebook, or say data_root. "
-                                f"Looked for {looked}")
+        raise FileNotFoundError(
+            "no data is attached: add the dataset nih-chest-xrays/data to the notebook, or say data_root. "
+            f"Looked for {' or '.join(TABLES)} in {', '.join(map(str, tried))} and {base} four folders deep")
     return Path("data").resolve() if _has_table(Path("data")) else None
 
 
@@ -63,6 +58,11 @@ def default_cache_dir() -> Path:
         return Path("/kaggle/temp/charm_cache")
     with suppress(RuntimeError):  # an unknown user without HOME
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "charmlib"
-        if os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
+        if writable(folder):
             return folder
     return session.own_temporary_folder()
+
+
+def writable(folder: Path) -> bool:
+    """Whether the folder, or the nearest one above it that exists, can be written."""
+    return os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK)

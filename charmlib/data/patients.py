@@ -15,17 +15,8 @@ _MISSING = ("", "nan", "none", "null", "n/a", "<na>")
 def read_patients(raw: pd.DataFrame, ids: pd.Series, files: pd.Series, named: str = "") -> tuple[pd.Series, str, str]:
     """The patient of each image, '' where it is unknown; what a patient is; and why patients are unknown, or ''.
 
-    Parameters
-    ----------
-    ids, files : Series of str
-        The image's name in the table, and its file below the data folder.
-    named : str
-        The parameter ``patients``: a column, 'none', or '' to look for the patients.
-
-    Raises
-    ------
-    ValueError
-        No column of that name.
+    ``ids`` and ``files`` are the image's name in the table and its file below the data folder. ``named`` is the parameter
+    ``patients``: a column, 'none', or '' to look for the patients. Raises ValueError if there is no column of that name.
     """
     nobody = pd.Series("", raw.index)
     if named == "none":
@@ -58,12 +49,10 @@ def _numbers(text: pd.Series) -> pd.Series:
 
     In all other columns '007' and '7', or '0A1' and 'A1', stay two patients.
     """
-    some_id = text.drop_duplicates()
-    some_id = some_id[some_id != ""]
-    plain = some_id.str.fullmatch(r"\d+(\.0*)?").all()
+    some_id = text.drop_duplicates().loc[lambda ids: ids != ""]
     written = some_id[~some_id.str.contains(".", regex=False)]
     padded = written.str.match(r"0\d").any()
-    if not plain or (padded and written.str.len().nunique() > 1):
+    if not some_id.str.fullmatch(r"\d+(\.0*)?").all() or (padded and written.str.len().nunique() > 1):
         return text
     number = text.str.replace(r"\.0*$", "", regex=True).str.lstrip("0")
     return number.mask((number == "") & (text != ""), "0")

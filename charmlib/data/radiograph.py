@@ -20,17 +20,12 @@ class NotARadiograph(ValueError):
 
 
 def find_radiographs(paths) -> list[Path]:
-    """The given files, and all PNG, JPEG and DICOM files (also without a suffix) under the given folders, sorted.
+    """The given files, and all pictures and DICOM files (also without a suffix) under the given folders, sorted.
 
     What systems leave in folders (``._x.png``, ``__MACOSX``, ``Thumbs.db``, ``desktop.ini``) is skipped, hidden files as well.
-
-    Raises
-    ------
-    FileNotFoundError
-        A path that is missing, or a folder without such files.
+    Raises FileNotFoundError for a path that is missing, or a folder without such files.
     """
-    out: list[Path] = []
-    paths = [Path(path) for path in paths]
+    out, paths = [], [Path(path) for path in paths]
     for path in [path for path in paths if not _is_junk(path.name)] or paths:
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not any(
             part[0] == "." or _is_junk(part) for part in p.relative_to(path).parts) and (
@@ -46,13 +41,8 @@ def read_radiograph(path: str | Path, size: int, aspect: str = "stretch", *, sca
     """A radiograph as uint8 (size, size), dark background and bright bone; ``aspect``, ``scale``, ``contrast`` as in training.
 
     See :func:`charmlib.data.images.open_grey` and :func:`charmlib.data.dicom.read`. The NIH's PNGs were made with their DICOM
-    windows, so a DICOM without a window differs slightly from the training images.
-
-    Raises
-    ------
-    NotARadiograph
-        Unreadable, coloured, blank, nearly black and white, too small, too long, several frames, or a DICOM of another
-        kind of picture.
+    windows, so a DICOM without a window differs slightly from the training images. Raises NotARadiograph for a file that is
+    unreadable, coloured, blank, nearly black and white, too small, too long, of several frames, or of another kind of picture.
     """
     path = Path(path)
     try:
@@ -67,8 +57,7 @@ def read_radiograph(path: str | Path, size: int, aspect: str = "stretch", *, sca
     except (NotARadiograph, dicom.NotGrey) as error:
         raise NotARadiograph(f"{path}: {error}") from error.__cause__
     except Exception as error:
-        words = " ".join(str(error).split())
-        raise NotARadiograph(f"{path}: cannot be read ({type(error).__name__}: {words})") from error
+        raise NotARadiograph(f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})") from error
 
 
 def _is_junk(name: str) -> bool:
@@ -81,8 +70,7 @@ def _check_colour(source: bytes) -> None:
         frames = getattr(image, "n_frames", 1)
         _refuse(frames > 1 and image.format != "MPO", f"{frames} frames, wanted one picture")  # a phone's second view
         if image.mode not in ("1", "L", "LA", "F") and not image.mode.startswith("I"):
-            coloured = float((np.ptp(np.asarray(image.convert("RGB")), axis=2) > 24).mean())
-            _refuse(coloured > dicom.COLOURED, f"a colour picture ({coloured:.0%} of its pixels), not a grey radiograph")
+            dicom.refuse_colour(np.asarray(image.convert("RGB")))
 
 
 def _check_size(width: int, height: int) -> None:

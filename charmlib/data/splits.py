@@ -23,10 +23,7 @@ class SplitError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """``part`` (n,) holds 'train', 'valid', 'test' or '' for each row of the index.
-
-    ``patients_from`` says what a patient is: "column 'subject_id'", or :data:`charmlib.nih.EACH_ITS_OWN`.
-    """
+    """``part`` (n,) holds 'train', 'valid', 'test' or '' for each row of the index; ``patients_from``: what a patient is."""
 
     name: str
     part: np.ndarray
@@ -63,24 +60,16 @@ class Split:
 def make_split(index: Index, name: str = "official", *, valid_fraction: float = 0.1, limit: int = 0) -> Split:
     """Assign every image a part.
 
-    Parameters
-    ----------
-    name : str
-        'official': the NIH lists, with ``valid_fraction`` of the train_val patients as validation. 'patient': 70 / 10 / 20 per
-        cent of the patients at random. 'fold:2/5': the second of five test parts that hold each patient once, with
-        ``valid_fraction`` of the other patients as validation. All of these use seed 85 whatever the run's seed. Otherwise a
-        folder with ``train.txt``, ``valid.txt`` and ``test.txt``.
-    valid_fraction : float
-        Of 'official' and folds, at most 0.5. 0 puts the validation part of any split into the training part (a folder then
-        needs no ``valid.txt``); the test part stays as it is.
-    limit : int
-        At most so many images a part, drawn at random; 0 for all.
+    - 'official': the NIH lists, with ``valid_fraction`` (at most 0.5) of the train_val patients as validation;
+    - 'patient': 70 / 10 / 20 per cent of the patients at random;
+    - 'fold:2/5': the second of five test parts that hold each patient once, ``valid_fraction`` of the others as validation;
+    - otherwise a folder with ``train.txt``, ``valid.txt`` and ``test.txt``.
 
-    Raises
-    ------
-    SplitError
-        Lists missing or overlapping, a patient in two parts, an empty part (``valid_fraction`` 0 allows an empty validation),
-        or a split by patient of data whose patients are unknown.
+    All draws use seed 85 whatever the run's seed. ``valid_fraction`` 0 puts the validation part of any split into the training
+    part (a folder then needs no ``valid.txt``). ``limit`` draws at most so many images a part; 0 takes all.
+
+    Raises SplitError for lists missing or overlapping, a patient in two parts, an empty part (``valid_fraction`` 0 allows an
+    empty validation), or a split by patient of data whose patients are unknown.
     """
     patients, fold = index.frame["patient"], parse_fold(name)
     if index.why_unknown:
@@ -99,12 +88,10 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
         part, name = _own_lists(index, Path(name), optional=("valid",) if valid_fraction == 0 else ()), Path(name).name
     if valid_fraction == 0:
         part[part == "valid"] = "train"
-    if limit:
-        generator = np.random.default_rng(SPLIT_SEED)
-        for p in PARTS:
-            rows = np.flatnonzero(part == p)
-            if len(rows) > limit:
-                part[np.setdiff1d(rows, generator.choice(rows, limit, replace=False))] = ""
+    generator = np.random.default_rng(SPLIT_SEED)
+    for rows in (np.flatnonzero(part == p) for p in PARTS):
+        if limit and len(rows) > limit:
+            part[np.setdiff1d(rows, generator.choice(rows, limit, replace=False))] = ""
     assert_disjoint(patients, part)
     counts, positive = {}, index.has_finding()
     for p in PARTS:
@@ -119,7 +106,6 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
 
 
 def _too_few(patients: int) -> str:
-    """What to do about a random split with an empty part."""
     if patients < 2:
         return "all images are of one patient, and parts need different patients"
     instead = f"split: fold:1/{min(patients, 5)}" + (" with valid_fraction: 0" if patients == 2 else "")
@@ -127,13 +113,7 @@ def _too_few(patients: int) -> str:
 
 
 def parse_fold(name: str) -> tuple[int, int] | None:
-    """``'fold:2/5'`` as (2, 5); None for another split.
-
-    Raises
-    ------
-    SplitError
-        A fold outside its range, such as 'fold:6/5'.
-    """
+    """``'fold:2/5'`` as (2, 5); None for another split; raises SplitError for a fold outside its range, such as 'fold:6/5'."""
     if not str(name).startswith("fold:"):
         return None
     found = re.fullmatch(r"fold:(\d+)/(\d+)", name)
@@ -143,13 +123,7 @@ def parse_fold(name: str) -> tuple[int, int] | None:
 
 
 def assert_disjoint(patients: pd.Series, part: np.ndarray) -> None:
-    """Refuse a split in which a patient is in two parts.
-
-    Raises
-    ------
-    SplitError
-        Names some of the patients and their parts.
-    """
+    """Refuse a split in which a patient is in two parts: SplitError names some of the patients and their parts."""
     pairs = pd.DataFrame({"patient": patients.to_numpy(), "part": part})[part != ""].drop_duplicates()
     pairs = pairs[pairs["patient"].duplicated(keep=False)]
     if len(bad := pairs.sort_values("part").groupby("patient")["part"].agg(tuple)):
@@ -158,8 +132,8 @@ def assert_disjoint(patients: pd.Series, part: np.ndarray) -> None:
                          "Split by patient, not by image.")
 
 
-def _shuffled(patients: pd.Series, seed=SPLIT_SEED) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(np.array(sorted(set(patients)), dtype=object))
+def _shuffled(patients: pd.Series) -> np.ndarray:
+    return np.random.default_rng(SPLIT_SEED).permutation(np.array(sorted(set(patients)), dtype=object))
 
 
 def _assign(patients: pd.Series, *parts: np.ndarray) -> np.ndarray:
@@ -189,13 +163,7 @@ def _find_list(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _read_list(index: Index, path: Path, *, say: bool = False) -> set[str]:
-    """The ids that a list names, as written or by the ends of paths and plain names (:func:`charmlib.data.find.match`).
-
-    Raises
-    ------
-    SplitError
-        A list with names, none of which is in the data; an example of each side.
-    """
+    """The ids that a list names, as written or by the ends of paths and plain names (:func:`charmlib.data.find.match`)."""
     names = dict.fromkeys(listed_names(path))
     listed = set(index.frame["id"]) & names.keys()
     if others := [name for name in names if name not in listed]:

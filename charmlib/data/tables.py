@@ -1,4 +1,7 @@
-"""Label tables and lists as text files: any usual encoding, separator and compression; the names of their columns."""
+"""Label tables and lists as text files: any usual encoding, separator and compression; the names of their columns.
+
+Files beside the table in public data sets: MIMIC-CXR-JPG's metadata, and the images that CXR-LT removes.
+"""
 
 import bz2
 import contextlib
@@ -9,11 +12,13 @@ import re
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from charmlib.data.junk import kind_of
+from charmlib.data.find import kind_of, plain
 
 COLUMNS = {what: tuple(names.split()) for what, names in {
     "id": "imageindex imageid image id path filename imagename imagefile imagefilename imagepath img imgid imgname imgpath "
@@ -30,6 +35,23 @@ _PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lz
 _EXCEL = "an Excel workbook: save it as CSV (UTF-8), with the ids as text"
 
 
+@dataclass
+class Report:
+    """What is odd about a data set: kind -> names. Whatever is left out of a data set is named here."""
+
+    found: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, names: Iterable) -> None:
+        """Note names under a kind; without names nothing is noted."""
+        if names := [str(n) for n in names]:
+            self.found.setdefault(kind, []).extend(names)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{kind}: {len(names)} ({', '.join(names[:5])}" + (f" ... and {len(names) - 5} more)" if len(names) > 5 else ")")
+            for kind, names in self.found.items()) or "nothing odd found"
+
+
 def key_of(name: str) -> str:
     """A column's name in small letters and digits alone: 'Patient ID', 'patient_id' and 'PatientID' are one."""
     return re.sub(r"[\W_]+", "", name.lower())
@@ -37,9 +59,7 @@ def key_of(name: str) -> str:
 
 def columns_of(raw: pd.DataFrame, what: str) -> list[str]:
     """The columns that may hold the image ``id``, the ``patient`` ... (:data:`COLUMNS`), the most telling first."""
-    there: dict[str, str] = {}
-    for column in raw.columns:
-        there.setdefault(key_of(column), column)
+    there = {key_of(column): column for column in raw.columns[::-1]}  # the first of two of one name
     return [there[key] for key in COLUMNS[what] if key in there]
 
 
@@ -51,10 +71,8 @@ def column_of(raw: pd.DataFrame, what: str) -> str | None:
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, UTF-16, UTF-32 or Windows' Latin-1, perhaps packed with gzip, bz2, xz or zip.
 
-    Raises
-    ------
-    ValueError
-        A damaged file, a workbook, a web page, a Git LFS pointer ..., or an archive of several files; names file and remedy.
+    Raises ValueError for a damaged file, a workbook, a web page, a Git LFS pointer ..., or an archive of several files; names
+    file and remedy.
     """
     source = path.read_bytes()
     try:
@@ -88,10 +106,8 @@ def _unzipped(path: Path, source: bytes) -> bytes:
 def read_table(path: Path) -> pd.DataFrame:
     """A table as text cells, blanks as '': separated by commas, semicolons, tabs or ``|``, or a workbook (with openpyxl).
 
-    Raises
-    ------
-    ValueError
-        Empty, without rows, a row with more fields than the header, or what :func:`read_text` refuses; names the file.
+    Raises ValueError if it is empty, without rows, has a row with more fields than the header, or is what :func:`read_text`
+    refuses; names the file.
     """
     if path.suffix.lower() in (".xlsx", ".xlsm", ".xls", ".ods"):
         try:
@@ -130,12 +146,9 @@ def _parsed(path: Path, text: str) -> pd.DataFrame:
 
 
 def listed_names(path: Path) -> list[str]:
-    """The image names of a list: one a line, perhaps with labels behind it, or the image column of a table with a header.
-
-    Backslashes become slashes.
-    """
+    """The image names of a list, backslashes as slashes: one a line, perhaps with labels behind, or a table's image column."""
     text = read_text(path).replace("\\", "/")
-    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
+    lines = list(filter(None, map(str.strip, text.splitlines())))
     if lines and {key_of(cell) for cell in re.split(r"[,;\t|]", lines[0])} & set(COLUMNS["id"]):
         raw = read_table(path) if len(lines) > 1 else pd.DataFrame(columns=["id"])
         return raw[column_of(raw, "id")].str.strip().str.replace("\\", "/").tolist()
@@ -151,3 +164,33 @@ def _name(line: str) -> str:
     labelled = re.match(r"(\S+)(?:\s+-?[\d.]+)+$", cell)
     return found[1] if found else labelled[1] if labelled else cell
 
+
+def images_of_studies(raw: pd.DataFrame, table: Path) -> pd.DataFrame:
+    """A table of studies, as MIMIC-CXR-JPG's chexpert.csv, with one row an image by the metadata table beside it.
+
+    A table with an image column is returned as it is. Raises ValueError for studies without metadata; names both.
+    """
+    study = column_of(raw, "study")
+    if study is None or column_of(raw, "id"):
+        return raw
+    for path in sorted(table.parent.glob("*metadata*.csv*")):
+        meta = read_table(path)
+        if column_of(meta, "study") and column_of(meta, "id"):
+            wanted = [column for what in ("id", "view") if (column := column_of(meta, what)) and column not in raw.columns]
+            meta = meta.assign(**{study: meta[column_of(meta, "study")]})[[study, *wanted]]
+            return raw.merge(meta, on=study).reset_index(drop=True)
+    raise ValueError(f"{table} lists studies ({study}) rather than images: put the table of their images beside it, such as "
+                     "mimic-cxr-2.0.0-metadata.csv.gz with dicom_id and study_id")
+
+
+def removed_names(table: Path) -> tuple[set[str], str]:
+    """The images of ``Removal.csv`` beside the table (CXR-LT 2026) as plain names without folders, and the file's name."""
+    for path in sorted(table.parent.glob("[Rr]emov*.csv*")):
+        if path != table and (column := column_of(raw := read_table(path), "id")):
+            return {last_part(name) for name in raw[column]}, path.name
+    return set(), ""
+
+
+def last_part(name: str) -> str:
+    """The plain name of an image without its folders."""
+    return plain(name.strip().replace("\\", "/").rpartition("/")[2])

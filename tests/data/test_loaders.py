@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from charmlib.data.augment import FlipRotate, flip_rotate
 from charmlib.data.dataset import open_dataset
-from charmlib.data.loaders import GreyToNetwork, chest_dataloaders
+from charmlib.data.loaders import FlipRotate, GreyToNetwork, chest_dataloaders, flip_rotate
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

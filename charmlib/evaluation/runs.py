@@ -66,28 +66,16 @@ class Predictions:
 class RunFolder:
     """The files of one run. Each is read on first use and cached; a new object reads them again.
 
-    Attributes
-    ----------
-    status : 'done', 'failed', 'started' (has finished epochs to resume from) or 'pending'
-    card : dict
-        ``model.json``: classes, architecture, parameters, normalisation, thresholds and temperature chosen on validation.
-    metrics : dict
-        ``metrics.json``, which marks a finished run.
-    history : list of dict
-        Rows of ``history.csv``, as text; empty before the first epoch has ended.
-    test, valid : Predictions
-        The parts of ``predictions.npz``; ``valid`` is empty for a run without a validation part.
-    resamples : Resamples or None
-        The bootstrap of the test part over patients; None for a single patient.
-    choices : dict
-        ``thresholds`` and ``temperature``, both chosen on the validation part.
+    - ``status``: 'done', 'failed', 'started' (has finished epochs to resume from) or 'pending';
+    - ``card``: ``model.json``: classes, architecture, parameters, normalisation, thresholds and temperature;
+    - ``metrics``: ``metrics.json``, which marks a finished run;
+    - ``history``: rows of ``history.csv``, as text; empty before the first epoch has ended;
+    - ``test``, ``valid``: the parts of ``predictions.npz``; ``valid`` is empty for a run without a validation part;
+    - ``resamples``: the bootstrap of the test part over patients; None for a single patient;
+    - ``choices``: ``thresholds`` and ``temperature``, both chosen on the validation part.
 
-    Raises (on use)
-    ---------------
-    FileNotFoundError
-        The file is missing; says which step writes it.
-    ValueError
-        The file is damaged or of another format.
+    On use, raises FileNotFoundError for a missing file, saying which step writes it, and ValueError for one that is damaged or
+    of another format.
     """
 
     def __init__(self, path: str | Path):
@@ -190,10 +178,7 @@ class RunFolder:
 def run_folders(paths: Iterable[str | Path]) -> list[RunFolder]:
     """Finished runs: the given folders, or those that they hold (a grid's cells; a folder of grids).
 
-    Raises
-    ------
-    FileNotFoundError
-        A folder that is neither; names it.
+    Raises FileNotFoundError for a folder that is neither.
     """
     out = []
     for path in map(Path, paths):
@@ -207,13 +192,7 @@ def run_folders(paths: Iterable[str | Path]) -> list[RunFolder]:
 
 
 def run_names(runs: Sequence[RunFolder]) -> list[str]:
-    """A short name for each run: the last parts of its path, as many as distinguish all of them.
-
-    Raises
-    ------
-    ValueError
-        Two of the runs are the same folder.
-    """
+    """A short name for each run: the last parts of its path, as many as distinguish all; ValueError for a run named twice."""
     parts = [run.path.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(p[-length:]).lstrip("/") for p in parts]
@@ -263,10 +242,7 @@ def write_arrays(path: str | Path, **arrays) -> None:
 def chosen_on_validation(labels, logits, classes: Sequence[str]) -> dict:
     """``thresholds`` (operating point -> class -> probability) and the calibration's ``temperature`` from validation data.
 
-    Parameters
-    ----------
-    labels, logits : arrays of shape (n_samples, n_classes)
-        The validation part. Without samples there are no thresholds and the temperature is None.
+    ``labels`` and ``logits`` are (n_samples, n_classes). Without samples there are no thresholds and the temperature is None.
     """
     from charmlib.evaluation.calibration import fit_temperature
     from charmlib.evaluation.operating import choose_thresholds
@@ -291,12 +267,7 @@ def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None,
     """Turn the scores of the test notebook into ``metrics.json``, the mark of a finished run, and remove ``resume.pt``.
 
     In a grid the runner calls this with the cell's name and hash, the hash of the notebooks' code and the wall time in
-    seconds; the notebook's own call then returns None.
-
-    Raises
-    ------
-    FileNotFoundError
-        The run has not been scored.
+    seconds; the notebook's own call then returns None. Raises FileNotFoundError for a run that has not been scored.
     """
     folder = RunFolder(run)
     if session.in_grid() and hash is None:

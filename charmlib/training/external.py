@@ -29,26 +29,14 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
                     workers: int = 2, reading: Mapping | None = None) -> tuple[dict, Predictions]:
     """Score a finished run on a data set that it was not trained on; returns metrics and predictions of the matched classes.
 
-    Thresholds and temperature are those of the run's own validation part. Writes ``scores/NAME.json`` and ``NAME.npz``.
+    Thresholds and temperature are those of the run's own validation part. ``csv`` and ``reading`` say how the table is read,
+    as in :func:`charmlib.data.index.read_index`. Scored is a ``part`` of a ``split`` of the data, by default all its images.
+    Writes NAME.json and NAME.npz into ``out``, by default ``scores`` in the run's folder; ``name`` defaults to data folder and
+    table.
 
-    Parameters
-    ----------
-    csv, reading
-        How the table is read, as in :func:`charmlib.data.index.read_index`.
-    split, part : str
-        A part of a split of the data; by default all images of the table.
-    out, name : str
-        The folder, by default ``scores`` in the run's, and NAME, by default of data folder and table.
-
-    Returns
-    -------
-    metrics as in ``metrics.json`` without ``valid``, and ``matched`` (our class -> theirs), ``unmatched`` {run, data} and
-    ``seen`` (the number of images whose names are among the run's training and validation images).
-
-    Raises
-    ------
-    ValueError
-        No class of the run is among those of the data; names both. The name is taken by the scores of other images.
+    The metrics are as in ``metrics.json``, with ``matched`` (our class -> theirs), ``unmatched`` {run, data} and ``seen`` (the
+    number of images whose names are among the run's training and validation images). Raises ValueError if no class of the run
+    is among those of the data, or if the name is taken by the scores of other images.
     """
     run = RunFolder.of(run)
     card, trained = run.card, run.metrics

@@ -55,10 +55,7 @@ class Run:
     def open(cls, params: Mapping | None = None, **changes) -> "Run":
         """Check the parameters, open the data, build the network. Writes nothing yet.
 
-        Raises
-        ------
-        charmlib.params.ParameterError
-            A parameter that is unknown, ill-typed or out of range.
+        Raises :class:`charmlib.params.ParameterError` for a parameter that is unknown, ill-typed or out of range.
         """
         if session.in_grid():  # older releases of ipykernel notice the end of their parent only if it was process 1's child
             session.die_with_parent(int(os.environ.get("JPY_PARENT_PID", os.getppid())))
@@ -80,12 +77,8 @@ class Run:
     def load(cls, run_dir: str | Path, **changes) -> "Run":
         """A trained run from its folder; ``changes`` may only say where things are (data_root, cache_dir, workers, device).
 
-        A read-only folder is copied to a writable place, and the copy is the run's folder from then on.
-
-        Raises
-        ------
-        FileNotFoundError, ValueError
-            Not trained, a checkpoint that does not fit, classes in another order, or another split than in training.
+        A read-only folder is copied to a writable place, and the copy is the run's folder from then on. Raises
+        FileNotFoundError or ValueError: not trained, a checkpoint that does not fit, classes in another order, another split.
         """
         folder = RunFolder(Path(run_dir).expanduser().resolve())
         if not folder.params_file.is_file():
@@ -153,14 +146,9 @@ class Run:
         Writes ``params.yaml`` and ``split.csv``; after each epoch ``history.csv``, ``bank_history.csv``, ``log.txt`` and
         ``resume.pt``; at the end ``model.safetensors``, ``bank.csv`` (the bank's slots), and ``model.json`` with thresholds and
         temperature, both chosen on the validation part. Without a validation part (``valid_fraction`` 0) each stage ends with
-        its last epoch's weights and nothing is chosen.
+        its last epoch's weights and nothing is chosen. ``resume=False`` first removes the files of an earlier run.
 
-        ``resume=False`` first removes the files of an earlier run.
-
-        Raises
-        ------
-        ValueError
-            The folder holds a run with other settings; names them and the remedy.
+        Raises ValueError for a folder of a run with other settings; names them and the remedy.
         """
         folder = self.folder
         if self.trained():
@@ -204,12 +192,9 @@ class Run:
                          "larger value gives the same run")
 
     def trained(self) -> bool:
-        """Whether the folder holds the checkpoint of exactly this run; it is then loaded.
+        """Whether the folder holds the checkpoint of exactly this run, which is then loaded.
 
-        Raises
-        ------
-        ValueError
-            It holds a checkpoint of other settings and ``resume`` is on.
+        Raises ValueError if it holds one of other settings and ``resume`` is on.
         """
         self.folder = RunFolder(self.folder)
         if not self.params["resume"] or not self.folder.trained:
@@ -289,10 +274,7 @@ class Run:
         Without a validation part its arrays are empty, ``valid`` of the metrics is None, and the test part has no operating
         points. :func:`charmlib.evaluation.runs.finish` turns the metrics into ``metrics.json``.
 
-        Raises
-        ------
-        charmlib.session.OutOfTime
-            A deadline is set, and scoring would not fit.
+        Raises :class:`charmlib.session.OutOfTime` if a deadline is set and scoring would not fit.
         """
         history = self.history or self._read_history()
         session.stop_unless(session.scoring_seconds(guess=max((row["seconds"] for row in history), default=0.0)), "scoring")

@@ -329,18 +329,10 @@ def effective(params: Mapping[str, Any], steps: int | None = None) -> dict[str, 
             if PARAMS[name].effective else value for name, value in params.items() if name in PARAMS and PARAMS[name].hashed}
 
 
-def without_effect(params: Mapping[str, Any], names: Iterable[str]) -> str:
-    """One line on those of ``names`` that have no effect, and what would give them one; empty if all have."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        if need := missing_need(name, params):
-            found.setdefault(need, []).append(name)
-    return f"without effect: {effect_text(found)}" if found else ""
-
-
-def effect_text(found: Mapping[str, list[str]]) -> str:
-    """Needs and the names that have them, in words."""
-    return "; ".join(f"{', '.join(names)} (needs {need})" for need, names in found.items())
+def no_effect(needs: Mapping[str, str]) -> str:
+    """One line on the parameters without effect among ``needs`` (name -> its :func:`missing_need`); empty if all have one."""
+    named = {need: ", ".join(name for name in needs if needs[name] == need) for need in needs.values() if need}
+    return f"without effect: {'; '.join(f'{names} (needs {need})' for need, names in named.items())}" if named else ""
 
 
 def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 """Of ``model.json`` and ``metrics.json``; files of another number are refused."""
-ABOUT = ("view", "sex", "age")
-"""What ``predictions.npz`` holds of each image beside ids, patients, labels and logits."""
-PART_FILE = "scored.json"
-"""The scores of the test notebook, from which ``metrics.json`` is made when the run is done."""
+ARRAYS, ABOUT = ("ids", "patients", "labels", "logits"), ("view", "sex", "age")
+"""What ``predictions.npz`` holds of each image: always, and as far as known."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Predictions:
 
     def take(self, rows) -> Predictions:
         """The images at some positions, or those that a mask (n,) selects."""
-        return replace(self, ids=self.ids[rows], patients=self.patients[rows], labels=self.labels[rows],
-                       logits=self.logits[rows], about={key: values[rows] for key, values in self.about.items()})
+        return replace(self, **{key: getattr(self, key)[rows] for key in ARRAYS},
+                       about={key: values[rows] for key, values in self.about.items()})
 
 
 class RunFolder:
@@ -86,7 +84,8 @@ class RunFolder:
         self.resume_file, self.history_file = self.path / "resume.pt", self.path / "history.csv"
         self.bank_file, self.bank_history_file = self.path / "bank.csv", self.path / "bank_history.csv"
         self.predictions_file, self.resamples_file = self.path / "predictions.npz", self.path / "resamples.npz"
-        self.scored_file, self.metrics_file = self.path / PART_FILE, self.path / "metrics.json"
+        # the scores of the test notebook, from which metrics.json is made when the run is done
+        self.scored_file, self.metrics_file = self.path / "scored.json", self.path / "metrics.json"
         self.log_file, self.error_file = self.path / "log.txt", self.path / "error.txt"
 
     @classmethod
@@ -156,7 +155,7 @@ class RunFolder:
             raise FileNotFoundError(f"no {path}: score the run with the test notebook first")
         try:
             with np.load(path, allow_pickle=False) as file:
-                return Predictions(*(file[f"{part}_{key}"] for key in ("ids", "patients", "labels", "logits")),
+                return Predictions(*(file[f"{part}_{key}"] for key in ARRAYS),
                                    tuple(str(c) for c in file["classes"]), str(file.get("normal_class", "")),
                                    {key: file[f"{part}_{key}"] for key in ABOUT if f"{part}_{key}" in file})
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
@@ -214,18 +213,19 @@ def _json(path: Path, missing: str, remedy: str) -> dict:
 
 
 def about(frame) -> dict[str, np.ndarray]:
-    """:data:`ABOUT` of the rows of an index's frame: view and sex as text, age in years or NaN."""
-    return {key: frame[key].to_numpy("float32" if key == "age" else str) for key in ABOUT}
+    """Ids, patients and :data:`ABOUT` of the rows of an index's frame: text, but age in years or NaN."""
+    return {name: frame[column].to_numpy("float32" if column == "age" else str)
+            for name, column in (("ids", "id"), ("patients", "patient"), *zip(ABOUT, ABOUT))}
 
 
 def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str],
                      normal_class: str = "") -> None:
-    """Write ``{valid,test}_{ids,patients,labels,logits}``, :data:`ABOUT` where given, ``classes`` and ``normal_class``; no
-    pickles. Valid may be empty arrays."""
+    """Write :data:`ARRAYS` and :data:`ABOUT` of 'valid' and 'test', ``classes`` and ``normal_class``; no pickles. Valid may be
+    empty arrays."""
     import numpy as np
 
-    write_arrays(path, classes=np.array(list(classes)), normal_class=np.array(normal_class),
-                 **{f"{part}_{key}": value for part, values in parts.items() for key, value in values.items()})
+    arrays = {f"{part}_{key}": values[key] for part, values in parts.items() for key in (*ARRAYS, *ABOUT) if key in values}
+    write_arrays(path, classes=np.array(list(classes)), normal_class=np.array(normal_class), **arrays)
 
 
 def write_arrays(path: str | Path, **arrays) -> None:

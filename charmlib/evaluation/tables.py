@@ -123,8 +123,7 @@ def with_origin(table: pd.DataFrame, metrics: Mapping) -> pd.DataFrame:
     """A table for a file of its own: with split, images, patients and share of positives in every row."""
     part = metrics["split"]["test"]
     return table.assign(split=split_label(metrics["split"]), data=metrics["data"]["name"], images=part["images"],
-                        patients=part["patients"],
-                        positive_share=part["positive_share"])
+                        patients=part["patients"], positive_share=part["positive_share"])
 
 
 def with_intervals(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from charmlib.files import write_csv, write_json, write_text
 from charmlib.models.registry import Network, create
 from charmlib.nih import same_order
 from charmlib.param_sources import changed, read_yaml
-from charmlib.params import PARAMS, UNHASHED, effective, resolve, warmup_end, with_absolute_paths, without_effect
+from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, warmup_end, with_absolute_paths
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import HISTORY, NUMBERS, Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
@@ -61,7 +61,7 @@ class Run:
             session.die_with_parent(int(os.environ.get("JPY_PARENT_PID", os.getppid())))
         p = with_absolute_paths(resolve(dict(params or {}), changes))
         phases(p)  # refuses parameters that would train nothing
-        if not session.in_grid() and (words := without_effect(p, changed(p))):
+        if not session.in_grid() and (words := no_effect({name: missing_need(name, p) for name in changed(p)})):
             print(words, flush=True)
         p["data_root"] = str(find_data(p["data_root"]))
         device = pick_device(p["device"])
@@ -279,12 +279,8 @@ class Run:
         history = self.history or self._read_history()
         session.stop_unless(session.scoring_seconds(guess=max((row["seconds"] for row in history), default=0.0)), "scoring")
         start = time.monotonic()
-        parts = {}
-        for part in ("valid", "test"):
-            logits, labels = self.logits(part)
-            frame = self.data.index.frame.iloc[self.data.rows(part)]
-            parts[part] = {"ids": frame["id"].to_numpy(str), "patients": frame["patient"].to_numpy(str),
-                           "labels": labels, "logits": logits, **about(frame)}
+        parts = {part: about(self.data.index.frame.iloc[self.data.rows(part)])
+                 | dict(zip(("logits", "labels"), self.logits(part))) for part in ("valid", "test")}
         normal = self.data.index.normal_class
         save_predictions(self.folder.predictions_file, parts, self.data.classes, normal)
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
@@ -292,11 +288,9 @@ class Run:
                                    **self.folder.choices)
         save_resamples(self.folder.resamples_file, samples)
         metrics = {
-            "params": self.params, "data": self._source(),
-            "split": self.data.split.record(),
+            "params": self.params, "data": self._source(), "split": self.data.split.record(),
             "classes": list(self.data.classes), "normal_class": normal, "images": self.data.train_images(),
-            "train_prevalence": train,
-            "valid": score_part(parts["valid"], self.data.classes, normal_class=normal)[0]
+            "train_prevalence": train, "valid": score_part(parts["valid"], self.data.classes, normal_class=normal)[0]
             if self.data.split.has_valid else None, "test": test,
             "bank": self.bank.summary(history), "stage1_lr": self.folder.card["stage1_lr"],
             "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": round(time.monotonic() - start, 3),

@@ -20,14 +20,14 @@ class ParameterError(ValueError):
 class Param:
     """One row of the table.
 
-    - ``choices``: the only allowed values; ``also`` describes free values besides them;
-    - ``low``, ``high``: the allowed range of a number;
-    - ``of``: the systems that have this parameter; all systems if empty;
+    - ``choices``: the only allowed values; ``also`` describes free values besides them.
+    - ``low``, ``high``: the allowed range of a number.
+    - ``of``: the systems that have this parameter; all systems if empty.
     - ``needs``: other parameters and their values under which this one has an effect: ``{'answer': ('votes',)}``. The names of
-      several joined by ``|`` ask for one of them; :data:`ABOVE_0` stands for any positive number;
+      several joined by ``|`` ask for one of them; :data:`ABOVE_0` stands for any positive number.
     - ``effective``: (value, params, steps) -> the value that it amounts to; two values of one effective value give the same
-      run. ``steps`` is the number of training steps, None where it is not known;
-    - ``shown``: whether the train notebook's parameters cell has a line for it; the others go through its ``options``;
+      run. ``steps`` is the number of training steps, None where it is not known.
+    - ``shown``: whether the train notebook's parameters cell has a line for it; the others go through its ``options``.
     - ``hashed``: False for parameters that say where and how a run happens: they stay out of a cell's hash.
     """
 

@@ -64,12 +64,12 @@ class Predictions:
 class RunFolder:
     """The files of one run. Each is read on first use and cached; a new object reads them again.
 
-    - ``status``: 'done', 'failed', 'started' (has finished epochs to resume from) or 'pending';
-    - ``card``: ``model.json``: classes, architecture, parameters, normalisation, thresholds and temperature;
-    - ``metrics``: ``metrics.json``, which marks a finished run;
-    - ``history``: rows of ``history.csv``, as text; empty before the first epoch has ended;
-    - ``test``, ``valid``: the parts of ``predictions.npz``; ``valid`` is empty for a run without a validation part;
-    - ``resamples``: the bootstrap of the test part over patients; None for a single patient;
+    - ``status``: 'done', 'failed', 'started' (has finished epochs to resume from) or 'pending'.
+    - ``card``: ``model.json``: classes, architecture, parameters, normalisation, thresholds and temperature.
+    - ``metrics``: ``metrics.json``, which marks a finished run.
+    - ``history``: rows of ``history.csv``, as text; empty before the first epoch has ended.
+    - ``test``, ``valid``: the parts of ``predictions.npz``; ``valid`` is empty for a run without a validation part.
+    - ``resamples``: the bootstrap of the test part over patients; None for a single patient.
     - ``choices``: ``thresholds`` and ``temperature``, both chosen on the validation part.
 
     On use, raises FileNotFoundError for a missing file, saying which step writes it, and ValueError for one that is damaged or

@@ -25,7 +25,6 @@ from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.metrics import frequency_groups, mean_auc, mean_over_classes, micro, summarize
 from charmlib.evaluation.operating import at_thresholds, choose_thresholds
 from charmlib.evaluation.runs import Predictions, RunFolder, chosen_on_validation, run_names
-from charmlib.nih import finding_columns
 
 
 def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
@@ -40,7 +39,7 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
     training part) makes the frequency groups. ``normal_class`` means "no finding", which no mean counts; '' takes one by name.
     """
     labels, logits, patients = values["labels"], values["logits"], values["patients"]
-    findings, normal = finding_columns(classes, normal_class), nih.normal_class(classes, normal_class)
+    findings, normal = nih.finding_columns(classes, normal_class), nih.normal_class(classes, normal_class)
     out = {**summarize(labels, logits, classes, normal), "normal_class": normal,
            **{f"micro_{name}": value for name, value in micro(labels[:, findings], logits[:, findings]).items()}}
     samples = bootstrap(labels, logits, patients, resamples=resamples, seed=seed) if enough_patients(patients) else None

@@ -115,14 +115,13 @@ def _meaning(name: str) -> str:
 
 def external_note(metrics: Mapping) -> str:
     """What was scored on what, which classes were matched and which were not, in words."""
-    unmatched, matched = metrics["unmatched"], metrics["matched"]
-    renamed = [f"{ours} = {theirs}" for ours, theirs in matched.items() if ours != theirs]
+    renamed = [f"{ours} = {theirs}" for ours, theirs in metrics["matched"].items() if ours != theirs]
     lines = [f"trained on {metrics['data']['trained_on']['name']}, scored on {metrics['data']['name']} "
              f"({metrics['data']['table']}), at thresholds and temperature of the run's own validation part",
-             f"{len(matched)} classes matched by name" + (f", of which by another spelling or a synonym: {', '.join(renamed)}"
-                                                          if renamed else "")]
+             f"{len(metrics['matched'])} classes matched by name"
+             + (f", of which by another spelling or a synonym: {', '.join(renamed)}" if renamed else "")]
     lines += [f"classes of the {whose} without a counterpart, not scored: {', '.join(names)}"
-              for whose, names in (("run", unmatched["run"]), ("data", unmatched["data"])) if names]
+              for whose, names in metrics["unmatched"].items() if names]
     if metrics["seen"]:
         lines.append(f"WARNING: {metrics['seen']:,} of {metrics['split']['test']['images']:,} images have the names of images "
                      "that the run was trained or validated on. If they are the same images, this is no external validation.")

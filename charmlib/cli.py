@@ -149,9 +149,10 @@ def evaluate(runs, point, ensemble, out):
 @click.option("--device", default="auto", show_default=True)
 def score(run, assignments, **how):
     """Score RUN on another data set (external validation), by the classes that both have."""
+    from charmlib.evaluation.tables import split_note
     from charmlib.training.external import external_note, score_elsewhere
     from charmlib.viz.curves import plot_roc
-    from charmlib.viz.run_report import evaluation_text, split_note
+    from charmlib.viz.run_report import evaluation_text
 
     if not (how["out"] or os.access(run, os.W_OK)):
         raise click.UsageError(f"{run} is read-only: name a folder for the scores with --out")

@@ -143,10 +143,7 @@ def _injected(namespace: Mapping[str, Any]) -> list[tuple[list[str], set[str]]]:
 def refuse_unknown(namespace: Mapping[str, Any]) -> None:
     """Refuse a name given by papermill that the notebook's own ``parameters`` cell lacks, where it would have no effect.
 
-    Raises
-    ------
-    ParameterError
-        Names the nearest one and all that the notebook takes.
+    The ParameterError names the nearest one and all that the notebook takes.
     """
     for takes, given in _injected(namespace):
         if set(takes) <= set(namespace.get("__annotations__", ())):  # else of the notebook that ran before in this kernel

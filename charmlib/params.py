@@ -20,24 +20,15 @@ class ParameterError(ValueError):
 class Param:
     """One row of the table.
 
-    Parameters
-    ----------
-    choices : tuple
-        The only allowed values; ``also`` describes free values besides them.
-    low, high : float
-        The allowed range of a number.
-    of : tuple of str
-        The systems that have this parameter; all systems if empty.
-    needs : mapping
-        Other parameters and their values under which this one has an effect: ``{'answer': ('votes',)}``. The names of several
-        joined by ``|`` ask for one of them; :data:`ABOVE_0` stands for any positive number.
-    effective : callable, optional
-        (value, params, steps) -> the value that it amounts to; two values of one effective value give the same run. ``steps``
-        is the number of training steps, None where it is not known.
-    shown : bool
-        Whether the train notebook's parameters cell has a line for it; the others go through its ``options``.
-    hashed : bool
-        False for parameters that say where and how a run happens: they stay out of a cell's hash.
+    - ``choices``: the only allowed values; ``also`` describes free values besides them.
+    - ``low``, ``high``: the allowed range of a number.
+    - ``of``: the systems that have this parameter; all systems if empty.
+    - ``needs``: other parameters and their values under which this one has an effect: ``{'answer': ('votes',)}``. The names of
+      several joined by ``|`` ask for one of them; :data:`ABOVE_0` stands for any positive number.
+    - ``effective``: (value, params, steps) -> the value that it amounts to; two values of one effective value give the same
+      run. ``steps`` is the number of training steps, None where it is not known.
+    - ``shown``: whether the train notebook's parameters cell has a line for it; the others go through its ``options``.
+    - ``hashed``: False for parameters that say where and how a run happens: they stay out of a cell's hash.
     """
 
     group: str
@@ -201,13 +192,7 @@ ARCHS = ("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "efficie
 
 
 def add_rows(rows: Iterable[Param]) -> None:
-    """Add the parameters of a system; see :mod:`charmlib.systems`.
-
-    Raises
-    ------
-    ParameterError
-        The table has a parameter of that name already.
-    """
+    """Add the parameters of a system (:mod:`charmlib.systems`); ParameterError if the table has one of that name already."""
     for p in rows:
         if p.name in PARAMS and PARAMS[p.name] != p:
             raise ParameterError(f"parameter '{p.name}' is declared twice; give the one of {', '.join(p.of)} another name")
@@ -224,12 +209,8 @@ def coerce(name: str, value: Any, source: str = "") -> Any:
     """``value`` as the declared type of ``name``.
 
     YAML reads ``2e-5`` as text and ``off`` as False, the command line hands over text only; both come out right
-    where the meaning is plain and are refused where it is not (a bool for a number, 2.5 for an int).
-
-    Raises
-    ------
-    ParameterError
-        Unknown name, wrong type, a value outside the allowed ones.
+    where the meaning is plain and are refused where it is not (a bool for a number, 2.5 for an int). Raises ParameterError for
+    an unknown name, a wrong type, and a value outside the allowed ones.
     """
     where = f"'{name}' ({source})" if source else f"'{name}'"
     if name not in PARAMS:
@@ -284,10 +265,7 @@ def _text(p: Param, value) -> str:
 def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[str, Any]:
     """All parameters: the defaults with each of ``layers`` laid over them in turn, coerced and checked together.
 
-    Raises
-    ------
-    ParameterError
-        As :func:`coerce`; also for values that contradict each other.
+    Raises ParameterError as :func:`coerce`, and for values that contradict each other.
     """
     out = dict(DEFAULTS)
     for i, layer in enumerate(layers):
@@ -351,27 +329,16 @@ def effective(params: Mapping[str, Any], steps: int | None = None) -> dict[str, 
             if PARAMS[name].effective else value for name, value in params.items() if name in PARAMS and PARAMS[name].hashed}
 
 
-def without_effect(params: Mapping[str, Any], names: Iterable[str]) -> str:
-    """One line on those of ``names`` that have no effect, and what would give them one; empty if all have."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        if need := missing_need(name, params):
-            found.setdefault(need, []).append(name)
-    return f"without effect: {effect_text(found)}" if found else ""
-
-
-def effect_text(found: Mapping[str, list[str]]) -> str:
-    """Needs and the names that have them, in words."""
-    return "; ".join(f"{', '.join(names)} (needs {need})" for need, names in found.items())
+def no_effect(needs: Mapping[str, str]) -> str:
+    """One line on the parameters without effect among ``needs`` (name -> its :func:`missing_need`); empty if all have one."""
+    named = {need: ", ".join(name for name in needs if needs[name] == need) for need in needs.values() if need}
+    return f"without effect: {'; '.join(f'{names} (needs {need})' for need, names in named.items())}" if named else ""
 
 
 def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters with the files and folders that they name as absolute paths, ``~`` expanded.
 
-    Raises
-    ------
-    ParameterError
-        A weight file or a folder of lists that is not there.
+    Raises ParameterError for a weight file or a folder of lists that is not there.
     """
     out = dict(params)
     for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient"))):

@@ -25,7 +25,6 @@ ALIVE = "CHARM_ALIVE"  # file to touch as work goes on
 DEADLINE = "CHARM_DEADLINE"  # Unix time at which the cell must have ended
 SCORING = "CHARM_SCORING_SECONDS"  # expected seconds of scoring, where they are known
 
-_EVERY = 1.0  # seconds between two touches
 _last = 0.0
 
 
@@ -65,7 +64,7 @@ def alive() -> None:
     """Report progress, to be called for each batch: touches the file that the runner watches, once a second at most."""
     global _last
     path, now = os.environ.get(ALIVE), time.monotonic()
-    if path and now - _last >= _EVERY:
+    if path and now - _last >= 1.0:
         _last = now
         Path(path).touch()
 

@@ -7,7 +7,7 @@ from charmlib.grid.board import read_record
 from charmlib.grid.spec import load_grid
 from charmlib.nn import MomentumEncoder
 from charmlib.param_sources import cell_source, from_notebook, load_params, parse_assignments, parse_yaml, refuse_unknown
-from charmlib.params import PARAMS, ParameterError, coerce, effective, missing_need, resolve, without_effect
+from charmlib.params import PARAMS, ParameterError, coerce, effective, missing_need, no_effect, resolve
 from charmlib.training.recipes import phases
 
 
@@ -119,7 +119,7 @@ def test_a_parameter_says_what_would_give_it_an_effect():
     assert {n: missing_need(n, p) for n in ("k", "strategy", "vote_weight", "momentum", "dropout")} == {
         "k": "use_bank: true", "strategy": "use_bank: true", "vote_weight": "use_bank: true", "momentum": "use_momentum: true",
         "dropout": ""}
-    assert without_effect(resolve(), ["k", "retrieval", "momentum", "seed"]) == \
+    assert no_effect({name: missing_need(name, resolve()) for name in ("k", "retrieval", "momentum", "seed")}) == \
         "without effect: k, retrieval (needs answer: features); momentum (needs use_momentum: true)"
     assert missing_need("stage2_loss", resolve({"stage2_epochs": 0})) == "stage2_epochs: above 0"
     assert missing_need("stage1_lr", resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0})) == \

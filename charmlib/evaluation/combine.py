@@ -9,7 +9,7 @@ from scipy.special import expit, logit
 
 from charmlib.evaluation.compare import aligned
 from charmlib.evaluation.metrics import auc_by_class
-from charmlib.evaluation.runs import Predictions, RunFolder
+from charmlib.evaluation.runs import ARRAYS, Predictions, RunFolder
 from charmlib.params import UNHASHED
 
 
@@ -66,9 +66,8 @@ def pooled(parts: Sequence[Predictions]) -> Predictions:
     Scores of different networks are pooled as they are. So an AUC over them is also lowered by differences in calibration
     between folds, in one configuration perhaps more than in another; :func:`auc_within_folds` is not. Report both.
     """
-    return Predictions(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "patients", "labels", "logits")),
-                       parts[0].classes, parts[0].normal_class,
-                       {key: np.concatenate([p.about[key] for p in parts]) for key in parts[0].about})
+    return replace(parts[0], **{key: np.concatenate([getattr(p, key) for p in parts]) for key in ARRAYS},
+                   about={key: np.concatenate([p.about[key] for p in parts]) for key in parts[0].about})
 
 
 def auc_within_folds(parts: Sequence[Predictions]) -> dict[str, float]:

@@ -28,31 +28,17 @@ def enrichment(slots, slot_patients, labels, patients, classes: Sequence[str], *
     Poisson interval for that number of patients (Garwood 1936), each with as many slots as such patients have on average.
     Intervals are for the bank of this one training; the spread between seeds needs further runs.
 
-    Parameters
-    ----------
-    slots, slot_patients : array-like of shape (n_slots, n_classes) and (n_slots,)
-        Labels of the filled slots: 1, 0, or -1 or NaN if unknown (left out, class by class); at least one slot.
-    labels, patients : array-like of shape (n_images, n_classes) and (n_images,)
-        The training part, 1, 0 or NaN.
-    classes : sequence of n_classes names
-        ``normal_class``, or a class named like 'No Finding', is no finding; it is reported as ``no_finding``.
-    offered : array-like of shape (n_images,)
-        Weights: the probability of each image under slots drawn at random from the images on offer when they were written.
-        ``expected`` is the enrichment of such slots. It is above 1 if a stage shows only images with findings, which is not to
-        a strategy's credit. Equal weights by default.
+    ``slots`` (n_slots, n_classes) holds the labels of the filled slots: 1, 0, or -1 or NaN if unknown (left out, class by
+    class). ``labels`` (n_images, n_classes) are those of the training part: 1, 0 or NaN. ``normal_class``, or a class named
+    like 'No Finding', is no finding; it is reported as ``no_finding``. ``offered`` (n_images,) are weights: the probability of
+    each image under slots drawn at random from the images on offer when they were written; equal by default. ``expected`` is
+    the enrichment of such slots. It is above 1 if a stage shows only images with findings, which is not to a strategy's credit.
 
-    Returns
-    -------
-    dict
-        ``level``, ``resamples``, ``seed``, ``clustered_by``, ``slots``, ``patients`` (distinct ones in the bank), and the
-        statistics of each of ``classes`` (by name), of ``no_finding``, and of ``groups`` (head, medium, tail: at least one of
-        the group's findings; also its ``classes``). Statistics: ``prevalence``, ``slots`` (number that have it), ``share``,
-        ``enrichment``, ``interval`` (low, high, share of resamples that do not define it) and ``expected``.
-
-    Raises
-    ------
-    ValueError
-        No slot; or a slot of a patient who is not in the training part.
+    Returns ``level``, ``resamples``, ``seed``, ``clustered_by``, ``slots``, ``patients`` (distinct ones in the bank), and the
+    statistics of each of ``classes`` (by name), of ``no_finding``, and of ``groups`` (head, medium, tail: at least one of the
+    group's findings; also its ``classes``). Statistics: ``prevalence``, ``slots`` (number that have it), ``share``,
+    ``enrichment``, ``interval`` (low, high, share of resamples that do not define it) and ``expected``. Raises ValueError
+    without slots, and for a slot of a patient who is not in the training part.
     """
     slots, labels = (np.where(np.asarray(v, np.float64) < 0, np.nan, np.asarray(v, np.float64)) for v in (slots, labels))
     if not len(slots):

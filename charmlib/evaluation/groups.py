@@ -15,25 +15,23 @@ FEW = 50
 """Patients in a group, below which it is marked as small."""
 AGES = (18, 40, 60, 80)
 """Limits of the age groups in years."""
-_MOST = 6  # values of a column that are groups of their own
-_RESAMPLES = 300
 
 
 def groups_of(predictions: Predictions) -> Iterator[tuple[str, np.ndarray]]:
     """Name and mask (n,) of each group. A column that is unknown for all images, or has one value, gives none."""
     for column, values in predictions.about.items():
-        names = np.array([_name(column, value) for value in values.tolist()])
+        names = np.array([_name(column, value) for value in values.tolist()], dtype=object)
         counts = Counter(names[names != "unknown"].tolist())
         if len(counts) < 2:
             continue
-        common = sorted(name for name, _ in counts.most_common(_MOST))
+        common = sorted(name for name, _ in counts.most_common(6))
         names[~np.isin(names, [*common, "unknown"])] = "other"
         for name in (*common, "other", "unknown"):
             if (names == name).any():
                 yield f"{column} {name}", names == name
 
 
-def group_table(predictions: Predictions, resamples: int = _RESAMPLES) -> pd.DataFrame:
+def group_table(predictions: Predictions, resamples: int = 300) -> pd.DataFrame:
     """One row a group: group, images, patients, positives (labels of findings), mean AUC with low and high, undefined, note.
 
     ``undefined`` names the findings without positives or negatives in the group, which its mean leaves out. So means over

@@ -42,17 +42,8 @@ def _by_class(metric, labels, scores, classes) -> dict[str, float]:
 def auc_by_class(labels, scores, classes: Sequence[str] | None = None) -> dict[str, float]:
     """ROC-AUC of each class by scikit-learn; NaN for a class without positives or without negatives.
 
-    Parameters
-    ----------
-    labels : array-like of shape (n_samples, n_classes)
-        0, 1, or NaN for unknown (left out, class by class).
-    scores : array-like of shape (n_samples, n_classes)
-        Logits or probabilities; must be finite.
-
-    Raises
-    ------
-    ValueError
-        Shapes differ, or a score is not finite.
+    ``labels`` (0, 1, or NaN for unknown, left out class by class) and ``scores`` (logits or probabilities) are of shape
+    (n_samples, n_classes). Raises ValueError if the shapes differ or a score is not finite.
     """
     return _by_class(roc_auc_score, labels, scores, classes)
 

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 """Of ``model.json`` and ``metrics.json``; files of another number are refused."""
-ABOUT = ("view", "sex", "age")
-"""What ``predictions.npz`` holds of each image beside ids, patients, labels and logits."""
-PART_FILE = "scored.json"
-"""The scores of the test notebook, from which ``metrics.json`` is made when the run is done."""
+ARRAYS, ABOUT = ("ids", "patients", "labels", "logits"), ("view", "sex", "age")
+"""What ``predictions.npz`` holds of each image: always, and as far as known."""
 
 
 @dataclass(frozen=True)
@@ -59,35 +57,23 @@ class Predictions:
 
     def take(self, rows) -> Predictions:
         """The images at some positions, or those that a mask (n,) selects."""
-        return replace(self, ids=self.ids[rows], patients=self.patients[rows], labels=self.labels[rows],
-                       logits=self.logits[rows], about={key: values[rows] for key, values in self.about.items()})
+        return replace(self, **{key: getattr(self, key)[rows] for key in ARRAYS},
+                       about={key: values[rows] for key, values in self.about.items()})
 
 
 class RunFolder:
     """The files of one run. Each is read on first use and cached; a new object reads them again.
 
-    Attributes
-    ----------
-    status : 'done', 'failed', 'started' (has finished epochs to resume from) or 'pending'
-    card : dict
-        ``model.json``: classes, architecture, parameters, normalisation, thresholds and temperature chosen on validation.
-    metrics : dict
-        ``metrics.json``, which marks a finished run.
-    history : list of dict
-        Rows of ``history.csv``, as text; empty before the first epoch has ended.
-    test, valid : Predictions
-        The parts of ``predictions.npz``; ``valid`` is empty for a run without a validation part.
-    resamples : Resamples or None
-        The bootstrap of the test part over patients; None for a single patient.
-    choices : dict
-        ``thresholds`` and ``temperature``, both chosen on the validation part.
+    - ``status``: 'done', 'failed', 'started' (has finished epochs to resume from) or 'pending'.
+    - ``card``: ``model.json``: classes, architecture, parameters, normalisation, thresholds and temperature.
+    - ``metrics``: ``metrics.json``, which marks a finished run.
+    - ``history``: rows of ``history.csv``, as text; empty before the first epoch has ended.
+    - ``test``, ``valid``: the parts of ``predictions.npz``; ``valid`` is empty for a run without a validation part.
+    - ``resamples``: the bootstrap of the test part over patients; None for a single patient.
+    - ``choices``: ``thresholds`` and ``temperature``, both chosen on the validation part.
 
-    Raises (on use)
-    ---------------
-    FileNotFoundError
-        The file is missing; says which step writes it.
-    ValueError
-        The file is damaged or of another format.
+    On use, raises FileNotFoundError for a missing file, saying which step writes it, and ValueError for one that is damaged or
+    of another format.
     """
 
     def __init__(self, path: str | Path):
@@ -98,7 +84,8 @@ class RunFolder:
         self.resume_file, self.history_file = self.path / "resume.pt", self.path / "history.csv"
         self.bank_file, self.bank_history_file = self.path / "bank.csv", self.path / "bank_history.csv"
         self.predictions_file, self.resamples_file = self.path / "predictions.npz", self.path / "resamples.npz"
-        self.scored_file, self.metrics_file = self.path / PART_FILE, self.path / "metrics.json"
+        # the scores of the test notebook, from which metrics.json is made when the run is done
+        self.scored_file, self.metrics_file = self.path / "scored.json", self.path / "metrics.json"
         self.log_file, self.error_file = self.path / "log.txt", self.path / "error.txt"
 
     @classmethod
@@ -168,7 +155,7 @@ class RunFolder:
             raise FileNotFoundError(f"no {path}: score the run with the test notebook first")
         try:
             with np.load(path, allow_pickle=False) as file:
-                return Predictions(*(file[f"{part}_{key}"] for key in ("ids", "patients", "labels", "logits")),
+                return Predictions(*(file[f"{part}_{key}"] for key in ARRAYS),
                                    tuple(str(c) for c in file["classes"]), str(file.get("normal_class", "")),
                                    {key: file[f"{part}_{key}"] for key in ABOUT if f"{part}_{key}" in file})
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
@@ -190,10 +177,7 @@ class RunFolder:
 def run_folders(paths: Iterable[str | Path]) -> list[RunFolder]:
     """Finished runs: the given folders, or those that they hold (a grid's cells; a folder of grids).
 
-    Raises
-    ------
-    FileNotFoundError
-        A folder that is neither; names it.
+    Raises FileNotFoundError for a folder that is neither.
     """
     out = []
     for path in map(Path, paths):
@@ -207,13 +191,7 @@ def run_folders(paths: Iterable[str | Path]) -> list[RunFolder]:
 
 
 def run_names(runs: Sequence[RunFolder]) -> list[str]:
-    """A short name for each run: the last parts of its path, as many as distinguish all of them.
-
-    Raises
-    ------
-    ValueError
-        Two of the runs are the same folder.
-    """
+    """A short name for each run: the last parts of its path, as many as distinguish all; ValueError for a run named twice."""
     parts = [run.path.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(p[-length:]).lstrip("/") for p in parts]
@@ -235,18 +213,19 @@ def _json(path: Path, missing: str, remedy: str) -> dict:
 
 
 def about(frame) -> dict[str, np.ndarray]:
-    """:data:`ABOUT` of the rows of an index's frame: view and sex as text, age in years or NaN."""
-    return {key: frame[key].to_numpy("float32" if key == "age" else str) for key in ABOUT}
+    """Ids, patients and :data:`ABOUT` of the rows of an index's frame: text, but age in years or NaN."""
+    return {name: frame[column].to_numpy("float32" if column == "age" else str)
+            for name, column in (("ids", "id"), ("patients", "patient"), *zip(ABOUT, ABOUT))}
 
 
 def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str],
                      normal_class: str = "") -> None:
-    """Write ``{valid,test}_{ids,patients,labels,logits}``, :data:`ABOUT` where given, ``classes`` and ``normal_class``; no
-    pickles. Valid may be empty arrays."""
+    """Write :data:`ARRAYS` and :data:`ABOUT` of 'valid' and 'test', ``classes`` and ``normal_class``; no pickles. Valid may be
+    empty arrays."""
     import numpy as np
 
-    write_arrays(path, classes=np.array(list(classes)), normal_class=np.array(normal_class),
-                 **{f"{part}_{key}": value for part, values in parts.items() for key, value in values.items()})
+    arrays = {f"{part}_{key}": values[key] for part, values in parts.items() for key in (*ARRAYS, *ABOUT) if key in values}
+    write_arrays(path, classes=np.array(list(classes)), normal_class=np.array(normal_class), **arrays)
 
 
 def write_arrays(path: str | Path, **arrays) -> None:
@@ -263,10 +242,7 @@ def write_arrays(path: str | Path, **arrays) -> None:
 def chosen_on_validation(labels, logits, classes: Sequence[str]) -> dict:
     """``thresholds`` (operating point -> class -> probability) and the calibration's ``temperature`` from validation data.
 
-    Parameters
-    ----------
-    labels, logits : arrays of shape (n_samples, n_classes)
-        The validation part. Without samples there are no thresholds and the temperature is None.
+    ``labels`` and ``logits`` are (n_samples, n_classes). Without samples there are no thresholds and the temperature is None.
     """
     from charmlib.evaluation.calibration import fit_temperature
     from charmlib.evaluation.operating import choose_thresholds
@@ -291,12 +267,7 @@ def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None,
     """Turn the scores of the test notebook into ``metrics.json``, the mark of a finished run, and remove ``resume.pt``.
 
     In a grid the runner calls this with the cell's name and hash, the hash of the notebooks' code and the wall time in
-    seconds; the notebook's own call then returns None.
-
-    Raises
-    ------
-    FileNotFoundError
-        The run has not been scored.
+    seconds; the notebook's own call then returns None. Raises FileNotFoundError for a run that has not been scored.
     """
     folder = RunFolder(run)
     if session.in_grid() and hash is None:

@@ -25,7 +25,6 @@ from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.metrics import frequency_groups, mean_auc, mean_over_classes, micro, summarize
 from charmlib.evaluation.operating import at_thresholds, choose_thresholds
 from charmlib.evaluation.runs import Predictions, RunFolder, chosen_on_validation, run_names
-from charmlib.nih import finding_columns
 
 
 def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
@@ -34,22 +33,13 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
                seed: int = SEED) -> tuple[dict, Resamples | None]:
     """What ``metrics.json`` holds of a part, and the bootstrap behind its intervals (None for a single patient).
 
-    Parameters
-    ----------
-    values : mapping
-        ``labels`` and ``logits`` (n, classes), ``patients`` (n,).
-    thresholds : mapping
-        Operating point -> class -> probability, chosen on validation data; empty for a run without a validation part.
-    temperature : float
-        Fitted on validation data; calibration is then given with and without it. With empty thresholds and no temperature
-        it is given as trained.
-    prevalence : mapping
-        Class -> share of positives in the training part, for the frequency groups.
-    normal_class : str
-        The class that means "no finding", which no mean counts; '' takes one by its name.
+    ``values`` are ``labels`` and ``logits`` (n, classes) and ``patients`` (n,). ``thresholds`` (operating point -> class ->
+    probability) and ``temperature`` were chosen on validation data. Calibration is given as trained and, with a temperature,
+    at it too. Empty thresholds say that the run has no validation part. ``prevalence`` (class -> share of positives in the
+    training part) makes the frequency groups. ``normal_class`` means "no finding", which no mean counts; '' takes one by name.
     """
     labels, logits, patients = values["labels"], values["logits"], values["patients"]
-    findings, normal = finding_columns(classes, normal_class), nih.normal_class(classes, normal_class)
+    findings, normal = nih.finding_columns(classes, normal_class), nih.normal_class(classes, normal_class)
     out = {**summarize(labels, logits, classes, normal), "normal_class": normal,
            **{f"micro_{name}": value for name, value in micro(labels[:, findings], logits[:, findings]).items()}}
     samples = bootstrap(labels, logits, patients, resamples=resamples, seed=seed) if enough_patients(patients) else None
@@ -102,14 +92,8 @@ def evaluate_ensemble(runs: Sequence[str | Path | RunFolder], *, points: Sequenc
     """The mean of several runs, in the form of :func:`evaluate_run`; ``members`` names the runs.
 
     Thresholds and temperature come from the mean of their validation predictions. There are none if a member has no
-    validation part, because it was trained on those images of the others.
-
-    Raises
-    ------
-    charmlib.evaluation.leaks.LeakError
-        A run's test images were in another's training part.
-    ValueError
-        The runs differ in images, classes or labels.
+    validation part, because it was trained on those images of the others. Raises ValueError for runs that differ in images,
+    classes or labels, and LeakError as :func:`charmlib.evaluation.leaks.refuse_leaks`.
     """
     members = [RunFolder.of(run) for run in runs]
     refuse_leaks(members)

@@ -38,14 +38,13 @@ def class_table(part: Mapping, positives: Mapping[str, int] | None = None) -> pd
     """
     limits = part["intervals"]
     names = sorted(part["auc"], key=lambda name: -number(part["auc"][name], -1))
-    normal = part["normal_class"]
-    findings = [name for name in names if name != normal]
+    findings = [name for name in names if name != part["normal_class"]]
     defined = [name for name in findings if name not in part["undefined"]]
 
     def row(name: str, auc, ap, auc_interval=(None, None), ap_interval=(None, None), **more) -> dict:
         return {"class": name, "AUC": auc, **limits_of("AUC", auc_interval), "AP": ap, **limits_of("AP", ap_interval), **more}
 
-    rows = [row(mean_name(len(defined), len(findings), normal), part["mean_auc"],
+    rows = [row(mean_name(len(defined), len(findings), part["normal_class"]), part["mean_auc"],
                 part["mean_ap"], limits["mean_auc"], limits["mean_ap"],
                 undefined=max((limits["auc"][name][2] for name in defined), default=float("nan")))]
     rows += [row(f"mean of {group}", g["mean_auc"], g["mean_ap"], g["mean_auc_interval"], g["mean_ap_interval"])
@@ -123,8 +122,7 @@ def with_origin(table: pd.DataFrame, metrics: Mapping) -> pd.DataFrame:
     """A table for a file of its own: with split, images, patients and share of positives in every row."""
     part = metrics["split"]["test"]
     return table.assign(split=split_label(metrics["split"]), data=metrics["data"]["name"], images=part["images"],
-                        patients=part["patients"],
-                        positive_share=part["positive_share"])
+                        patients=part["patients"], positive_share=part["positive_share"])
 
 
 def with_intervals(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:

@@ -41,27 +41,17 @@ def gpus() -> list[str]:
 class Means:
     """Where and how long cells run; times are given in seconds, or as texts such as '5m'.
 
-    Parameters
-    ----------
-    workers : int
-        Workers of the local cluster: one a GPU, or one on a CPU, by default.
-    scheduler, scheduler_file : str
-        Use this Dask cluster instead; its workers must see the grid's folder and the data under the same paths. A cell takes
-        one ``GPU`` of a worker's resources (``dask worker ... --resources GPU=1``, one worker a GPU with its own
-        ``CUDA_VISIBLE_DEVICES``); with ``any_worker`` workers without that resource are used too, a cell each. Without any
-        worker after ``wait_workers`` it is refused.
-    budget : str or float
-        Time from now on: a cell is started only if one epoch and its save fit, longest first; training ends in time at an
-        epoch's end, and the report is written within it.
-    hung_after : str or float
-        A cell without any sign of life (batch or file) for this time is ended.
-    rerun_changed : bool
-        Run finished cells again whose parameters, notebooks, split or charmlib version have changed.
+    - ``workers`` of the local cluster: one a GPU, or one on a CPU, by default.
+    - ``scheduler``, ``scheduler_file``: use this Dask cluster instead; its workers must see the grid's folder and the data at
+      the same paths. A cell takes one ``GPU`` of a worker's resources (``dask worker ... --resources GPU=1``, one worker a GPU
+      with its own ``CUDA_VISIBLE_DEVICES``); with ``any_worker`` workers without that resource are used too, a cell each.
+      Without any worker after ``wait_workers`` it is refused.
+    - ``budget``: time from now on: a cell is started only if one epoch and its save fit, longest first; training ends in time
+      at an epoch's end, and the report is written within it.
+    - ``hung_after``: a cell without any sign of life (batch or file) for this time is ended.
+    - ``rerun_changed``: run finished cells again whose parameters, notebooks, split or charmlib version have changed.
 
-    Raises
-    ------
-    charmlib.params.ParameterError
-        A time is wrong, or two clusters are named.
+    Raises :class:`charmlib.params.ParameterError` for a wrong time, and for two clusters.
     """
 
     workers: int | None = None

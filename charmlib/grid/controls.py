@@ -68,10 +68,8 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     table = pd.concat([table.drop(columns=["valid AUC", "test AP"]), pd.DataFrame(view)], ignore_index=True)
     table["seed"] = table["seed"].astype("Int64")
     write_csv(folder / "controls.csv", table)
-    samples = runs["shuffled"].resamples
-    low, high = (float("nan"), float("nan"))
-    if samples:
-        low, high, _ = interval(mean_of_defined(samples.auc[:, runs["shuffled"].test.findings]), LEVEL)
+    samples, findings = runs["shuffled"].resamples, runs["shuffled"].test.findings
+    low, high, _ = interval(mean_of_defined(samples.auc[:, findings]) if samples else np.empty(0), LEVEL)
     held = bool(low <= 0.5 <= high)
     remarks = [f"shuffled labels: the {LEVEL:.0%} interval {low:.4f} to {high:.4f} "
                f"{'contains' if held else 'does NOT contain'} 0.5"]

@@ -41,29 +41,14 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
     process or kernel is killed is started again, once for each time that it gets further. Several calls on one folder, also
     from several machines, share the cells.
 
-    Parameters
-    ----------
-    grid, assignments
-        A grid, or its file with assignments as in :func:`charmlib.grid.spec.load_grid`.
-    out : path
-        The grid's folder, ``runs/<name>`` by default.
-    shard : 'i/n' or (i, n)
-        Only every n-th cell from the i-th on.
-    continue_from : path
-        An earlier session's folder of this grid, copied from first; attached outputs are found by default on Kaggle.
-    dry_run : bool
-        Only say what would run, and how long it would take once an epoch has been timed.
-    say : callable
-        Gets each line of progress.
-    **kwargs
-        As :class:`charmlib.grid.cluster.Means`.
+    ``grid`` is a grid, or its file with ``assignments`` as in :func:`charmlib.grid.spec.load_grid`; ``out`` is its folder,
+    ``runs/<name>`` by default. ``shard`` ('i/n' or (i, n)) takes only every n-th cell from the i-th on. ``continue_from`` is an
+    earlier session's folder of this grid, copied from first; attached outputs are found by default on Kaggle. ``dry_run`` only
+    says what would run, and how long it would take once an epoch has been timed. ``say`` gets each line of progress; the other
+    arguments are those of :class:`charmlib.grid.cluster.Means`.
 
-    Raises
-    ------
-    charmlib.params.ParameterError
-        The grid file, an assignment or a time is wrong.
-    GridError
-        A finished cell was made with other settings, a cluster cannot be used, or the disk is full.
+    Raises :class:`charmlib.params.ParameterError` if the grid file, an assignment or a time is wrong, and GridError if a
+    finished cell was made with other settings, a cluster cannot be used, or the disk is full.
     """
     means = Means(**kwargs)
     grid = grid if isinstance(grid, Grid) else load_grid(grid, assignments)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from charmlib.param_sources import find_file, load_params, parse_assignments, parse_yaml, read_params, read_yaml
-from charmlib.params import ParameterError, coerce, effect_text, effective, missing_need, nearest, resolve, with_absolute_paths
+from charmlib.params import ParameterError, coerce, effective, missing_need, nearest, no_effect, resolve, with_absolute_paths
 from charmlib.training.recipes import phases, steps
 
 KEYS = ("name", "base", "axes", "cells")
@@ -124,18 +124,14 @@ def acting(cell: Cell, images: Mapping[str, int] | None) -> dict[str, Any]:
 
 def remarks(grid: Grid, images: Mapping[str, Mapping[str, int]]) -> list[str]:
     """What to know before a grid runs: given values without effect, in one line, and cells that are the same run."""
-    found: dict[str, list[str]] = {}
-    for name in grid.given:
-        needs = [missing_need(name, cell.params) for cell in grid.cells if name in cell.axes] or \
-            [missing_need(name, cell.params) for cell in grid.cells]
-        if all(needs):
-            found.setdefault(needs[0], []).append(name)
+    needs = {name: [missing_need(name, cell.params) for cell in grid.cells if name in cell.axes] or
+             [missing_need(name, cell.params) for cell in grid.cells] for name in grid.given}
     runs: dict[str, list[str]] = {}
     for cell in grid.cells:
         runs.setdefault(str(acting(cell, images[cell.id])), []).append(cell.id)
     twins = [" = ".join(ids) for ids in runs.values() if len(ids) > 1]
-    return [*([f"without effect: {effect_text(found)}"] if found else []),
-            *([f"the same run: {'; '.join(twins)}"] if twins else [])]
+    return list(filter(None, [no_effect({name: each[0] if all(each) else "" for name, each in needs.items()}),
+                              f"the same run: {'; '.join(twins)}" if twins else ""]))
 
 
 def _assigned(assignments: Iterable[str]) -> tuple[dict[str, Any], dict[str, list]]:

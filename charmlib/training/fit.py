@@ -32,13 +32,7 @@ class PhaseRunner:
         store_attr()
 
     def saved(self, resume: bool) -> dict | None:
-        """The resume state if there is one that belongs to this run.
-
-        Raises
-        ------
-        ValueError
-            The file is of another format, other parameters or another split; says which differ.
-        """
+        """The resume state if there is one that belongs to this run; ValueError, naming the differences, for another's."""
         if not resume or (state := load_resume(self.path)) is None:
             return None
         wrong = differences(state["identity"], self.identity) if state["format"] == FORMAT else f"format {state['format']}"
@@ -50,10 +44,7 @@ class PhaseRunner:
     def run(self, plan: Sequence[Phase], state: dict | None = None) -> list[dict]:
         """Train; returns the history. The network ends with the weights of the best epoch of its last stage.
 
-        Raises
-        ------
-        charmlib.session.OutOfTime
-            A deadline is set, and the next epoch would not fit; everything finished is saved.
+        Raises :class:`charmlib.session.OutOfTime` if the next epoch would not end before the deadline; all finished are saved.
         """
         done = next((i for i, phase in enumerate(plan) if state and phase.name == state["phase"]), 0)
         self.history = list(state["history"]) if state else []

@@ -21,28 +21,17 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
             device: str = "auto", refused: Callable[[str], None] = print) -> pd.DataFrame:
     """A row an image: its path, run, operating point, ``p_<class>`` and ``call_<class>`` (0 or 1).
 
-    A run that was trained without a validation part has no operating point: its rows have probabilities and no calls, and
-    ``point`` is missing.
+    ``paths`` are files (PNG, JPEG, DICOM) or folders of them. ``refused`` gets a line for each file that is not a
+    radiograph-like grey image; such a file has no row. The network reads each image by itself, with the memory bank as training
+    left it, so neither the batch nor other images change a result by more than rounding.
 
-    The network reads each image by itself, with the memory bank as training left it, so neither the batch nor other images
-    change a result by more than rounding.
+    Training chose the operating points 'youden', 'f1' and 'sensitivity_0.90' on validation data; any other sensitivity is
+    chosen now, on the run's validation predictions. ``calibrated`` gives probabilities at the temperature of the validation
+    part; the calls are the same either way. A run without a validation part has no operating point: its rows have
+    probabilities and no calls, and ``point`` is missing.
 
-    Parameters
-    ----------
-    run : folder of a trained run
-    paths : files (PNG, JPEG, DICOM) or folders of them
-    point : str
-        Operating point that training chose on validation data: 'youden', 'f1' or 'sensitivity_0.90'; any other sensitivity is
-        chosen now, on the run's validation predictions.
-    calibrated : bool
-        Give probabilities at the temperature of the validation part; the calls are the same either way.
-    refused : callable
-        Gets a line for each file that is not a radiograph-like grey image; such a file has no row.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        Not a trained run, no images, or an unknown operating point; ``calibrated`` for a run without a validation part.
+    Raises FileNotFoundError or ValueError: not a trained run, no images, an unknown operating point, or ``calibrated`` for a
+    run without a validation part.
     """
     card = RunFolder(run).card
     validated = bool(card["thresholds"])

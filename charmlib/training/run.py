@@ -21,7 +21,7 @@ from charmlib.files import write_csv, write_json, write_text
 from charmlib.models.registry import Network, create
 from charmlib.nih import same_order
 from charmlib.param_sources import changed, read_yaml
-from charmlib.params import PARAMS, UNHASHED, effective, resolve, warmup_end, with_absolute_paths, without_effect
+from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, warmup_end, with_absolute_paths
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import HISTORY, NUMBERS, Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
@@ -55,16 +55,13 @@ class Run:
     def open(cls, params: Mapping | None = None, **changes) -> "Run":
         """Check the parameters, open the data, build the network. Writes nothing yet.
 
-        Raises
-        ------
-        charmlib.params.ParameterError
-            A parameter that is unknown, ill-typed or out of range.
+        Raises :class:`charmlib.params.ParameterError` for a parameter that is unknown, ill-typed or out of range.
         """
         if session.in_grid():  # older releases of ipykernel notice the end of their parent only if it was process 1's child
             session.die_with_parent(int(os.environ.get("JPY_PARENT_PID", os.getppid())))
         p = with_absolute_paths(resolve(dict(params or {}), changes))
         phases(p)  # refuses parameters that would train nothing
-        if not session.in_grid() and (words := without_effect(p, changed(p))):
+        if not session.in_grid() and (words := no_effect({name: missing_need(name, p) for name in changed(p)})):
             print(words, flush=True)
         p["data_root"] = str(find_data(p["data_root"]))
         device = pick_device(p["device"])
@@ -80,12 +77,8 @@ class Run:
     def load(cls, run_dir: str | Path, **changes) -> "Run":
         """A trained run from its folder; ``changes`` may only say where things are (data_root, cache_dir, workers, device).
 
-        A read-only folder is copied to a writable place, and the copy is the run's folder from then on.
-
-        Raises
-        ------
-        FileNotFoundError, ValueError
-            Not trained, a checkpoint that does not fit, classes in another order, or another split than in training.
+        A read-only folder is copied to a writable place, and the copy is the run's folder from then on. Raises
+        FileNotFoundError or ValueError: not trained, a checkpoint that does not fit, classes in another order, another split.
         """
         folder = RunFolder(Path(run_dir).expanduser().resolve())
         if not folder.params_file.is_file():
@@ -153,14 +146,9 @@ class Run:
         Writes ``params.yaml`` and ``split.csv``; after each epoch ``history.csv``, ``bank_history.csv``, ``log.txt`` and
         ``resume.pt``; at the end ``model.safetensors``, ``bank.csv`` (the bank's slots), and ``model.json`` with thresholds and
         temperature, both chosen on the validation part. Without a validation part (``valid_fraction`` 0) each stage ends with
-        its last epoch's weights and nothing is chosen.
+        its last epoch's weights and nothing is chosen. ``resume=False`` first removes the files of an earlier run.
 
-        ``resume=False`` first removes the files of an earlier run.
-
-        Raises
-        ------
-        ValueError
-            The folder holds a run with other settings; names them and the remedy.
+        Raises ValueError for a folder of a run with other settings; names them and the remedy.
         """
         folder = self.folder
         if self.trained():
@@ -204,12 +192,9 @@ class Run:
                          "larger value gives the same run")
 
     def trained(self) -> bool:
-        """Whether the folder holds the checkpoint of exactly this run; it is then loaded.
+        """Whether the folder holds the checkpoint of exactly this run, which is then loaded.
 
-        Raises
-        ------
-        ValueError
-            It holds a checkpoint of other settings and ``resume`` is on.
+        Raises ValueError if it holds one of other settings and ``resume`` is on.
         """
         self.folder = RunFolder(self.folder)
         if not self.params["resume"] or not self.folder.trained:
@@ -289,20 +274,13 @@ class Run:
         Without a validation part its arrays are empty, ``valid`` of the metrics is None, and the test part has no operating
         points. :func:`charmlib.evaluation.runs.finish` turns the metrics into ``metrics.json``.
 
-        Raises
-        ------
-        charmlib.session.OutOfTime
-            A deadline is set, and scoring would not fit.
+        Raises :class:`charmlib.session.OutOfTime` if a deadline is set and scoring would not fit.
         """
         history = self.history or self._read_history()
         session.stop_unless(session.scoring_seconds(guess=max((row["seconds"] for row in history), default=0.0)), "scoring")
         start = time.monotonic()
-        parts = {}
-        for part in ("valid", "test"):
-            logits, labels = self.logits(part)
-            frame = self.data.index.frame.iloc[self.data.rows(part)]
-            parts[part] = {"ids": frame["id"].to_numpy(str), "patients": frame["patient"].to_numpy(str),
-                           "labels": labels, "logits": logits, **about(frame)}
+        parts = {part: about(self.data.index.frame.iloc[self.data.rows(part)])
+                 | dict(zip(("logits", "labels"), self.logits(part))) for part in ("valid", "test")}
         normal = self.data.index.normal_class
         save_predictions(self.folder.predictions_file, parts, self.data.classes, normal)
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
@@ -310,11 +288,9 @@ class Run:
                                    **self.folder.choices)
         save_resamples(self.folder.resamples_file, samples)
         metrics = {
-            "params": self.params, "data": self._source(),
-            "split": self.data.split.record(),
+            "params": self.params, "data": self._source(), "split": self.data.split.record(),
             "classes": list(self.data.classes), "normal_class": normal, "images": self.data.train_images(),
-            "train_prevalence": train,
-            "valid": score_part(parts["valid"], self.data.classes, normal_class=normal)[0]
+            "train_prevalence": train, "valid": score_part(parts["valid"], self.data.classes, normal_class=normal)[0]
             if self.data.split.has_valid else None, "test": test,
             "bank": self.bank.summary(history), "stage1_lr": self.folder.card["stage1_lr"],
             "seconds": {"train": round(sum(r["seconds"] for r in history), 3), "score": round(time.monotonic() - start, 3),

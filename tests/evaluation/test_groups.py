@@ -47,3 +47,9 @@ def test_they_are_kept_with_predictions(tmp_path):
     test = RunFolder(tmp_path).test
     assert test.normal_class == "Normal" and test.about["view"].tolist() == p.about["view"].tolist()
     assert len(pooled([test, test]).about["view"]) == 800
+
+
+def test_rare_values_beside_short_names_are_one_group():
+    view = np.array([*"ABCDEF" * 60, *"GHIJ" * 10])
+    names = dict(groups_of(predictions(view=view)))
+    assert list(names) == [*(f"view {v}" for v in "ABCDEF"), "view other"] and names["view other"].sum() == 40

@@ -50,14 +50,14 @@ write_json(folder / "model.json", {"format": 1})
 '''
 _TEST = '''import json, shutil
 from pathlib import Path
-from charmlib.evaluation.runs import PART_FILE
+from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_json
 for name in ("predictions.npz", "resamples.npz"):
     shutil.copy(Path(FINISHED) / name, run_dir)
 finished = json.loads((Path(FINISHED) / "metrics.json").read_text())
 for key in ("format", "cell", "hash"):
     finished.pop(key)
-write_json(Path(run_dir) / PART_FILE, finished | {"seconds": {"train": 1.0, "score": 0.1, "overhead": None}})
+write_json(RunFolder(run_dir).scored_file, finished | {"seconds": {"train": 1.0, "score": 0.1, "overhead": None}})
 '''
 
 

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from charmlib.cli import cli, main
 from charmlib.data.phantom import make_phantoms
-from charmlib.evaluation.class_names import match_classes
 from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.runs import RunFolder, finish
+from charmlib.training.external import match_classes
 from charmlib.training.predict import predict
 from charmlib.training.run import Run
 

@@ -31,7 +31,7 @@ def test_phantom_and_cache(tmp_path):
     checked = charm("cache", tmp_path / "p", "--size", 32, "--cache-dir", tmp_path / "c", "--verify")
     assert checked.returncode == 0, checked.stderr
     assert f"2 changed ({images[5].name}, {images[7].name})" in checked.stderr
-    assert f"unreadable, left out: 1 ({images[7].name}: UnidentifiedImageError" in checked.stdout
+    assert f"unreadable, left out: 1 ({images[7].name}: OSError" in checked.stdout
 
 
 def test_a_cache_of_a_table_of_ones_own_is_shown_by_patient(tmp_path):

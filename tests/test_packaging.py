@@ -107,7 +107,8 @@ def test_the_lower_bounds_admit_both_ends(end):
             version = str(held[name].specifier).removeprefix("==")
             assert need.specifier.contains(version), f"{need} refuses the {version} of {end}"
     if end == "kaggle":
-        assert needed().keys() - held.keys() == {"pytest-xdist", "python-gdcm"}, "what Kaggle's image does not hold, or nobody looked up"
+        missing = {"pytest-xdist", "python-gdcm"}
+        assert needed().keys() - held.keys() == missing, "what Kaggle's image does not hold, or nobody looked up"
 
 
 def test_what_is_installed_meets_the_requirements():

@@ -1,14 +1,13 @@
 # make demo   the main job: a small grid on drawn phantoms, from install to leaderboard
 # make test   all tests, on the newest packages, but for the longest
-# make test-long  the longest tests, and all tests on the packages of Kaggle's image (half an hour)
 # make test-kaggle  the same on the packages of Kaggle's image (TESTS="tests/nn tests/data" for some of them)
+# make test-long  the longest tests, and all tests on the packages of Kaggle's image (half an hour)
 # make explore  finished runs as a web page of this machine (RUNS=runs/nih64 for some of them)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# brings the notebooks' parameters cells up to date after a change of charmlib/params.py
 .PHONY: demo test test-kaggle test-long explore nih64 parts64 memaug64 benchmarks parameters lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
@@ -78,6 +77,7 @@ explore: $(VENV)/.installed
 	$(PIP) install -q -c kaggle_setup/constraints-latest.txt -e '.[explore]'
 	$(BIN)/python -m charmlib explore $(RUNS)
 
+# brings the notebooks' parameters cells up to date after a change of charmlib/params.py
 parameters: $(VENV)/.installed
 	$(BIN)/python -m charmlib params --write notebooks/prepare.ipynb --write notebooks/train.ipynb \
 		--write notebooks/test.ipynb

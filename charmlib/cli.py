@@ -215,7 +215,7 @@ def controls(params_or_run, assignments, **how):
 @click.option("--calibrated", is_flag=True, help="Probabilities at the validation part's temperature; calls stay the same.")
 @click.option("--device", default="auto", show_default=True)
 def predict(run, paths, out, **how):
-    """Probabilities and calls of RUN for new images or folders (PNG, JPEG; DICOM with pydicom). Research use only."""
+    """Probabilities and calls of RUN for new images or folders (PNG, JPEG, TIFF, WebP, BMP, DICOM). Research use only."""
     from charmlib.training import predict
 
     refused = []

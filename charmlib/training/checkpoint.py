@@ -22,7 +22,7 @@ def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, no
     ``stage1_lr`` is the rate that stage 1 used (the finder's, where none was pinned).
     ``thresholds`` maps an operating point ('youden') to class -> probability; they and the ``temperature`` of the
     calibration are chosen on validation data, and stay empty where there was none. ``data`` says what it was trained on
-    (name, drawn).
+    (name, drawn, scale).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,8 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
             device: str = "auto", refused: Callable[[str], None] = print) -> pd.DataFrame:
     """A row an image: its path, run, operating point, ``p_<class>`` and ``call_<class>`` (0 or 1).
 
-    ``paths`` are files (PNG, JPEG, DICOM) or folders of them. ``refused`` gets a line for each file that is not a
-    radiograph-like grey image; such a file has no row. The network reads each image by itself, with the memory bank as training
+    ``paths`` are files as in :mod:`charmlib.data.images`, or folders of them. ``refused`` gets a line for each file that is not
+    a radiograph-like grey image; such a file has no row. The network reads each image by itself, with the memory bank as training
     left it, so neither the batch nor other images change a result by more than rounding.
 
     Training chose the operating points 'youden', 'f1' and 'sensitivity_0.90' on validation data; any other sensitivity is

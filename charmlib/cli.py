@@ -6,6 +6,7 @@ Exit 0 only when all that was asked is done.
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -51,6 +52,7 @@ def phantom(out, images, size, seed):
 @click.option("--size", default=224, show_default=True, type=click.IntRange(16, 1024), help="Pixels a side.")
 @click.option("--aspect", default="stretch", show_default=True, type=click.Choice(["stretch", "pad", "crop"]),
               help="What becomes of pictures that are not square.")
+@click.option("--contrast", default="none", show_default=True, type=click.Choice(["none", "clahe"]))
 @click.option("--csv", default="", help="A label table of your own.")
 @click.option("--split", default="", help="Parts to show the data by: official, patient, a folder [default: official; "
               "patient with --csv].")
@@ -59,26 +61,33 @@ def phantom(out, images, size, seed):
               help="Processes that decode.")
 @click.option("--verify", is_flag=True, help="Check every source file against the cache, and decode again what changed.")
 @_READING
-def cache(data_root, size, aspect, csv, split, cache_dir, workers, verify, assignments):
+def cache(data_root, size, aspect, contrast, csv, split, cache_dir, workers, verify, assignments):
     """Decode all images of DATA_ROOT once, and show what the data holds; goes on where a killed build was.
 
     Writes data.html into the cache: findings by part, patients, views, co-occurrence, sample images.
     """
-    from charmlib.data import cache, dataset, index, splits
+    from charmlib.data import cache, dataset, index, splits, tables
     from charmlib.viz import dataset_page as page
 
     found = index.read_index(dataset.find_data(data_root), **{"classes": "own" if csv else "nih14", "csv": csv,
                                                               **_reading(assignments)})
-    start = time.monotonic()
-    images = cache.open_images(found.frame["id"].tolist(), found.frame["path"].tolist(), size, aspect=aspect,
-                               cache_dir=cache_dir, workers=workers, verify=verify)
+    start, split = time.monotonic(), split or ("patient" if csv else "official")
+
+    def train():  # the images that a run of this split finds the scale of deep pictures on
+        try:
+            return splits.make_split(replace(found, report=tables.Report()), split).rows("train")
+        except splits.SplitError:
+            return range(len(found.frame))
+
+    images = cache.open_images(found.frame["id"].tolist(), found.frame["path"].tolist(), size, aspect=aspect, contrast=contrast,
+                               train=train, cache_dir=cache_dir, workers=workers, verify=verify)
     click.echo(f"{len(images):,} images at {size} pixels, {images.pixels.nbytes / 1e9:.2f} GB, in {images.folder} "
                f"({time.monotonic() - start:.1f} s)")
     sizes = cache.content_of(images.folder)["sizes"]
     click.echo("source pictures: " + ", ".join(f"{n:,} of {w} x {h}" for (w, h), n in list(sizes.items())[:5])
                + (f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""))
     try:
-        data = dataset.assemble(found, images, split=split or ("patient" if csv else "official"))
+        data = dataset.assemble(found, images, split=split)
     except splits.SplitError as error:
         click.echo(f"report: {found.report}\nno parts to show the data by: {error}")
         return
@@ -146,7 +155,7 @@ def evaluate(runs, point, ensemble, out):
 @click.option("--name", default="", help="Of the files [default: data folder and table].")
 @click.option("--out", type=_FOLDER, help="The folder of the files [default: scores in the run's].")
 @click.option("--cache-dir", default="", help="Folder of decoded images [default: a scratch folder of this machine].")
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def score(run, assignments, **how):
     """Score RUN on another data set (external validation), by the classes that both have."""
     from charmlib.evaluation.tables import split_note
@@ -213,7 +222,7 @@ def controls(params_or_run, assignments, **how):
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("predictions.csv"), show_default=True)
 @_POINT
 @click.option("--calibrated", is_flag=True, help="Probabilities at the validation part's temperature; calls stay the same.")
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def predict(run, paths, out, **how):
     """Probabilities and calls of RUN for new images or folders (PNG, JPEG, TIFF, WebP, BMP, DICOM). Research use only."""
     from charmlib.training import predict
@@ -324,7 +333,7 @@ def grid_report(folder, out):
     board = leaderboard(folder, write=out is None)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        board.to_csv(out / "leaderboard.csv", index=False)
+        write_csv(out / "leaderboard.csv", board)
     if not (page := write_report(folder, board, out=out)):
         raise SystemExit("no cell is done yet; nothing to report")
     click.echo(page)
@@ -359,8 +368,9 @@ def _reading(assignments) -> dict:
     from charmlib.params import READING, ParameterError
 
     how = parse_assignments(assignments)
-    if other := set(how) - set(READING):
-        raise ParameterError(f"parameter '{min(other)}' does not say how a table is read; -p takes {', '.join(READING)}.")
+    allowed = [name for name in READING if name != "csv"]  # an option of its own
+    if other := set(how) - set(allowed):
+        raise ParameterError(f"parameter '{min(other)}' does not say how a table is read; -p takes {', '.join(allowed)}.")
     return how
 
 

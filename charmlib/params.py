@@ -79,7 +79,7 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
           ("nih14", "nih15", "own"), shown=True),
     Param("data", "csv", str, "", "a label table of your own; empty finds the NIH table", shown=True),
     Param("data", "normal_class", str, "", "the class that means no finding; empty knows 'No Finding', 'Normal' and the like"),
-    Param("data", "blank", str, "auto", "what an empty label means; auto is 0 in tables like CheXpert's, unknown in others",
+    Param("data", "blank", str, "auto", "meaning of a blank among 0 and 1; auto is 0 in tables like CheXpert's, else unknown",
           ("auto", "unknown", "0", "1")),
     Param("data", "uncertain", str, "auto", "what the label -1 means; auto is unknown", ("auto", "unknown", "0", "1")),
     Param("data", "patients", str, "", "the column of the patients; empty finds one; none counts each image as a patient"),

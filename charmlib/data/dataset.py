@@ -58,10 +58,15 @@ class ChestData:
                 f"{self.images.shape[1]} pixels\n{self.split}\nreport: {self.index.report}")
 
 
-def find_data(data_root: str | Path = "", **where) -> Path:
-    """The data folder of :func:`charmlib.data.paths.resolve_data_root`; without data, drawn phantoms, which it announces."""
+def find_data(data_root: str | Path = "", csv: str | Path = "", **where) -> Path:
+    """The data folder of :func:`charmlib.data.paths.resolve_data_root`; without data, drawn phantoms, which it announces.
+
+    Raises ValueError for a table of one's own (``csv``) without data.
+    """
     if root := resolve_data_root(data_root, **where):
         return root
+    if csv:
+        raise ValueError(f"csv: {csv} needs data_root, the folder of its images")
     folder = default_cache_dir() / "phantoms"
     print(f"no data_root given and no NIH data found: taking DRAWN PHANTOMS in {folder}", flush=True)
     return make_phantoms(folder, size=128)
@@ -75,7 +80,7 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     >>> data = open_dataset(data_root='data/phantoms', image_size=64)      # doctest: +SKIP
     """
     p = resolve({"patience": 0}, dict(params or {}), changes)  # no training here, so valid_fraction 0 needs no check
-    index = read_index(find_data(p["data_root"]), **{name: p[name] for name in READING})
+    index = read_index(find_data(p["data_root"], p["csv"]), **{name: p[name] for name in READING})
     apart = replace(index, report=Report())  # assemble() reports of the split
     images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), p["image_size"], aspect=p["aspect"],
                          contrast=p["contrast"], cache_dir=p["cache_dir"], workers=p["workers"],
@@ -139,4 +144,4 @@ class ImageReader:
             self._paths[key] = {}  # missing data is searched once, too
             frame = read_index(key[0], **dict(zip(READING, key[1:]))).frame
             self._paths[key] = dict(zip(frame["id"], frame["path"]))
-        return read_grey(self._paths[key][image_id], self.size)
+        return read_grey(self._paths[key][image_id], self.size, scale=metrics["data"].get("scale"))

@@ -84,7 +84,7 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
     raw, ids, files, labels = raw[kept], ids[kept], files[kept], labels[kept]
     patient, patients_from, why_unknown = read_patients(raw, ids, files, patients)
     if (unnamed := ~ids.map(has_suffix)).any():
-        ids = ids.mask(unnamed, ids + "." + files.str.rpartition(".")[2])
+        ids = ids.mask(unnamed & files.map(has_suffix), ids + "." + files.str.rpartition(".")[2])
     report.add("no patient known, each image counted as one of its own", ids[patient == ""])
     frame = pd.DataFrame({"id": ids, "path": f"{root}/" + files, "patient": patient.mask(patient == "", "image:" + ids),
                           **_meta(raw, ids, report)})

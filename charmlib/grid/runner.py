@@ -109,8 +109,9 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
     for line in remarks(grid, images):
         say(line)
     # absolute paths, because the notebooks run in the cell's folder
+    roots = {cell.id: str(find_data(cell.params["data_root"], cell.params["csv"])) for cell in grid.cells}
     jobs = [{"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(notebooks),
-             "params": with_absolute_paths(cell.params | {"data_root": str(find_data(cell.params["data_root"]))}),
+             "params": with_absolute_paths(cell.params | {"data_root": roots[cell.id]}),
              "hash": cell_hash(cell.params, code, splits[cell.id]), "split": splits[cell.id], "code": code_hash(code),
              "hung_after": means.hung_after} for cell in grid.cells]
     jobs = _todo(jobs, folder, means.rerun_changed, say)

@@ -1,6 +1,7 @@
 """A finished run scored on another data set (external validation), by the classes whose names match."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,12 +74,14 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
     metrics = {**trained, "cell": f"{run.name} on {name}", "classes": ours, "normal_class": test.normal_class,
                "data": {"name": data.source, "drawn": data.index.drawn, "table": str(index.table), "trained_on": card["data"]},
                "unmatched": {"run": [c for c in card["classes"] if c not in matched], "data": left}, "seen": seen, "bank": None,
-               "matched": matched, "split": record, "test": scores, "report": str(data.index.report),
+               "matched": matched, "run": str(run.path), "reading": {"csv": csv, **(reading or {})}, "split": record,
+               "test": scores, "report": str(data.index.report),
                "device": device_name(where)}
     file = Path(out or run / "scores") / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_file() and f'"hash": "{record["hash"]}"' not in file.read_text():
-        raise ValueError(f"{file} holds the scores of other images: say another --name")
+    of = [metrics["run"], metrics["reading"], record["hash"]]
+    if file.is_file() and [(old := json.loads(file.read_text())).get("run"), old.get("reading"), old["split"]["hash"]] != of:
+        raise ValueError(f"{file} holds the scores of another run or of other images: say another --name")
     save_predictions(file.with_name(f"{name}.npz"), {"test": vars(test) | test.about}, ours, test.normal_class)
     write_json(file, metrics)
     return metrics | {"file": str(file)}, test

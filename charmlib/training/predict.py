@@ -22,8 +22,8 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     """A row an image: its path, run, operating point, ``p_<class>`` and ``call_<class>`` (0 or 1).
 
     ``paths`` are files as in :mod:`charmlib.data.images`, or folders of them. ``refused`` gets a line for each file that is not
-    a radiograph-like grey image; such a file has no row. The network reads each image by itself, with the memory bank as training
-    left it, so neither the batch nor other images change a result by more than rounding.
+    a radiograph-like grey image; such a file has no row. The network reads each image by itself, with the memory bank as
+    training left it, so neither the batch nor other images change a result by more than rounding.
 
     Training chose the operating points 'youden', 'f1' and 'sensitivity_0.90' on validation data; any other sensitivity is
     chosen now, on the run's validation predictions. ``calibrated`` gives probabilities at the temperature of the validation

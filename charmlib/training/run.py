@@ -63,7 +63,7 @@ class Run:
         phases(p)  # refuses parameters that would train nothing
         if not session.in_grid() and (words := no_effect({name: missing_need(name, p) for name in changed(p)})):
             print(words, flush=True)
-        p["data_root"] = str(find_data(p["data_root"]))
+        p["data_root"] = str(find_data(p["data_root"], p["csv"]))
         device = pick_device(p["device"])
         precision, data = pick_precision(p["precision"], device), open_dataset(p)
         seed_everything(p["seed"], "weights")
@@ -94,6 +94,9 @@ class Run:
         if card["params"]["split_hash"] != data.split.hash:
             raise ValueError(f"{folder} was trained on split {card['params']['split_hash']}, {data.index.root} gives "
                              f"{data.split.hash}: scores would mix training and test images")
+        if (trained := card["data"]["scale"]) != (here := data.images.scale and list(data.images.scale)):
+            raise ValueError(f"{folder} was trained with pictures of more than 8 bits scaled by {trained}, "
+                             f"{data.images.folder} scales them by {here}. Name the cache_dir that it was trained with")
         return cls(p, data, net, device, pick_precision(p["precision"], device))
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -310,7 +313,7 @@ def _refuse_small(net: torch.nn.Module, params: Mapping, device: torch.device) -
     try:
         net.eval()(torch.zeros(1, 3, params["image_size"], params["image_size"], device=device))
     except RuntimeError as error:
-        raise ValueError(f"image_size {params['image_size']} is too small for {params['arch']} ({error}): try 32 or 64"
+        raise ValueError(f"image_size {params['image_size']} is too small for {params['arch']} ({error}): try 64"
                          ) from error
     net.train()
 

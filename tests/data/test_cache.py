@@ -574,6 +574,10 @@ def test_blank_pictures_and_strips_are_named(tmp_path, home):
 
 def test_contrast_has_a_cache_of_its_own(tmp_path, home):
     ids, paths = write(tmp_path / "images")
+    try:
+        read_grey(paths[0], 24, contrast="clahe")
+    except ImportError as error:
+        pytest.skip(str(error))
     plain, clahe = open_images(ids, paths, 24), open_images(ids, paths, 24, contrast="clahe")
     assert plain.folder != clahe.folder and np.array_equal(clahe[3], read_grey(paths[3], 24, contrast="clahe"))
     assert open_images(ids, paths, 24).folder == plain.folder

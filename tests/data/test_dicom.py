@@ -5,10 +5,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from charmlib import Run
+from charmlib.cli import cli
 from charmlib.data import dicom
+from charmlib.data.cache import open_images
 from charmlib.data.images import open_grey, open_picture
 from charmlib.data.phantom import draw_phantom
 from charmlib.training.predict import predict
@@ -245,3 +248,29 @@ def test_dicom_files_train_to_the_bits_of_the_same_pictures_as_png(tmp_path, tin
     row = np.flatnonzero(runs["dicom"].data.index.frame["id"].str.startswith(f"{1:032x}"))
     logits, _ = runs["dicom"].logits("train", row)  # predict reads a deep file by the scale of training
     np.testing.assert_allclose(found[["p_A", "p_B"]].to_numpy(float), 1 / (1 + np.exp(-logits)), rtol=1e-5)
+
+
+def test_a_run_is_not_scored_on_pictures_of_another_scale(tmp_path, tiny, monkeypatch):
+    """The cache command finds the scale on the training images of its split, as a run does."""
+    (tmp_path / "data").mkdir()
+    rows = ["image_id,patient_id,A"]
+    for i in range(40):
+        deep = draw_phantom(seed=i, size=48)[0].astype(np.uint16) * (20 + i)
+        Image.fromarray(deep).save(tmp_path / "data" / f"{i}.png")
+        rows.append(f"{i},{i},{i % 2}")
+    (tmp_path / "data/t.csv").write_text("\n".join(rows))
+    how = {**tiny, "data_root": str(tmp_path / "data"), "csv": "t.csv", "classes": "own", "split": "patient"}
+    done = CliRunner().invoke(cli, ["cache", how["data_root"], "--csv", "t.csv", "--size", "32", "--cache-dir",
+                                    str(tmp_path / "a")])
+    assert done.exit_code == 0, done.output
+    run = Run.open(how, cache_dir=str(tmp_path / "a"))
+    monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "scratch"))
+    assert run.data.images.folder.is_relative_to(tmp_path / "a")
+    assert Run.open(how, cache_dir=str(tmp_path / "b")).data.images.scale == run.data.images.scale
+    run.train()
+    open_images(run.data.index.frame["id"].tolist(), run.data.index.frame["path"].tolist(), 32, train=lambda: range(3),
+                cache_dir=tmp_path / "c")
+    monkeypatch.setenv("CHARM_CACHE", str(tmp_path / "c"))
+    with pytest.raises(ValueError, match="more than 8 bits scaled by .*Name the cache_dir"):
+        Run.load(run.folder.path, cache_dir=str(tmp_path / "c"))
+    assert Run.load(run.folder.path, cache_dir=str(tmp_path / "b")).data.images.scale == run.data.images.scale

@@ -127,3 +127,20 @@ def test_a_root_one_too_high_is_told(tmp_path):
     nih(tmp_path / "NIH")
     with pytest.raises(FileNotFoundError, match=f"say data_root: {tmp_path}/NIH"):
         read_index(tmp_path)
+
+
+def test_dicom_files_without_suffix_keep_their_names(tmp_path):
+    (tmp_path / "sub.x").mkdir()
+    for name in ("abc", "sub.x/def"):
+        (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 9)
+    (tmp_path / "t.csv").write_text("image,patient,A\nabc,1,1\ndef,2,0\n")
+    index = read_index(tmp_path, csv=tmp_path / "t.csv", classes="own")
+    assert index.frame["id"].tolist() == ["abc", "def"] and index.frame["path"].tolist() == [
+        f"{tmp_path}/abc", f"{tmp_path}/sub.x/def"]
+
+
+def test_a_table_of_ones_own_needs_a_data_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("image,patient,A\nabc,1,1\n")
+    with pytest.raises(ValueError, match=r"csv: .*t\.csv needs data_root"):
+        open_dataset(csv=str(tmp_path / "t.csv"), classes="own", split="patient")

@@ -72,7 +72,7 @@ def test_a_run_is_scored_on_another_table(tiny, other, tmp_path):
                                     "--part", "valid", "--out", str(tmp_path / "out")])
     assert part.exit_code == 0 and (tmp_path / "out/elsewhere_other_valid.npz").is_file(), part.output
     pd.read_csv(other / "other.csv").iloc[:40].to_csv(tmp_path / "other.csv", index=False)
-    with pytest.raises(ValueError, match="holds the scores of other images: say another --name"):
+    with pytest.raises(ValueError, match="holds the scores of another run or of other images: say another --name"):
         CliRunner().invoke(cli, ["score", str(folder), "--data-root", str(other), "--csv", str(tmp_path / "other.csv")],
                            catch_exceptions=False)
     pd.read_csv(other / "other.csv")[["image_id", "subject_id", "Lung Opacity"]].to_csv(tmp_path / "none.csv", index=False)

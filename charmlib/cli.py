@@ -6,7 +6,6 @@ Exit 0 only when all that was asked is done.
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -66,7 +65,7 @@ def cache(data_root, size, aspect, contrast, csv, split, cache_dir, workers, ver
 
     Writes data.html into the cache: findings by part, patients, views, co-occurrence, sample images.
     """
-    from charmlib.data import cache, dataset, index, splits, tables
+    from charmlib.data import cache, dataset, index, splits
     from charmlib.viz import dataset_page as page
 
     found = index.read_index(dataset.find_data(data_root), **{"classes": "own" if csv else "nih14", "csv": csv,
@@ -75,7 +74,7 @@ def cache(data_root, size, aspect, contrast, csv, split, cache_dir, workers, ver
 
     def train():  # the images that a run of this split finds the scale of deep pictures on
         try:
-            return splits.make_split(replace(found, report=tables.Report()), split).rows("train")
+            return splits.training_rows(found, split)
         except splits.SplitError:
             return range(len(found.frame))
 

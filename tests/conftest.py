@@ -91,8 +91,9 @@ def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int
     test, samples = score_part(parts["test"], data.classes, prevalence=train, **chosen)
     save_resamples(folder / "resamples.npz", samples)
     write_json(folder / "metrics.json", {
-        "format": FORMAT, "cell": folder.name, "hash": None, "params": params, "data": {"name": data.source, "drawn": not real},
-        "split": data.split.record(), "classes": data.classes,
+        "format": FORMAT, "cell": folder.name, "hash": None, "params": params,
+        "data": {"name": data.source, "drawn": not real, "scale": data.images.scale},
+        "split": data.split.record(), "classes": data.classes, "normal_class": data.index.normal_class,
         "images": data.train_images(), "train_prevalence": train, "valid": validated, "test": test, "bank": None,
         "seconds": {"train": 1.0, "score": 1.0, "overhead": 1.0}, "device": "cpu", "precision": "fp32",
         "versions": {"torch": "0", "charmlib": "0"}, "quick_check": bool(params["limit"])})

@@ -13,10 +13,9 @@ from charmlib.data.images import read_grey
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import default_cache_dir, resolve_data_root
 from charmlib.data.phantom import make_phantoms
-from charmlib.data.splits import SPLIT_SEED, Split, make_split
-from charmlib.data.tables import Report
+from charmlib.data.splits import SPLIT_SEED, Split, make_split, training_rows
 from charmlib.nih import PARTS, people
-from charmlib.params import DEFAULTS, READING, coerce, resolve
+from charmlib.params import READING, coerce, resolve
 
 
 @dataclass
@@ -81,10 +80,9 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     """
     p = resolve({"patience": 0}, dict(params or {}), changes)  # no training here, so valid_fraction 0 needs no check
     index = read_index(find_data(p["data_root"], p["csv"]), **{name: p[name] for name in READING})
-    apart = replace(index, report=Report())  # assemble() reports of the split
     images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), p["image_size"], aspect=p["aspect"],
                          contrast=p["contrast"], cache_dir=p["cache_dir"], workers=p["workers"],
-                         train=lambda: make_split(apart, p["split"], valid_fraction=p["valid_fraction"]).rows("train"))
+                         train=lambda: training_rows(index, p["split"], p["valid_fraction"]))
     return assemble(index, images, split=p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"], labels=p["labels"])
 
 
@@ -138,10 +136,10 @@ class ImageReader:
         self._paths: dict[tuple, dict[str, str]] = {}
 
     def __call__(self, metrics: Mapping, image_id: str) -> np.ndarray:
-        params = {**DEFAULTS, **metrics["params"]}
+        params = metrics["params"]
         key = str(Path(self.data_root or params["data_root"]).expanduser()), *(params[name] for name in READING)
         if key not in self._paths:
             self._paths[key] = {}  # missing data is searched once, too
             frame = read_index(key[0], **dict(zip(READING, key[1:]))).frame
             self._paths[key] = dict(zip(frame["id"], frame["path"]))
-        return read_grey(self._paths[key][image_id], self.size, scale=metrics["data"].get("scale"))
+        return read_grey(self._paths[key][image_id], self.size, scale=metrics["data"]["scale"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.data import dicom
-from charmlib.data.find import DICOM_SUFFIXES, SUFFIXES, is_dicom
+from charmlib.data.find import DICOM_SUFFIXES, SUFFIXES, find_files
 from charmlib.data.images import BLANK, LONGEST_SIDE, Scale, fit, open_grey, open_pillow, spread
 
 SMALLEST = 32  # pixels a side
@@ -27,9 +27,7 @@ def find_radiographs(paths) -> list[Path]:
     """
     out, paths = [], [Path(path) for path in paths]
     for path in [path for path in paths if not _is_junk(path.name)] or paths:
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not any(
-            part[0] == "." or _is_junk(part) for part in p.relative_to(path).parts) and (
-            p.suffix.lower() in SUFFIXES or is_dicom(p)))
+        found = [path] if path.is_file() else sorted(path / name for name in find_files(path)[0]) if path.is_dir() else []
         if not found:
             raise FileNotFoundError(f"{path}: no such file, or a folder without {', '.join(SUFFIXES + DICOM_SUFFIXES)} files")
         out += found

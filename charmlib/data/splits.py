@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 
 from charmlib.data.find import match
 from charmlib.data.index import Index
-from charmlib.data.tables import listed_names
+from charmlib.data.tables import Report, listed_names
 from charmlib.nih import PARTS, TEST_LISTS, TRAIN_LISTS, people
 
 SPLIT_SEED = 85
@@ -103,6 +103,11 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
                      "positive_share": float(positive[rows].mean()) if rows.any() else float("nan")}
     lines = sorted(f"{p}\t{i}" for p, i in zip(part, index.frame["id"]) if p)
     return Split(name, part, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], counts, index.patients_from)
+
+
+def training_rows(index: Index, name: str, valid_fraction: float = 0.1) -> np.ndarray:
+    """Rows of the training part of :func:`make_split`, which adds nothing to the index's report here."""
+    return make_split(replace(index, report=Report()), name, valid_fraction=valid_fraction).rows("train")
 
 
 def _too_few(patients: int) -> str:

@@ -29,13 +29,13 @@ def published_per_class() -> pd.DataFrame:
 def _kind(metrics: Mapping) -> tuple[str | None, str]:
     """The kind of published split that a run is comparable with and a remark on it, or None and the reason."""
     name, images = metrics["split"]["name"], metrics["split"]["test"]["images"]
-    findings = len(finding_columns(metrics["classes"], metrics.get("normal_class", "")))
+    findings = len(finding_columns(metrics["classes"], metrics["normal_class"]))
     reasons = (
         (metrics["data"]["drawn"], "Drawn phantoms: no published figure belongs beside them."),
         (metrics["params"]["labels"] == "shuffled", "Shuffled labels, a control: no published figure belongs beside it."),
         (metrics["quick_check"], "A quick check on part of the data: no published figure belongs beside it."),
         (findings != 14, f"{findings} findings: the published means are over the 14 findings."),
-        (metrics["split"].get("patients_from") == EACH_ITS_OWN, "The patients are unknown, so the split is another."),
+        (metrics["split"]["patients_from"] == EACH_ITS_OWN, "The patients are unknown, so the split is another."),
         (name.startswith("fold:"), f"Split '{name}' is a part of a cross-validation: no published figure belongs beside it."),
         (name not in ("official", "patient"), f"Split '{name}' is your own: no published figure belongs beside it."))
     if reason := next((reason for incomparable, reason in reasons if incomparable), ""):

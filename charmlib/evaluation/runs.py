@@ -16,6 +16,7 @@ from charmlib.nih import finding_columns
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
     from charmlib.evaluation.intervals import Resamples
 
@@ -49,6 +50,13 @@ class Predictions:
     def positives(self) -> dict[str, int]:
         """Class -> number of positive images."""
         return dict(zip(self.classes, (self.labels == 1).sum(0).tolist()))
+
+    @cached_property
+    def by_group(self) -> pd.DataFrame:
+        """Scores by view, sex and age group, drawn once: :func:`charmlib.evaluation.groups.group_table`."""
+        from charmlib.evaluation.groups import group_table
+
+        return group_table(self)
 
     def of(self, classes: Sequence[str]) -> Predictions:
         """The predictions for some of the classes."""
@@ -156,7 +164,7 @@ class RunFolder:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return Predictions(*(file[f"{part}_{key}"] for key in ARRAYS),
-                                   tuple(str(c) for c in file["classes"]), str(file.get("normal_class", "")),
+                                   tuple(str(c) for c in file["classes"]), str(file["normal_class"]),
                                    {key: file[f"{part}_{key}"] for key in ABOUT if f"{part}_{key}" in file})
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged or no prediction file ({type(error).__name__}); score again") from error

@@ -20,8 +20,13 @@ def split_note(metrics: Mapping) -> str:
     who = "a member was " if "members" in metrics else ""
     apart = "" if metrics["valid"] else f"; {who}trained without a validation part"
     return (f"{shuffled}{quick}{metrics['data']['name']}, split '{metrics['split']['name']}' ({metrics['split']['hash'][:8]}): "
-            f"{part['images']:,} test images of {people(part['patients'], metrics['split'].get('patients_from', ''))}, "
-            f"{part['positive_share']:.1%} with a finding{apart}")
+            f"{part['images']:,} test images of {people(part['patients'], metrics['split']['patients_from'])}, "
+            f"{part['positive_share']:.1%} with a finding{apart}{_seen_note(metrics)}")
+
+
+def _seen_note(metrics: Mapping) -> str:
+    seen = metrics.get("seen")  # of scores on another data set
+    return f"; WARNING: {seen:,} have names of images that the run was trained or validated on" if seen else ""
 
 
 def origin_note(metrics: Mapping) -> str:
@@ -147,10 +152,10 @@ def limits_of(name: str, interval: Sequence[float | None]) -> dict[str, float | 
 
 def clusters(split: Mapping) -> str:
     """What a bootstrap draws: patients, or images where the patients are unknown."""
-    return "images, since the patients are unknown" if split.get("patients_from") == EACH_ITS_OWN else "patients"
+    return "images, since the patients are unknown" if split["patients_from"] == EACH_ITS_OWN else "patients"
 
 
 def split_label(split: Mapping) -> str:
     """Name and hash of ``metrics['split']`` for the cell of a table; says so where patients are unknown."""
-    unknown = " (patients unknown)" if split.get("patients_from") == EACH_ITS_OWN else ""
+    unknown = " (patients unknown)" if split["patients_from"] == EACH_ITS_OWN else ""
     return f"{split['name']} {split['hash'][:8]}{unknown}"

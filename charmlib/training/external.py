@@ -72,7 +72,8 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
     record["test"] = record[part if split else "test"]
     name = name or "_".join(dict.fromkeys([data.index.root.resolve().name, index.table.stem, *([part] if split else [])]))
     metrics = {**trained, "cell": f"{run.name} on {name}", "classes": ours, "normal_class": test.normal_class,
-               "data": {"name": data.source, "drawn": data.index.drawn, "table": str(index.table), "trained_on": card["data"]},
+               "data": {"name": data.source, "drawn": data.index.drawn, "scale": images.scale,
+                        "table": str(index.table), "trained_on": card["data"]},
                "unmatched": {"run": [c for c in card["classes"] if c not in matched], "data": left}, "seen": seen, "bank": None,
                "matched": matched, "run": str(run.path), "reading": {"csv": csv, **(reading or {})}, "split": record,
                "test": scores, "report": str(data.index.report),

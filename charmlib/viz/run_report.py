@@ -8,7 +8,6 @@ import pandas as pd
 
 from charmlib.evaluation import tables
 from charmlib.evaluation.enrichment import enrichment_note, enrichment_table
-from charmlib.evaluation.groups import group_table
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.tables import with_intervals
@@ -71,7 +70,7 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
                             "of resamples that lack positives or negatives of a class, which are left out of its interval."),
              page.table(with_intervals(tables.class_table(part, predictions.positives)), "first"),
              page.paragraph(f"{tables.groups_note(part)}.")]
-    if len(by_group := group_table(predictions)):
+    if len(by_group := predictions.by_group):
         parts += [page.heading("By view, sex and age group"), page.table(with_intervals(by_group), "words")]
     for point in part["operating"]:
         parts += [page.heading(f"Operating point '{point}'"),
@@ -106,8 +105,7 @@ def write_evaluation(folder: str | Path, metrics: Mapping, predictions: Predicti
 def evaluation_text(metrics: Mapping, predictions: Predictions, point: str) -> str:
     """The tables of a run for a terminal: scores, counts at an operating point, calibration."""
     part = metrics["test"]
-    by_group = group_table(predictions)
-    calls, undefined = tables.operating_table(part, point), ", ".join(part["undefined"])
+    by_group, calls, undefined = predictions.by_group, tables.operating_table(part, point), ", ".join(part["undefined"])
     return "\n".join([
         f"{metrics['cell']}: {tables.split_note(metrics)}; {tables.origin_note(metrics)}", *_members(metrics),
         with_intervals(tables.class_table(part, predictions.positives)).to_string(index=False),

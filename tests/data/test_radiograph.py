@@ -117,6 +117,10 @@ def test_folders_are_searched_and_missing_ones_named(tmp_path, grey):
     assert find_radiographs([tmp_path / "in", a]) == [a, b]
     with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
         find_radiographs([tmp_path / "nowhere"])
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/folder").symlink_to(tmp_path / "in/deep")
+    (tmp_path / "links/gone.png").symlink_to(tmp_path / "gone.png")  # to be refused by name
+    assert find_radiographs([tmp_path / "links"]) == [tmp_path / "links/folder/b.JPG", tmp_path / "links/gone.png"]
 
 
 def test_all_real_radiographs_pass(shared):
@@ -131,7 +135,6 @@ def test_what_systems_leave_in_folders_is_skipped(tmp_path):
                  ".trash/old.png", "sub/._y.dcm", "sub/.DS_Store"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\0\5\x16\7" + b"\0" * 200)
-    (tmp_path / "broken.png").symlink_to("/nowhere/x.png")
     assert find_radiographs([tmp_path]) == [picture]
-    assert find_radiographs(sorted(p for p in tmp_path.iterdir() if p.name not in ("README", "broken.png", "sub", ".trash"))
+    assert find_radiographs(sorted(p for p in tmp_path.iterdir() if p.name not in ("README", "sub", ".trash"))
                             ) == [picture]  # as the shell's * names them

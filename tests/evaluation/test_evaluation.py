@@ -67,8 +67,9 @@ def test_frequency_groups_have_the_agreed_borders():
 
 
 def metrics(split, images=25596, drawn=False, quick=False, classes=14, labels="real"):
-    return {"cell": "mine", "split": {"name": split, "test": {"images": images, "patients": 9}}, "quick_check": quick,
-            "data": {"drawn": drawn}, "classes": ["x"] * classes, "test": {"mean_auc": 0.8}, "params": {"labels": labels}}
+    return {"cell": "mine", "split": {"name": split, "patients_from": "", "test": {"images": images, "patients": 9}},
+            "normal_class": "", "quick_check": quick, "data": {"drawn": drawn}, "classes": ["x"] * classes,
+            "test": {"mean_auc": 0.8}, "params": {"labels": labels}}
 
 
 def test_published_figures_stand_beside_their_own_kind_of_split_only():

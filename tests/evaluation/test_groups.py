@@ -36,6 +36,7 @@ def test_ages_sexes_unknown_and_small_groups():
     assert [int(names[n].sum()) for n in ("age 0 to 17", "age 18 to 39", "age 40 to 59", "age 60 to 79", "age 80 and older",
                                           "age unknown")] == [50, 100, 50, 50, 100, 50]
     assert [int(names[f"sex {n}"].sum()) for n in ("female", "male", "unknown")] == [150, 150, 100]
+    assert found.by_group is found.by_group  # drawn once for notebook, terminal and report
     small = group_table(found.take(np.arange(60)), resamples=20)
     assert small["note"].str.startswith("small").all() and len(group_table(predictions())) == 0
 

@@ -53,6 +53,7 @@ def test_a_run_is_scored_on_another_table(tiny, other, tmp_path):
     for words in ("Effusion = Pleural Effusion", "the run without a counterpart, not scored: Atelectasis", "Lung Opacity",
                   "80 test images", "without No Finding", "view AP", "WARNING"):
         assert words in done.output
+    assert done.output.count("WARNING") == 2  # also in the note that stands under its picture
     assert before == (folder.predictions_file.read_bytes(), folder.metrics_file.read_bytes())
     found = json.loads((folder / "scores/elsewhere_other.json").read_text())
     assert found["classes"] == ["Cardiomegaly", "Effusion", "No Finding"] == list(found["matched"])

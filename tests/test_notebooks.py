@@ -17,7 +17,8 @@ from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = {"prepare": ["data_root", "classes", "csv", "split", "valid_fraction", "image_size", "aspect", "cache_dir", "workers"],
+NAMES = {"prepare": ["data_root", "classes", "csv", "normal_class", "blank", "uncertain", "patients", "split", "valid_fraction",
+                     "image_size", "aspect", "contrast", "cache_dir", "workers"],
          "train": None, "test": ["data_root", "cache_dir", "limit", "run_dir", "workers", "device"]}
 
 

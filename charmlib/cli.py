@@ -288,9 +288,9 @@ def grid_run(grid_yaml, assignments, **how):
     if how["dry_run"]:
         return
     click.echo(_board_text(board))
-    failed = board[board["status"] == "failed"]
-    if len(failed):
-        raise SystemExit(f"{len(failed)} of {len(board)} cells failed: {', '.join(failed['cell'])}")
+    for status, words in (("failed", "failed"), ("damaged", "are damaged")):
+        if len(cells := board["cell"][board["status"] == status]):
+            raise SystemExit(f"{len(cells)} of {len(board)} cells {words}: {', '.join(cells)}")
     left = board[board["status"].isin(["started", "pending"])]
     if len(left) and not how["shard"] and not how["budget"]:
         raise SystemExit(f"{len(left)} of {len(board)} cells are not done: {', '.join(left['cell'])}")

@@ -18,10 +18,10 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
                 verify: bool = False, say: Callable[[str], None] | None = None) -> cache_file.ImageCache:
     """The cache that holds these images at this size, wherever it lies; built first if there is none.
 
-    Searched are ``cache_dir``, this machine's scratch folder and the inputs attached on Kaggle. A cache fits if it has all ids
-    (perhaps more) and a sample of its rows agrees with its checksums and the source files. If sampled source files changed,
-    every file is checked, and those that changed are decoded again. Of two concurrent builds the second waits for the first.
-    Raises OSError for too little room; names the bytes needed and free.
+    Searched is ``cache_dir``; without one, or where nothing can be written there, also this machine's scratch folder and the
+    inputs attached on Kaggle. A cache fits if it has all ids (perhaps more) and a sample of its rows agrees with its checksums
+    and the source files. If sampled source files changed, every file is checked, and those that changed are decoded again. Of
+    two concurrent builds the second waits for the first. Raises OSError for too little room; names the bytes needed and free.
 
     Parameters
     ----------
@@ -85,11 +85,12 @@ def _find(request: cache_file.Request, cache_dir: str | Path, say) -> tuple[cach
 
 def _folders(cache_dir: str | Path) -> list[Path]:
     """Folders of all finished caches, each once."""
-    found: list[Path] = []
-    for place in ([Path(cache_dir).expanduser()] if cache_dir else []) + [default_cache_dir()]:
+    named, found = [Path(cache_dir).expanduser()] if cache_dir else [], []
+    elsewhere = not (named and writable(named[0]))
+    for place in named + [default_cache_dir()] * elsewhere:
         here = (place / cache_file.MANIFEST).is_file()
         found += [place] if here else sorted(p.parent for p in place.glob(f"*/{cache_file.MANIFEST}"))
     unique: dict[Path, Path] = {}
-    for folder in found + kaggle_caches(cache_file.MANIFEST):
+    for folder in found + (kaggle_caches(cache_file.MANIFEST) if elsewhere else []):
         unique.setdefault(folder.resolve(), folder)
     return [folder for folder in unique.values() if folder.suffix != ".partial"]

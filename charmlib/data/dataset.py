@@ -1,21 +1,26 @@
 """A data set ready for use: index, split and decoded images together. Needs no torch."""
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from charmlib.data.cache import open_images
-from charmlib.data.cache_file import ImageCache
+from charmlib.data.cache_file import ImageCache, read_rows
 from charmlib.data.images import read_grey
 from charmlib.data.index import Index, read_index
 from charmlib.data.paths import default_cache_dir, resolve_data_root
 from charmlib.data.phantom import make_phantoms
 from charmlib.data.splits import SPLIT_SEED, Split, make_split, training_rows
 from charmlib.nih import PARTS, people
-from charmlib.params import READING, coerce, resolve
+from charmlib.params import PARAMS, READING, coerce, resolve
+
+LABELS, PICTURES, WEIGHTS = "labels as read", "pictures as cached", "weights as loaded"  # what :func:`digests` are of
 
 
 @dataclass
@@ -84,6 +89,27 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
                          contrast=p["contrast"], cache_dir=p["cache_dir"], workers=p["workers"],
                          train=lambda: training_rows(index, p["split"], p["valid_fraction"]))
     return assemble(index, images, split=p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"], labels=p["labels"])
+
+
+def digests(data: ChestData, weights: str = "none") -> dict[str, str]:
+    """16 hex digits each of the labels and pictures in the parts of the split, and of a file of ``weights``.
+
+    They are equal wherever the same table and pictures lie. Pictures count by the checksums in their cache, so nothing is read
+    but the cache's rows and the weights, those once in a process.
+    """
+    used, rows = data.split.part != "", read_rows(data.images)
+    content = {LABELS: (repr(data.classes) + "\n".join(data.index.frame["id"][used])).encode("utf-8", "surrogateescape")
+               + np.nan_to_num(data.labels[used], nan=-1).astype("<f4").tobytes(),
+               PICTURES: rows["pixel_crc"][data.images.rows[used]].astype("<u4").tobytes()}
+    if weights not in PARAMS["weights"].choices and Path(weights).is_file():
+        content[WEIGHTS] = _file_digest(weights, *(getattr(os.stat(weights), f"st_{of}") for of in ("size", "mtime_ns")))
+    return {name: hashlib.sha256(value).hexdigest()[:16] for name, value in content.items()}
+
+
+@lru_cache
+def _file_digest(path: str, size: int, changed: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def readable_only(index: Index, images: ImageCache) -> tuple[Index, ImageCache]:

@@ -189,7 +189,7 @@ def run_folders(paths: Iterable[str | Path]) -> list[RunFolder]:
     """
     out = []
     for path in map(Path, paths):
-        cells = sorted(p.parent for depth in ("*", "*/*") for p in path.glob(f"{depth}/metrics.json"))
+        cells = sorted(p.parent for depth in ("[!.]*", "[!.]*/[!.]*") for p in path.glob(f"{depth}/metrics.json"))
         if RunFolder(path).done:
             cells = [path]
         elif not cells:

@@ -9,18 +9,20 @@ import pandas as pd
 from charmlib.evaluation.intervals import interval, mean_of_defined
 from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.runs import valid_auc
-from charmlib.evaluation.tables import split_label
+from charmlib.evaluation.tables import class_table, split_label
 from charmlib.files import write_csv
 from charmlib.grid.cells import CellFolder, GridError
-from charmlib.grid.spec import Grid
+from charmlib.grid.spec import Grid, refuse_names
 from charmlib.param_sources import read_yaml
-from charmlib.params import effective, missing_need
+from charmlib.params import PARAMS, coerce, effective, missing_need
 from charmlib.training.recipes import phases, steps
 
 LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high",
         "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
 
 NO_VALIDATION = "no validation"  # status of a finished cell that was trained on the validation patients too
+DAMAGED = "damaged"  # of a finished cell with a file that cannot be read
+
 
 def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = True) -> pd.DataFrame:
     """Collect the cells of a grid's folder, write ``leaderboard.csv`` there (unless told not to), and return it.
@@ -28,6 +30,8 @@ def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = T
     Rank 1 has the highest **validation** mean AUC; the test column decides nothing. Ranks compare cells of one split.
     Unfinished cells, quick checks, controls with shuffled labels and cells without a validation part have no rank; the last
     stand after all others.
+
+    A column ``reason`` is there if a cell failed or is damaged, and says why; the others are on the board all the same.
 
     ``diff_first`` is a cell's mean test AUC minus that of the cell ranked first, with its paired 95 % interval;
     ``same_as_first`` is True where that interval contains 0, so that the two cannot be told apart.
@@ -40,28 +44,42 @@ def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = T
     axes = [axis for axis in record["axes"] if axis != "split"]  # which each board has
     cells = {cell["id"]: cell["params"] for cell in record["cells"]}
     # cells of another call of the same grid (a pinned axis, another shard) stay on the board
-    others = {path.parent.name for name in ("metrics.json", "cell.json") for path in folder.glob(f"*/{name}")}
+    others = {path.parent.name for name in ("metrics.json", "cell.json") for path in folder.glob(f"[!.]*/{name}")}
     runs = {cell: CellFolder(folder / cell) for cell in [*cells, *sorted(others - cells.keys())]}
-    rows = [_row(run) for run in runs.values()]
-    params = {cell: run.metrics["params"] if run.done else cells.get(cell) for cell, run in runs.items()}
-    values = _values_that_act(params, axes, {cell: run.metrics["images"] for cell, run in runs.items() if run.done})
-    board = pd.DataFrame([row | values[row["cell"]] for row in rows], columns=["rank", "cell", *axes, *LAST])
+    rows = [_row(run, axes) for run in runs.values()]
+    done = {row["cell"]: runs[row["cell"]] for row in rows if "split" in row}
+    params = {cell: done[cell].metrics["params"] if cell in done else cells.get(cell) for cell in runs}
+    values = _values_that_act(params, axes, {cell: run.metrics["images"] for cell, run in done.items()})
+    board = pd.DataFrame([row | values[row["cell"]] for row in rows], columns=["rank", "cell", *axes, *LAST, "reason"])
     order = board[board["status"] == "done"].groupby("split")["valid_mean_auc"].rank(ascending=False, method="first")
     board["rank"] = order.reindex(board.index).astype("Int64")
-    scored = {cell: runs[cell] for cell in board["cell"][board["split"].notna()]}
-    refuse_leaks([run.path for run in scored.values()], folds=True)
-    board = _with_intervals(board, scored).sort_values(["split", "rank", "status", "cell"], na_position="last")
+    refuse_leaks(done.values(), folds=True)
+    board = _with_intervals(board, done).sort_values(["split", "rank", "status", "cell"], na_position="last")
     board = board.sort_values("status", key=lambda status: status == NO_VALIDATION, kind="stable", ignore_index=True)
+    board = board if board["reason"].any() else board.drop(columns="reason")
     if write:
         write_csv(folder / "leaderboard.csv", board)
     return board
 
 
 def read_record(folder: Path) -> dict:
-    """``grid.yaml`` of a grid's folder: name, axes, and cells with id, axes and params; GridError without one."""
-    if not (folder / "grid.yaml").is_file():
+    """``grid.yaml`` of a grid's folder: name, axes, and cells with id, axes and params.
+
+    Raises GridError without one, and ParameterError for one that `grid run` cannot have written; its ids make folders.
+    """
+    path = folder / "grid.yaml"
+    if not path.is_file():
         raise GridError(f"{folder} holds no grid (no grid.yaml); name a folder that `grid run` wrote")
-    return read_yaml(folder / "grid.yaml")
+    record = read_yaml(path)
+    try:
+        refuse_names([cell["id"] for cell in record["cells"]], path)
+        for cell in filter(lambda cell: cell["params"], record["cells"]):
+            cell["params"] |= {name: coerce(name, cell["params"][name], str(path)) for name, p in PARAMS.items()
+                               if name in {*cell["params"], *record["axes"]} or (name != "run_dir" and not p.of)}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise GridError(f"{path} is damaged or of another version ({type(error).__name__}: {error}); the same `grid run` "
+                        "writes it anew") from error
+    return record
 
 
 def record_of(grid: Grid) -> dict:
@@ -80,20 +98,41 @@ def _values_that_act(params: Mapping[str, Mapping | None], axes: list[str], imag
             for cell, p in params.items()}
 
 
-def _row(run: CellFolder) -> dict:
-    status = run.status
-    m = run.metrics if status == "done" else None
-    row = {"cell": run.name, "status": status}
-    if not m:
+def _row(run: CellFolder, axes: list[str]) -> dict:
+    row = {"cell": run.name, "status": run.status, "reason": run.reason}
+    if not run.done:
         return row
+    try:
+        _read_all(run, axes)
+        return row | _scores(run)
+    except Exception as error:  # a reader's of whatever kind
+        words = f"{type(error).__name__}: {error}"
+        return row | {"status": DAMAGED, "reason": str(error) if str(run.path) in str(error) else
+                      f"{run.metrics_file} is damaged ({words}); remove {run} to run the cell again"}
+
+
+def _read_all(run: CellFolder, axes: list[str]) -> None:
+    """Read all that board and report take from a finished cell; raises what its readers raise."""
+    m = run.metrics
+    effective(m["params"], steps(phases(m["params"]), m["images"]))
+    _ = [m["params"][axis] for axis in axes], (m["bank"] or {}).get("enrichment"), run.valid, run.history
+    class_table(m["test"], run.test.positives)
+    if run.resamples is not None:
+        mean_of_defined(run.resamples.auc[:, run.test.findings])
+    for file in filter(Path.is_file, (run.history_file, run.bank_history_file)):
+        pd.read_csv(file)
+
+
+def _scores(run: CellFolder) -> dict:
+    m, status = run.metrics, "done"
     if m["quick_check"]:
-        row["status"] = "quick check"
+        status = "quick check"
     elif m["params"]["labels"] == "shuffled":
-        row["status"] = "control"
+        status = "control"
     elif m["valid"] is None:
-        row["status"] = NO_VALIDATION
+        status = NO_VALIDATION
     drawn, part = " (drawn phantoms)" if m["data"]["drawn"] else "", m["split"]["test"]
-    return row | {"valid_mean_auc": valid_auc(m), "test_mean_auc": m["test"]["mean_auc"],
+    return {"status": status, "valid_mean_auc": valid_auc(m), "test_mean_auc": m["test"]["mean_auc"],
                   "split": split_label(m["split"]) + drawn,
                   "n_images": part["images"], "n_patients": part["patients"], "positive_share": part["positive_share"],
                   "seconds": round(m["seconds"]["train"] + m["seconds"]["score"], 1),

@@ -5,54 +5,91 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
-from charmlib.files import LEASE, sync, write_text, write_whole
+from charmlib.data.dataset import LABELS, PICTURES, WEIGHTS
+from charmlib.files import LEASE, remove_temporaries, sync, write_text, write_whole
 from charmlib.grid import lease
 from charmlib.grid.board import leaderboard, read_record
 from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.report import write_report
-from charmlib.grid.spec import Grid
+from charmlib.grid.spec import Grid, refuse_names
 from charmlib.param_sources import read_yaml
 from charmlib.params import READING, changes
 
 KAGGLE_INPUT = Path("/kaggle/input")
 _MOUNTS = ("*", "notebooks/*/*", "datasets/*/*")  # where Kaggle mounts outputs: before, and today
-_HALF, _OLD = ".half", 600.0  # suffix of a copy, and seconds without a new file after which it counts as killed
+# for copies in the making, one folder deeper than any reader looks; seconds after which one counts as killed without locks
+_HALF, _OLD = ".half", 600.0
 # cells that agree in these have the same split, or were made from other data
 _DATA = (*READING, "labels", "split", "valid_fraction", "limit")
-_VERSIONS = ("charmlib", "torch", "torchvision", "fastai")
+_PIXELS = ("image_size", "aspect", "contrast")
+_OF = {"split": _DATA, LABELS: _DATA, PICTURES: (*_DATA, *_PIXELS), WEIGHTS: ("weights",)}  # parameters that decide on it
 
 
 def bring_cell(source: Path, target: Path) -> bool:
     """Copy the folder of a finished or started cell if it has got further than the target; returns whether it was copied.
 
     The copy appears whole or not at all, and is writable where the source is read-only. Raises GridError if a process works on
-    the target.
+    the target, and for symbolic links in either, which may lead anywhere.
     """
+    refuse_links(source)
+    refuse_links(target)
     if _progress(source) <= _progress(target):
         return False
-    half = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{_HALF}")
-    half.mkdir(parents=True)
-    try:
+    with _aside(target.parent) as place:
+        half = place / "new"
+        half.mkdir()
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.startswith(LEASE) and file != CellFolder(source).alive_file:
-                shutil.copyfile(file, half / file.name)
+                shutil.copyfile(file, half / file.name, follow_symlinks=False)
                 sync(half / file.name)
         sync(half)
         with lease.alone(target):
             refuse_at_work(target)
             if _progress(source) <= _progress(target):
                 return False
-            shutil.rmtree(target, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                target.rename(place / "old")
             half.rename(target)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
     sync(target.parent)
     return True
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A new hidden folder below ``folder`` for copies in the making and for what is to be removed.
+
+    One process at a time has it, so all that lies there before is left from a killed one, and removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / _HALF
+    with lease.alone(aside) as sure:
+        if aside.is_symlink():
+            aside.unlink()
+        for left in aside.glob("*"):
+            if sure or time.time() - left.stat().st_mtime > _OLD:
+                shutil.rmtree(left, ignore_errors=True)
+        place = aside / uuid.uuid4().hex[:8]
+        place.mkdir(parents=True)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):  # another's, without locks
+                aside.rmdir()
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise GridError for a cell's folder that is or holds a symbolic link: what is written there would land elsewhere."""
+    links = [folder] if folder.is_symlink() else [file for file in folder.glob("*") if file.is_symlink()]
+    if links:
+        raise GridError(f"{links[0]} is a symbolic link to {os.readlink(links[0])}: a cell's folder holds plain files; put "
+                        "what it leads to in its place if you trust it")
 
 
 def _progress(folder: Path) -> float:
@@ -62,17 +99,16 @@ def _progress(folder: Path) -> float:
 
 
 def remove_cell(folder: Path) -> None:
-    """Remove a cell's folder, for it to run again; raises GridError if a process works on it."""
-    with lease.alone(folder):
+    """Remove a cell's folder, whole at once, for it to run again; raises GridError if a process works on it."""
+    with _aside(folder.parent) as place, lease.alone(folder), suppress(FileNotFoundError):
         refuse_at_work(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.rename(place / "old")
 
 
 def remove_half_copies(folder: Path) -> None:
     """Remove the rest of killed copies from a grid's folder."""
-    for half in folder.glob(f".*{_HALF}"):
-        if time.time() - half.stat().st_mtime > _OLD:  # a younger one may still be written
-            shutil.rmtree(half, ignore_errors=True)
+    with _aside(folder):
+        pass
 
 
 def refuse_at_work(folder: Path) -> None:
@@ -123,14 +159,15 @@ def merge_grids(out: str | Path, folders: Sequence[str | Path], *, say: Callable
     records = {place: read_record(place) for place in ([out] if (out / "grid.yaml").is_file() else []) + places}
     together = _one_record(records)
     _refuse_mixture(records)
-    out.mkdir(parents=True, exist_ok=True)
     remove_half_copies(out)
+    remove_temporaries(out)
+    write_text(out / "grid.yaml", yaml.safe_dump(together, sort_keys=False))  # first: a killed merge is known for what it is
     for place in places:
         for split in place.glob("split*.csv"):
-            write_whole(out / split.name, lambda temporary, split=split: shutil.copyfile(split, temporary))
+            if split.is_file() and not split.is_symlink():
+                write_whole(out / split.name, lambda temporary, split=split: shutil.copyfile(split, temporary))
         brought = sum(bring_cell(place / cell["id"], out / cell["id"]) for cell in together["cells"])
         say(f"{brought} cells from {place}")
-    write_text(out / "grid.yaml", yaml.safe_dump(together, sort_keys=False))
     board = leaderboard(out)
     write_report(out, board)
     return board
@@ -149,29 +186,18 @@ def _one_record(records: dict[Path, dict]) -> dict:
             for name in changes(theirs, ours):
                 raise GridError(f"cell {cell['id']} has {name} {theirs[name]!r} in {place} and {ours[name]!r} in "
                                 f"{first_place}: their scores do not belong on one leaderboard")
+    refuse_names(cells, " and ".join(map(str, records)))
     return {**first, "cells": list(cells.values())}
 
 
 def _refuse_mixture(records: dict[Path, dict]) -> None:
+    """Refuse cells that were made with other data, code or versions than others of the same parameters."""
     seen: dict[tuple, tuple[str, str]] = {}
     for place, cell in ((place, cell) for place, record in records.items() for cell in record["cells"]):
         refuse_at_work(place / cell["id"])
-        for key, value in _made_with(CellFolder(place / cell["id"]), cell["params"]).items():
-            where = f"of {cell['id']} in {place}"
-            known, first = seen.setdefault(key, (value, where))
+        for name, value in CellFolder(place / cell["id"]).made_with.items():
+            where, decides = f"of {cell['id']} in {place}", (str(cell["params"][param]) for param in _OF.get(name, ()))
+            known, first = seen.setdefault((name, *decides), (value, where))
             if known != value:
-                raise GridError(f"{key[0]} differs: {known} {first}, {value} {where}. Their scores do not belong on one "
+                raise GridError(f"the {name} differs: {known} {first}, {value} {where}. Their scores do not belong on one "
                                 "leaderboard; run the differing cells again.")
-
-
-def _made_with(cell: CellFolder, params: dict) -> dict[tuple, str]:
-    """The split, code and versions that a finished or started cell was made with."""
-    identity, data = cell.identity, tuple(str(params[name]) for name in _DATA)
-    if cell.done:
-        split, code, versions = cell.metrics["split"]["hash"], cell.metrics["code"], cell.metrics["versions"]
-    elif identity:
-        split, code, versions = identity["split"], identity["code"], {"charmlib": identity["charmlib"]}
-    else:
-        return {}
-    return {("the split", data): split, ("the notebooks' code",): code,
-            **{(f"the version of {name}",): versions[name] for name in _VERSIONS if name in versions}}

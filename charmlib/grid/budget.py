@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -97,8 +98,9 @@ def paces(folder: Path, cells: Iterable[Cell]) -> dict[str, Pace]:
         run = RunFolder(folder / cell.id)
         cost = costs[cell.id] = tuple(cell.params[name] for name in _COST)
         plan = phases(cell.params)
-        epochs += [(cost, phase_of(plan, row).name, float(row["seconds"])) for row in run.history]
-        totals += [(cost, run.metrics["seconds"])] if run.done else []
+        with suppress(ValueError, KeyError, TypeError, OSError):  # a damaged one, which the board names
+            epochs += [(cost, phase_of(plan, row).name, float(row["seconds"])) for row in run.history]
+            totals += [(cost, run.metrics["seconds"])] if run.done else []
 
     def pace(cost: tuple) -> Pace:
         alike = [epoch for epoch in epochs if epoch[0] == cost] or epochs

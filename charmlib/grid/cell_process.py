@@ -43,7 +43,7 @@ def run_cell(job: dict) -> None:
 
     cell, notebooks = CellFolder(job["folder"]), Path(job["notebooks"])
     spent = _spent(cell, job["hash"])
-    write_json(cell.identity_file, {key: job[key] for key in ("id", "hash", "split", "code", "started")}
+    write_json(cell.identity_file, {key: job[key] for key in ("id", "hash", "split", "code", "digests", "started")}
                | {"charmlib": charmlib.__version__, "spent": spent})
     params = {name: coerce(name, value, "cell") for name, value in job["params"].items()}
     params["run_dir"] = str(cell.path)
@@ -79,7 +79,7 @@ def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder) -> None:
     """Run both notebooks, each with its parameters, as one, and keep each as executed, also when it failed."""
     import papermill
 
-    books = train, test = [papermill.execute_notebook(str(notebook), None, parameters=injected(notebook, params),
+    books = train, test = [papermill.execute_notebook(_plain(notebook), None, parameters=injected(notebook, params),
                                                       prepare_only=True, progress_bar=False)
                            for notebook, params in notebooks.items()]
     joined = nbformat.from_dict(train)
@@ -87,11 +87,16 @@ def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder) -> None:
     source = cell.path / ".both.ipynb"
     write_text(source, nbformat.writes(joined))
     try:
-        papermill.execute_notebook(str(source), str(cell.running_file), cwd=str(cell.path), progress_bar=False,
+        papermill.execute_notebook(_plain(source), _plain(cell.running_file), cwd=str(cell.path), progress_bar=False,
                                    log_output=False, start_timeout=180)
     finally:
         source.unlink(missing_ok=True)
         _split(books, cell)
+
+
+def _plain(path: Path) -> str:
+    """A path for papermill, which fills parameters into braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _split(books: list[nbformat.NotebookNode], cell: CellFolder) -> None:

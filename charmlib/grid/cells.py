@@ -15,6 +15,7 @@ from charmlib.grid import lease
 from charmlib.params import UNHASHED
 
 NOTEBOOKS = ("train", "test")
+_VERSIONS = ("charmlib", "torch", "torchvision", "fastai")
 
 
 class Ended(IntEnum):
@@ -69,10 +70,11 @@ def declared(notebook: Path) -> dict[str, Any]:
     return {node.target.id: ast.literal_eval(node.value) for node in lines}
 
 
-def cell_hash(params: Mapping, code: str, split_hash: str) -> str:
-    """16 hex digits over the parameters (without paths and machine), the notebooks' code, the split and charmlib's version."""
+def cell_hash(params: Mapping, code: str, split_hash: str, digests: Mapping[str, str]) -> str:
+    """16 hex digits over the parameters (without paths and machine), the notebooks' code, the split, charmlib's version, and
+    what :func:`charmlib.data.dataset.digests` gives of the labels, pictures and weights."""
     what = {"params": {k: params[k] for k in sorted(params) if k not in UNHASHED}, "code": code, "split": split_hash,
-            "version": charmlib.__version__}
+            "version": charmlib.__version__, "digests": dict(digests)}
     return code_hash(json.dumps(what, sort_keys=True))
 
 
@@ -84,8 +86,9 @@ def code_hash(code: str) -> str:
 class CellFolder(RunFolder):
     """A run's folder that a grid's processes share.
 
-    While the cell is unfinished, ``cell.json`` holds id, hash, split, code, charmlib version, start (Unix time) and the
-    seconds spent before it; ``.running.ipynb`` is both notebooks as far as they are executed; the kernel touches ``.alive``.
+    While the cell is unfinished, ``cell.json`` holds id, hash, split, code, digests, charmlib version, start (Unix time) and
+    the seconds spent before it; ``.running.ipynb`` is both notebooks as far as they are executed; the kernel touches
+    ``.alive``.
     """
 
     def __init__(self, path: str | Path):
@@ -97,6 +100,32 @@ class CellFolder(RunFolder):
     def identity(self) -> dict:
         """Content of ``cell.json``; empty where it is missing or damaged."""
         return json_or_empty(self.identity_file)
+
+    @property
+    def made_with(self) -> dict[str, str]:
+        """Split, notebooks' code, digests and versions of a finished or started cell, by name; empty for another.
+
+        Raises GridError for one that is damaged.
+        """
+        try:
+            if self.done:
+                made = self.metrics
+                split, digests, versions = made["split"]["hash"], made["data"].get("digests", {}), made["versions"]
+            elif made := self.identity:
+                split, digests, versions = made["split"], made.get("digests", {}), {"charmlib": made["charmlib"]}
+            else:
+                return {}
+            return {"split": split, "notebooks' code": made["code"], **digests,
+                    **{f"version of {name}": versions[name] for name in _VERSIONS if name in versions}}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise GridError(f"{self.metrics_file if self.done else self.identity_file} is damaged ({type(error).__name__}: "
+                            f"{error}); remove {self} to run the cell again") from error
+
+    @property
+    def reason(self) -> str:
+        """Why the cell failed, in a line: the end of a traceback, or the beginning of the runner's note; '' without either."""
+        text = self.error_file.read_text(errors="replace").strip() if self.error_file.is_file() else ""
+        return "".join(text.splitlines()[-1:] if "Traceback" in text else text.splitlines()[:1])
 
     @property
     def progress(self) -> int:

@@ -8,6 +8,7 @@ next file.
 import fcntl
 import os
 import platform
+import sys
 import tempfile
 import threading
 import time
@@ -22,6 +23,7 @@ from charmlib.files import FOLDER, LEASE, NO_LOCKS, TOKEN, LeaseLost, check_leas
 
 _KEYS = {"token", "host", "place", "pid", "born", "folder", "number"}
 RENEW, PATIENCE = 5.0, 60.0  # seconds between renewals, and without any until the lease of another machine counts as lost
+_SAY = 5.0  # seconds that a lock is waited for without a word
 
 
 class Busy(RuntimeError):
@@ -62,8 +64,8 @@ class Lease:
 def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
     """Take the lease of a folder if it is free or its holder is gone.
 
-    A holder on this machine is gone when its process has ended; any other when it has not renewed for ``patience`` seconds.
-    Raises Busy, naming the holder, if that lives.
+    A holder on this machine is gone when its process has ended; any other when it has not renewed for ``patience`` seconds, nor
+    does while this one looks on: the clock may have been set forward. Raises Busy, naming the holder, if that lives.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,11 @@ def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
     mine = {"token": token, "host": platform.node(), "place": _place(), "pid": os.getpid(), "born": _born(os.getpid()),
             "folder": str(folder), "number": folder.stat().st_ino}
     with alone(folder) as sure:
-        if words := holder(folder, patience=patience):
+        words, before = holder(folder, patience=patience), _renewed(folder)
+        if not words and (held := _holds(folder)) and held["place"] != _place():
+            time.sleep(min(RENEW + 1.0, patience))
+            words = _renewed(folder) != before and f"process {held['pid']} on {held['host']}"
+        if words:
             raise Busy(f"{folder.name} is being worked on by {words}")
         write_json(folder / LEASE, mine)
     if not sure:  # without locks the last of several writers wins, and each looks who that was
@@ -84,35 +90,57 @@ def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
 def holder(folder: str | Path, *, patience: float = PATIENCE) -> str:
     """'process 123 on HOST' for the living holder of a folder's lease, or an empty text."""
     folder = Path(folder)
-    held = _read(folder)
-    # A shared folder may have another path on another machine, or (not on NFS) another number, but not both: a lease with
-    # both came with a copied folder, such as a fetched output, in which nobody works.
-    if not held or (held["folder"] != str(folder.resolve()) and held["number"] != folder.stat().st_ino):
+    if not (held := _holds(folder)):
         return ""
     if held["place"] == _place():
-        alive = abs(_born(held["pid"]) - held["born"]) < 5
-    else:
-        try:
-            alive = _now(folder) - (folder / LEASE).stat().st_mtime < patience
-        except FileNotFoundError:
-            return ""
+        alive = abs(_born(held["pid"]) - held["born"]) < 0.1
+    else:  # after a clock that was set back, a time in the future says no more than one long ago
+        alive = abs(_now(folder) - _renewed(folder)) < patience
     return f"process {held['pid']} on {held['host']}" if alive else ""
+
+
+def _holds(folder: Path) -> dict:
+    """The lease in a folder; empty for none.
+
+    A shared folder may have another path on another machine, or (not on NFS) another number, but not both: a lease with both
+    came with a copied folder, such as a fetched output, in which nobody works.
+    """
+    held = _read(folder)
+    there = held and (held["folder"] == str(folder.resolve()) or held["number"] == folder.stat().st_ino)
+    return held if there else {}
+
+
+def _renewed(folder: Path) -> float:
+    """Unix time of the last renewal; 0 without a lease."""
+    with suppress(FileNotFoundError):
+        return (folder / LEASE).stat().st_mtime
+    return 0.0
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
     """Lets one process at a time take, give back or replace a folder; False where the file system has no locks.
 
-    The lock lies beside the folder, which may be replaced; the system frees the lock of a killed process.
+    The lock lies beside the folder, which may be replaced; the system frees the lock of a killed process. A wait of more than
+    a few seconds is said on standard error.
     """
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            sure = True
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            sure = False
+    path, since = folder.with_name(f".{folder.name}.lock"), time.monotonic()
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as file:  # a link might lead anywhere
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                sure = True
+            except BlockingIOError:
+                if since and time.monotonic() - since > _SAY:
+                    print(f"waiting for {path}, which another process holds", file=sys.stderr, flush=True)
+                    since = 0.0
+                time.sleep(0.05)
+                continue
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                sure = False
+            break
         yield sure
 
 
@@ -139,9 +167,16 @@ def _place() -> str:
 
 
 def _born(pid: int) -> float:
-    """Unix time at which a process started; 0 for one that has ended."""
+    """When a process started, in seconds since the machine did; 0 for one that has ended.
+
+    Elsewhere than on Linux in Unix time, which psutil computes with the machine's clock and its steps.
+    """
     try:
         process = psutil.Process(pid)
-        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return 0.0
+        with suppress(OSError):  # field 22 of proc(5); the second one, the name in brackets, may hold blanks
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return process.create_time()
     except psutil.NoSuchProcess:
         return 0.0

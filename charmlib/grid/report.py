@@ -52,14 +52,15 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
         maps = heat_maps(board, note=note)
         if maps is not None:
             pictures.append(("Mean test AUC over the grid (for reading; ranks come from validation)", maps))
-        pictures.append((f"Training of {run.name}", plot_history(pd.read_csv(run.history_file), note=note)))
+        if run.history_file.is_file():
+            pictures.append((f"Training of {run.name}", plot_history(pd.read_csv(run.history_file), note=note)))
         if banks is not None:
             pictures += bank_pictures(folder, board, banks, note=note)
         drawn = [text for title, figure in pictures for text in (page.heading(title), page.picture(figure, title))]
         for _, figure in pictures:  # or a notebook that runs the grid shows them all
             plt.close(figure)
     listed, apart = parted(board)
-    parts = [page.paragraph(f"{note}. {origin_note(metrics)}.", "")]
+    parts = [page.paragraph(f"{note}. {origin_note(metrics)}.", ""), *map(page.paragraph, reasons(board))]
     parts += _section("Leaderboard", ("Ranked by validation mean AUC. " if first else "No cell is ranked. ")
                       + "The test columns are for reading, with 95 % intervals by bootstrap over patients."
                       + (f" '=' marks cells whose paired difference to {run.name} has an interval that contains 0: the test "
@@ -123,7 +124,7 @@ def bank_pictures(folder: Path, board: pd.DataFrame, table: pd.DataFrame, *, not
 
 def board_notes(board: pd.DataFrame) -> list[str]:
     """A line for each split on the board (images, patients, share of positives), and why some cells have no rank."""
-    lines = []
+    lines = reasons(board)
     for split, cells in board.dropna(subset=["split"]).groupby("split"):
         first = cells.iloc[0]
         lines.append(f"split {split}: {int(first['n_images']):,} test images of {int(first['n_patients']):,} patients, "
@@ -131,6 +132,11 @@ def board_notes(board: pd.DataFrame) -> list[str]:
     apart = parted(board)[1]["cell"]
     return lines + ([f"no validation: {', '.join(apart)} trained on the validation patients too (valid_fraction 0); nothing "
                      "was chosen on validation, so no rank"] if len(apart) else [])
+
+
+def reasons(board: pd.DataFrame) -> list[str]:
+    """A line for each failed or damaged cell of a leaderboard: why."""
+    return [f"{row['cell']} {row['status']}: {row['reason']}" for _, row in board.iterrows() if row.get("reason")]
 
 
 def parted(board: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -155,6 +161,7 @@ def shown_board(board: pd.DataFrame) -> pd.DataFrame:
         shown = shown.drop(columns=["split", "n_images", "n_patients", "positive_share"])
     for column in (*board_axes(board), "seconds", "overhead_seconds"):
         shown[column] = ["" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v) for v in shown[column]]
-    return with_intervals(shown.drop(columns="same_as_first")).replace("undefined", "").rename(columns={
+    shown = with_intervals(shown.drop(columns=["same_as_first", "reason"], errors="ignore"))
+    return shown.replace("undefined", "").rename(columns={
         "valid_mean_auc": "valid AUC", "test_mean_auc": "test AUC (95 %)", "diff_first": "difference to the first (95 %)",
         "overhead_seconds": "overhead"})

@@ -11,19 +11,20 @@ import pandas as pd
 import yaml
 from fastcore.meta import delegates
 
-from charmlib.data.dataset import find_data, open_dataset
+import charmlib
+from charmlib.data.dataset import digests, find_data, open_dataset
 from charmlib.evaluation.leaks import one_cross_validation
 from charmlib.files import write_csv, write_text
 from charmlib.grid import lease
 from charmlib.grid.board import leaderboard, record_of
-from charmlib.grid.bring import bring_earlier, remove_cell
+from charmlib.grid.bring import bring_earlier, refuse_links, remove_cell
 from charmlib.grid.budget import KAGGLE_WEEK, existing, hours, paces, refuse_without_space, remaining
 from charmlib.grid.cells import CellFolder, GridError, cell_hash, code_hash, find_notebooks, notebook_code
 from charmlib.grid.cluster import Means, connect, given_cluster, handling, local_cluster
 from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
 from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell, refuse_dead_axes, remarks
-from charmlib.param_sources import find_file
+from charmlib.param_sources import find_file, read_yaml
 from charmlib.params import READING, changes, with_absolute_paths
 
 _DATA = (*READING, "data_root", "labels", "split", "valid_fraction", "limit", "image_size", "aspect", "contrast", "cache_dir",
@@ -55,6 +56,8 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
     part = grid.shard(*(parse_shard(shard) if isinstance(shard, str) else shard)) if shard else grid
     folder = Path(out or Path("runs") / grid.name).expanduser().resolve()
     books = find_notebooks(notebooks)
+    if CellFolder(folder).params_file.is_file():
+        raise GridError(f"{folder} is the folder of a single run, which would hide a grid's cells: name another --out")
     if dry_run:
         _tell_plan(part, folder, means, say)
         return pd.DataFrame()
@@ -86,6 +89,8 @@ def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | 
     """
     path = find_file(path)
     folder = Path(out or Path("runs") / path.stem).resolve()
+    if (folder / "grid.yaml").is_file():
+        raise GridError(f"{folder} is the folder of a grid, whose cells a run there would hide: name another --out")
     cell = read_cell(path, assignments, folder.name)
     grid = Grid(folder.parent.name, path, (cell,), given=tuple(cell.axes))
     run_cells(grid, folder.parent, find_notebooks(notebooks), Means(rerun_changed=rerun_changed), say=say)
@@ -103,7 +108,7 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
     split is written into the folder of the only cell.
     """
     code = notebook_code(notebooks)
-    splits, images = _prepare(grid, folder if whole else folder / grid.cells[0].id, say)
+    splits, images, seen = _prepare(grid, folder if whole else folder / grid.cells[0].id, say)
     if not whole or grid.cells == whole.cells:  # a shard does not show whether an axis has an effect
         refuse_dead_axes(grid, images)
     for line in remarks(grid, images):
@@ -112,8 +117,8 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
     roots = {cell.id: str(find_data(cell.params["data_root"], cell.params["csv"])) for cell in grid.cells}
     jobs = [{"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(notebooks),
              "params": with_absolute_paths(cell.params | {"data_root": roots[cell.id]}),
-             "hash": cell_hash(cell.params, code, splits[cell.id]), "split": splits[cell.id], "code": code_hash(code),
-             "hung_after": means.hung_after} for cell in grid.cells]
+             "hash": cell_hash(cell.params, code, splits[cell.id], seen[cell.id]), "split": splits[cell.id],
+             "code": code_hash(code), "digests": seen[cell.id], "hung_after": means.hung_after} for cell in grid.cells]
     jobs = _todo(jobs, folder, means.rerun_changed, say)
     refresh = partial(leaderboard, folder, whole) if whole else lambda: None
     if whole:
@@ -155,9 +160,10 @@ def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float]:
     return [remaining(cell, CellFolder(folder / cell.id), pace[cell.id]) for cell in part.cells]
 
 
-def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
-    """Decode the images once for all cells, write the splits; returns the hash of each cell's and its training images."""
-    opened, of_cell, images = {}, {}, {}
+def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, dict[str, int]], dict[str, dict[str, str]]]:
+    """Decode the images once for all cells, write the splits; returns the hash of each cell's, its training images and the
+    digests of what it reads."""
+    opened, of_cell, images, seen = {}, {}, {}, {}
     for cell in grid.cells:
         key = tuple(cell.params[name] for name in _DATA)
         if key not in opened:
@@ -165,12 +171,13 @@ def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, d
             say(str(data))
         of_cell[cell.id] = opened[key].split.hash
         images[cell.id] = opened[key].train_images()
+        seen[cell.id] = digests(opened[key], cell.params["weights"])
     splits = {data.split.hash: (data.split.name, data.split.frame(data.index)) for data in opened.values()}
     _refuse_leaking_splits(splits)
     folder.mkdir(parents=True, exist_ok=True)
     for hash_, (_, frame) in splits.items():
         write_csv(folder / ("split.csv" if len(splits) == 1 else f"split_{hash_}.csv"), frame)
-    return of_cell, images
+    return of_cell, images, seen
 
 
 def _refuse_leaking_splits(splits: Mapping[str, tuple[str, pd.DataFrame]]) -> None:
@@ -186,20 +193,37 @@ def _refuse_leaking_splits(splits: Mapping[str, tuple[str, pd.DataFrame]]) -> No
 
 def _todo(jobs: list[dict], folder: Path, rerun_changed: bool, say) -> list[dict]:
     """The jobs of unfinished cells; cells with other settings are refused, or removed for another run."""
-    changed = []
+    changed: dict[CellFolder, list[str]] = {}
     for job in jobs:
         cell = CellFolder(job["folder"])
+        refuse_links(cell.path)
         cell.tidy()
-        theirs = cell.metrics["hash"] if cell.done else cell.identity.get("hash", job["hash"])
-        if theirs != job["hash"] and (cell.done or cell.resumable or lease.holder(cell)):
-            changed.append(cell)
+        if (cell.done or cell.resumable or lease.holder(cell)) and (other := _other(cell, job)):
+            changed[cell] = other
     if changed and not rerun_changed:
-        names = ", ".join(c.name for c in changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        raise GridError(f"{len(changed)} finished or started cells in {folder} were made with other parameters, notebooks, "
-                        f"split or charmlib version: {names}. Use --rerun-changed to run them again (their results are "
-                        "replaced), or another --out.")
+        names = [cell.name for cell in changed]
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        other = ", ".join(dict.fromkeys(itertools.chain(*changed.values())))
+        raise GridError(f"{len(names)} finished or started cells in {folder} were made with other {other}: {shown}. Go back to "
+                        "what they were made with, use --rerun-changed to run them again (their results are replaced), or "
+                        "another --out.")
     for cell in changed:
         remove_cell(cell.path)
     todo = [job for job in jobs if not CellFolder(job["folder"]).done]
     say(f"{len(jobs)} cells: {len(jobs) - len(todo)} done, {len(todo)} to run, in {folder}")
     return todo
+
+
+def _other(cell: CellFolder, job: Mapping) -> list[str]:
+    """What of a finished or started cell is not as the job wants it, in words; empty for a cell that fits."""
+    try:
+        if (cell.metrics["hash"] if cell.done else cell.identity.get("hash", job["hash"])) == job["hash"]:
+            return []
+        params = cell.metrics["params"] if cell.done else read_yaml(cell.params_file)
+        names, made = ", ".join(changes(params, job["params"])), cell.made_with
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, GridError) as error:
+        return [f"files ({cell.name} is damaged: {error})"]
+    wanted = {"split": job["split"], "notebooks' code": job["code"], "version of charmlib": charmlib.__version__,
+              **job["digests"]}
+    other = [f"parameters ({names})"] * bool(names) + [name for name, value in wanted.items() if made.get(name) != value]
+    return other or ["settings"]

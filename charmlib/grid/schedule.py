@@ -17,7 +17,7 @@ _LOOK = 0.3  # seconds between looks at the cluster
 _LOOK_ELSEWHERE = 3.0  # seconds between looks at a cell of another runner
 _NO_WORKERS = 600.0  # seconds without any worker after which a cluster counts as lost
 _WORDS = {Ended.HUNG: "showed no sign of life and was ended", Ended.CRASHED: "its process or kernel was killed",
-          Ended.LEASE_LOST: "lost its folder to another process", Ended.STOPPED: "was stopped from outside",
+          Ended.LEASE_LOST: "lost its folder to another process", Ended.STOPPED: "was stopped from outside (SIGTERM)",
           Ended.FAILED: "failed"}
 
 
@@ -119,7 +119,8 @@ class Schedule:
             self.waiting.insert(0, job)
         else:
             self._keep_error(cell, ended, words)
-            self._count(f"{cell.name} FAILED ({words or _WORDS[ended]}); see {cell.error_file}", board=True)
+            said = [words] if words and ended is Ended.FAILED else filter(None, [_WORDS[ended], words])
+            self._count(f"{cell.name} FAILED ({', '.join(said)}); see {cell.error_file}", board=True)
 
     def _outcome(self, future) -> tuple[Ended, str]:
         if future.status == "finished":

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -12,6 +13,9 @@ from charmlib.training.recipes import phases, steps
 
 KEYS = ("name", "base", "axes", "cells")
 _SHORT = {"momentum": "m", "k": "k", "threshold": "t"}
+_NAME_BYTES = 200  # file systems take 255, and locks and temporary files add to the name
+# in any spelling, since some file systems hold A and a for the same; ids made from values ("csv=mine.csv") have a "="
+_FILES = re.compile(r"[^=]*\.(csv|html|ipynb|json|npz|png|pt|safetensors|txt|yaml)|kaggle", re.IGNORECASE)
 
 
 class Cell(NamedTuple):
@@ -56,6 +60,22 @@ def cell_id(values: Mapping[str, Any]) -> str:
     return "_".join(short + [f"{name}={text}" for name, text in texts.items() if name not in _SHORT]) or "base"
 
 
+def refuse_names(ids: Iterable[Any], source: str | Path) -> None:
+    """Raise ParameterError for ids that cannot be cells' folders: paths, hidden or overlong names, names of files,
+    and two that are one name on a file system without upper and lower case. Names the ``source``."""
+    seen: dict[str, str] = {}
+    for id_ in ids:
+        text = str(id_)
+        if not re.fullmatch(r"[\w=+-](?:[\w.=+-]*[\w=+-])?", text) or len(text.encode()) > _NAME_BYTES:
+            raise ParameterError(f"{source}: the cell name {id_!r} cannot be a folder; use at most {_NAME_BYTES} letters, "
+                                 "digits and . _ = + -, and no . at either end")
+        if _FILES.fullmatch(text):
+            raise ParameterError(f"{source}: the cell name {id_!r} may be that of a grid's own file; leave out its suffix")
+        if (other := seen.setdefault(unicodedata.normalize("NFKC", text).casefold(), text)) is not text:
+            raise ParameterError(f"{source}: the cell names {other!r} and {id_!r} are one folder on some file systems; give "
+                                 "one another name")
+
+
 def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
     """Read a grid file and lay ``name=value`` assignments over it.
 
@@ -89,10 +109,14 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
     for cell in cells:
         if unique.setdefault(cell.id, cell).params != cell.params:
             raise ParameterError(f"{path}: two different cells would be called '{cell.id}'; give one of them a name.")
+    refuse_names(unique, path)
+    grid_name = str(content["name"] or path.stem.removeprefix("grid_"))
+    if grid_name.startswith(".") or re.search(r"[/\\\0-\x1f]", grid_name):
+        raise ParameterError(f"{path}: the name {grid_name!r} cannot be a folder; use letters, digits and . _ = + -")
     names = [name for cell in unique.values() for name in cell.axes
              if len({str(other.params[name]) for other in unique.values()}) > 1]
     varied = tuple(dict.fromkeys(name for name in (*axes, *in_entries) if name not in fixed))
-    grid = Grid(str(content["name"] or path.stem.removeprefix("grid_")), path, tuple(unique.values()),
+    grid = Grid(grid_name, path, tuple(unique.values()),
                 tuple(dict.fromkeys([*axes, *names])), varied,
                 tuple(dict.fromkeys([*fixed, *(name for cell in unique.values() for name in cell.axes if name not in varied)])))
     refuse_dead_axes(grid)
@@ -163,8 +187,6 @@ def _cells(entry: Mapping, source: str, base: str | None, path: Path, fixed: Map
     for combination in itertools.product(*own.values()):
         chosen = dict(zip(own, combination))
         id_ = cell_id(values | chosen) if name is None else f"{name}_{cell_id(chosen)}" if own else str(name)
-        if not re.fullmatch(r"[\w.=+-]+", id_):
-            raise ParameterError(f"{path}: the cell name {name!r} cannot be a folder; use letters, digits and . _ = + -")
         cells.append(Cell(id_, _resolved(below, values | chosen, fixed, sources=(str(base), str(path), "-p")), values | chosen))
     return cells
 

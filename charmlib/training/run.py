@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from charmlib import session
-from charmlib.data.dataset import ChestData, find_data, open_dataset
+from charmlib.data.dataset import ChestData, digests, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
@@ -154,6 +154,8 @@ class Run:
         Raises ValueError for a folder of a run with other settings; names them and the remedy.
         """
         folder = self.folder
+        if (folder / "grid.yaml").is_file():
+            raise ValueError(f"{folder} is the folder of a grid, whose cells a run there would hide: name another run_dir")
         if self.trained():
             self.log("trained already; nothing to do")
             self.history = self._read_history()
@@ -202,17 +204,19 @@ class Run:
         self.folder = RunFolder(self.folder)
         if not self.params["resume"] or not self.folder.trained:
             return False
-        if wrong := differences(_hashed(self.folder.card["params"]), self._identity()):
+        card = self.folder.card
+        if wrong := differences({**_hashed(card["params"]), **card["data"].get("digests", {})}, self._identity()):
             raise ValueError(f"{self.folder} holds a trained run with other settings ({wrong}). Name another run_dir, or say "
                              "resume=False to train anew.")
         load_weights(self.net, self.folder.path)
         return True
 
     def _source(self) -> dict:
-        return {"name": self.data.source, "drawn": self.data.index.drawn, "scale": self.data.images.scale}
+        return {"name": self.data.source, "drawn": self.data.index.drawn, "scale": self.data.images.scale,
+                "digests": digests(self.data, self.params["weights"])}
 
     def _identity(self) -> dict:
-        return _hashed({**self.params, "split_hash": self.data.split.hash})
+        return {**_hashed({**self.params, "split_hash": self.data.split.hash}), **digests(self.data, self.params["weights"])}
 
     def _runner(self) -> PhaseRunner:
         return PhaseRunner(self.learner, self.net, self.folder.resume_file, self._identity(),

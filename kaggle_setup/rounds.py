@@ -105,7 +105,7 @@ def fetch(state: State) -> None:
     state.save()
     for kernel in [kernel for kernel in state.kernels if kernel.state == ENDED]:
         into = state.place(kernel) / "output"
-        client.output(kernel.id, into, rf"runs/{re.escape(state.settings['name'])}/")
+        client.output(kernel.id, into, rf"^runs/{re.escape(state.settings['name'])}/(?!(.*/)?\.\./)")  # no name leads elsewhere
         said = kernel.said
         if not state.grid(kernel).is_dir():
             said = f"no grid in its output; {said or _last_words(into / f'{slug_of(kernel.title)}.log')}"

@@ -9,6 +9,7 @@ from filelock import AcquireReturnProxy, Timeout
 
 from charmlib.files import lock, write_json
 from charmlib.grid.cells import CellFolder
+from charmlib.grid.spec import refuse_names
 from kaggle_setup.client import KaggleError
 from kaggle_setup.kernel import id_of, slug_of
 
@@ -65,7 +66,7 @@ class State:
 
     def place(self, kernel: Kernel) -> Path:
         """The folder of a kernel's files."""
-        return self.folder / f"s{kernel.shard}-r{kernel.round}"
+        return self.folder / f"s{kernel.shard:d}-r{kernel.round:d}"  # refuses texts, which might lead elsewhere
 
     def grid(self, kernel: Kernel) -> Path:
         """The grid's folder in a kernel's output."""
@@ -117,7 +118,10 @@ def load_state(out: Path) -> State:
         content = json.loads(path.read_text())
         if content.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        return State(path.parent, **{**content, "kernels": [Kernel(**kernel) for kernel in content["kernels"]]})
+        state = State(path.parent, **{**content, "kernels": [Kernel(**kernel) for kernel in content["kernels"]]})
+        for kernel in state.kernels:
+            refuse_names(kernel.cells, state.place(kernel))
+        return state
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise KaggleError(f"{path} is damaged or of another version ({error}): move it away, and look on kaggle.com for what "
                           "was pushed") from error

@@ -100,31 +100,22 @@ def _values_that_act(params: Mapping[str, Mapping | None], axes: list[str], imag
 
 def _row(run: CellFolder, axes: list[str]) -> dict:
     row = {"cell": run.name, "status": run.status, "reason": run.reason}
-    if not run.done:
-        return row
     try:
-        _read_all(run, axes)
-        return row | _scores(run)
+        return row | _scores(run, axes) if run.done else row
     except Exception as error:  # a reader's of whatever kind
         words = f"{type(error).__name__}: {error}"
         return row | {"status": DAMAGED, "reason": str(error) if str(run.path) in str(error) else
                       f"{run.metrics_file} is damaged ({words}); remove {run} to run the cell again"}
 
 
-def _read_all(run: CellFolder, axes: list[str]) -> None:
-    """Read all that board and report take from a finished cell; raises what its readers raise."""
-    m = run.metrics
+def _scores(run: CellFolder, axes: list[str]) -> dict:
+    """Status and scores of a finished cell; raises what the readers raise of all that board and report take from it."""
+    m, status = run.metrics, "done"
+    _ = [m["params"][axis] for axis in axes], m["bank"], run.resamples and run.resamples.auc[:, run.test.findings]
     effective(m["params"], steps(phases(m["params"]), m["images"]))
-    _ = [m["params"][axis] for axis in axes], (m["bank"] or {}).get("enrichment"), run.valid, run.history
     class_table(m["test"], run.test.positives)
-    if run.resamples is not None:
-        mean_of_defined(run.resamples.auc[:, run.test.findings])
     for file in filter(Path.is_file, (run.history_file, run.bank_history_file)):
         pd.read_csv(file)
-
-
-def _scores(run: CellFolder) -> dict:
-    m, status = run.metrics, "done"
     if m["quick_check"]:
         status = "quick check"
     elif m["params"]["labels"] == "shuffled":

@@ -103,15 +103,22 @@ class Cluster:
 def local_cluster(means: Means, cells: int) -> Iterator[Cluster]:
     """This machine's own workers, at most one a cell: threads of this process, which no other process can reach.
 
-    Dask's scheduler and workers run the code of whoever connects to them, so none of them listens to a port.
+    Dask's scheduler and workers run the code of whoever connects to them, so none of them listens to a port; their pages, which
+    Dask starts in any case, are closed again.
     """
+    async def close_pages():
+        for node in (cluster.scheduler, *cluster.workers.values()):
+            node.http_server.stop()
+
     _quiet()
     count = min(means.at_once, cells)
     several = {"threads": max(1, (os.cpu_count() or 1) // count), "stagger": 1.0} if count > 1 else {}
     with (dask.config.set({"distributed.nanny.pre-spawn-environ": {}}),  # which :func:`work` takes out of the environment
           distributed.LocalCluster(n_workers=count, threads_per_worker=1, processes=False, protocol="inproc://",
-                                   dashboard_address=None, silence_logs=logging.CRITICAL) as cluster,
+                                   dashboard_address=None, scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+                                   silence_logs=logging.CRITICAL) as cluster,
           distributed.Client(cluster) as client):
+        cluster.sync(close_pages)
         yield Cluster(client, devices=gpus(), **several)
 
 

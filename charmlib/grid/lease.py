@@ -23,7 +23,6 @@ from charmlib.files import FOLDER, LEASE, NO_LOCKS, TOKEN, LeaseLost, check_leas
 
 _KEYS = {"token", "host", "place", "pid", "born", "folder", "number"}
 RENEW, PATIENCE = 5.0, 60.0  # seconds between renewals, and without any until the lease of another machine counts as lost
-_SAY = 5.0  # seconds that a lock is waited for without a word
 
 
 class Busy(RuntimeError):
@@ -64,8 +63,8 @@ class Lease:
 def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
     """Take the lease of a folder if it is free or its holder is gone.
 
-    A holder on this machine is gone when its process has ended; any other when it has not renewed for ``patience`` seconds, nor
-    does while this one looks on: the clock may have been set forward. Raises Busy, naming the holder, if that lives.
+    A holder on this machine is gone when its process has ended; any other when it has not renewed for ``patience`` seconds.
+    Raises Busy, naming the holder, if that lives.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,11 +72,7 @@ def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
     mine = {"token": token, "host": platform.node(), "place": _place(), "pid": os.getpid(), "born": _born(os.getpid()),
             "folder": str(folder), "number": folder.stat().st_ino}
     with alone(folder) as sure:
-        words, before = holder(folder, patience=patience), _renewed(folder)
-        if not words and (held := _holds(folder)) and held["place"] != _place():
-            time.sleep(min(RENEW + 1.0, patience))
-            words = _renewed(folder) != before and f"process {held['pid']} on {held['host']}"
-        if words:
+        if words := holder(folder, patience=patience):
             raise Busy(f"{folder.name} is being worked on by {words}")
         write_json(folder / LEASE, mine)
     if not sure:  # without locks the last of several writers wins, and each looks who that was
@@ -90,31 +85,22 @@ def take(folder: str | Path, *, patience: float = PATIENCE) -> Lease:
 def holder(folder: str | Path, *, patience: float = PATIENCE) -> str:
     """'process 123 on HOST' for the living holder of a folder's lease, or an empty text."""
     folder = Path(folder)
-    if not (held := _holds(folder)):
+    held = _read(folder)
+    # A shared folder may have another path on another machine, or (not on NFS) another number, but not both: a lease with
+    # both came with a copied folder, such as a fetched output, in which nobody works.
+    if not held or (held["folder"] != str(folder.resolve()) and held["number"] != folder.stat().st_ino):
         return ""
     if held["place"] == _place():
         alive = abs(_born(held["pid"]) - held["born"]) < 0.1
-    else:  # after a clock that was set back, a time in the future says no more than one long ago
-        alive = abs(_now(folder) - _renewed(folder)) < patience
+    else:
+        try:  # twice, a renewal apart: the clock may have been set forward or back since the last one
+            for wait in (0.0, min(RENEW + 1.0, patience)):
+                time.sleep(wait)
+                if alive := abs(_now(folder) - (folder / LEASE).stat().st_mtime) < patience:
+                    break
+        except FileNotFoundError:
+            return ""
     return f"process {held['pid']} on {held['host']}" if alive else ""
-
-
-def _holds(folder: Path) -> dict:
-    """The lease in a folder; empty for none.
-
-    A shared folder may have another path on another machine, or (not on NFS) another number, but not both: a lease with both
-    came with a copied folder, such as a fetched output, in which nobody works.
-    """
-    held = _read(folder)
-    there = held and (held["folder"] == str(folder.resolve()) or held["number"] == folder.stat().st_ino)
-    return held if there else {}
-
-
-def _renewed(folder: Path) -> float:
-    """Unix time of the last renewal; 0 without a lease."""
-    with suppress(FileNotFoundError):
-        return (folder / LEASE).stat().st_mtime
-    return 0.0
 
 
 @contextmanager
@@ -122,25 +108,24 @@ def alone(folder: Path) -> Iterator[bool]:
     """Lets one process at a time take, give back or replace a folder; False where the file system has no locks.
 
     The lock lies beside the folder, which may be replaced; the system frees the lock of a killed process. A wait of more than
-    a few seconds is said on standard error.
+    five seconds is said on standard error.
     """
-    path, since = folder.with_name(f".{folder.name}.lock"), time.monotonic()
+    path = folder.with_name(f".{folder.name}.lock")
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as file:  # a link might lead anywhere
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                sure = True
-            except BlockingIOError:
-                if since and time.monotonic() - since > _SAY:
-                    print(f"waiting for {path}, which another process holds", file=sys.stderr, flush=True)
-                    since = 0.0
+        try:
+            for _ in range(100):
+                with suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
                 time.sleep(0.05)
-                continue
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                sure = False
-            break
+            else:
+                print(f"waiting for {path}, which another process holds", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            sure = True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            sure = False
         yield sure
 
 

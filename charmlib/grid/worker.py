@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import dask
@@ -20,7 +20,7 @@ from charmlib.grid.cells import CellFolder, Ended, GridError, code_hash, find_no
 from charmlib.session import DEADLINE, SCORING, end_children, own_temporary_folder, with_this_package
 
 _LOOK = 0.25  # seconds between two looks at a cell's process
-_TURN = 15.0  # seconds that a start waits for the others of this machine
+_TURN = 30.0  # seconds that a start waits for the others of this machine
 _POLITE = 10.0  # seconds that a process gets to end by itself
 _FIRST_SIGN = 120.0  # seconds that a kernel may take to start on a busy machine, whatever the limit for hung cells is
 WRAP_UP = 8.0  # seconds between the end of training and the deadline, for writing the notebook as far as it got
@@ -41,7 +41,14 @@ def work(job: dict, devices: Sequence[str]) -> tuple[Ended, str]:
                         "all machines")
     job = {**job, "notebooks": str(books), "started": time.time()}
     with tempfile.TemporaryFile("w+") as errors:
-        with _my_turn(CellFolder(job["folder"])):
+        with contextlib.ExitStack() as turn:  # kernels that start at once race for ports
+            try:
+                turn.enter_context(lock(own_temporary_folder() / "start.lock", timeout=_TURN))
+            except (filelock.Timeout, OSError) as problem:  # of a stopped process; or another user made that folder
+                cell = CellFolder(job["folder"])
+                cell.path.mkdir(parents=True, exist_ok=True)
+                with open(cell.log_file, "a") as log:
+                    log.write(f"started without waiting for other starts on this machine: {problem}\n")
             child = subprocess.Popen([sys.executable, "-m", "charmlib.grid.cell_process"], stdin=subprocess.PIPE,
                                      stdout=subprocess.DEVNULL, stderr=errors, text=True, env=environment,
                                      start_new_session=True)  # the runner answers Ctrl-C at the terminal
@@ -58,23 +65,6 @@ def work(job: dict, devices: Sequence[str]) -> tuple[Ended, str]:
     if ended is Ended.CRASHED and child.returncode < 0:
         last = [f"signal {signal.Signals(-child.returncode).name}"]
     return ended, "".join(last).strip()
-
-
-@contextlib.contextmanager
-def _my_turn(cell: CellFolder) -> Iterator[None]:
-    """Let the starts of one machine take turns, since kernels that start at once race for ports.
-
-    The lock is in a folder that only this user can write to. Where another process holds it for long (a stopped one), or
-    another user made that folder, the start goes on without it, and the cell's log says so.
-    """
-    with contextlib.ExitStack() as turn:
-        try:
-            turn.enter_context(lock(own_temporary_folder() / "start.lock", timeout=_TURN))
-        except (filelock.Timeout, OSError) as problem:
-            cell.path.mkdir(parents=True, exist_ok=True)
-            with open(cell.log_file, "a") as log:
-                log.write(f"starting without the lock of starts, which another process holds or made: {problem}\n")
-        yield
 
 
 def _watch(child: subprocess.Popen, job: Mapping) -> Ended:

@@ -213,11 +213,12 @@ def test_dry_run_lists_and_writes_nothing(phantoms, tmp_path):
 
 def test_a_hash_changes_with_what_a_result_depends_on_and_nothing_else():
     params, code = resolve(), notebook_code(find_notebooks())
-    one = cell_hash(params, code, "s")
+    one = cell_hash(params, code, "s", {"labels": "a"})
     assert one == cell_hash({**params, "run_dir": "x", "data_root": "y", "cache_dir": "z", "workers": 9, "device": "cpu"},
-                            code, "s")
-    others = [cell_hash({**params, "k": 3}, code, "s"), cell_hash(params, code + " ", "s"), cell_hash(params, code, "t")]
-    assert len({one, *others}) == 4
+                            code, "s", {"labels": "a"})
+    others = [cell_hash({**params, "k": 3}, code, "s", {"labels": "a"}), cell_hash(params, code + " ", "s", {"labels": "a"}),
+              cell_hash(params, code, "t", {"labels": "a"}), cell_hash(params, code, "s", {"labels": "b"})]
+    assert len({one, *others}) == 5
 
 
 def test_status_from_files_alone(tmp_path):

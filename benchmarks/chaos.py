@@ -2,8 +2,8 @@
 
     python -m benchmarks.chaos
 
-Twelve cells on drawn phantoms, two at once, run twice: undisturbed, and with kills. SIGKILL goes to the runner, its Dask
-workers, the cells' papermill processes and their kernels, at random moments of stage 1, stage 2, scoring or writing a file.
+Twelve cells on drawn phantoms, two at once, run twice: undisturbed, and with kills. SIGKILL goes to the runner,
+the cells' papermill processes and their kernels, at random moments of stage 1, stage 2, scoring or writing a file.
 When the runner has ended, the same command is started again. At the end both leaderboards must be equal except for times, and
 every cell's ``metrics.json`` and predictions must have the same bits. Keeps ``results/chaos.log`` (a line per kill) and
 ``results/chaos.json``.
@@ -37,7 +37,7 @@ SETTINGS = {"image_size": 32, "arch": "timm:test_resnet", "weights": "none", "no
             "stage2_batch": 8, "valid_fraction": 0.2, "use_momentum": True, "answer": "features", "strategy": "rarity"}
 AXES = {"momentum": [0.9, 0.99], "k": [1, 2, 3], "threshold": [0.1, 0.2]}
 PHASES = ("stage 1", "stage 2", "scoring", "writing")
-VICTIMS = {"runner": None, "worker": "multiprocessing.spawn", "papermill": "charmlib.grid.cell_process", "kernel": "ipykernel"}
+VICTIMS = {"runner": None, "papermill": "charmlib.grid.cell_process", "kernel": "ipykernel"}
 
 
 class Chaos:
@@ -123,8 +123,7 @@ class Chaos:
         """The process of that kind which works on the cell."""
         for process in family:
             try:
-                if VICTIMS[victim] in " ".join(process.cmdline()) and (victim == "worker" or process.environ().get(
-                        "CHARM_CELL", cell) == cell) and (victim != "worker" or process.children()):
+                if VICTIMS[victim] in " ".join(process.cmdline()) and process.environ().get("CHARM_CELL", cell) == cell:
                     return process
             except psutil.Error:
                 continue

@@ -329,6 +329,8 @@ def grid_report(folder, out):
     from charmlib.grid.board import leaderboard
     from charmlib.grid.report import write_report
 
+    if out is None and not os.access(folder, os.W_OK):
+        raise click.UsageError(f"{folder} is read-only: name a folder for the report with --out")
     board = leaderboard(folder, write=out is None)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,7 @@ def _scores(run: CellFolder, axes: list[str]) -> dict:
     _ = [m["params"][axis] for axis in axes], m["bank"], run.resamples and run.resamples.auc[:, run.test.findings]
     effective(m["params"], steps(phases(m["params"]), m["images"]))
     class_table(m["test"], run.test.positives)
-    for file in filter(Path.is_file, (run.history_file, run.bank_history_file)):
+    for file in [run.history_file, *filter(Path.is_file, [run.bank_history_file])]:
         pd.read_csv(file)
     if m["quick_check"]:
         status = "quick check"

@@ -196,7 +196,8 @@ def _refuse_mixture(records: dict[Path, dict]) -> None:
     for place, cell in ((place, cell) for place, record in records.items() for cell in record["cells"]):
         refuse_at_work(place / cell["id"])
         for name, value in CellFolder(place / cell["id"]).made_with.items():
-            where, decides = f"of {cell['id']} in {place}", (str(cell["params"][param]) for param in _OF.get(name, ()))
+            where, roots = f"of {cell['id']} in {place}", {"data_root"} & {*records[place]["axes"]}
+            decides = (str(cell["params"][param]) for param in (*_OF[name], *roots)) if name in _OF else ()
             known, first = seen.setdefault((name, *decides), (value, where))
             if known != value:
                 raise GridError(f"the {name} differs: {known} {first}, {value} {where}. Their scores do not belong on one "

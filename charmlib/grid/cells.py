@@ -123,8 +123,8 @@ class CellFolder(RunFolder):
 
     @property
     def reason(self) -> str:
-        """Why the cell failed, in a line: the end of a traceback, or the beginning of the runner's note; '' without either."""
-        text = self.error_file.read_text(errors="replace").strip() if self.error_file.is_file() else ""
+        """Why the cell failed, in a line: the end of a traceback, or the beginning of the runner's note; '' if it did not."""
+        text = self.error_file.read_text(errors="replace").strip() if self.status == "failed" else ""
         return "".join(text.splitlines()[-1:] if "Traceback" in text else text.splitlines()[:1])
 
     @property

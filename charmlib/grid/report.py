@@ -52,8 +52,7 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
         maps = heat_maps(board, note=note)
         if maps is not None:
             pictures.append(("Mean test AUC over the grid (for reading; ranks come from validation)", maps))
-        if run.history_file.is_file():
-            pictures.append((f"Training of {run.name}", plot_history(pd.read_csv(run.history_file), note=note)))
+        pictures.append((f"Training of {run.name}", plot_history(pd.read_csv(run.history_file), note=note)))
         if banks is not None:
             pictures += bank_pictures(folder, board, banks, note=note)
         drawn = [text for title, figure in pictures for text in (page.heading(title), page.picture(figure, title))]

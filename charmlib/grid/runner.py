@@ -163,7 +163,7 @@ def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float]:
 def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, dict[str, int]], dict[str, dict[str, str]]]:
     """Decode the images once for all cells, write the splits; returns the hash of each cell's, its training images and the
     digests of what it reads."""
-    opened, of_cell, images, seen = {}, {}, {}, {}
+    opened, of_cell, images, seen, known = {}, {}, {}, {}, {}
     for cell in grid.cells:
         key = tuple(cell.params[name] for name in _DATA)
         if key not in opened:
@@ -171,7 +171,9 @@ def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, d
             say(str(data))
         of_cell[cell.id] = opened[key].split.hash
         images[cell.id] = opened[key].train_images()
-        seen[cell.id] = digests(opened[key], cell.params["weights"])
+        if (of := (key, cell.params["weights"])) not in known:
+            known[of] = digests(opened[key], cell.params["weights"])
+        seen[cell.id] = known[of]
     splits = {data.split.hash: (data.split.name, data.split.frame(data.index)) for data in opened.values()}
     _refuse_leaking_splits(splits)
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -213,10 +214,14 @@ class Run:
 
     def _source(self) -> dict:
         return {"name": self.data.source, "drawn": self.data.index.drawn, "scale": self.data.images.scale,
-                "digests": digests(self.data, self.params["weights"])}
+                "digests": self._digests}
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return digests(self.data, self.params["weights"])
 
     def _identity(self) -> dict:
-        return {**_hashed({**self.params, "split_hash": self.data.split.hash}), **digests(self.data, self.params["weights"])}
+        return {**_hashed({**self.params, "split_hash": self.data.split.hash}), **self._digests}
 
     def _runner(self) -> PhaseRunner:
         return PhaseRunner(self.learner, self.net, self.folder.resume_file, self._identity(),

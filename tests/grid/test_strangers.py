@@ -217,7 +217,8 @@ def test_metrics_that_lack_something_are_damaged(shard, key):
     path = shard / "s1/metrics.json"
     write_json(path, {name: value for name, value in json.loads(path.read_text()).items() if name != key})
     found = leaderboard(shard).set_index("cell")
-    assert found.loc["s1", "status"] == board.DAMAGED and f"{path} is damaged (KeyError: '{key}')" in found.loc["s1", "reason"]
+    reason = found.loc["s1", "reason"]
+    assert found.loc["s1", "status"] == board.DAMAGED and f"{path} is damaged" in reason and key in reason
 
 
 def test_why_a_cell_failed_is_on_the_board(shard):

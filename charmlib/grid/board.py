@@ -73,13 +73,13 @@ def read_record(folder: Path) -> dict:
     record = read_yaml(path)
     try:
         refuse_names([cell["id"] for cell in record["cells"]], path)
-        for cell in filter(lambda cell: cell["params"], record["cells"]):
-            cell["params"] |= {name: coerce(name, cell["params"][name], str(path)) for name, p in PARAMS.items()
-                               if name in {*cell["params"], *record["axes"]} or (name != "run_dir" and not p.of)}
+        for params in filter(None, [cell["params"] for cell in record["cells"]]):
+            params |= {name: coerce(name, params[name], str(path)) for name, p in PARAMS.items()
+                       if name in {*params, *record["axes"]} or (name != "run_dir" and not p.of)}
+        return record
     except (KeyError, TypeError, AttributeError) as error:
         raise GridError(f"{path} is damaged or of another version ({type(error).__name__}: {error}); the same `grid run` "
                         "writes it anew") from error
-    return record
 
 
 def record_of(grid: Grid) -> dict:

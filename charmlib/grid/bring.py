@@ -25,10 +25,9 @@ KAGGLE_INPUT = Path("/kaggle/input")
 _MOUNTS = ("*", "notebooks/*/*", "datasets/*/*")  # where Kaggle mounts outputs: before, and today
 # for copies in the making, one folder deeper than any reader looks; seconds after which one counts as killed without locks
 _HALF, _OLD = ".half", 600.0
-# cells that agree in these have the same split, or were made from other data
+# cells that agree in these have the same split, labels, pictures and weights, or were made from other data
 _DATA = (*READING, "labels", "split", "valid_fraction", "limit")
-_PIXELS = ("image_size", "aspect", "contrast")
-_OF = {"split": _DATA, LABELS: _DATA, PICTURES: (*_DATA, *_PIXELS), WEIGHTS: ("weights",)}  # parameters that decide on it
+_OF = {"split": _DATA, LABELS: _DATA, PICTURES: (*_DATA, "image_size", "aspect", "contrast"), WEIGHTS: ("weights",)}
 
 
 def bring_cell(source: Path, target: Path) -> bool:
@@ -105,12 +104,6 @@ def remove_cell(folder: Path) -> None:
         folder.rename(place / "old")
 
 
-def remove_half_copies(folder: Path) -> None:
-    """Remove the rest of killed copies from a grid's folder."""
-    with _aside(folder):
-        pass
-
-
 def refuse_at_work(folder: Path) -> None:
     """Raise GridError, naming the process, if a living one works on a cell."""
     if words := lease.holder(folder):
@@ -126,8 +119,9 @@ def bring_earlier(grid: Grid, folder: Path, source: str | Path | None = None, *,
     """
     if source is not None and not (Path(source) / "grid.yaml").is_file():
         raise GridError(f"{source} holds no grid to continue from (no grid.yaml); name the folder that has the cells' folders")
-    remove_half_copies(folder)
     brought = 0
+    with _aside(folder):  # removes what killed copies left
+        pass
     for place in _attached(grid.name, inputs) if source is None else [Path(source)]:
         here = place.resolve() == folder.resolve()
         cells = [cell.id for cell in grid.cells if not here and bring_cell(place / cell.id, folder / cell.id)]
@@ -159,8 +153,8 @@ def merge_grids(out: str | Path, folders: Sequence[str | Path], *, say: Callable
     records = {place: read_record(place) for place in ([out] if (out / "grid.yaml").is_file() else []) + places}
     together = _one_record(records)
     _refuse_mixture(records)
-    remove_half_copies(out)
-    remove_temporaries(out)
+    with _aside(out):  # as above
+        remove_temporaries(out)
     write_text(out / "grid.yaml", yaml.safe_dump(together, sort_keys=False))  # first: a killed merge is known for what it is
     for place in places:
         for split in place.glob("split*.csv"):

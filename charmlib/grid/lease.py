@@ -24,6 +24,8 @@ from charmlib.files import FOLDER, LEASE, NO_LOCKS, TOKEN, LeaseLost, check_leas
 _KEYS = {"token", "host", "place", "pid", "born", "folder", "number"}
 RENEW, PATIENCE = 5.0, 60.0  # seconds between renewals, and without any until the lease of another machine counts as lost
 
+WAITING = "waiting for"
+
 
 class Busy(RuntimeError):
     """Another living process holds the lease; the message says which."""
@@ -119,7 +121,7 @@ def alone(folder: Path) -> Iterator[bool]:
                     break
                 time.sleep(0.05)
             else:
-                print(f"waiting for {path}, which another process holds", file=sys.stderr, flush=True)
+                print(f"{WAITING} {path}, which another process holds", file=sys.stderr, flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             sure = True
         except OSError as error:

@@ -13,7 +13,7 @@ from charmlib.training.recipes import phases, steps
 
 KEYS = ("name", "base", "axes", "cells")
 _SHORT = {"momentum": "m", "k": "k", "threshold": "t"}
-_NAME_BYTES = 200  # file systems take 255, and locks and temporary files add to the name
+_NAME = re.compile(r"[\w=+-](?:[\w.=+-]*[\w=+-])?")  # at most 255 bytes with what locks and temporary files add
 # in any spelling, since some file systems hold A and a for the same; ids made from values ("csv=mine.csv") have a "="
 _FILES = re.compile(r"[^=]*\.(csv|html|ipynb|json|npz|png|pt|safetensors|txt|yaml)|kaggle", re.IGNORECASE)
 
@@ -66,11 +66,9 @@ def refuse_names(ids: Iterable[Any], source: str | Path) -> None:
     seen: dict[str, str] = {}
     for id_ in ids:
         text = str(id_)
-        if not re.fullmatch(r"[\w=+-](?:[\w.=+-]*[\w=+-])?", text) or len(text.encode()) > _NAME_BYTES:
-            raise ParameterError(f"{source}: the cell name {id_!r} cannot be a folder; use at most {_NAME_BYTES} letters, "
-                                 "digits and . _ = + -, and no . at either end")
-        if _FILES.fullmatch(text):
-            raise ParameterError(f"{source}: the cell name {id_!r} may be that of a grid's own file; leave out its suffix")
+        if not _NAME.fullmatch(text) or _FILES.fullmatch(text) or len(text.encode()) > 200:
+            raise ParameterError(f"{source}: the cell name {id_!r} cannot be a folder; use at most 200 letters, digits and . _ "
+                                 "= + -, no . at either end, and no name of a file such as grid.yaml")
         if (other := seen.setdefault(unicodedata.normalize("NFKC", text).casefold(), text)) is not text:
             raise ParameterError(f"{source}: the cell names {other!r} and {id_!r} are one folder on some file systems; give "
                                  "one another name")

@@ -16,6 +16,7 @@ import distributed
 import filelock
 
 from charmlib.files import LEASE, lock
+from charmlib.grid import lease
 from charmlib.grid.cells import CellFolder, Ended, GridError, code_hash, find_notebooks, notebook_code
 from charmlib.session import DEADLINE, SCORING, end_children, own_temporary_folder, with_this_package
 
@@ -61,7 +62,9 @@ def work(job: dict, devices: Sequence[str]) -> tuple[Ended, str]:
         finally:
             end_children(child.pid, itself=True)
         errors.seek(0)
-        last = errors.read().strip().splitlines()[-1:] if ended == child.returncode else []  # else only the kernel's warnings
+        lines = errors.read().strip().splitlines()
+        last = lines[-1:] if ended == child.returncode else [  # else only the kernel's warnings, and a lock that it waits for
+            line for line in lines if line.startswith(lease.WAITING)][-1:]
     if ended is Ended.CRASHED and child.returncode < 0:
         last = [f"signal {signal.Signals(-child.returncode).name}"]
     return ended, "".join(last).strip()

@@ -61,7 +61,7 @@ def test_shards_cover_the_grid_once(tmp_path):
     ("axes: [k]", "axes must be"), ("cells: [k]", "cells.0."), ("base: base.yaml", "nothing to run"),
     ("base: bas.yaml\naxes: {k: [2]}", "Did you mean 'base.yaml'"),
     *((f"cells: [{{name: {name!r}}}]", "cannot be a folder") for name in ("a/b", "..", ".", ".a", "a.", "x" * 201, "-\n")),
-    *((f"cells: [{{name: {name}}}]", "a grid's own file") for name in ("leaderboard.csv", "Grid.YAML", "kaggle", "log.txt")),
+    *((f"cells: [{{name: {name}}}]", "cannot be a folder") for name in ("leaderboard.csv", "Grid.YAML", "kaggle", "log.txt")),
     ("cells: [{name: Plain}, {name: plain, seed: 1}]", "'Plain' and 'plain' are one folder on some file systems"),
     ("name: ../mine\naxes: {k: [2]}", "name '../mine' cannot be a folder"),
     ("cells: [{bank_size: 3, k: 5, answer: features}]", "lower k"), ("axes: {arch: [resnet51]}", "Did you mean 'resnet50'"),

@@ -66,7 +66,7 @@ def refuse_names(ids: Iterable[Any], source: str | Path) -> None:
     seen: dict[str, str] = {}
     for id_ in ids:
         text = str(id_)
-        if not _NAME.fullmatch(text) or _FILES.fullmatch(text) or len(text.encode()) > 200:
+        if not (isinstance(id_, str) and _NAME.fullmatch(text)) or _FILES.fullmatch(text) or len(text.encode()) > 200:
             raise ParameterError(f"{source}: the cell name {id_!r} cannot be a folder; use at most 200 letters, digits and . _ "
                                  "= + -, no . at either end, and no name of a file such as grid.yaml")
         if (other := seen.setdefault(unicodedata.normalize("NFKC", text).casefold(), text)) is not text:

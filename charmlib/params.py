@@ -48,7 +48,9 @@ class Param:
 
 
 ABOVE_0 = "above 0"
+LOSSES = ("bce", "focal", "asl", "asl_published")
 _CHARM = {"of": ("charm",)}
+_MOMENTUM = {**_CHARM, "needs": {"use_momentum": (True,)}}
 _BANK = {**_CHARM, "needs": {"use_bank": (True,)}}
 _VOTES = {**_CHARM, "needs": {"answer": ("votes",)}}
 _FEATURES = {**_CHARM, "needs": {"answer": ("features",)}}
@@ -61,7 +63,7 @@ def warmup_end(momentum: float, params: Mapping, steps: int | None) -> float:
 
     See :class:`charmlib.nn.MomentumEncoder`; m = 0.99, 0.999 and 0.9999 are reached after 890, 8,990 and 89,990 steps.
     """
-    return momentum if steps is None else min(momentum, steps / (9 + steps))
+    return momentum if steps is None or not params["momentum_warmup"] else min(momentum, steps / (9 + steps))
 
 
 def _share_used(fraction: float, params: Mapping, steps: int | None) -> float:
@@ -114,7 +116,12 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
           "parameters of the attention: four convolutions, or the one 5x5 filter that they amount to", ("layers", "filter"),
           needs={"use_attention": (True,)}, **_CHARM),
     Param("network", "momentum", float, 0.99, "momentum m of the momentum encoder", low=0, high=1, shown=True,
-          needs={"use_momentum": (True,)}, effective=warmup_end, **_CHARM),
+          effective=warmup_end, **_MOMENTUM),
+    Param("network", "momentum_warmup", bool, True, "whether m starts at 0.1 and rises to momentum", **_MOMENTUM),
+    Param("network", "momentum_before_step", bool, False, "update the momentum encoder before each optimizer step",
+          **_MOMENTUM),
+    Param("network", "momentum_batch_norms", bool, False,
+          "norms of the momentum branch use the batch's statistics in training, not averages", **_MOMENTUM),
     Param("network", "k", int, 5, "number of retrieved slots, 2 to 5 in the paper", low=1, shown=True, **_FEATURES),
     Param("network", "threshold", float, 0.2,
           "rarity above which a feature is stored (below, for rule published); share of the batch for ranked scores", low=0,
@@ -137,11 +144,12 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
           "rare stores rare features, published the common ones as the code does, angle compares directions",
           ("rare", "published", "angle"), needs={"strategy": ("rarity", "statistical", "hybrid")}, **_CHARM),
     Param("network", "retrieval", str, "softmax",
-          "weights of retrieved slots: softmax of the cosines, raw cosines, or gated with a learned scalar from 0",
-          ("softmax", "cosine", "gated"), **_FEATURES),
+          "weights of retrieved slots: softmax of the cosines, raw cosines, gated with a learned scalar from 0, or published, "
+          "raw cosines of a bank that stores a batch before it retrieves", ("softmax", "cosine", "gated", "published"),
+          **_FEATURES),
     Param("network", "bank_norm", str, "both", "which side is scaled to unit length before the dot product",
           ("both", "query", "memory", "none"), **_FEATURES),
-    Param("network", "normalize_retrieved", bool, False, "scale the retrieved feature to the query's length, as MemAug does",
+    Param("network", "normalize_retrieved", bool, False, "scale the retrieved feature to the query's length",
           **_FEATURES),
     Param("network", "bank_momentum", float, 0.9, "momentum of the running mean in strategy statistical, stage 1", low=0,
           high=1, needs={"strategy": ("statistical",)}, **_CHARM),
@@ -158,15 +166,24 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
     Param("training", "stage1_batch", int, 64, "batch size of stage 1", low=2, shown=True, **_STAGE1),
     Param("training", "stage1_lr", float, 0.0, "learning rate of stage 1; 0 runs the learning-rate finder, grids pin a number",
           low=0, shown=True, **_STAGE1),
-    Param("training", "stage1_loss", str, "bce", "loss of stage 1", ("bce", "focal", "asl"), **_STAGE1),
+    Param("training", "stage1_loss", str, "bce", "loss of stage 1", LOSSES, **_STAGE1),
     Param("training", "stage2_epochs", int, 5, "epochs of stage 2, all images, one cycle", low=0, shown=True),
     Param("training", "stage2_batch", int, 128, "batch size of stage 2 and of scoring", low=2, shown=True),
     Param("training", "stage2_lr_min", float, 2e-5, "learning rate of the first layers in stage 2", low=0, shown=True,
           **_STAGE2),
     Param("training", "stage2_lr_max", float, 8e-5, "learning rate of the head in stage 2", low=0, shown=True, **_STAGE2),
-    Param("training", "stage2_loss", str, "asl", "loss of stage 2", ("bce", "focal", "asl"), **_STAGE2),
-    Param("training", "weight_decay", float, 0.01, "decoupled weight decay of AdamW", low=0),
+    Param("training", "stage2_loss", str, "asl", "loss of stage 2; asl_published as CHARM's code computes it", LOSSES,
+          **_STAGE2),
+    Param("training", "optimizer", str, "adamw",
+          "AdamW; or fastai's Adam, with beta2 0.99, epsilon 1e-5 and no decay of norms and biases", ("adamw", "fastai")),
+    Param("training", "one_group", bool, False,
+          "one parameter group as in the published code: nothing is frozen, and all layers have the head's rate"),
+    Param("training", "weight_decay", float, 0.01, "decoupled weight decay", low=0),
     Param("training", "patience", int, 5, "epochs without improvement before a stage ends; 0 never ends it early", low=0),
+    Param("training", "min_delta", float, 0.0, "smallest improvement that patience counts; 0.001 in the published code",
+          low=0, needs={"patience": ABOVE_0}),
+    Param("training", "save_delta", float, 0.0, "smallest improvement that replaces the kept epoch; 0.0001 as published",
+          low=0, needs={"valid_fraction": ABOVE_0}),
     Param("training", "monitor", str, "valid_loss", "validation figure for early stopping and the best checkpoint",
           ("valid_loss", "valid_auc"), needs={"valid_fraction": ABOVE_0}),
     # run
@@ -285,6 +302,9 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
             out["grad_checkpointing"] and out["compile"],
         "parameter 'rule': 'angle' has no running mean of norms; with strategy statistical say rare or published.":
             out["use_bank"] and out["strategy"] == "statistical" and out["rule"] == "angle",
+        f"parameter 'retrieval': published stores a batch before its logits are known, which strategy {out['strategy']} needs; "
+        "say cosine.": out["use_bank"] and out["answer"] == "features" and out["retrieval"] == "published"
+            and out["strategy"] in ("entropy", "hard"),
         f"parameter 'patience': {out['patience']} looks at the validation part, and valid_fraction 0 leaves none; "
         "say patience: 0.":
             out["valid_fraction"] == 0 and out["patience"],

@@ -44,6 +44,8 @@ def test_contradictions_are_refused():
         resolve({"k": 5, "bank_size": 3, "answer": "features"})
     with pytest.raises(ParameterError, match="csv"):
         resolve({"classes": "own"})
+    with pytest.raises(ParameterError, match="'retrieval': published .* strategy hard needs; say cosine"):
+        resolve({"answer": "features", "retrieval": "published", "strategy": "hard"})
     with pytest.raises(ParameterError, match="nothing would be trained"):
         phases(resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0, "stage2_epochs": 0}))
 
@@ -135,6 +137,7 @@ def test_two_settings_of_one_effect_are_one_run():
         larger = resolve(on, {"momentum": (1 + momentum) / 2})
         assert effective(p, steps + 2) != effective(larger, steps + 2) and effective(p, steps)["momentum"] <= momentum
         assert effective(p, steps - 20) == effective(larger, steps - 20) and effective(p) != effective(larger)
+    assert effective(resolve(on, {"momentum": 0.99, "momentum_warmup": False}), 5)["momentum"] == 0.99
     encoder = MomentumEncoder(torch.nn.Linear(1, 1), 0.999)
     for _ in range(50):
         encoder.update(torch.nn.Linear(1, 1))

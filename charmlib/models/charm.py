@@ -49,8 +49,10 @@ class CharmNet(nn.Module):
     keys : {'scales', 'features'}
         What slots that vote are compared by: means over a 2 x 2 grid of the trunk's last maps at strides 4, 8 and 16, where
         small and faint findings still show and which training hardly overfits; or the fused feature z.
-    attention, momentum, k, threshold, bank_size, strategy, rule, retrieval, bank_norm, normalize_retrieved, bank_momentum,
-    vote_weight, vote_temperature, vote_ridge, dropout, hidden
+    momentum_before_step : bool
+        As in the published code, each forward pass of training updates the momentum encoder, and ``follow`` does nothing.
+    attention, momentum, momentum_warmup, momentum_batch_norms, k, threshold, bank_size, strategy, rule, retrieval, bank_norm,
+    normalize_retrieved, bank_momentum, vote_weight, vote_temperature, vote_ridge, dropout, hidden
         See the parts.
     grad_checkpointing : bool
         Training keeps few activations of trunk and final block and computes the others again in the backward pass: less
@@ -64,7 +66,8 @@ class CharmNet(nn.Module):
 
     def __init__(self, arch: str = "efficientnet_v2_s", classes: int = 14, *, weights: str | Path = "imagenet",
                  norm: str = "auto", use_momentum: bool = False, use_attention: bool = False, use_bank: bool = True,
-                 attention: str = "layers", momentum: float = 0.99, k: int = 5, threshold: float = 0.2,
+                 attention: str = "layers", momentum: float = 0.99, momentum_warmup: bool = True,
+                 momentum_before_step: bool = False, momentum_batch_norms: bool = False, k: int = 5, threshold: float = 0.2,
                  bank_size: int = 3072, strategy: str = "balanced", rule: str = "rare", answer: str = "votes",
                  keys: str = "scales", vote_weight: float = 0.5, vote_temperature: float = 0.8, vote_ridge: float = 3.0,
                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
@@ -81,7 +84,9 @@ class CharmNet(nn.Module):
             raise ValueError(f"norm 'auto' cannot know what {weights} was trained on: say norm: imagenet, or norm: half "
                              "for inputs in [-1, 1]")
         self.trunk, self.final = backbone.trunk, backbone.final
-        self.momentum = MomentumEncoder(self.final, momentum) if use_momentum else None
+        self.momentum_before_step = momentum_before_step
+        self.momentum = MomentumEncoder(self.final, momentum, warmup=momentum_warmup, batch_norms=momentum_batch_norms) \
+            if use_momentum else None
         self.attention = make_attention(attention, self.features) if use_attention else None
         if answer not in ANSWERS or keys not in KEYS:
             raise ValueError(f"answer must be one of {', '.join(ANSWERS)} and keys one of {', '.join(KEYS)}, got {answer!r} "
@@ -115,6 +120,8 @@ class CharmNet(nn.Module):
         z = attended.mean((2, 3))
         if self.momentum is not None:
             z = z + self.momentum(shared).mean((2, 3))
+            if self.training and self.momentum_before_step:
+                self.momentum.update(self.final)
         if not isinstance(self.bank, VotingBank):
             return z, None, attended
         return z, cells([m.detach() for m in maps]) if maps else z.detach().float(), attended
@@ -145,7 +152,7 @@ class CharmNet(nn.Module):
     @torch.no_grad()
     def follow(self, skipped: Tensor | None = None) -> None:
         """After an optimizer step: update the momentum encoder; see :meth:`charmlib.nn.MomentumEncoder.update`."""
-        if self.momentum is not None:
+        if self.momentum is not None and not self.momentum_before_step:
             self.momentum.update(self.final, skipped)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from charmlib.nn.strategies import STRATEGIES
 
 RULES = ("rare", "published", "angle")
-RETRIEVALS = ("softmax", "cosine", "gated")
+RETRIEVALS = ("softmax", "cosine", "gated", "published")
 NORMS = ("both", "query", "memory", "none")
 
 
@@ -20,10 +20,11 @@ class RareMemoryBank(nn.Module):
     In training mode the bank stores features of the batch after retrieval. The ``strategy`` selects them and their slots
     (:mod:`charmlib.nn.strategies`). In eval mode the bank is frozen. An empty bank returns z' = z.
 
-    Differs from the published code in five points. Slots store the id of their image, and a query's own image is excluded by
-    its id instead of by similarity. Empty slots are never retrieved. A batch with overflow is not stored. All state is in
-    buffers, which checkpoints, the learning-rate finder and resumed runs restore. Neither reading nor writing loops over the
-    batch or waits for the GPU.
+    A query's own image is excluded by its id, and empty slots are never retrieved. With ``retrieval='published'`` it is as in
+    CHARM's code: a batch is stored before it retrieves, so that an image meets itself; empty slots compete with a similarity
+    of 0; a batch that passes the ring's last slot is cut there. Differs from that code in three points. It excludes
+    similarities that round to 1.0, in float32 some of the images' own slots and in float16 all; here an image always meets
+    itself. A batch with overflow is not stored. Nothing loops over the batch or waits for the GPU.
 
     Parameters
     ----------
@@ -38,13 +39,13 @@ class RareMemoryBank(nn.Module):
         A key of :data:`charmlib.nn.strategies.STRATEGIES`.
     rule : {'rare', 'published', 'angle'}
         The rarity score and the side of the threshold, see :class:`charmlib.nn.strategies.Rarity`.
-    retrieval : {'softmax', 'cosine', 'gated'}
-        The weights w: the softmax of the k similarities (MemAug eq. 6), the similarities themselves (CHARM's code), or the
-        softmax times a learned scalar with initial value 0.
+    retrieval : {'softmax', 'cosine', 'gated', 'published'}
+        The weights w: the softmax of the k similarities (MemAug eq. 6), the similarities themselves, the softmax times a
+        learned scalar with initial value 0, or the similarities with order and rules of CHARM's code (above).
     bank_norm : {'both', 'query', 'memory', 'none'}
         The sides scaled to unit length before the dot product; 'both' gives cosine similarity.
     normalize_retrieved : bool
-        Scale the weighted sum of slots to the length of the query, before the gate (MemAug's code).
+        Scale the weighted sum of slots to the length of the query, before the gate (MemAug's first code).
     bank_momentum : float
         Momentum of the running mean of 'statistical', 0 to 1; unused by the other strategies. It may be changed between
         stages.
@@ -93,7 +94,7 @@ class RareMemoryBank(nn.Module):
         self._expected = ids, labels
 
     def forward(self, z: Tensor, predict: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Features (B, D) -> z' (B, D) in float32: retrieve, then write in training mode.
+        """Features (B, D) -> z' (B, D) in float32: retrieve, then write in training mode; 'published' writes first.
 
         Parameters
         ----------
@@ -109,10 +110,12 @@ class RareMemoryBank(nn.Module):
         ids, labels = self.announced(z)
         with torch.autocast(device_type=z.device.type, enabled=False):
             z = z.float()
+            if self.training and self.retrieval == "published":
+                self.write(z, ids, labels)
             answer = z + self.answer(z, ids)
         if predict is not None:
             answer = predict(answer)
-        if self.training:
+        if self.training and self.retrieval != "published":
             with torch.autocast(device_type=z.device.type, enabled=False):
                 self.write(z, ids, labels, None if predict is None else answer)
         return answer
@@ -153,11 +156,15 @@ class RareMemoryBank(nn.Module):
         if lengths is not None:
             top = top / lengths[index]
         top = top.masked_fill(~valid, 0.0)
-        weights = top if self.retrieval == "cosine" else torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
+        raw = self.retrieval in ("cosine", "published")
+        weights = top if raw else torch.softmax(top.masked_fill(~valid, -1e30), dim=1) * valid
         return index.masked_fill(~valid, -1), weights, values
 
     def nearest(self, similarity: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Index, eligibility and similarity (B, k) of the most similar slots, from similarities (B, N), changed in place."""
+        if self.retrieval == "published":
+            best, index = similarity.topk(self.k, dim=1)
+            return index, index < self.filled, best
         banned = torch.arange(self.size, device=similarity.device) >= self.filled
         if ids is not None:
             banned = banned | ((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
@@ -176,7 +183,7 @@ class RareMemoryBank(nn.Module):
             Logits or labels that the strategy needs are missing.
         """
         if self.policy.needs_logits and logits is None:
-            raise ValueError(f"strategy '{self.strategy}' needs logits: call bank(z, predict=head)")
+            raise ValueError(f"strategy '{self.strategy}' needs logits: call bank(z, predict=head), and not 'published'")
         if self.policy.needs_labels and labels is None:
             raise ValueError(f"strategy '{self.strategy}' needs labels: call bank.expect(ids, labels) before the batch, or "
                              "choose a strategy without labels, such as 'rarity'")

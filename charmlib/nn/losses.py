@@ -4,6 +4,8 @@ Each loss is a mean over the known entries. ``FocalLoss(gamma=0)`` and ``Asymmet
 :class:`BCELoss`. All losses have the attributes that fastai uses: ``activation`` (sigmoid), ``decodes``, ``reduction``.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,9 +86,9 @@ class AsymmetricLoss(MultiLabelLoss):
     """Asymmetric loss (ASL): separate focusing of positives and negatives, and a probability margin for negatives.
 
     ``L+ = -(1 - p)^gamma_pos log p`` and ``L- = -p_m^gamma_neg log(1 - p_m)`` with ``p_m = max(p - clip, 0)`` (Ridnik et al.,
-    arXiv 2009.14119, eq. 7). As in the authors' code, no gradient flows through the focusing weights. Differs from that code
-    in two points: entries are averaged instead of summed, and log-sigmoid replaces the clamped log where ``clip`` does not
-    apply, which keeps float32 exact for large logits.
+    arXiv 2009.14119, eq. 7). By default no gradient flows through the focusing weights, as in the authors' code. Differs from
+    that code in two points: entries are averaged instead of summed, and log-sigmoid replaces the clamped log where ``clip``
+    does not apply, which keeps float32 exact for large logits.
 
     Parameters
     ----------
@@ -94,6 +96,8 @@ class AsymmetricLoss(MultiLabelLoss):
         Focusing parameters, 0 or more (4 and 1 as published); both 0 with clip 0 gives BCE.
     clip : float
         Margin in [0, 1) subtracted from the probability of negatives (0.05 as published).
+    focus_gradient : bool
+        Let gradient flow through the focusing weights, as CHARM's code does.
 
     Raises
     ------
@@ -101,11 +105,12 @@ class AsymmetricLoss(MultiLabelLoss):
         ``clip`` outside [0, 1).
     """
 
-    def __init__(self, gamma_neg: float = 4.0, gamma_pos: float = 1.0, clip: float = 0.05, *, reduction: str = "mean"):
+    def __init__(self, gamma_neg: float = 4.0, gamma_pos: float = 1.0, clip: float = 0.05, *, focus_gradient: bool = False,
+                 reduction: str = "mean"):
         super().__init__(reduction=reduction)
         if not 0.0 <= clip < 1.0:
             raise ValueError(f"clip must be in [0, 1), got {clip}")
-        self.gamma_neg, self.gamma_pos, self.clip = gamma_neg, gamma_pos, clip
+        self.gamma_neg, self.gamma_pos, self.clip, self.focus_gradient = gamma_neg, gamma_pos, clip, focus_gradient
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         p = torch.sigmoid(logits)
@@ -116,21 +121,23 @@ class AsymmetricLoss(MultiLabelLoss):
             q, log_q = 1 - p, F.logsigmoid(-logits)
         loss = -(targets * F.logsigmoid(logits) + (1 - targets) * log_q)
         if self.gamma_neg > 0 or self.gamma_pos > 0:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.focus_gradient and torch.is_grad_enabled()):
                 weight = targets * (1 - p).pow(self.gamma_pos) + (1 - targets) * (1 - q).pow(self.gamma_neg)
             loss = loss * weight
         return loss
 
 
 def make_loss(name: str) -> MultiLabelLoss:
-    """A loss by name: 'bce', 'focal' (gamma 2) or 'asl' (gamma_neg 4, gamma_pos 1, clip 0.05).
+    """A loss by name: 'bce', 'focal' (gamma 2), 'asl' (gamma_neg 4, gamma_pos 1, clip 0.05), or 'asl_published', the asymmetric
+    loss of CHARM's code (the same gammas, no clip, gradient through the focusing weights).
 
     Raises
     ------
     ValueError
         Unknown name.
     """
-    losses = {"bce": BCELoss, "focal": FocalLoss, "asl": AsymmetricLoss}
+    losses = {"bce": BCELoss, "focal": FocalLoss, "asl": AsymmetricLoss,
+              "asl_published": partial(AsymmetricLoss, clip=0.0, focus_gradient=True)}
     if name not in losses:
         raise ValueError(f"unknown loss {name!r}; available are {', '.join(losses)}")
     return losses[name]()

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 class MomentumEncoder(nn.Module):
-    """An exponential moving average of the weights of ``source``, evaluated without gradient and in eval mode.
+    """An exponential moving average of the weights of ``source``, evaluated without gradient.
 
     Each update computes ``p_k <- m_t p_k + (1 - m_t) p_q`` (CHARM-Xray; MoCo, arXiv 1911.05722, eq. 2). The warm-up
     ``m_t = min(m, (1 + t) / (10 + t))``, with t the number of earlier updates, lets the average follow early training
-    quickly. Parameters and floating-point buffers are averaged; integer buffers are copied.
+    quickly.
 
-    Differs from the published code, which averages the parameters only and keeps the initial norm statistics.
+    The published code is ``warmup=False, batch_norms=True``, updated by each forward pass of training.
 
     Parameters
     ----------
@@ -24,6 +24,10 @@ class MomentumEncoder(nn.Module):
         m in [0, 1]. 0 copies at every update, 1 freezes (without warm-up).
     warmup : bool
         False uses m from the first update.
+    batch_norms : bool
+        False averages floating-point buffers too, copies integer buffers, and stays in eval mode, in which norm layers use
+        these statistics. True averages the parameters alone: in training mode norm layers use the statistics of the batch and
+        update running statistics of their own, which eval mode uses.
 
     Raises
     ------
@@ -31,18 +35,18 @@ class MomentumEncoder(nn.Module):
         ``momentum`` outside [0, 1].
     """
 
-    def __init__(self, source: nn.Module, momentum: float = 0.99, *, warmup: bool = True):
+    def __init__(self, source: nn.Module, momentum: float = 0.99, *, warmup: bool = True, batch_norms: bool = False):
         super().__init__()
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-        self.momentum, self.warmup = momentum, warmup
+        self.momentum, self.warmup, self.batch_norms = momentum, warmup, batch_norms
         self.encoder = copy.deepcopy(source).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.eval()
+        self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, in which norm layers use their averaged statistics."""
-        return super().train(False)
+        """Stay in eval mode without ``batch_norms``."""
+        return super().train(mode and self.batch_norms)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, source: nn.Module, skipped: Tensor | None = None) -> None:
-        """Average the weights of ``source`` into the copy; call this after each optimizer step.
+        """Average the weights of ``source`` into the copy.
 
         ``skipped`` is a 0-dim tensor, such as the ``found_inf`` of a gradient scaler. Any value but 0 means a skipped step,
         which changes neither the averages nor the count of updates. No value is read from the device, so an update never
@@ -67,7 +71,8 @@ class MomentumEncoder(nn.Module):
         """
         made = torch.ones_like(self.updates) if skipped is None else (skipped == 0).to(self.updates.dtype)
         weight = (1 - self.current_momentum()) * made  # 0-dim
-        mine, theirs = (dict((*net.named_parameters(), *net.named_buffers())) for net in (self.encoder, source))
+        mine, theirs = (dict((*net.named_parameters(), *(() if self.batch_norms else net.named_buffers())))
+                        for net in (self.encoder, source))
         slow = [name for name, value in mine.items() if value.is_floating_point()]
         if slow:
             averages = [mine[name] for name in slow]
@@ -78,4 +83,4 @@ class MomentumEncoder(nn.Module):
         self.updates += made
 
     def extra_repr(self) -> str:
-        return f"momentum={self.momentum}, warmup={self.warmup}"
+        return f"momentum={self.momentum}, warmup={self.warmup}, batch_norms={self.batch_norms}"

@@ -256,10 +256,17 @@ def top_share(score: Tensor, share: float) -> Tensor:
 
 
 def ring(bank, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Stored rows (B,) and their consecutive slots (B,) from the bank's pointer, which advances; at most the last N rows."""
+    """Stored rows (B,) and their consecutive slots (B,) from the bank's pointer, which advances.
+
+    At most the last N rows are stored; with the retrieval 'published' the first ones, up to the last slot.
+    """
     count = keep.sum()
     rank = torch.cumsum(keep, 0) - 1
-    taken = keep & (rank >= count - bank.size)
+    if bank.retrieval == "published":
+        count = torch.minimum(count, bank.size - bank.pointer)
+        taken = keep & (rank < count)
+    else:
+        taken = keep & (rank >= count - bank.size)
     slot = (bank.pointer + rank) % bank.size
     bank.pointer.copy_((bank.pointer + count) % bank.size)
     return taken, slot

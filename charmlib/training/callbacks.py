@@ -17,6 +17,7 @@ from charmlib.data.loaders import GreyToNetwork, grey_to_network
 from charmlib.evaluation.runs import RunFolder, number
 from charmlib.files import write_whole
 from charmlib.nih import finding_columns
+from charmlib.training.recipes import Phase
 
 NUMBERS = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
 HISTORY = ("stage", "epoch", *NUMBERS, "bank_filled", "bank_accepted")  # columns of history.csv
@@ -176,10 +177,11 @@ class KeepProgress(Callback):
 
     fastai's ``SaveModelCallback`` keeps weights in files that it loads with pickles allowed.
 
-    ``best`` is changed in place: ``value``, ``state`` (weights on the CPU) and ``waited`` (epochs since). ``save`` gets the
-    number of finished epochs and whether the phase is over, after the epoch's other callbacks. ``monitor`` None keeps the last
-    epoch, ``patience`` 0 never ends a phase early, and epochs before ``start`` are skipped. ``scale`` is the state of a resumed
-    phase's gradient scaler, since each fit starts with a new one.
+    ``best`` is changed in place: ``value`` and ``state`` (weights on the CPU) of the kept epoch, ``mark`` (the value that
+    patience compares with) and ``waited`` (epochs since). ``phase`` says the patience and the smallest improvements. ``save``
+    gets the number of finished epochs and whether the phase is over, after the epoch's other callbacks. ``monitor`` None keeps
+    the last epoch, and epochs before ``start`` are skipped. ``scale`` is the state of a resumed phase's gradient scaler, since
+    each fit starts with a new one.
 
     Raises
     ------
@@ -192,7 +194,7 @@ class KeepProgress(Callback):
     order = 90
     longest = 0.0  # seconds of the longest epoch with its save, and a margin because epochs scatter
 
-    def __init__(self, best: dict, save, monitor: str | None, patience: int = 0, *, start: int = 0, scale: dict | None = None):
+    def __init__(self, best: dict, save, monitor: str | None, phase: Phase, *, start: int = 0, scale: dict | None = None):
         store_attr()
 
     def before_fit(self):
@@ -208,13 +210,15 @@ class KeepProgress(Callback):
         row = self.learn.epoch_record.rows[-1]
         value = -row["valid_auc"] if self.monitor == "valid_auc" else row["valid_loss"]
         self.best["waited"] += 1
-        if self.monitor is None or value < self.best["value"]:
+        if self.monitor is None or value < self.best["mark"] - self.phase.min_delta:
+            self.best.update(mark=value, waited=0)
+        if self.monitor is None or value < self.best["value"] - self.phase.save_delta:
             state = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
             if self.monitor is None and not all(state[name].isfinite().all() for name, _ in self.model.named_parameters()):
                 raise ValueError(f"epoch {self.epoch + 1} ended with weights that are not finite; without a validation part no "
                                  "earlier epoch can be chosen. Lower the learning rate or check the labels")
-            self.best.update(value=value, waited=0, state=state)
-        stop = 0 < self.patience <= self.best["waited"]
+            self.best.update(value=value, state=state)
+        stop = 0 < self.phase.patience <= self.best["waited"]
         over = stop or self.epoch + 1 == self.n_epoch
         self.save(self.epoch + 1, over)
         self.longest = max(self.longest, 1.15 * (time.monotonic() - self.clock))

@@ -15,7 +15,7 @@ from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Tr
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
 
-FORMAT = 2
+FORMAT = 3
 
 
 class PhaseRunner:
@@ -53,7 +53,7 @@ class PhaseRunner:
             resumed = state if i == done else None
             if learner is None or phase.stage != plan[i - 1].stage:
                 learner = None  # frees what it holds on the device
-                learner, self.best = self.make_learner(phase), {"value": float("inf"), "state": None}
+                learner, self.best = self.make_learner(phase), {"value": float("inf"), "mark": float("inf"), "state": None}
             if phase.sets:
                 self.net.enter(**phase.sets)
             Trains(phase.trains, phase.train_norms).apply(learner)
@@ -79,7 +79,7 @@ class PhaseRunner:
                 "scaler": scaler and scaler.state_dict(), "rate": self.rate, "history": self.history})
 
         start = state["epochs"]
-        keep = KeepProgress(self.best, save, self.monitor, phase.patience, start=start, scale=state["scaler"])
+        keep = KeepProgress(self.best, save, self.monitor, phase, start=start, scale=state["scaler"])
         callbacks = [SeedEpoch(self.seed, phase.name), Trains(phase.trains, phase.train_norms), keep,
                      EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start)]
         rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"

@@ -1,6 +1,7 @@
 """``charm_learner``: a fastai Learner around CharmNet, as ``vision_learner`` is one around a ResNet."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +19,14 @@ from charmlib.training.callbacks import NetworkHooks, SeedEpoch
 from charmlib.training.device import pick_precision, place
 from charmlib.training.no_wait import AdamW, HalfPrecision, MeanAUC, record_on_device
 
+OPTIMIZERS = {"adamw": AdamW, "fastai": partial(AdamW, betas=(0.9, 0.99), eps=1e-5)}
+
 
 @delegates(CharmNet.__init__, but=["classes"])
 def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net: Network | None = None,
-                  loss: str | MultiLabelLoss = "bce", weight_decay: float = 0.01, precision: str = "auto",
-                  seed: int | None = None, path: str | Path | None = None, cbs: Sequence = (), **kwargs) -> Learner:
+                  loss: str | MultiLabelLoss = "bce", optimizer: str = "adamw", one_group: bool = False,
+                  weight_decay: float = 0.01, precision: str = "auto", seed: int | None = None,
+                  path: str | Path | None = None, cbs: Sequence = (), **kwargs) -> Learner:
     """A Learner whose ``lr_find``, ``fine_tune``, ``fit_one_cycle``, ``show_results`` and callbacks are fastai's own.
 
     >>> learn = charm_learner(dls, 'efficientnet_v2_s', bank_size=4096, vote_weight=0.5)           # doctest: +SKIP
@@ -35,7 +39,11 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     net : Network
         An existing network of any system; by default a :class:`charmlib.models.CharmNet` of ``arch`` and ``kwargs``.
     loss : str or MultiLabelLoss
-        'bce', 'focal' or 'asl'.
+        'bce', 'focal', 'asl' or 'asl_published'.
+    optimizer : {'adamw', 'fastai'}
+        AdamW, or fastai's Adam: beta2 0.99, epsilon 1e-5, no decay of norm layers and biases.
+    one_group : bool
+        One parameter group instead of the network's own: ``freeze`` and slices of rates then do nothing.
     precision : {'auto', 'fp16', 'fp32'}
         'auto' is fp16 on a GPU.
     seed : int
@@ -46,7 +54,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     Raises
     ------
     ValueError
-        Network and loaders differ in their number of classes, or in normalisation.
+        Network and loaders differ in their number of classes, or in normalisation; or an unknown optimizer.
     """
     of_network = keywords(CharmNet, kwargs)
     if net is None:
@@ -57,11 +65,15 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     if not torch.allclose(scale.mean.flatten().cpu(), torch.tensor(net.mean)):
         raise ValueError(f"the loaders normalise with mean {scale.mean.flatten().tolist()}, the network expects "
                          f"{list(net.mean)}: build them with mean=net.mean, std=net.std")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     device = torch.device(dls.device)
     callbacks = [NetworkHooks(), Callback(after_batch=lambda _: session.alive()), *cbs,
                  *([] if seed is None else [SeedEpoch(seed)]),
                  *([HalfPrecision()] if pick_precision(precision, device) == "fp16" else [])]
     return record_on_device(Learner(
-        dls, place(net, device), loss_func=make_loss(loss) if isinstance(loss, str) else loss, opt_func=AdamW,
-        splitter=lambda net: net.parameter_groups(), metrics=[MeanAUC(dls.vocab, dls.normal_class)], cbs=callbacks,
-        wd=weight_decay, path=path, model_dir=".", **{name: value for name, value in kwargs.items() if name not in of_network}))
+        dls, place(net, device), loss_func=make_loss(loss) if isinstance(loss, str) else loss,
+        opt_func=OPTIMIZERS[optimizer], wd=weight_decay,
+        splitter=lambda net: [sum(net.parameter_groups(), [])] if one_group else net.parameter_groups(),
+        metrics=[MeanAUC(dls.vocab, dls.normal_class)], cbs=callbacks, path=path, model_dir=".",
+        **{"wd_bn_bias": optimizer == "adamw", **{name: value for name, value in kwargs.items() if name not in of_network}}))

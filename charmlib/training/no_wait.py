@@ -31,9 +31,9 @@ class _Fused(torch.optim.AdamW):
 class AdamW(OptimWrapper):
     """torch's AdamW, all tensors in one kernel, with fastai's learning rates by group and freezing.
 
-    Differs from fastai's own Adam: norm layers and biases decay too. With a ``scaler`` (``torch.amp.GradScaler``) the kernel
-    skips steps whose gradients overflowed, without telling the CPU; ``skipped`` is then a 0-dim tensor on the device, 1 for
-    such a step.
+    Norm layers and biases decay unless the Learner's ``wd_bn_bias`` is False; then ``betas=(0.9, 0.99), eps=1e-5`` give
+    fastai's own Adam. With a ``scaler`` (``torch.amp.GradScaler``) the kernel skips steps whose gradients overflowed, without
+    telling the CPU; ``skipped`` is then a 0-dim tensor on the device, 1 for such a step.
     """
 
     scaler: torch.amp.GradScaler | None = None
@@ -46,10 +46,15 @@ class AdamW(OptimWrapper):
         return self.opt.skipped
 
     def step(self) -> None:
-        if self.scaler is None:
-            self.opt.step()
-        else:
-            self.scaler.step(self.opt)
+        groups, spared = self.opt.param_groups, {p for p, kept in self.state.items() if not kept.get("do_wd", True)}
+        if spared:  # for this step, those without decay are groups of their own
+            self.opt.param_groups = [{**group, "params": [p for p in group["params"] if (p in spared) == without],
+                                      "weight_decay": 0.0 if without else group["weight_decay"]}
+                                     for group in groups for without in (False, True)]
+        try:
+            self.opt.step() if self.scaler is None else self.scaler.step(self.opt)
+        finally:
+            self.opt.param_groups = groups
 
 
 class HalfPrecision(MixedPrecision):

@@ -23,6 +23,7 @@ class Phase:
       those parts entirely: they stay in eval mode.
     - ``cycle``: further arguments of ``fit_one_cycle``.
     - ``patience``: epochs without improvement after which the phase ends; 0 never ends it early.
+    - ``min_delta``, ``save_delta``: the smallest improvements for patience, and to replace the kept epoch.
     - ``sets``: handed to the network's ``enter`` before the phase.
     """
 
@@ -37,6 +38,8 @@ class Phase:
     train_norms: bool = True
     cycle: Mapping[str, float] = field(default_factory=dict)
     patience: int = 0
+    min_delta: float = 0.0
+    save_delta: float = 0.0
     sets: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -60,18 +63,18 @@ def two_stages(params: Mapping, rate: float) -> list[Phase]:
 
     Stage 1 trains the head alone, then the whole network at half the rate, the first layers at a hundredth of it. Without
     pretrained weights the whole network trains at the full rate. Stage 2 runs from ``stage2_lr_min`` (first layers) to
-    ``stage2_lr_max`` (head).
+    ``stage2_lr_max`` (head). With ``one_group`` all layers train throughout, at the head's rates.
     """
+    watched = {name: params[name] for name in ("patience", "min_delta", "save_delta")}
     first = {"stage": "1", "batch": params["stage1_batch"], "images": params["stage1_images"], "loss": params["stage1_loss"],
              "sets": {"bank_momentum": params["bank_momentum"]}}
     whole = slice(rate / 2 / 100, rate / 2) if params["weights"] != "none" else rate
     return [
-        Phase("stage1_frozen", epochs=params["stage1_frozen_epochs"], lr=slice(rate), trains=("head",),
-              cycle={"pct_start": 0.99}, **first),
-        Phase("stage1", epochs=params["stage1_epochs"], lr=whole, cycle={"pct_start": 0.3, "div": 5.0},
-              patience=params["patience"], **first),
+        Phase("stage1_frozen", epochs=params["stage1_frozen_epochs"], lr=slice(rate), cycle={"pct_start": 0.99},
+              trains=() if params["one_group"] else ("head",), save_delta=params["save_delta"], **first),
+        Phase("stage1", epochs=params["stage1_epochs"], lr=whole, cycle={"pct_start": 0.3, "div": 5.0}, **watched, **first),
         Phase("stage2", "2", params["stage2_epochs"], slice(params["stage2_lr_min"], params["stage2_lr_max"]),
-              params["stage2_batch"], loss=params["stage2_loss"], patience=params["patience"],
+              params["stage2_batch"], loss=params["stage2_loss"], **watched,
               sets={"bank_momentum": params["stage2_bank_momentum"]}),
     ]
 

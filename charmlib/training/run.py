@@ -121,8 +121,9 @@ class Run:
         phase = phase or self.phase()
         if phase.sets:
             self.net.enter(**phase.sets)
-        return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, weight_decay=self.params["weight_decay"],
-                             precision=self.precision, path=self.folder.path)
+        return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
+                             **{name: self.params[name] for name in ("optimizer", "one_group", "weight_decay")},
+                             path=self.folder.path)
 
     def find_lr(self, *, plot: bool = False) -> float:
         """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder.

@@ -10,6 +10,7 @@ from charmlib.grid import run_grid
 from charmlib.grid.spec import load_grid
 from charmlib.param_sources import load_params
 from charmlib.params import DEFAULTS, resolve
+from charmlib.training.recipes import phases
 
 PARAMS = Path(__file__).parents[2] / "params"
 FILES = sorted((PARAMS / "memaug").glob("*.yaml"))
@@ -44,9 +45,17 @@ def test_the_grid_is_the_fifteen_and_each_differs_from_the_default_as_its_name_s
         "memory_rarity_effv2m": {"arch": "efficientnet_v2_m", "stage1_batch": 32, "stage2_batch": 64},
         "memory_rarity_densenet121": {"arch": "densenet121"}, "memory_diversity_effv2s": {"strategy": "diversity"},
         "memory_hybrid_effv2s": {"strategy": "hybrid"}, "memory_statistical_effv2s": {"strategy": "statistical"},
-        "memory_fifo_effv2s": {"strategy": "fifo"}, "ablation_no_normalize": {"normalize_retrieved": False},
+        "memory_fifo_effv2s": {"strategy": "fifo"}, "ablation_no_normalize": {"bank_norm": "none"},
         "ablation_topk1": {"k": 1}, "ablation_topk5": {"k": 5}, "ablation_bank256": {"bank_size": 256},
         "ablation_bank1024": {"bank_size": 1024}}
+
+
+def test_the_one_stage_file_trains_the_head_at_1e_5_and_then_all_layers_at_1e_4():
+    params = resolve(load_params(PARAMS / "memaug/one_stage_no_validation.yaml"))
+    head, whole = phases(params, params["stage1_lr"])
+    assert (head.epochs, head.lr.stop, head.trains) == (5, 1e-5, ("head",))
+    assert (whole.epochs, whole.lr, whole.trains) == (10, slice(1e-4, 1e-4), ())
+    assert {(p.batch, p.images, p.patience) for p in (head, whole)} == {(32, "all", 0)}
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_the_published_grid_is_exactly_the_published_one():
         list(table[["momentum", "k", "threshold"]].itertuples(index=False, name=None))
     for cell in grid.cells:
         p = cell.params
-        assert (p["rule"], p["retrieval"], p["patience"], p["stage2_loss"]) == ("published", "cosine", 3, "asl")
+        assert (p["rule"], p["retrieval"], p["patience"], p["stage2_loss"]) == ("published", "published", 3, "asl_published")
         assert (p["stage1_frozen_epochs"], p["stage1_epochs"], p["stage1_batch"], p["stage2_batch"]) == (3, 20, 64, 128)
         assert (p["stage2_lr_min"], p["stage2_lr_max"], p["arch"], p["seed"]) == (2e-5, 8e-5, "efficientnet_v2_s", 85)
 
@@ -97,6 +97,13 @@ def test_published_yaml_pins_all_that_a_changed_default_could_move():
             "resume", "preload", "grad_checkpointing", "normal_class", "blank", "uncertain", "patients"}
     pinned = load_params(PARAMS_DIR / "published.yaml")
     assert {name for name in PARAMS if not missing_need(name, resolve(pinned))} - free <= set(pinned) <= set(PARAMS) - free
+
+
+def test_the_text_of_the_paper_differs_from_its_code_where_it_says_so():
+    code, text = (resolve(load_params(PARAMS_DIR / name)) for name in ("published.yaml", "published_text.yaml"))
+    assert {name: text[name] for name in PARAMS if text[name] != code[name]} == {
+        "rule": "rare", "retrieval": "cosine", "momentum_warmup": True, "momentum_before_step": False, "stage2_loss": "asl",
+        "one_group": False}
 
 
 def test_our_grids():
@@ -140,7 +147,8 @@ def test_the_parts_differ_by_their_parts_only():
     assert all(sorted(p["split"] for p in cells) == [f"fold:{i}/5" for i in range(1, 6)] for cells in by_name.values())
     plain, ours = by_name["plain"][0], by_name["charm"][0]
     own = {"use_momentum", "use_attention", "use_bank", "momentum", "k", "threshold", "bank_size", "strategy", "rule", "answer",
-           "keys", "vote_weight", "vote_temperature", "vote_ridge", "retrieval", "bank_norm", "attention"}
+           "keys", "vote_weight", "vote_temperature", "vote_ridge", "retrieval", "bank_norm", "attention",
+           "momentum_warmup", "momentum_before_step", "momentum_batch_norms"}
     for name, cells in by_name.items():
         assert {k for k in plain if plain[k] != cells[0][k]} <= own, name
     network = [p.name for p in PARAMS.values() if p.group == "network" and p.name not in ("arch", "weights", "norm")]

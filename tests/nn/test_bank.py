@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from charmlib.nn import RareMemoryBank
+from charmlib.nn.bank import RETRIEVALS
 
 
 class SlowBank:
@@ -17,7 +18,14 @@ class SlowBank:
         self.slots, self.next = {}, 0
 
     def __call__(self, z, ids, labels, step, training):
+        if self.retrieval == "published":  # stores first, so that an image meets itself
+            self._store(z, ids, labels, step, training)
+            return np.array([self._answer(q, -1) for q in z])
         out = [self._answer(q, int(i)) for q, i in zip(z, ids)]
+        self._store(z, ids, labels, step, training)
+        return np.array(out)
+
+    def _store(self, z, ids, labels, step, training):
         if training:
             norms = [np.linalg.norm(v) for v in z]
             mu, mean = np.mean(norms), z.mean(0)
@@ -29,7 +37,8 @@ class SlowBank:
                 if score < self.threshold if self.rule == "published" else score > self.threshold:
                     self.slots[self.next] = (v.copy(), int(image), label.copy(), step, score)
                     self.next = (self.next + 1) % self.size
-        return np.array(out)
+                    if self.next == 0 and self.retrieval == "published":
+                        break  # drops the rest of the batch
 
     def _answer(self, q, image):
         found = []
@@ -39,11 +48,13 @@ class SlowBank:
             a = q / np.linalg.norm(q) if self.bank_norm in ("both", "query") else q
             b = m / np.linalg.norm(m) if self.bank_norm in ("both", "memory") else m
             found.append((a @ b, slot))
-        found = sorted(found, reverse=True)[: self.k]
+        if self.retrieval == "published":
+            found += [(0.0, None)] * (self.size - len(self.slots))  # empty slots compete
+        found = [(s, slot) for s, slot in sorted(found, key=lambda pair: -pair[0])[: self.k] if slot is not None]
         if not found:
             return q
         weights = np.array([s for s, _ in found])
-        if self.retrieval != "cosine":
+        if self.retrieval not in ("cosine", "published"):
             weights = np.exp(weights - weights.max())
             weights /= weights.sum()
         if self.retrieval == "gated":
@@ -53,7 +64,8 @@ class SlowBank:
 
 @pytest.mark.parametrize("rule", ["rare", "published", "angle"])
 @pytest.mark.parametrize(("retrieval", "bank_norm"), [("softmax", "both"), ("cosine", "both"), ("gated", "both"),
-                                                      ("cosine", "query"), ("softmax", "memory"), ("softmax", "none")])
+                                                      ("cosine", "query"), ("softmax", "memory"), ("softmax", "none"),
+                                                      ("published", "both"), ("published", "query")])
 @pytest.mark.parametrize("size", [3, 7, 64])
 def test_equals_the_slow_bank(rule, retrieval, bank_norm, size):
     k, threshold = 3, {"rare": 0.15, "published": 0.25, "angle": 0.8}[rule]
@@ -184,7 +196,7 @@ class NoReading(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rule", ["rare", "published", "angle"])
-@pytest.mark.parametrize("retrieval", ["softmax", "cosine", "gated"])
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
 def test_no_synchronisation_in_update_and_retrieval(rule, retrieval):
     bank = RareMemoryBank(4, 2, size=8, k=3, threshold=0.1, rule=rule, retrieval=retrieval)
     ids, labels, z = torch.arange(5), torch.zeros(5, 2), torch.randn(5, 4)

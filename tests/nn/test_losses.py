@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from charmlib.nn import AsymmetricLoss, BCELoss, FocalLoss, make_loss
+from charmlib.params import LOSSES
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def slow(loss, logits, targets):
 
 
 @pytest.mark.parametrize("loss", [FocalLoss(), FocalLoss(3.5, alpha=0.25), AsymmetricLoss(), AsymmetricLoss(2, 0, 0.2),
-                                  AsymmetricLoss(3, 1, 0)])
+                                  AsymmetricLoss(3, 1, 0), make_loss("asl_published")])
 def test_against_the_formula(loss, batch):
     assert loss(*batch).item() == pytest.approx(slow(loss, *batch), rel=1e-5)
 
@@ -60,6 +61,14 @@ def test_no_asymmetric_gradient_flows_through_the_focusing_weights(batch):
     torch.testing.assert_close(got, torch.where(y == 1, positive, negative), rtol=1e-4, atol=1e-6)
 
 
+def test_the_published_asymmetric_gradient_has_no_clip_and_flows_through_the_focusing_weights(batch):
+    """The derivatives of -(1 - p) log p and of -p^4 log(1 - p)."""
+    got, p, y = gradient("asl_published", *batch)
+    positive = p.log() - (1 - p) / p
+    negative = p**4 / (1 - p) - 4 * p**3 * (1 - p).log()
+    torch.testing.assert_close(got, torch.where(y == 1, positive, negative) * p * (1 - p), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", [FocalLoss(0), AsymmetricLoss(0, 0, 0)])
 def test_identities_with_bce(loss, batch):
     logits = batch[0].clone().requires_grad_()
@@ -70,7 +79,7 @@ def test_identities_with_bce(loss, batch):
     torch.testing.assert_close(mine, logits.grad)
 
 
-@pytest.mark.parametrize("name", ["bce", "focal", "asl"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_extreme_logits_stay_finite(name):
     logits = torch.tensor([[-200.0, 200.0, -30.0, 30.0]], requires_grad=True)
     for targets in (torch.zeros(1, 4), torch.ones(1, 4)):
@@ -79,7 +88,7 @@ def test_extreme_logits_stay_finite(name):
         assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
 
 
-@pytest.mark.parametrize("name", ["bce", "focal", "asl"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_float32_inside_and_unknown_labels_left_out(name, batch):
     logits, targets = batch
     loss = make_loss(name)

@@ -93,6 +93,24 @@ def test_a_step_that_the_scaler_skipped_moves_nothing_and_is_not_counted():
         assert torch.equal(value, before[name]) or "num_batches" in name, name
 
 
+def test_norms_of_the_batch_in_training_and_of_its_own_batches_in_eval_mode():
+    """As the published code, whose branch is in train mode; its parameters alone are averaged."""
+    source = block()
+    encoder, twin = MomentumEncoder(source, 0.9, warmup=False, batch_norms=True).train(), copy.deepcopy(source).train()
+    x = torch.randn(8, 3, 5, 5) * 3 + 1
+    for _ in range(3):
+        assert torch.equal(encoder(x), twin(x)) and not encoder(x + 1).requires_grad and twin(x + 1) is not None
+    assert encoder.encoder[1].num_batches_tracked == 6
+    before = copy.deepcopy(encoder.encoder.state_dict())
+    disturb(source)
+    encoder.update(source)
+    for name, value in encoder.encoder.state_dict().items():
+        want = 0.9 * before[name] + 0.1 * source.state_dict()[name] if name in dict(source.named_parameters()) else before[name]
+        torch.testing.assert_close(value, want)
+    twin.load_state_dict(encoder.encoder.state_dict())
+    assert torch.equal(encoder.eval()(x), twin.eval()(x))
+
+
 def test_a_block_without_weights_is_followed_too():
     encoder = MomentumEncoder(nn.ReLU())
     encoder.update(nn.ReLU())

@@ -128,6 +128,9 @@ VOTES = {"momentum": (0.123, lambda net: net.momentum.momentum), "threshold": (0
          "rule": ("angle", lambda net: net.bank.rule), "dropout": (0.45, lambda net: net.head[3].p),
          "hidden": (19, lambda net: net.head[1].out_features)}
 FEATURES = {name: VOTES[name] for name in ("k", "threshold", "bank_size", "strategy", "rule")} | {
+    "momentum_warmup": (False, lambda net: net.momentum.warmup),
+    "momentum_batch_norms": (True, lambda net: net.momentum.batch_norms),
+    "momentum_before_step": (True, lambda net: net.momentum_before_step),
     "retrieval": ("cosine", lambda net: net.bank.retrieval), "bank_norm": ("query", lambda net: net.bank.bank_norm),
     "normalize_retrieved": (True, lambda net: net.bank.normalize_retrieved)}
 
@@ -165,6 +168,21 @@ def test_the_rates_of_stage_2_rise_from_the_first_layers_to_the_head(tiny, steps
     rates = np.array([rates for rates, _ in steps])
     np.testing.assert_allclose(rates / rates[:, -1:], np.tile([0.01, 0.1, 1], (len(steps), 1)), rtol=1e-6)
     assert 0.9e-3 < rates.max() <= 1e-3
+
+
+def test_one_group_freezes_nothing_and_has_the_heads_rate_everywhere(tiny, steps):
+    """As in the published code, whose Learner has no splitter; norms and biases do not decay under fastai's Adam."""
+    run = Run.open(tiny, one_group=True, optimizer="fastai", weight_decay=0.1, stage1_epochs=0, stage2_epochs=1)
+    frozen, stage2 = run.phases()
+    assert (frozen.name, frozen.trains) == ("stage1_frozen", ())
+    before = {name: value.clone() for name, value in run.net.trunk.named_parameters()}
+    learn = run.learner(frozen)
+    assert len(learn.opt_func(learn.splitter(learn.model)).param_lists) == 1
+    run.train()
+    assert not any(torch.equal(value, before[name]) for name, value in run.net.trunk.named_parameters())
+    assert {len(set(rates)) for rates, _ in steps} == {1} and {tuple(decays) for _, decays in steps} == {(0.1, 0.0)}
+    assert max(rates[0] for rates, _ in steps) == pytest.approx(frozen.lr.stop, rel=0.05)
+    assert max(rates[0] for rates, _ in steps[-6:]) <= stage2.lr.stop
 
 
 def test_a_run_that_ends_in_time_after_each_epoch_ends_in_the_same_bits(quiet, tiny, monkeypatch):
@@ -284,6 +302,44 @@ def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):
     assert [r["stage"] for r in history] == ["1"] * 3 + ["2"] * 4
     for name, value in run.net.state_dict().items():
         assert torch.equal(value, states[4][name]), name
+
+
+@pytest.mark.parametrize("losses", [(5, 4.95, 4.9, 4.88, 4, 3.95, 3.97, 3.5), (5, 4.2, 4.15, 4.05, 4.04, 4.0)])
+def test_small_improvements_count_as_little_as_with_fastais_callbacks(tiny, monkeypatch, losses):
+    """Stage 2 of prescribed validation losses ends, and keeps the epoch, as fastai's trackers say."""
+    from fastai.callback.core import CancelFitException
+    from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+
+    from charmlib.training.callbacks import EpochRecord
+
+    saved, ended, real_row = 0, len(losses), EpochRecord.after_epoch
+    stop = EarlyStoppingCallback(min_delta=0.3, patience=2)
+    save = SaveModelCallback(min_delta=0.08)
+    for one in (stop, save):
+        one.best, one.idx, one.wait, one._save = float("inf"), 0, 0, lambda name: None
+        one.learn = SimpleNamespace(recorder=SimpleNamespace(values=[]), epoch=0)
+    for epoch, loss in enumerate(losses):
+        stop.recorder.values.append([loss]), save.recorder.values.append([loss])
+        save.after_epoch()
+        saved = epoch if save.new_best else saved
+        try:
+            stop.after_epoch()
+        except CancelFitException:
+            ended = epoch + 1
+            break
+
+    states = []
+
+    def row(self):
+        real_row(self)
+        self.rows[-1]["valid_loss"] = float(losses[len(self.rows) - 1])
+        states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+
+    monkeypatch.setattr(EpochRecord, "after_epoch", row)
+    run = Run.open(tiny, stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=len(losses), patience=2, min_delta=0.3,
+                   save_delta=0.08)
+    assert len(run.train()) == ended
+    assert all(torch.equal(value, states[saved][name]) for name, value in run.net.state_dict().items())
 
 
 def test_the_epoch_of_the_highest_auc_stays_where_the_auc_is_monitored(tiny):

@@ -1,6 +1,7 @@
 """A training step never waits for the device, and what replaces fastai's waiting parts gives fastai's figures."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +9,16 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, AvgSmoothLoss
 from fastai.metrics import AccumMetric
+from fastai.optimizer import Adam
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from charmlib import charm_learner
+from charmlib import Run, charm_learner
 from charmlib.evaluation.metrics import mean_auc
+from charmlib.param_sources import load_params
 from charmlib.training.device import compile_backbone, place
 from charmlib.training.no_wait import AdamW, HalfPrecision
+from tests.conftest import TINY
 from tests.training.conftest import NET
 
 
@@ -79,6 +83,23 @@ def watched(learn):
     return watch.found
 
 
+@pytest.fixture
+def published(phantoms, tmp_path):
+    """A Learner with all the switches of ``params/published.yaml``."""
+    params = load_params(Path(__file__).parents[2] / "params/published.yaml")
+    run = Run.open(params, **TINY, data_root=str(phantoms), run_dir=str(tmp_path / "published"))
+    return run.learner(run.phase("stage2"))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_no_published_batch_waits_for_the_device(published, half):
+    if half:
+        published.add_cb(HalfPrecision())
+    with published.no_bar():
+        assert watched(published) == []
+    assert all(torch.isfinite(p).all() for p in published.model.parameters())
+
+
 @pytest.mark.parametrize("half, again", [(False, False), (True, False), (True, True)])
 def test_no_batch_waits_for_the_device(learn, half, again):
     learn.model.grad_checkpointing = again
@@ -141,6 +162,20 @@ def test_fused_adamw_is_adamw():
     for a, b in zip(mine, plain):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert opt.skipped is None
+
+
+def test_the_optimizer_fastai_is_fastais_adam_without_decay_of_norms_and_biases(learn, tmp_path):
+    mine = charm_learner(learn.dls, net=copy.deepcopy(learn.model), optimizer="fastai", weight_decay=0.5, seed=1, path=tmp_path)
+    theirs = charm_learner(learn.dls, net=copy.deepcopy(learn.model), weight_decay=0.5, seed=1, path=tmp_path)
+    theirs.opt_func, theirs.wd_bn_bias = Adam, False
+    for one in (mine, theirs):
+        with one.no_bar(), one.no_logging():
+            one.fit_one_cycle(1, slice(1e-4, 1e-2))
+    assert type(mine.opt) is AdamW and type(theirs.opt) is not AdamW
+    for (name, a), b in zip(mine.model.named_parameters(), theirs.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+    with pytest.raises(ValueError, match="optimizer must be one of adamw, fastai, got 'sgd'"):
+        charm_learner(learn.dls, net=learn.model, optimizer="sgd")
 
 
 def test_a_step_whose_gradients_overflow_changes_neither_weights_nor_branch_and_halves_the_scale(learn):

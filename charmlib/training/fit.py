@@ -11,7 +11,7 @@ from fastcore.basics import store_attr
 from charmlib import session
 from charmlib.evaluation.metrics import NotFinite
 from charmlib.params import PARAMS
-from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Trains
+from charmlib.training.callbacks import EpochRecord, FromEpoch, KeepProgress, SeedEpoch, Trains
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
 
@@ -41,7 +41,7 @@ class PhaseRunner:
                              "resume=False to train from the start.")
         return state
 
-    def run(self, plan: Sequence[Phase], state: dict | None = None) -> list[dict]:
+    def run(self, plan: Sequence[Phase], state: dict | None = None, cbs: Sequence = ()) -> list[dict]:
         """Train; returns the history. The network ends with the weights of the best epoch of its last stage.
 
         Raises :class:`charmlib.session.OutOfTime` if the next epoch would not end before the deadline; all finished are saved.
@@ -64,12 +64,12 @@ class PhaseRunner:
                 learner.opt.load_state_dict(resumed["opt"])
             if not (resumed and resumed["over"]):
                 session.stop_unless(longest, phase.name)
-                longest = self._fit(learner, phase, epochs_before(plan, phase), resumed or {"epochs": 0, "scaler": None})
+                longest = self._fit(learner, phase, epochs_before(plan, phase), resumed or {"epochs": 0, "scaler": None}, cbs)
             if i + 1 == len(plan) or plan[i + 1].stage != phase.stage:
                 fill(self.net, self.best["state"], "the best epoch")
         return self.history
 
-    def _fit(self, learner: Learner, phase: Phase, before: int, state: dict) -> float:
+    def _fit(self, learner: Learner, phase: Phase, before: int, state: dict, cbs: Sequence) -> float:
         """Train a phase from a state on; returns the seconds of its longest epoch with a margin."""
         def save(epochs: int, over: bool) -> None:
             scaler = getattr(learner, "scaler", None)
@@ -81,7 +81,8 @@ class PhaseRunner:
         start = state["epochs"]
         keep = KeepProgress(self.best, save, self.monitor, phase.patience, start=start, scale=state["scaler"])
         callbacks = [SeedEpoch(self.seed, phase.name), Trains(phase.trains, phase.train_norms), keep,
-                     EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start)]
+                     EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start),
+                     FromEpoch(start, [learner.recorder, *cbs]), *cbs]
         rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"
         try:
             with learner.no_logging(), learner.removed_cbs(() if self.bars else learner._grab_cbs(ProgressCallback)):

@@ -38,8 +38,7 @@ Scale = tuple[float, float]
 
 def read_grey(source: str | Path | bytes | Image.Image, size: int | None = None, aspect: str = "stretch", *,
               scale: Scale | None = None, contrast: str = "none") -> np.ndarray:
-    """An image file, its bytes or an open picture as uint8 (size, size), or (height, width) for None; see :func:`open_grey`,
-    :func:`fit`."""
+    """An image file, its bytes or a picture as uint8 (size, size), or (height, width) for None; see :func:`open_grey`."""
     grey = open_grey(source, scale)
     return np.asarray(grey) if size is None else fit(grey, size, aspect, contrast)
 
@@ -58,20 +57,15 @@ def open_grey(source: str | Path | bytes | Image.Image, scale: Scale | None = No
 
 def open_picture(source: str | Path | bytes | Image.Image) -> Image.Image | np.ndarray:
     """Like :func:`open_grey`, but pictures of more than 8 bits as their float32 values (height, width), NaN for padding."""
-    if isinstance(source, Image.Image):
-        return _grey_or_deep(source)
-    if not isinstance(source, bytes):
+    if not isinstance(source, bytes | Image.Image):
         source = Path(source).read_bytes()
-    if dicom.is_dicom(source):
-        return dicom.read(source)
-    if (picture := _plain_png(source)) is not None:
-        return picture
-    with open_pillow(source) as image:
-        return _grey_or_deep(image)
-
-
-def _grey_or_deep(image: Image.Image) -> Image.Image | np.ndarray:
-    deep, image = image.mode.startswith(("I", "F")), ImageOps.exif_transpose(image)
+    if isinstance(source, bytes):
+        if dicom.is_dicom(source):
+            return dicom.read(source)
+        if (picture := _plain_png(source)) is not None:
+            return picture
+        source = open_pillow(source)
+    deep, image = source.mode.startswith(("I", "F")), ImageOps.exif_transpose(source)
     if not deep:
         return image.convert("L")
     values = np.asarray(image).astype(np.float32)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,7 @@ class ChestImages:
 
     items = property(lambda self: self.rows.tolist(), doc="Row numbers of the data set, which ``test_dl`` takes.")
 
-    def set_split_idx(self, i: int):
-        """A context in which training (0) or validation (1) transforms apply, for fastai's ``tta``."""
-        return contextmanager(replacing_yield)(self, "split_idx", i)
+    set_split_idx = partialmethod(contextmanager(replacing_yield), "split_idx")  # for fastai's tta
 
     def decode(self, sample: tuple, full: bool = True) -> tuple[TensorImage, MultiCategory]:
         """An image and its labels (C,) -> the image and the names of its positive classes, for fastai's ``predict``."""
@@ -267,10 +266,10 @@ class ChestDataLoaders(DataLoaders):
         return self.valid.new(part, bs=bs or self.valid.bs)
 
     def new_empty(self):
-        """Refuses fastai's ``learn.export``, which asks for this: it writes a pickle, which runs code when it is loaded."""
-        raise NotImplementedError("export would write a pickle. Run.train() writes model.safetensors and model.json, which "
-                                  "Run.load(folder) and `charmlib predict` read; learn.save(name) and learn.load(name) keep "
-                                  "the weights of any Learner")
+        """Refuses fastai's ``learn.export``, which asks for this."""
+        raise NotImplementedError("export would write a pickle, which runs code when it is loaded. Run.train() writes "
+                                  "model.safetensors and model.json, which Run.load(folder) and `python -m charmlib predict` "
+                                  "read; learn.save(name) and learn.load(name) keep the weights of any Learner")
 
 
 def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = False,

@@ -30,13 +30,8 @@ class NetworkHooks(Callback):
     ``renew`` runs in the batch size and precision of validation, and only after training: validating, scoring or predicting
     without training changes nothing, since the learner's data may be other data.
 
-    Callbacks that mix images (fastai's ``MixUp``, ``CutMix``) come later: ``see`` gets ids and labels of the images as they
-    were. A voting bank is renewed from them; one that answers with features would keep those of mixtures.
-
-    Raises
-    ------
-    ValueError
-        Images are mixed, and the network's bank stores their features.
+    ``see`` comes before callbacks that mix images (fastai's ``MixUp``): a voting bank is renewed from the images as they were.
+    A bank of features would keep those of mixtures, which ``before_fit`` refuses with ValueError.
     """
 
     order = -5
@@ -44,7 +39,7 @@ class NetworkHooks(Callback):
     def before_fit(self):
         self.trained = self.cancelled = False
         mixes = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
-        if mixes and (bank := getattr(self.model, "bank", None)) is not None and not isinstance(bank, VotingBank):
+        if mixes and not isinstance(getattr(self.model, "bank", None), VotingBank | None):
             raise ValueError(f"{mixes[0]} mixes images, and the memory bank of answer: features would store the mixtures under "
                              "the names of images: say answer: votes, or use_bank: False")
 
@@ -242,19 +237,6 @@ class KeepProgress(Callback):
             session.stop_unless(self.longest, "the next epoch")
         if stop and not ended:
             raise CancelFitException
-
-
-class FromEpoch(Callback):
-    """Switches callbacks off for the epochs before ``start`` that a resumed phase skips, in which there is nothing to log."""
-
-    order = -30
-
-    def __init__(self, start: int, others):
-        store_attr()
-
-    def before_epoch(self):
-        for cb in self.others if self.epoch <= self.start > 0 else ():
-            cb.run = self.epoch == self.start
 
 
 def write_history(folder: RunFolder, rows: list[dict]) -> None:

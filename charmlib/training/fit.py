@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastcore.basics import store_attr
@@ -11,7 +12,7 @@ from fastcore.basics import store_attr
 from charmlib import session
 from charmlib.evaluation.metrics import NotFinite
 from charmlib.params import PARAMS
-from charmlib.training.callbacks import EpochRecord, FromEpoch, KeepProgress, SeedEpoch, Trains
+from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Trains
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
 
@@ -79,10 +80,15 @@ class PhaseRunner:
                 "scaler": scaler and scaler.state_dict(), "rate": self.rate, "history": self.history})
 
         start = state["epochs"]
+
+        def skip(_) -> None:  # in the epochs that a resumed phase skips, nothing is to log
+            for cb in (learner.recorder, *cbs) if learner.epoch <= start > 0 else ():
+                cb.run = learner.epoch == start
+
         keep = KeepProgress(self.best, save, self.monitor, phase.patience, start=start, scale=state["scaler"])
         callbacks = [SeedEpoch(self.seed, phase.name), Trains(phase.trains, phase.train_norms), keep,
                      EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start),
-                     FromEpoch(start, [learner.recorder, *cbs]), *cbs]
+                     Callback(before_epoch=skip), *cbs]
         rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"
         try:
             with learner.no_logging(), learner.removed_cbs(() if self.bars else learner._grab_cbs(ProgressCallback)):

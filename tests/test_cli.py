@@ -166,7 +166,8 @@ def test_the_run_of_a_grid_is_its_first_cell_and_said_to_be(make_run, tmp_path):
 
     for name, skill in (("poor", 0.2), ("rich", 3.0)):
         make_run(f"g/{name}", skill=skill)
-    cells = [{"id": name, "axes": {}} for name in ("poor", "rich")]
+    cells = [{"id": name, "axes": {}, "params": RunFolder(tmp_path / "g" / name).metrics["params"]}
+             for name in ("poor", "rich")]
     (tmp_path / "g/grid.yaml").write_text(yaml.safe_dump({"name": "g", "axes": [], "cells": cells}))
     done = charm("compare", tmp_path / "g", tmp_path / "g/poor")
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from fastai.callback.core import Callback
+from fastcore.foundation import L
 
 from charmlib import session
 from charmlib.data.dataset import ChestData, find_data, open_dataset
@@ -149,7 +151,7 @@ class Run:
             self.log(f"learning-rate finder: {self._rate:.2e}")
         return self._rate
 
-    def train(self, cbs: Sequence = ()) -> list[dict]:
+    def train(self, cbs: Callback | Sequence[Callback] = ()) -> list[dict]:
         """Train all phases, from the last finished epoch of an earlier start on; a trained run is left as it is.
 
         ``cbs`` are further callbacks of every phase, such as fastai's ``CSVLogger()``, ``TensorBoardCallback()``,
@@ -162,7 +164,7 @@ class Run:
 
         Raises ValueError for a folder of a run with other settings; names them and the remedy.
         """
-        folder = self.folder
+        folder, cbs = self.folder, L(cbs)
         if self.trained():
             self.log("trained already; nothing to do")
             self.history = self._read_history()

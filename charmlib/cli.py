@@ -4,6 +4,7 @@ Exit 0 only when all that was asked is done.
 """
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import click
 
 from charmlib import __version__
+from charmlib.arguments import Folder, one_run, reading
 from charmlib.files import write_csv
 from charmlib.session import entry_point
 
@@ -22,7 +24,7 @@ _POINT = click.option("--point", default="youden", show_default=True, metavar="P
 _READING = click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE",
                         help="How the table is read: classes, normal_class, blank, uncertain, patients.")
 _RERUN = click.option("--rerun-changed", is_flag=True, help="Replace finished runs that were made with other settings.")
-_RUN = click.Path(path_type=Path, exists=True, file_okay=False)
+_RUN = Folder(path_type=Path, exists=True, file_okay=False)
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Trainings at once [default: one a GPU, or 1].")
 
 
@@ -33,7 +35,7 @@ def cli():
 
 
 @cli.command()
-@click.argument("out", type=_PATH)
+@click.argument("out", type=_FOLDER)
 @click.option("--images", default=3000, show_default=True)
 @click.option("--size", default=64, show_default=True, help="Pixels a side.")
 @click.option("--seed", default=85, show_default=True)
@@ -69,7 +71,7 @@ def cache(data_root, size, aspect, contrast, csv, split, cache_dir, workers, ver
     from charmlib.viz import dataset_page as page
 
     found = index.read_index(dataset.find_data(data_root), **{"classes": "own" if csv else "nih14", "csv": csv,
-                                                              **_reading(assignments)})
+                                                              **reading(assignments)})
     start, split = time.monotonic(), split or ("patient" if csv else "official")
 
     def train():  # the images that a run of this split finds the scale of deep pictures on
@@ -83,8 +85,9 @@ def cache(data_root, size, aspect, contrast, csv, split, cache_dir, workers, ver
     click.echo(f"{len(images):,} images at {size} pixels, {images.pixels.nbytes / 1e9:.2f} GB, in {images.folder} "
                f"({time.monotonic() - start:.1f} s)")
     sizes = cache.content_of(images.folder)["sizes"]
-    click.echo("source pictures: " + ", ".join(f"{n:,} of {w} x {h}" for (w, h), n in list(sizes.items())[:5])
-               + (f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""))
+    if sizes:
+        click.echo("source pictures: " + ", ".join(f"{n:,} of {w} x {h}" for (w, h), n in list(sizes.items())[:5])
+                   + (f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""))
     try:
         data = dataset.assemble(found, images, split=split)
     except splits.SplitError as error:
@@ -98,14 +101,17 @@ def cache(data_root, size, aspect, contrast, csv, split, cache_dir, workers, ver
 @cli.command()
 @click.argument("params_yaml", type=_PATH)
 @_ASSIGN
-@click.option("--out", type=_PATH, help="The run's folder [default: runs/<stem>].")
+@click.option("--out", type=_FOLDER, help="The run's folder [default: runs/<stem>].")
 @_RERUN
 def run(params_yaml, assignments, **how):
     """Train and test one cell from PARAMS_YAML."""
+    from charmlib.evaluation import runs, tables
     from charmlib.grid.runner import run_single
 
     folder = run_single(params_yaml, assignments, say=click.echo, **how)
-    click.echo(f"done: {folder}/metrics.json, {folder}/test.ipynb")
+    metrics, name = runs.RunFolder(folder).metrics, shlex.quote(os.path.relpath(folder))
+    click.echo(f"done: mean test AUC {runs.number(metrics['test']['mean_auc']):.4f}, {tables.split_note(metrics)}\nreport: "
+               f"{folder}/report.html\nnext: python -m charmlib explore {name}, predict {name} IMAGE..., compare OTHER {name}")
 
 
 @cli.command()
@@ -162,9 +168,10 @@ def score(run, assignments, **how):
     from charmlib.viz.curves import plot_roc
     from charmlib.viz.run_report import evaluation_text
 
+    run = one_run(run)
     if not (how["out"] or os.access(run, os.W_OK)):
         raise click.UsageError(f"{run} is read-only: name a folder for the scores with --out")
-    metrics, test = score_elsewhere(run, reading=_reading(assignments), **how)
+    metrics, test = score_elsewhere(run, reading=reading(assignments), **how)
     picture = str(Path(metrics["file"]).with_suffix("")) + "_roc.png"
     plot_roc(test, title=metrics["cell"], note=split_note(metrics)).savefig(picture, dpi=150)
     click.echo(f"{external_note(metrics)}\n\n{evaluation_text(metrics, test, how['point'])}\n\n{metrics['file']}\n{picture}")
@@ -180,6 +187,7 @@ def compare(first, second, point, out):
     from charmlib.evaluation import compare, leaks, score, tables
     from charmlib.evaluation.runs import RunFolder
 
+    first, second = map(one_run, (first, second))
     if first.resolve() == second.resolve():
         raise click.UsageError(f"{first} is named twice; compare two runs")
     runs = [RunFolder(first), RunFolder(second)]
@@ -201,7 +209,7 @@ def compare(first, second, point, out):
 @cli.command()
 @click.argument("params_or_run", type=_PATH)
 @_ASSIGN
-@click.option("--out", type=_PATH, help="The controls' folder [default: runs/<name>_controls].")
+@click.option("--out", type=_FOLDER, help="The controls' folder [default: runs/<name>_controls].")
 @_WORKERS
 def controls(params_or_run, assignments, **how):
     """Controls of a parameter file or a finished run: shuffled labels (must score 0.5), view position alone, plain network."""
@@ -226,7 +234,7 @@ def predict(run, paths, out, **how):
     """Probabilities and calls of RUN for new images or folders (PNG, JPEG, TIFF, WebP, BMP, DICOM). Research use only."""
     from charmlib.training import predict
 
-    refused = []
+    run, refused = one_run(run), []
     click.echo(predict.origin(run))
     out.parent.mkdir(parents=True, exist_ok=True)
     table = predict.predict(run, paths, refused=refused.append, **how)
@@ -243,7 +251,7 @@ def predict(run, paths, out, **how):
 @cli.command()
 @click.argument("runs", nargs=-1, type=_RUN, metavar="[RUN]...")
 @click.option("--data-root", default="", help="Where the images are [default: as each run's parameters say].")
-@click.option("--port", default=8866, show_default=True)
+@click.option("--port", default=8866, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--browser/--no-browser", default=True, help="Open the page in a browser.")
 def explore(runs, **how):
     """Look at finished runs on a web page of this machine: walk along ROC curves, see images, compare runs."""
@@ -260,7 +268,7 @@ def grid():
 @grid.command("run")
 @click.argument("grid_yaml", type=_PATH)
 @_ASSIGN
-@click.option("--out", type=_PATH, help="The grid's folder [default: runs/<name>].")
+@click.option("--out", type=_FOLDER, help="The grid's folder [default: runs/<name>].")
 @_WORKERS
 @click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster.")
 @click.option("--scheduler-file", metavar="FILE", help="Use the Dask cluster of this scheduler file.")
@@ -341,7 +349,8 @@ def grid_report(folder, out):
 
 
 @cli.command()
-@click.option("--write", "notebooks", multiple=True, type=click.Path(path_type=Path, exists=True), metavar="NOTEBOOK",
+@click.option("--write", "notebooks", multiple=True, metavar="NOTEBOOK",
+              type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Bring the parameters cell of this notebook up to date instead.")
 def params(notebooks):
     """List all parameters with their defaults and reasons."""
@@ -357,22 +366,12 @@ def params(notebooks):
                    + (f"; needs {', '.join(needs)}" if needs else ""))
     for path in notebooks:
         book = nbformat.read(path, as_version=4)
-        cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
+        if not (cell := next((c for c in book.cells if "parameters" in c.metadata.get("tags", [])), None)):
+            raise click.UsageError(f"{path} has no cell tagged parameters")
         names = [line.split(":")[0] for line in cell.source.splitlines() if line.split(":")[0] in PARAMS]
         cell.source = cell_source(None if path.stem == "train" else names)
         nbformat.write(book, path)
         click.echo(f"{path}: {len(cell.source.splitlines())} lines")
-
-
-def _reading(assignments) -> dict:
-    from charmlib.param_sources import parse_assignments
-    from charmlib.params import READING, ParameterError
-
-    how = parse_assignments(assignments)
-    allowed = [name for name in READING if name != "csv"]  # an option of its own
-    if other := set(how) - set(allowed):
-        raise ParameterError(f"parameter '{min(other)}' does not say how a table is read; -p takes {', '.join(allowed)}.")
-    return how
 
 
 def _board_text(board) -> str:
@@ -393,6 +392,9 @@ def _board_text(board) -> str:
 
 def main():
     """Entry point of ``charmlib``."""
-    from charmlib.grid.cells import GridError
-
+    try:
+        from charmlib.grid.cells import GridError
+    except ValueError as error:  # of the modules that CHARM_SYSTEMS names
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
     entry_point(cli, GridError)

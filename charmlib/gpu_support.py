@@ -12,6 +12,10 @@ _TENSOR_CORES = (7, 0)
 _OLDEST_OF_CU128 = (7, 5)
 
 
+class Unsupported(RuntimeError, ValueError):
+    """What the GPU or the torch build of this machine cannot do; the message names the remedy."""
+
+
 class Verdict(NamedTuple):
     """Whether a torch build can use a GPU, and a sentence with the capability or the remedy."""
 
@@ -66,12 +70,12 @@ def verdict_on(device: int | None = None) -> Verdict:
 
 
 def gpu_report(*, required: bool = False) -> str:
-    """One line for each GPU that torch sees, or one with the reason why there is none; a RuntimeError if one is ``required``
-    and none is usable."""
+    """One line for each GPU that torch sees, or one with the reason why there is none; Unsupported if one is ``required`` and
+    none is usable."""
     import torch
 
     found = [verdict_on(i) for i in range(torch.cuda.device_count())] or [verdict_on()]
     text = "\n".join(f"GPU {i}: {one.text}" if one.usable else one.text for i, one in enumerate(found))
     if required and not any(one.usable for one in found):
-        raise RuntimeError(text)
+        raise Unsupported(text)
     return text

@@ -38,10 +38,15 @@ def parse_yaml(text: str, source: str, what: str = "valid YAML") -> Any:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a dict, empty for an empty file; ParameterError, naming the file, if it is missing or no mapping."""
     path = find_file(path)
+    if path.is_dir():
+        raise ParameterError(f"{path} is a folder; name a YAML file")
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParameterError(f"no file {path}.{nearest(path.name, there)}")
-    content = parse_yaml(path.read_text(), str(path))
+    try:
+        content = parse_yaml(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -71,6 +76,9 @@ def read_params(path: str | Path, *, above: tuple[Path, ...] = ()) -> tuple[dict
     """
     path = find_file(path)
     content = read_yaml(path)
+    if grid := sorted({"axes", "cells"} & content.keys()):
+        raise ParameterError(f"{path} is a grid file (it has {' and '.join(grid)}), no file of parameters: "
+                             f"`python -m charmlib grid run {path}` runs it")
     base = content.pop("base", None)
     own = {name: coerce(name, value, str(path)) for name, value in content.items()}
     if base is None:

@@ -59,6 +59,8 @@ def test_run_trains_and_tests_one_cell_and_again_does_nothing(phantoms, tmp_path
     done = charm(*args)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/metrics.json").is_file() and "stage 2 epoch 1/1" in done.stdout
+    assert "done: mean test AUC 0." in done.stdout and f"report: {tmp_path}/out/report.html" in done.stdout
+    assert (tmp_path / "out/report.html").is_file() and "next: python -m charmlib explore " in done.stdout
     again = charm(*args)
     assert again.returncode == 0 and "1 done, 0 to run" in again.stdout
     changed = charm(*args, "-p", "k=1")
@@ -103,12 +105,81 @@ def test_a_grid_with_a_failed_cell_does_not_exit_0(phantoms, tmp_path):
     (("run", "params/charm.yaml", "-p", "k=many"), "not a number"),
     (("run", "params/charm.yaml", "-p", "data_root=/nowhere"), "no folder /nowhere"),
     (("controls", "params/charm.yaml", "-p", "limit=50"), "whole test part"),
+    (("run", "params/grid_demo.yaml"), "`python -m charmlib grid run params/grid_demo.yaml` runs it"),
+    (("controls", "params/grid_demo.yaml"), "is a grid file (it has axes"),
+    (("grid", "run", "params/plain.yaml"), "`python -m charmlib run params/plain.yaml` runs a file of parameters"),
+    (("run", "params"), "params is a folder; name a YAML file"),
+    (("run", "params/charm.yaml", "-p", "k"), "wanted name=value"),
+    (("predict", "params/plain.yaml", "x.png"), "plain.yaml is a file; name the folder of a run or grid"),
+    (("evaluate", "chramlib"), "no folder chramlib. Did you mean 'charmlib'?"),
+    (("params", "--write", "README.md"), "does not appear to be JSON"),
     (("cache", "/nowhere"), "no folder /nowhere")])
 def test_refused_input_is_one_clear_line_and_exit_2(args, says, tmp_path):
-    out = ("--out", tmp_path / "out") if args[0] != "cache" else ()
+    out = ("--out", tmp_path / "out") if args[0] not in ("cache", "params") else ()
     done = charm(*args, *out)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_yaml_file_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("arch: ViT  # größer".encode("latin-1"))
+    for command in (("run",), ("grid", "run"), ("controls",)):
+        done = charm(*command, tmp_path / "mine.yaml")
+        assert done.returncode == 2 and f"error: {tmp_path}/mine.yaml is not UTF-8 text" in done.stderr, done.stderr
+
+
+def test_a_missing_module_of_systems_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setenv("CHARM_SYSTEMS", "nowhere_to_be_found")
+    done = charm("params")
+    assert done.returncode == 2 and "put its folder on PYTHONPATH" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_cuda_without_a_gpu_is_one_clear_line(phantoms, tiny, tmp_path):
+    import torch
+
+    from charmlib import Run
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    run = Run.open(tiny, stage1_epochs=0, stage2_epochs=0)
+    run.train()
+    done = charm("predict", run.folder, next(phantoms.rglob("*.png")), "--device", "cuda", "--out", tmp_path / "p.csv")
+    assert done.returncode == 2 and done.stderr.startswith("error: device 'cuda': torch") and "Traceback" not in done.stderr
+
+
+def test_an_error_without_words_is_named_by_its_class(capsys):
+    import click
+
+    from charmlib.session import entry_point
+
+    @click.command()
+    def silent():
+        raise MemoryError
+
+    with pytest.raises(SystemExit, match="2"):
+        entry_point(silent, ValueError, args=[])
+    assert capsys.readouterr().err == "error: MemoryError\n"
+
+
+def test_the_run_of_a_grid_is_its_first_cell_and_said_to_be(make_run, tmp_path):
+    from charmlib.evaluation.runs import RunFolder
+
+    for name, skill in (("poor", 0.2), ("rich", 3.0)):
+        make_run(f"g/{name}", skill=skill)
+    cells = [{"id": name, "axes": {}, "params": RunFolder(tmp_path / "g" / name).metrics["params"]}
+             for name in ("poor", "rich")]
+    (tmp_path / "g/grid.yaml").write_text(yaml.safe_dump({"name": "g", "axes": [], "cells": cells}))
+    done = charm("compare", tmp_path / "g", tmp_path / "g/poor")
+    assert done.returncode == 0, done.stderr
+    first, other = tmp_path / "g/rich", tmp_path / "g/poor"
+    assert f"taking its first cell by validation AUC, {first}; others are named like {other}" in done.stdout
+    assert f"first: {first}" in done.stdout
+    done = charm("predict", tmp_path / "g", tmp_path)
+    assert f"{tmp_path}/g/rich" in done.stdout and done.returncode == 2
+    RunFolder(tmp_path / "g/rich").metrics_file.unlink()
+    RunFolder(tmp_path / "g/poor").metrics_file.unlink()
+    done = charm("predict", tmp_path / "g", tmp_path)
+    assert done.returncode == 2 and f"grid without a ranked cell: name the folder of one, such as {tmp_path}/g/" in done.stderr
 
 
 def test_the_list_of_parameters():

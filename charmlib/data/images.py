@@ -36,15 +36,15 @@ Scale = tuple[float, float]
 """The values that become black and white in pictures of more than 8 bits."""
 
 
-def read_grey(source: str | Path | bytes, size: int | None = None, aspect: str = "stretch", *, scale: Scale | None = None,
-              contrast: str = "none") -> np.ndarray:
-    """An image file (or its bytes) as uint8 (size, size), or (height, width) for None; see :func:`open_grey`, :func:`fit`."""
+def read_grey(source: str | Path | bytes | Image.Image, size: int | None = None, aspect: str = "stretch", *,
+              scale: Scale | None = None, contrast: str = "none") -> np.ndarray:
+    """An image file, its bytes or a picture as uint8 (size, size), or (height, width) for None; see :func:`open_grey`."""
     grey = open_grey(source, scale)
     return np.asarray(grey) if size is None else fit(grey, size, aspect, contrast)
 
 
-def open_grey(source: str | Path | bytes, scale: Scale | None = None) -> Image.Image:
-    """An image file (or its bytes) as a picture of one 8-bit grey channel, turned as its EXIF orientation says.
+def open_grey(source: str | Path | bytes | Image.Image, scale: Scale | None = None) -> Image.Image:
+    """An image file, its bytes or an open picture as a picture of one 8-bit grey channel, turned as its EXIF orientation says.
 
     Pictures of 8 bits are taken as they are: L, RGB, RGBA, palette and 1-bit files are converted by Pillow's ``L``; an alpha
     channel is dropped. Deeper ones are scaled by ``scale``, which a data set has in common. Without one, the 0.5th and 99.5th
@@ -55,22 +55,23 @@ def open_grey(source: str | Path | bytes, scale: Scale | None = None) -> Image.I
     return picture if isinstance(picture, Image.Image) else to_grey(picture, scale)
 
 
-def open_picture(source: str | Path | bytes) -> Image.Image | np.ndarray:
+def open_picture(source: str | Path | bytes | Image.Image) -> Image.Image | np.ndarray:
     """Like :func:`open_grey`, but pictures of more than 8 bits as their float32 values (height, width), NaN for padding."""
-    if not isinstance(source, bytes):
+    if not isinstance(source, bytes | Image.Image):
         source = Path(source).read_bytes()
-    if dicom.is_dicom(source):
-        return dicom.read(source)
-    if (picture := _plain_png(source)) is not None:
-        return picture
-    with open_pillow(source) as image:
-        deep, image = image.mode.startswith(("I", "F")), ImageOps.exif_transpose(image)
-        if not deep:
-            return image.convert("L")
-        values = np.asarray(image).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise OSError("pixel values that are not finite")
-        return values
+    if isinstance(source, bytes):
+        if dicom.is_dicom(source):
+            return dicom.read(source)
+        if (picture := _plain_png(source)) is not None:
+            return picture
+        source = open_pillow(source)
+    deep, image = source.mode.startswith(("I", "F")), ImageOps.exif_transpose(source)
+    if not deep:
+        return image.convert("L")
+    values = np.asarray(image).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise OSError("pixel values that are not finite")
+    return values
 
 
 def to_grey(values: np.ndarray, scale: Scale | None = None) -> Image.Image:

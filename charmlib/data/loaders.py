@@ -6,18 +6,24 @@ a pixel goes to the device. Augmentation, scaling and the expansion to three cha
 
 import gc
 import math
+import numbers
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import Transform
+from fastai.data.transforms import MultiCategory, Transform
+from fastai.learner import replacing_yield
 from fastai.torch_core import TensorImage, TensorMultiCategory
 from fastai.vision.core import imagenet_stats
+from fastcore.basics import detuplify
+from PIL import Image
 from torch import Tensor
 
 from charmlib.data.dataset import ChestData
@@ -44,6 +50,14 @@ class ChestImages:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    items = property(lambda self: self.rows.tolist(), doc="Row numbers of the data set, which ``test_dl`` takes.")
+
+    set_split_idx = partialmethod(contextmanager(replacing_yield), "split_idx")  # for fastai's tta
+
+    def decode(self, sample: tuple, full: bool = True) -> tuple[TensorImage, MultiCategory]:
+        """An image and its labels (C,) -> the image and the names of its positive classes, for fastai's ``predict``."""
+        return sample[0], MultiCategory(name for name, value in zip(self.classes, sample[1]) if value == 1)
 
     def read(self, index: Sequence[int], *, pin: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Images (B, 1, S, S) uint8, labels (B, C) float32 and rows (B,) int64, page-locked if ``pin``.
@@ -130,15 +144,25 @@ class ChestDL(TfmdDL):
         return batch
 
     def show_batch(self, b=None, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
-        """Draw images with their findings; returns the figure, or the decoded batch with ``show=False``."""
+        """Draw images with their findings; returns the figure, or with ``show=False`` what fastai's does."""
+        if not show:
+            return super().show_batch(b, max_n=max_n, show=False)
         x, y = self.decode(self.one_batch() if b is None else b)[:2]
-        return self._drawn(x, ["\n".join(self._names(row)) for row in y], max_n, ctxs) if show else (x, y)
+        return self._drawn(x, ["\n".join(self._names(row)) for row in y], max_n, ctxs)
 
     def show_results(self, b, out, max_n: int = 9, ctxs=None, show: bool = True, **kwargs):
         """Draw images with their findings, and below them the findings predicted at probability 0.5."""
+        if not show:
+            return super().show_results(b, out, max_n=max_n, show=False)
         x, y = self.decode(b)[:2]
-        titles = ["\n".join(self._names(truth)) + "\n-> " + ", ".join(self._names(call)) for truth, call in zip(y, out)]
-        return self._drawn(x, titles, max_n, ctxs) if show else (x, y, out)
+        pairs = zip(y, detuplify(out))
+        titles = ["\n".join(self._names(truth)) + "\n-> " + ", ".join(self._names(call)) for truth, call in pairs]
+        return self._drawn(x, titles, max_n, ctxs)
+
+    def _pre_show_batch(self, b, max_n: int = 9):
+        from fastai.vision import learner  # noqa: F401  (registers plot_top_losses, and takes a second that training does without)
+
+        return super()._pre_show_batch(b, max_n)
 
     def _drawn(self, x, titles, max_n, axes):
         from charmlib.data.show import show_images
@@ -146,11 +170,12 @@ class ChestDL(TfmdDL):
         return show_images(x[:max_n].numpy(), titles[:max_n], axes=axes, note=self.dataset.note)
 
     def _names(self, row) -> list[str]:
-        return [c for c, v in zip(self.dataset.classes, row) if v == 1] or [NO_FINDING]
+        return list(self.dataset.decode((None, row))[1]) or [NO_FINDING if (row == row).any() else "labels unknown"]
 
 
 class FlipRotate(Transform):
-    """Training only: a flip with probability ``flip`` and a rotation by up to ``degrees``, drawn for each image.
+    """Training (and fastai's ``tta``) only: a flip with probability ``flip`` and a rotation by up to ``degrees``, drawn for
+    each image.
 
     Rotated-in corners repeat the border. It runs before the expansion to three channels, so that one channel is rotated.
     Angles are drawn on the CPU, so that a run is the same on every device.
@@ -216,7 +241,6 @@ def grey_to_network(grey: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class ChestDataLoaders(DataLoaders):
     """Training, validation and, if asked for, test loaders of one data set."""
 
-    aspect = "stretch"  # rule for new images that are not square
     normal_class = ""  # the class that means "no finding"
 
     vocab = property(lambda self: self.train.dataset.classes)
@@ -224,11 +248,28 @@ class ChestDataLoaders(DataLoaders):
     test = property(lambda self: self.loaders[2])
 
     def test_dl(self, items: Sequence, bs: int | None = None, **kwargs) -> ChestDL:
-        """A loader over image files (any grey or colour mode), in their order, with unknown (NaN) labels."""
-        images = np.stack([read_grey(path, self.train.dataset.images.shape[1], self.aspect) for path in items])
-        labels = np.full((len(items), self.c), np.nan, np.float32)
-        part = ChestImages(images, labels, np.arange(len(items)), self.vocab, known=False)
+        """A loader over new images in their order, with unknown (NaN) labels, or over row numbers of the data set.
+
+        A new image is a file, its bytes, a PIL image, or a uint8 array (H, W) or (H, W, channels), of any grey or colour mode;
+        it is read as the images of the data set were.
+        """
+        data, rows = self.train.dataset, [item for item in items if isinstance(item, numbers.Integral)]
+        if rows and len(rows) == len(items):
+            part = ChestImages(data.images, data.labels, rows, self.vocab, note=data.note)
+        else:
+            rules = getattr(data.images, "manifest", {})
+            rules = {name: rules[name] for name in ("aspect", "contrast", "scale") if name in rules}
+            images = [read_grey(Image.fromarray(np.asarray(item)) if isinstance(item, np.ndarray | Tensor) else item,
+                                data.images.shape[1], **rules) for item in items]
+            labels = np.full((len(items), self.c), np.nan, np.float32)
+            part = ChestImages(np.stack(images), labels, np.arange(len(items)), self.vocab, known=False)
         return self.valid.new(part, bs=bs or self.valid.bs)
+
+    def new_empty(self):
+        """Refuses fastai's ``learn.export``, which asks for this."""
+        raise NotImplementedError("export would write a pickle, which runs code when it is loaded. Run.train() writes "
+                                  "model.safetensors and model.json, which Run.load(folder) and `python -m charmlib predict` "
+                                  "read; learn.save(name) and learn.load(name) keep the weights of any Learner")
 
 
 def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = False,
@@ -240,7 +281,8 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
     The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one. With ``findings_only``
     (stage 1), training and validation take only images with a finding. The test part is always complete. The validation loader
     of a split without a validation part gives no batch. ``mean`` and ``std`` (3,) are the normalisation that the network
-    expects for RGB in [0, 1]. ``degrees`` and ``flip`` augment the training part (:class:`FlipRotate`). ``preload`` holds the
+    expects for RGB in [0, 1]. ``degrees`` and ``flip`` augment the training part, and any part in fastai's ``tta``
+    (:class:`FlipRotate`). ``preload`` holds the
     training images as uint8 on the device (50 KB an image at 224 pixels); see :meth:`ChestImages.preload`.
 
     Raises ValueError for a part without images or fewer than two training images.
@@ -257,9 +299,9 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
                               note=data.source if data.index.drawn else "")
         if train and preload:
             dataset.preload(device)
-        augment = [FlipRotate(degrees, flip)] if train and (degrees or flip) else []
+        augment = [FlipRotate(degrees, flip)] if degrees or flip else []
         loaders.append(ChestDL(dataset, bs=min(bs, len(rows)) or bs, shuffle=train, drop_last=train, device=device,
                                after_batch=[GreyToNetwork(mean, std), *augment]))
     dls = ChestDataLoaders(*loaders, path=path, device=device)
-    dls.normal_class, dls.aspect = data.index.normal_class, data.images.manifest["aspect"]
+    dls.normal_class = data.index.normal_class
     return dls

@@ -85,7 +85,8 @@ def load_grid(path: str | Path, assignments: Iterable[str] = ()) -> Grid:
     content = {"axes": None, "cells": None, "base": None, "name": None} | read_yaml(path)
     for key in content:
         if key not in KEYS:
-            raise ParameterError(f"{path}: unknown key '{key}'.{nearest(key, KEYS)} A grid file has {', '.join(KEYS)}.")
+            raise ParameterError(f"{path}: unknown key '{key}'.{nearest(key, KEYS)} A grid file has {', '.join(KEYS)}; "
+                                 f"`python -m charmlib run {path}` runs a file of parameters.")
     axes, entries = content["axes"] or {}, content["cells"] or []
     if not isinstance(axes, dict):
         raise ParameterError(f"{path}: axes must be 'name: [values]' lines, found {axes!r}.")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.mixup import MixHandler
 from fastai.torch_core import norm_types
 from fastcore.basics import store_attr
 
@@ -17,6 +18,7 @@ from charmlib.data.loaders import GreyToNetwork, grey_to_network
 from charmlib.evaluation.runs import RunFolder, number
 from charmlib.files import write_whole
 from charmlib.nih import finding_columns
+from charmlib.nn.votes import VotingBank
 from charmlib.training.recipes import Phase
 
 NUMBERS = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
@@ -28,12 +30,19 @@ class NetworkHooks(Callback):
 
     ``renew`` runs in the batch size and precision of validation, and only after training: validating, scoring or predicting
     without training changes nothing, since the learner's data may be other data.
+
+    ``see`` comes before callbacks that mix images (fastai's ``MixUp``): a voting bank is renewed from the images as they were.
+    A bank of features would keep those of mixtures, which ``before_fit`` refuses with ValueError.
     """
 
     order = -5
 
     def before_fit(self):
         self.trained = self.cancelled = False
+        mixes = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
+        if mixes and not isinstance(getattr(self.model, "bank", None), VotingBank | None):
+            raise ValueError(f"{mixes[0]} mixes images, and the memory bank of answer: features would store the mixtures under "
+                             "the names of images: say answer: votes, or use_bank: False")
 
     def before_train(self):
         self.trained = True
@@ -198,15 +207,21 @@ class KeepProgress(Callback):
         store_attr()
 
     def before_fit(self):
+        self.kept = len(self.learn.epoch_record.rows)
         if self.scale and getattr(self.learn, "scaler", None) is not None:
             self.learn.scaler.load_state_dict(self.scale)
 
     def before_epoch(self):
         self.clock = time.monotonic()
 
-    def after_epoch(self):
+    def after_cancel_fit(self):
+        if self.kept < len(self.learn.epoch_record.rows):  # another callback ended the fit, so that after_epoch was skipped
+            self.after_epoch(ended=True)
+
+    def after_epoch(self, ended: bool = False):
         if self.epoch < self.start:
             return
+        self.kept = len(self.learn.epoch_record.rows)
         row = self.learn.epoch_record.rows[-1]
         value = -row["valid_auc"] if self.monitor == "valid_auc" else row["valid_loss"]
         self.best["waited"] += 1
@@ -219,12 +234,12 @@ class KeepProgress(Callback):
                                  "earlier epoch can be chosen. Lower the learning rate or check the labels")
             self.best.update(value=value, state=state)
         stop = 0 < self.phase.patience <= self.best["waited"]
-        over = stop or self.epoch + 1 == self.n_epoch
+        over = ended or stop or self.epoch + 1 == self.n_epoch
         self.save(self.epoch + 1, over)
         self.longest = max(self.longest, 1.15 * (time.monotonic() - self.clock))
         if not over:
             session.stop_unless(self.longest, "the next epoch")
-        if stop:
+        if stop and not ended:
             raise CancelFitException
 
 

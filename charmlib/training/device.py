@@ -2,7 +2,7 @@
 
 import torch
 
-from charmlib.gpu_support import verdict_on
+from charmlib.gpu_support import Unsupported, verdict_on
 
 
 def pick_device(wish: str = "auto") -> torch.device:
@@ -13,7 +13,7 @@ def pick_device(wish: str = "auto") -> torch.device:
 
     Raises
     ------
-    RuntimeError
+    Unsupported
         'cuda' where there is no usable GPU; says what is wrong.
     """
     if wish == "cpu":
@@ -22,7 +22,7 @@ def pick_device(wish: str = "auto") -> torch.device:
     if found.usable:
         return torch.device("cuda")
     if wish == "cuda":
-        raise RuntimeError(f"device 'cuda': {found.text}")
+        raise Unsupported(f"device 'cuda': {found.text}")
     if torch.cuda.is_available():
         print(f"{found.text} Going on with the CPU.")
     return torch.device("cpu")
@@ -44,12 +44,12 @@ def compile_backbone(net: torch.nn.Module, device: torch.device) -> None:
 
     Raises
     ------
-    RuntimeError
+    Unsupported
         A card older than sm_70, which torch's compiler has no code for.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        raise RuntimeError(f"compile: {torch.cuda.get_device_name(device)} is older than sm_70, for which torch.compile has no "
-                           "code: say compile=False")
+        raise Unsupported(f"compile: {torch.cuda.get_device_name(device)} is older than sm_70, for which torch.compile has no "
+                          "code: say compile=False")
     for part in net.compile_parts() if hasattr(net, "compile_parts") else net.parts().values():
         part.compile()
 
@@ -59,9 +59,9 @@ def pick_precision(wish: str, device: torch.device) -> str:
 
     Raises
     ------
-    RuntimeError
+    Unsupported
         fp16 asked for on a CPU.
     """
     if wish == "fp16" and device.type != "cuda":
-        raise RuntimeError("precision 'fp16' needs a GPU; say precision: auto or fp32")
+        raise Unsupported("precision 'fp16' needs a GPU; say precision: auto or fp32")
     return ("fp16" if device.type == "cuda" else "fp32") if wish == "auto" else wish

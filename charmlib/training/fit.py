@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastcore.basics import store_attr
@@ -41,7 +42,7 @@ class PhaseRunner:
                              "resume=False to train from the start.")
         return state
 
-    def run(self, plan: Sequence[Phase], state: dict | None = None) -> list[dict]:
+    def run(self, plan: Sequence[Phase], state: dict | None = None, cbs: Sequence = ()) -> list[dict]:
         """Train; returns the history. The network ends with the weights of the best epoch of its last stage.
 
         Raises :class:`charmlib.session.OutOfTime` if the next epoch would not end before the deadline; all finished are saved.
@@ -64,12 +65,12 @@ class PhaseRunner:
                 learner.opt.load_state_dict(resumed["opt"])
             if not (resumed and resumed["over"]):
                 session.stop_unless(longest, phase.name)
-                longest = self._fit(learner, phase, epochs_before(plan, phase), resumed or {"epochs": 0, "scaler": None})
+                longest = self._fit(learner, phase, epochs_before(plan, phase), resumed or {"epochs": 0, "scaler": None}, cbs)
             if i + 1 == len(plan) or plan[i + 1].stage != phase.stage:
                 fill(self.net, self.best["state"], "the best epoch")
         return self.history
 
-    def _fit(self, learner: Learner, phase: Phase, before: int, state: dict) -> float:
+    def _fit(self, learner: Learner, phase: Phase, before: int, state: dict, cbs: Sequence) -> float:
         """Train a phase from a state on; returns the seconds of its longest epoch with a margin."""
         def save(epochs: int, over: bool) -> None:
             scaler = getattr(learner, "scaler", None)
@@ -79,9 +80,15 @@ class PhaseRunner:
                 "scaler": scaler and scaler.state_dict(), "rate": self.rate, "history": self.history})
 
         start = state["epochs"]
+
+        def skip(_) -> None:  # in the epochs that a resumed phase skips, nothing is to log
+            for cb in (learner.recorder, *cbs) if learner.epoch <= start > 0 else ():
+                cb.run = learner.epoch == start
+
         keep = KeepProgress(self.best, save, self.monitor, phase, start=start, scale=state["scaler"])
         callbacks = [SeedEpoch(self.seed, phase.name), Trains(phase.trains, phase.train_norms), keep,
-                     EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start)]
+                     EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start),
+                     Callback(before_epoch=skip), *cbs]
         rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"
         try:
             with learner.no_logging(), learner.removed_cbs(() if self.bars else learner._grab_cbs(ProgressCallback)):

@@ -42,6 +42,11 @@ class AdamW(OptimWrapper):
         super().__init__(params, _Fused, lr=lr, fused=True, **kwargs)
 
     @property
+    def hypers(self) -> list[dict]:
+        """The hyperparameters of each group that are numbers, which is all that fastai's loggers can write."""
+        return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in super().hypers]
+
+    @property
     def skipped(self) -> Tensor | None:
         return self.opt.skipped
 
@@ -97,7 +102,7 @@ class MeanLoss(AvgLoss):
 
     def accumulate(self, learn):
         size = len(learn.yb[0])
-        self.total = self.total + learn.loss.detach() * size
+        self.total = self.total + learn.loss.detach().mean() * size  # get_preds(with_loss=True) does not reduce the loss
         self.count += size
 
 
@@ -114,8 +119,9 @@ class MeanAUC(Metric):
         self.logits, self.labels = [], []
 
     def accumulate(self, learn):
-        self.logits.append(learn.pred.detach())
-        self.labels.append(learn.yb[0].detach())
+        if not hasattr(learn, "gather_preds"):  # predictions are asked for, of one image perhaps
+            self.logits.append(learn.pred.detach())
+            self.labels.append(learn.yb[0].detach())
 
     @property
     def value(self) -> float:

@@ -3,13 +3,16 @@
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from fastai.callback.core import Callback
+from fastcore.foundation import L
 
 from charmlib import session
 from charmlib.data.dataset import ChestData, digests, find_data, open_dataset
@@ -117,13 +120,17 @@ class Run:
                                  std=self.net.std, preload=self.params["preload"], device=self.device, path=self.folder.path)
 
     def learner(self, phase: Phase | None = None):
-        """A fastai Learner around the run's network, with loss and loaders of a phase; of the first by default."""
+        """A fastai Learner around the run's network, with loss and loaders of a phase; of the first by default.
+
+        What its callbacks write goes into the folder ``fastai`` of the run's.
+        """
         phase = phase or self.phase()
         if phase.sets:
             self.net.enter(**phase.sets)
+        path = self.folder / "fastai"  # CSVLogger's history.csv is another file than the run's
+        path.mkdir(parents=True, exist_ok=True)
         return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
-                             **{name: self.params[name] for name in ("optimizer", "one_group", "weight_decay")},
-                             path=self.folder.path)
+                             **{name: self.params[name] for name in ("optimizer", "one_group", "weight_decay")}, path=path)
 
     def find_lr(self, *, plot: bool = False) -> float:
         """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder.
@@ -145,8 +152,11 @@ class Run:
             self.log(f"learning-rate finder: {self._rate:.2e}")
         return self._rate
 
-    def train(self) -> list[dict]:
+    def train(self, cbs: Callback | Sequence[Callback] = ()) -> list[dict]:
         """Train all phases, from the last finished epoch of an earlier start on; a trained run is left as it is.
+
+        ``cbs`` are further callbacks of every phase, such as fastai's ``CSVLogger()``, ``TensorBoardCallback()``,
+        ``WandbCallback()`` or ``MixUp()``. They are no part of the run's settings: a run that goes on needs them again.
 
         Writes ``params.yaml`` and ``split.csv``; after each epoch ``history.csv``, ``bank_history.csv``, ``log.txt`` and
         ``resume.pt``; at the end ``model.safetensors``, ``bank.csv`` (the bank's slots), and ``model.json`` with thresholds and
@@ -155,7 +165,7 @@ class Run:
 
         Raises ValueError for a folder of a run with other settings; names them and the remedy.
         """
-        folder = self.folder
+        folder, cbs = self.folder, L(cbs)
         if (folder / "grid.yaml").is_file():
             raise ValueError(f"{folder} is the folder of a grid, whose cells a run there would hide: name another run_dir")
         if self.trained():
@@ -181,7 +191,11 @@ class Run:
                  + (f", going on after {len(state['history'])} finished epochs" if state else ""))
         if state is None:
             self._note_effective(steps(plan, self.data.train_images()))
-        self.history = [{name: row[name] for name in HISTORY} for row in runner.run(plan, state)]
+        if cbs:
+            self.log(f"with the callbacks {', '.join(type(cb).__name__ for cb in cbs)}")
+        self.history = [{name: row[name] for name in HISTORY} for row in runner.run(plan, state, cbs)]
+        with suppress(OSError):  # not empty: a callback has written there
+            (self.folder / "fastai").rmdir()
         logits, labels = self.logits("valid")
         self.bank.write()
         save_model(self.net, folder.path, classes=self.data.classes, normal_class=self.data.index.normal_class,

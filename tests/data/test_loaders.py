@@ -168,9 +168,14 @@ def test_the_grid_of_a_turn_is_torchs_affine_grid():
 
 def test_validation_is_not_augmented(data):
     dls = loaders(data)
-    assert not any(isinstance(t, FlipRotate) for t in dls.valid.after_batch.fs)
     a, b = dls.valid.one_batch()[0], dls.valid.one_batch()[0]
     assert torch.equal(a, b)
+    plain = loaders(data, degrees=0.0, flip=0.0)
+    for part in (1, 2):
+        assert all(torch.equal(x, y) for (x, _), (y, _) in zip(dls[part], plain[part]))
+    with dls.valid.dataset.set_split_idx(0):  # fastai's tta
+        assert not torch.equal(dls.valid.one_batch()[0], a)
+    assert torch.equal(dls.valid.one_batch()[0], a)
     assert not torch.equal(dls.train.one_batch()[0], dls.train.one_batch()[0])
 
 

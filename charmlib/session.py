@@ -51,7 +51,7 @@ def entry_point(command: Callable, refusal: type[Exception], *, clean: Callable[
         click.echo(f"stopped; the same command {kept}", err=True)
         sys.exit(130)
     except (refusal, ValueError, OSError, ImportError, MemoryError) as error:
-        click.echo(clean(f"error: {readable(error)}"), err=True)
+        click.echo(clean(f"error: {readable(error) or type(error).__name__}"), err=True)
         sys.exit(2)
 
 

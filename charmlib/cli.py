@@ -240,11 +240,11 @@ def predict(run, paths, out, **how):
     table = predict.predict(run, paths, refused=refused.append, **how)
     write_csv(out, table)
     calls = any(column.startswith("call_") for column in table)
-    click.echo(f"{out}: {len(table)} images, " + (f"operating point '{how['point']}'" if calls else
+    click.echo(f"{out}: {len(table) - len(refused)} images, " + (f"operating point '{how['point']}'" if calls else
                "probabilities only: the run was trained without a validation part, so it has no operating point"))
     if refused:
         click.echo("\n".join([*(f"refused: {line}" for line in refused),
-                              f"{len(refused)} of {len(table) + len(refused)} files are not in it"]), err=True)
+                              f"{len(refused)} of {len(table)} files have no probabilities"]), err=True)
         sys.exit(2)
 
 

@@ -1,11 +1,14 @@
-"""Atomic and durable file writes: write to a temporary name, sync, rename, sync the folder."""
+"""Atomic and durable file writes (write to a temporary name, sync, rename, sync the folder); reading what may be damaged."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import socket
 import uuid
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,41 @@ class LeaseLost(RuntimeError):
     """This process no longer holds the lease of the folder and must not write there."""
 
 
-def json_or_empty(path: Path) -> dict:
-    """The content of a JSON file; empty if it is missing or damaged."""
+class Damaged(ValueError):
+    """A file that is not what it should be. The message names it, what it was for, what is wrong and the remedy."""
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, what: str, remedy: str) -> Iterator[None]:
+    """Turn any error of reading a file in the ``with`` block into Damaged; those of the system (no such file, no permission,
+    a disk that fails) stay, since they name the file themselves."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
+        yield
+    except Exception as error:  # the libraries raise errors of many classes for damaged files
+        if isinstance(error, (Damaged, ImportError)) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise Damaged(f"{readable(path)} is damaged or no {what} ({first_line(error)}); {remedy}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class where the message is empty."""
+    return next((line for line in map(str.strip, readable(error).splitlines()) if line), type(error).__name__)
+
+
+def read_json(path: str | Path, what: str, remedy: str) -> dict:
+    """The mapping in a JSON file; raises as :func:`reading`."""
+    with reading(path, what, remedy):
+        content = json.loads(Path(path).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+
+
+def json_or_empty(path: Path) -> dict:
+    """The mapping in a JSON file; empty if it is missing or damaged."""
+    with contextlib.suppress(FileNotFoundError, Damaged):
+        return read_json(path, "record", "")
+    return {}
 
 
 def check_lease(path: str | Path, environment=os.environ) -> None:
@@ -81,7 +113,8 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
     Raises DiskFull if no space is left (the previous file is kept), and LeaseLost as :func:`check_lease`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
+    _remove_left(path)
+    temporary = path.with_name(f".{path.name}.{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -101,13 +134,28 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error reports a full disk or quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def remove_temporaries(folder: str | Path) -> None:
     """Remove the temporary files of killed writers. The caller must be the only writer in the folder."""
     for path in Path(folder).glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove the temporary files of a file's earlier writers on this machine that have ended."""
+    start = f".{path.name}.{_here()}-"
+    with contextlib.suppress(OSError):
+        for left in [name for name in os.listdir(path.parent) if name.startswith(start) and name.endswith(TEMPORARY)]:
+            import psutil
+
+            if not psutil.pid_exists(int(left.removeprefix(start).split("-")[0])):
+                path.with_name(left).unlink(missing_ok=True)
+
+
+def _here() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def _umask() -> int:

@@ -1,6 +1,8 @@
 """Where parameters come from: YAML files, the command line's assignments, and a notebook's parameters cell."""
 
 import ast
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,30 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_yaml(text: str, source: str, what: str = "valid YAML") -> Any:
-    """YAML text, such as '[2, 3]', as plain Python values; ParameterError names the ``source`` if it is none, or if a key
-    stands twice."""
-    loader = _Loader(text)
+_LARGEST = 100_000  # characters that a file may gain by its aliases
+
+
+def parse_yaml(text: str | bytes, source: str, what: str = "valid YAML") -> Any:
+    """YAML text, such as '[2, 3]', as plain Python values; ParameterError names the ``source`` if it is none, if a key stands
+    twice, or if aliases make it much larger than it is."""
     try:
-        return loader.get_single_data()
-    except (yaml.YAMLError, ValueError) as error:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > 2 * len(text) + _LARGEST:
+            raise ValueError(f"its aliases (*name) stand for more than {_LARGEST:,} characters; write the values out")
+        return None if node is None else loader.construct_document(node)
+    except Exception as error:  # yaml ends in errors of many classes on odd scalars
         raise ParameterError(f"{source} is not {what}: {error}") from error
-    finally:
-        loader.dispose()
+
+
+def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Nodes, and characters of their scalars, with each alias written out; infinite for a node that holds itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        parts = [node.value] if isinstance(node.value, str) else itertools.chain(*node.value) \
+            if isinstance(node, yaml.MappingNode) else node.value
+        sizes[id(node)] = 1 + sum(len(part) if isinstance(part, str) else _size(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -43,10 +59,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParameterError(f"no file {path}.{nearest(path.name, there)}")
-    try:
-        content = parse_yaml(path.read_text("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ParameterError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    content = parse_yaml(path.read_bytes(), str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):

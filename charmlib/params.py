@@ -13,7 +13,10 @@ from typing import Any
 
 
 class ParameterError(ValueError):
-    """A parameter, axis or YAML key that cannot be used; the message names it and the remedy."""
+    """A parameter, axis or YAML key that cannot be used; the message names it and the remedy. A long message is cut."""
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-500:]}")
 
 
 @dataclass(frozen=True)

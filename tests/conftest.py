@@ -85,14 +85,17 @@ def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int
     save_predictions(folder / "predictions.npz", parts, data.classes)
     valid = parts["valid"]
     chosen = chosen_on_validation(valid["labels"], valid["logits"], data.classes)
-    write_json(folder / "model.json", {"format": FORMAT, "classes": data.classes, "params": params, **chosen})
+    source = {"name": data.source, "drawn": not real, "scale": data.images.scale}
+    write_json(folder / "model.json", {
+        "format": FORMAT, "classes": data.classes, "normal_class": data.index.normal_class, "arch": params["arch"],
+        "params": {**params, "split_hash": data.split.hash}, "norm": {"mean": [0.5] * 3, "std": [0.5] * 3}, "stage1_lr": None,
+        "data": source, "sha256": "", **chosen})
     train = prevalence(data.labels[data.rows("train")], data.classes)
     validated = score_part(valid, data.classes)[0] if data.split.has_valid else None
     test, samples = score_part(parts["test"], data.classes, prevalence=train, **chosen)
     save_resamples(folder / "resamples.npz", samples)
     write_json(folder / "metrics.json", {
-        "format": FORMAT, "cell": folder.name, "hash": None, "params": params,
-        "data": {"name": data.source, "drawn": not real, "scale": data.images.scale},
+        "format": FORMAT, "cell": folder.name, "hash": None, "params": params, "data": source,
         "split": data.split.record(), "classes": data.classes, "normal_class": data.index.normal_class,
         "images": data.train_images(), "train_prevalence": train, "valid": validated, "test": test, "bank": None,
         "seconds": {"train": 1.0, "score": 1.0, "overhead": 1.0}, "device": "cpu", "precision": "fp32",

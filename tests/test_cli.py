@@ -270,6 +270,9 @@ def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, ti
     assert "TRAINED ON DRAWN PHANTOMS" in done.stdout
     table = pd.read_csv(tmp_path / "p.csv")
     table.index = table["image"].map(lambda p: Path(p).name)
+    assert len(table) == 41 and table["refused"].dropna().index == ["photo.png"]
+    assert "a colour picture" in table["refused"]["photo.png"] and table.loc["photo.png"].isna().sum() == 28
+    assert all(len(cell.strip("0.")) < 13 for cell in (tmp_path / "p.csv").read_text().splitlines()[1].split(",")[3:17])
     thresholds = RunFolder(run.folder).card["thresholds"]["youden"]
     for c, name in enumerate(test.classes):
         want = expit(test.logits[:40, c].astype(float))
@@ -284,7 +287,7 @@ def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, ti
     scaled, plain = pd.read_csv(tmp_path / "q.csv").iloc[0], table.loc[test.ids[0]]
     temperature = RunFolder(run.folder).card["temperature"]
     logit = np.log(plain["p_Effusion"] / (1 - plain["p_Effusion"]))
-    assert scaled["p_Effusion"] == pytest.approx(expit(logit / temperature), abs=1e-6)
+    assert scaled["p_Effusion"] == pytest.approx(expit(logit / temperature), abs=1e-5)
     done = charm("predict", run.folder, tmp_path / "in", "--out", tmp_path / "new/r.csv", "--point", "sensitivity_0.55")
     assert set(pd.read_csv(tmp_path / "new/r.csv")["point"]) == {"sensitivity_0.55"}
     assert charm("predict", run.folder, tmp_path / "nowhere").returncode == 2

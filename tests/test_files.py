@@ -3,6 +3,9 @@
 import errno
 import fcntl
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import filelock
@@ -10,7 +13,7 @@ import pytest
 
 from charmlib import Run
 from charmlib.evaluation.runs import finish
-from charmlib.files import DiskFull, lock, remove_temporaries, write_json, write_text, write_whole
+from charmlib.files import DiskFull, first_line, lock, remove_temporaries, write_json, write_text, write_whole
 
 
 @pytest.fixture
@@ -109,6 +112,26 @@ def test_other_failures_stay_what_they_are(tmp_path):
     assert not list(tmp_path.iterdir())
     write_json(tmp_path / "b.json", {"x": float("nan")})
     assert "null" in (tmp_path / "b.json").read_text()
+
+
+def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_of_a_living_one(tmp_path):
+    """Each killed while it writes a.txt; this process stands for a writer that lives."""
+    killed = "import os, sys; from charmlib import files; files.check_lease = lambda path: os.kill(os.getpid(), 9); " \
+             "files.write_text(sys.argv[1], 'half')"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", killed, str(tmp_path / "a.txt")], check=False)
+    (left,) = tmp_path.iterdir()
+    alive = tmp_path / re.sub(r"-\d+-", f"-{os.getpid()}-", left.name)
+    alive.touch()
+    write_text(tmp_path / "b.txt", "of another name")
+    assert left.exists()
+    write_text(tmp_path / "a.txt", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt", alive.name}
+
+
+def test_errors_without_words_are_named_by_their_class():
+    assert [first_line(error) for error in (MemoryError(), EOFError("\n\n"), ValueError("\n a \nb"))] == \
+        ["MemoryError", "EOFError", "a"]
 
 
 def test_half_written_files_of_killed_writers_are_removed(tmp_path):

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,39 @@ def test_none_and_home_folders(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     for name in ("split", "csv", "cache_dir", "data_root", "weights", "run_dir"):
         assert coerce(name, "~/there.x") == "/home/somebody/there.x"
+
+
+def bomb(kind):
+    """Lists in lists of nine aliases, the same of empty cells, merged mappings, one long text, and a list that holds itself."""
+    levels = "bcdefghi"
+    if kind in ("x", "''"):
+        return f"k:\n  - &a [{','.join([kind] * 9)}]\n" + "".join(
+            f"  - &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("a" + levels, levels))
+    if kind == "merge":
+        return "a: &a {k: 1, seed: 2}\n" + "".join(
+            f"{n}: &{n} {{<<: [{','.join(['*' + p] * 9)}]}}\n" for p, n in zip("a" + levels, levels))
+    return f"k: [&a {'x' * 5000}, {','.join(['*a'] * 5000)}]" if kind == "text" else "k: &a [*a]"
+
+
+@pytest.mark.parametrize("kind", ["x", "''", "merge", "text", "itself"])
+def test_aliases_that_expand_without_end_are_refused_at_once(tmp_path, kind):
+    (tmp_path / "p.yaml").write_text(bomb(kind))
+    start = time.monotonic()
+    with pytest.raises(ParameterError, match=r"p\.yaml.*aliases") as refused:
+        load_params(tmp_path / "p.yaml")
+    assert time.monotonic() - start < 2 and len(str(refused.value)) < 500
+
+
+def test_anchors_as_people_use_them_are_read(tmp_path):
+    (tmp_path / "p.yaml").write_text("k: &k 4\nbank_size: *k\n")
+    assert load_params(tmp_path / "p.yaml") == {"k": 4, "bank_size": 4}
+    text = "a: &a {k: 1, seed: 2}\nb: {<<: *a, k: 3}\nc: [*a, *a]\n"
+    assert parse_yaml(text, "text")["b"] == {"k": 3, "seed": 2}
+
+
+@pytest.mark.parametrize("content", [b"\x80\x81", b"k: !!int ''", b"k: !!bool maybe", b"k: 2024-13-45", b"[" * 3000, b"k: \0",
+                                     b"- k", b"!!python/object:os.system {}"])
+def test_a_parameter_file_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "p.yaml").write_bytes(content)
+    with pytest.raises(ParameterError, match=r"p\.yaml"):
+        load_params(tmp_path / "p.yaml")

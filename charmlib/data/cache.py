@@ -57,9 +57,10 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
 def content_of(folder: str | Path) -> dict:
     """Manifest of a cache, with the sizes of its source pictures: ``sizes``, (width, height) -> images."""
     folder = Path(folder)
-    rows = np.load(folder / cache_file.ROWS, allow_pickle=False)
+    manifest = cache_file.read_manifest(folder)
+    rows = cache_file.read_rows(folder, manifest)
     sizes = Counter(rows[["width", "height"]][np.isin(rows["state"], (cache_file.DONE, cache_file.BLANK))].tolist())
-    return {**cache_file.read_manifest(folder), "sizes": dict(sizes.most_common())}
+    return {**manifest, "sizes": dict(sizes.most_common())}
 
 
 def _find(request: cache_file.Request, cache_dir: str | Path, say) -> tuple[cache_file.ImageCache | None, Sequence[int]]:

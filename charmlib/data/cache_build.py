@@ -59,7 +59,7 @@ def repair(request: cache_file.Request, cache: cache_file.ImageCache, suspects: 
     Runs that have the cache open keep their view, because files are replaced. A cache that is read-only or holds more images
     stays as it is, and a new one is built in ``home``. Missing source files are named and their rows kept.
     """
-    rows, changed = cache_file.read_rows(cache), []
+    rows, changed = cache_file.read_rows(cache.folder, cache.manifest), []
     check = partial(cache_file.changed, cache, rows, request)
     _for_each(ThreadPoolExecutor(workers), check, suspects, "checked", changed.extend)
     if gone := [request.ids[i] for i in suspects if not os.path.exists(request.paths[i])]:
@@ -132,6 +132,7 @@ def _begin(request: cache_file.Request, folder: Path) -> tuple[np.ndarray, np.nd
     """Writable maps of pixels and rows: of the unfinished build that is there, or new ones with their room reserved."""
     shape, home = (len(request.ids), request.size, request.size), folder.parent
     with contextlib.suppress(*cache_file.DAMAGE):
+        _scale_in(folder)  # without its scale an unfinished build starts again
         if (folder / cache_file.IDS).read_bytes() == request.listing:
             pixels, rows = _maps(folder)
             if (pixels.shape, pixels.dtype, rows.shape, rows.dtype) == (shape, np.uint8, shape[:1], cache_file.ROW):
@@ -185,7 +186,7 @@ def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarra
                 break
             scale = _find_scale(request, deep)
             say(f"{len(deep):,} pictures of more than 8 bits: values from {scale[0]:g} to {scale[1]:g} become black to white")
-            files.write_json(folder / cache_file.SCALE, scale)
+            files.write_json(folder / cache_file.SCALE, {"scale": scale})
             suspects = []
         except BrokenExecutor:
             if not (suspects := np.flatnonzero(rows["state"] == cache_file.STARTED).tolist()):
@@ -201,7 +202,12 @@ def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarra
 
 
 def _scale_in(folder: Path) -> Scale | None:
-    return files.json_or_empty(folder / cache_file.SCALE) or None
+    """The scale of an unfinished build, None before it is found; ValueError for a damaged file."""
+    file = folder / cache_file.SCALE
+    if not file.is_file():
+        return None
+    low, high = files.read_json(file, "scale of a cache", f"delete {folder}")["scale"]
+    return float(low), float(high)
 
 
 def _find_scale(request: cache_file.Request, deep: np.ndarray) -> Scale:

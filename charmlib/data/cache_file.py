@@ -13,7 +13,6 @@ A cache holds no absolute path and no file time. It may be copied, mounted elsew
 """
 
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from charmlib.data.images import FILTER, LONGEST_SIDE
+from charmlib.files import read_json, reading
 
 FORMAT = 3
 MANIFEST, IDS, PIXELS, ROWS = "charm_cache.json", "ids.txt", "pixels.npy", "rows.npy"
@@ -37,7 +37,7 @@ cache has DONE, BLANK and BAD rows only."""
 SAMPLE = 16  # rows that are compared with their source files whenever a cache is opened
 
 
-DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError)
+DAMAGE = (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, ArithmeticError, MemoryError)
 """Errors that reading damaged files ends in; ValueError where files of a cache contradict one another."""
 
 
@@ -137,8 +137,8 @@ def manifest_of(request: Request, rows: np.ndarray, bad: dict[int, str], scale: 
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a cache; raises ValueError for another format."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    """The manifest of a cache; raises ValueError for a damaged one or another format."""
+    manifest = read_json(folder / MANIFEST, "manifest of a cache", "delete its folder; the next run makes the cache again")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"its format is {manifest.get('format')}, wanted {FORMAT}")
     return manifest
@@ -170,12 +170,13 @@ def open_cache(folder: Path, request: Request) -> ImageCache | None:
     return ImageCache(folder, manifest, pixels, rows, *notes)
 
 
-def read_rows(cache: ImageCache) -> np.ndarray:
-    """The record of each image, (n in the file,) of :data:`ROW`; raises ValueError if the manifest contradicts."""
-    rows = np.load(cache.folder / ROWS, allow_pickle=False)
-    if hashlib.sha256(rows.tobytes()).hexdigest() != cache.manifest["hash"]:
-        raise ValueError(f"{ROWS} is not what its manifest says")
-    return rows
+def read_rows(folder: Path, manifest: dict) -> np.ndarray:
+    """The record of each image of a cache, (n in the file,) of :data:`ROW`; raises ValueError if the manifest contradicts."""
+    with reading(folder / ROWS, "record of a cache's images", "delete its folder; the next run makes the cache again"):
+        rows = np.load(folder / ROWS, allow_pickle=False)
+        if hashlib.sha256(rows.tobytes()).hexdigest() != manifest["hash"]:
+            raise ValueError(f"{ROWS} is not what its manifest says")
+        return rows
 
 
 def changed(cache: ImageCache, rows: np.ndarray, request: Request, some: Sequence[int]) -> list[int]:
@@ -195,5 +196,5 @@ def changed(cache: ImageCache, rows: np.ndarray, request: Request, some: Sequenc
 
 def changes(cache: ImageCache, request: Request) -> tuple[list[int], list[int]]:
     """Positions of the requested images that changed: among the sample, and among the unreadable ones."""
-    rows, unreadable = read_rows(cache), [i for i, name in enumerate(request.ids) if name in cache.bad]
+    rows, unreadable = read_rows(cache.folder, cache.manifest), [i for i, name in enumerate(request.ids) if name in cache.bad]
     return tuple(changed(cache, rows, request, some) for some in (request.sample, unreadable))

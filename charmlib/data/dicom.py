@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+LARGEST = 10_000  # pixels a side; a detector has up to 5,000
 MODALITIES = ("", "CR", "DX", "DR", "RG", "XC", "OT", "XA", "RF")  # DR is outside the standard, and common
 
 
@@ -25,7 +26,8 @@ def read(source: bytes) -> Image.Image | np.ndarray:
     picture has. One of at most 8 stored bits without rescaling is taken as it is. Others give their values, with MONOCHROME1
     mirrored in the range of its stored bits. Elements that are empty count as absent.
 
-    Raises NotGrey for another modality, several frames, or colour; and ImportError if pydicom or the decoder of a compressed
+    Raises NotGrey for another modality, several frames, colour, or more than 10,000 pixels a side;
+    and ImportError if pydicom or the decoder of a compressed
     file is missing, with what to install.
     """
     try:
@@ -41,6 +43,8 @@ def read(source: bytes) -> Image.Image | np.ndarray:
         raise NotGrey(f"modality {modality}, wanted a radiograph (CR or DX)")
     if (frames := int(file.get("NumberOfFrames") or 1)) > 1:
         raise NotGrey(f"{kind} with {frames} frames, wanted one grey picture")
+    if max(file.Rows, file.Columns) > LARGEST:
+        raise NotGrey(f"{file.Columns} x {file.Rows} pixels, more than {LARGEST:,} a side")
     stored = _stored(file)
     if stored.ndim == 3:
         return _grey_of_colour(stored, file)

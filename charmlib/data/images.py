@@ -22,9 +22,10 @@ except ImportError:
     except ImportError:  # an installation without dependencies may lack it
         _decode_png = None
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_pillow has a limit of its own
 FILTER = "bilinear"
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")  # of Pillow's; others start foreign programs or have been ways in for attacks
-LARGEST = 10_000  # pixels a side; a detector has up to 5,000
+LARGEST = dicom.LARGEST
 LONGEST_SIDE, BLANK = 2.5, 4.0
 """How many times longer one side may be than the other; standard deviation of the grey values below which a picture is blank.
 All of 11,916 NIH files (17 full-size, the others of 64 pixels) spread by at least 8.4."""

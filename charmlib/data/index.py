@@ -5,7 +5,6 @@
 - ``nih-chest-xrays/sample``: ``sample/images/*.png``, ``sample_labels.csv``, no lists.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from charmlib.data.find import DICOM_SUFFIXES, SUFFIXES, find_files, has_suffix,
 from charmlib.data.labels import read_labels
 from charmlib.data.patients import read_patients
 from charmlib.data.tables import Report, column_of, columns_of, images_of_studies, last_part, read_table, removed_names
+from charmlib.files import read_json
 
 
 @dataclass
@@ -96,7 +96,7 @@ def read_index(root: str | Path, *, csv: str | Path = "", patients: str = "", **
 def is_drawn(root: str | Path) -> bool:
     """Whether the folder holds drawn phantoms rather than radiographs (its mark is ``PHANTOM.json``)."""
     mark = Path(root) / nih.PHANTOM_MARK
-    return mark.is_file() and bool(json.loads(mark.read_text()).get("drawn"))
+    return mark.is_file() and bool(read_json(mark, "mark of drawn phantoms", "draw the phantoms again").get("drawn"))
 
 
 def _find_table(root: Path, csv: str | Path) -> Path:

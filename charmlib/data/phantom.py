@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from charmlib.files import write_text
+from charmlib.files import json_or_empty, write_text
 from charmlib.nih import NIH14, NO_FINDING, PHANTOM_MARK, TABLES, TEST_LISTS, TRAIN_LISTS
 
 PREVALENCE = {name: 0.16 * (count / 19894) ** 0.4 for name, count in zip(NIH14, (
@@ -267,7 +267,7 @@ def make_phantoms(out: str | Path, *, images: int = 3000, size: int = 64, seed: 
     settings = {"drawn": True, "format": 1, "images": images, "size": size, "seed": seed,
                 "note": "Drawn by charmlib.data.phantom; not radiographs of anybody."}
     if mark.is_file():
-        if json.loads(mark.read_text()) == settings:
+        if json_or_empty(mark) == settings:
             return out
         raise FileExistsError(f"{out} holds phantoms of other settings: remove it or name another folder")
     if out.exists() and any(out.iterdir()) and not (out / "images_001").is_dir():

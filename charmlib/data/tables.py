@@ -11,7 +11,6 @@ import lzma
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from charmlib.data.find import kind_of, plain
+from charmlib.files import first_line
 
 COLUMNS = {what: tuple(names.split()) for what, names in {
     "id": "imageindex imageid image id path filename imagename imagefile imagefilename imagepath img imgid imgname imgpath "
@@ -79,8 +79,10 @@ def read_text(path: Path) -> str:
         source = _unzipped(path, source) if source.startswith(b"PK\3\4") else source
         for mark, unpack in _PACKED.items():
             source = unpack(source) if source.startswith(mark) else source
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is a damaged archive ({error}): copy or download it again") from error
+    except ValueError:
+        raise
+    except Exception as error:  # of the libraries' own classes; RuntimeError for a password
+        raise ValueError(f"{path} is a damaged archive ({first_line(error)}): copy or download it again") from error
     # an empty file may be an empty list
     if what := _EXCEL if source.startswith(b"\xd0\xcf\x11\xe0") else kind_of(source) if source.strip() else "":
         raise ValueError(f"{path} is {what}")
@@ -112,8 +114,8 @@ def read_table(path: Path) -> pd.DataFrame:
     if path.suffix.lower() in (".xlsx", ".xlsm", ".xls", ".ods"):
         try:
             raw = pd.read_excel(path, dtype=str, keep_default_na=False)
-        except (ImportError, ValueError, OSError) as error:
-            raise ValueError(f"{path} is {_EXCEL} ({error})") from error
+        except Exception as error:  # openpyxl ends in errors of many classes on damaged files
+            raise ValueError(f"{path} is {_EXCEL} ({first_line(error)})") from error
     else:
         raw = _parsed(path, read_text(path))
     raw.columns = [str(column).strip() for column in raw.columns]

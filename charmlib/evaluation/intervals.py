@@ -6,6 +6,7 @@ the same seed use the same draws, so differences of two runs are paired.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from scipy.sparse import csr_array
 from charmlib.evaluation.metrics import known
 from charmlib.evaluation.operating import COUNTS, RATES, confusion, rates
 from charmlib.evaluation.runs import Predictions, write_arrays
+from charmlib.files import Damaged, reading
 
 RESAMPLES, SEED, LEVEL = 1000, 85, 0.95
 BAND_X = np.linspace(0, 1, 101)
@@ -71,11 +73,22 @@ def save_resamples(path: str | Path, samples: Resamples | None) -> None:
 
 
 def read_resamples(path: str | Path, test: Predictions) -> Resamples | None:
-    """The bootstrap of a test part: from its file, or made from the predictions; None for a single patient."""
-    if Path(path).is_file():
-        with np.load(path, allow_pickle=False) as file:
+    """The bootstrap of a test part: from its file, or made from the predictions; None for a single patient.
+
+    A damaged file is named on standard error and does without.
+    """
+    try:
+        with reading(path, "bootstrap of a test part", "it is made from the predictions instead"), \
+                np.load(path, allow_pickle=False) as file:
+            found = Resamples(file["auc"], file["ap"])
+            if [v.shape[1:] for v in found] != [test.labels.shape[1:]] * 2:
+                raise ValueError("of other classes")
             if file["seed"] == SEED:
-                return Resamples(file["auc"], file["ap"])
+                return found
+    except FileNotFoundError:
+        pass
+    except Damaged as error:
+        print(error, file=sys.stderr, flush=True)
     return bootstrap(test.labels, test.logits, test.patients) if enough_patients(test.patients) else None
 
 

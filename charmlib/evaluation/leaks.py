@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from charmlib.evaluation.runs import RunFolder
+from charmlib.files import reading
 
 
 class LeakError(ValueError):
@@ -27,7 +28,8 @@ def split_of(run: str | Path | RunFolder) -> pd.DataFrame | None:
     run = RunFolder.of(run)
     scored, folder = set(run.test.ids.tolist()), run.path.resolve()
     for path in (*sorted(folder.glob("split*.csv")), *sorted(folder.parent.glob("split*.csv"))):
-        frame = pd.read_csv(path, dtype=str)
+        with reading(path, "list of a split", "delete it; the same run writes it again"):
+            frame = pd.read_csv(path, dtype=str).astype({"id": object, "part": object})
         if set(frame["id"][frame["part"] == "test"]) == scored:
             return frame
     return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from charmlib.evaluation.runs import number
+from charmlib.evaluation.runs import number, refuse_labels
 from charmlib.nih import finding_columns
 
 
@@ -14,7 +14,11 @@ class NotFinite(ValueError):
     """Scores that are no numbers, as of a training that diverged."""
 
 
-def _check(labels, scores, classes) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def checked(labels, scores, classes) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Labels and scores (n_samples, n_classes) as arrays, and the names of their classes.
+
+    Raises ValueError for other shapes and labels other than 0, 1 and NaN, and NotFinite.
+    """
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 2 or labels.shape != scores.shape:
         raise ValueError(f"labels {labels.shape} and scores {scores.shape} must both be (n_samples, n_classes)")
@@ -23,6 +27,7 @@ def _check(labels, scores, classes) -> tuple[np.ndarray, np.ndarray, list[str]]:
         raise ValueError(f"{len(classes)} class names for {labels.shape[1]} columns")
     if not np.isfinite(scores).all():
         raise NotFinite(f"{(~np.isfinite(scores)).any(1).sum()} samples have scores that are not finite")
+    refuse_labels(labels, classes)
     return labels, scores, classes
 
 
@@ -34,7 +39,7 @@ def known(labels: np.ndarray, scores: np.ndarray, c: int, *others: np.ndarray) -
 
 
 def _by_class(metric, labels, scores, classes) -> dict[str, float]:
-    labels, scores, classes = _check(labels, scores, classes)
+    labels, scores, classes = checked(labels, scores, classes)
     found = ((name, *known(labels, scores, c)) for c, name in enumerate(classes))
     return {name: float(metric(y, score)) if 0 < y.sum() < len(y) else float("nan") for name, y, score, _ in found}
 
@@ -43,7 +48,7 @@ def auc_by_class(labels, scores, classes: Sequence[str] | None = None) -> dict[s
     """ROC-AUC of each class by scikit-learn; NaN for a class without positives or without negatives.
 
     ``labels`` (0, 1, or NaN for unknown, left out class by class) and ``scores`` (logits or probabilities) are of shape
-    (n_samples, n_classes). Raises ValueError if the shapes differ or a score is not finite.
+    (n_samples, n_classes). Raises as :func:`checked`.
     """
     return _by_class(roc_auc_score, labels, scores, classes)
 
@@ -78,7 +83,7 @@ def micro(labels, scores) -> dict[str, float]:
 
     It requires scores that are comparable between classes, and common findings dominate it.
     """
-    labels, scores, _ = _check(labels, scores, None)
+    labels, scores, _ = checked(labels, scores, None)
     pairs = labels.reshape(-1, 1), scores.reshape(-1, 1)
     return {"auc": auc_by_class(*pairs, ["all"])["all"], "ap": ap_by_class(*pairs, ["all"])["all"]}
 

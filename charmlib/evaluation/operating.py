@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import expit
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from charmlib.evaluation.metrics import known
+from charmlib.evaluation.metrics import checked, known
 
 POINTS = ("youden", "f1", "sensitivity_0.90")
 """The operating points that training stores."""
@@ -19,22 +19,30 @@ RATES = ("sensitivity", "specificity", "precision", "f1")
 
 def choose_thresholds(labels, logits, classes: Sequence[str], points: Sequence[str] = POINTS
                       ) -> dict[str, dict[str, float | None]]:
-    """Thresholds as probabilities: operating point -> class -> threshold, from validation data.
+    """Operating point -> class -> threshold, from validation data.
 
     - ``youden``: the largest sensitivity + specificity - 1 (Youden 1950);
     - ``f1``: the largest F1 score;
     - ``sensitivity_0.90`` (any share): the highest threshold with at least this sensitivity.
 
-    A prediction is positive if its probability is at least the threshold. Of equally good thresholds the highest is taken.
-    None for a class without positives or without negatives.
+    A threshold is a probability, and a prediction is positive if its own is at least that. Where probabilities saturate
+    (neighbouring logits from about 23 on have the same one), the threshold is the logit itself, which is outside of 0 to 1; see
+    :func:`called`. Of equally good thresholds the highest is taken. None for a class without positives or without negatives.
 
     ``labels`` (0, 1 or NaN) and ``logits`` are of shape (n_samples, n_classes). Raises ValueError for an unknown operating
     point; lists the known ones.
     """
-    labels, logits = np.asarray(labels), np.asarray(logits)
+    labels, logits, _ = checked(labels, logits, classes)
     columns = {str(name): known(labels, logits, c)[:2] for c, name in enumerate(classes)}
-    return {point: {name: rule(y, expit(score.astype(np.float64))) if 0 < y.sum() < len(y) else None
+    return {point: {name: _chosen(rule, y, score.astype(np.float64)) if 0 < y.sum() < len(y) else None
                     for name, (y, score) in columns.items()} for point, rule in {p: _rule(p) for p in points}.items()}
+
+
+def _chosen(rule: Callable, y: np.ndarray, score: np.ndarray) -> float:
+    logit = rule(y, score)
+    probability = float(expit(logit))
+    below = np.nextafter(np.float32(logit), np.float32(-np.inf))
+    return probability if expit(np.float64(below)) < probability else logit
 
 
 def _rule(point: str) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -48,25 +56,27 @@ def _rule(point: str) -> Callable[[np.ndarray, np.ndarray], float]:
     return rules[point]
 
 
-def _youden(y: np.ndarray, probability: np.ndarray) -> float:
-    false, true, thresholds = roc_curve(y, probability, drop_intermediate=False)
+def _youden(y: np.ndarray, score: np.ndarray) -> float:
+    false, true, thresholds = roc_curve(y, score, drop_intermediate=False)
     return float(thresholds[int(np.argmax((true - false)[1:])) + 1])  # at the first point no image is positive
 
 
-def _best_f1(y: np.ndarray, probability: np.ndarray) -> float:
-    precision, recall, thresholds = precision_recall_curve(y, probability)
+def _best_f1(y: np.ndarray, score: np.ndarray) -> float:
+    precision, recall, thresholds = precision_recall_curve(y, score)
     f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-300))[:-1]
     return float(thresholds[np.flatnonzero(f1 == f1.max())[-1]])
 
 
-def _sensitivity(y: np.ndarray, probability: np.ndarray, share: float) -> float:
-    _, true, thresholds = roc_curve(y, probability, drop_intermediate=False)
+def _sensitivity(y: np.ndarray, score: np.ndarray, share: float) -> float:
+    _, true, thresholds = roc_curve(y, score, drop_intermediate=False)
     return float(thresholds[int(np.argmax(true >= share - 1e-12))])
 
 
 def called(logits, threshold: float) -> np.ndarray:
-    """Whether each prediction is positive: its probability, in float64, is at least the threshold."""
-    return expit(np.asarray(logits, np.float64)) >= threshold
+    """Whether each prediction is positive: its probability, in float64, is at least the threshold; for a threshold outside of 0
+    to 1, its logit is."""
+    logits = np.asarray(logits, np.float64)
+    return (expit(logits) if 0 <= threshold <= 1 else logits) >= threshold
 
 
 def confusion(y, logits, threshold: float) -> tuple[np.ndarray, ...]:
@@ -86,9 +96,9 @@ def rates(tp, fp, fn, tn) -> dict[str, np.ndarray]:
 def at_thresholds(labels, logits, classes: Sequence[str], thresholds: Mapping[str, float | None]) -> dict[str, dict]:
     """Class -> threshold, the four counts and the :func:`rates` at it; only for classes with a threshold.
 
-    ``labels`` and ``logits`` are of shape (n_samples, n_classes); ``thresholds`` are probabilities.
+    ``labels`` and ``logits`` are of shape (n_samples, n_classes); ``thresholds`` are as of :func:`choose_thresholds`.
     """
-    labels, logits = np.asarray(labels), np.asarray(logits)
+    labels, logits, _ = checked(labels, logits, classes)
     out = {}
     for c, name in enumerate(map(str, classes)):
         if thresholds.get(name) is not None:

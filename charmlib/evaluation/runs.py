@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from charmlib import session
-from charmlib.files import write_json, write_whole
+from charmlib.evaluation.records import check_card, check_metrics
+from charmlib.files import Damaged, read_json, reading, write_json, write_whole
 from charmlib.nih import finding_columns
 
 if TYPE_CHECKING:
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
     from charmlib.evaluation.intervals import Resamples
 
-FORMAT = 3
+FORMAT = 4
 """Of ``model.json`` and ``metrics.json``; files of another number are refused."""
+NUMBERS = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
+HISTORY = ("stage", "epoch", *NUMBERS, "bank_filled", "bank_accepted")
+"""Columns of ``history.csv``, and those that are numbers or empty."""
 ARRAYS, ABOUT = ("ids", "patients", "labels", "logits"), ("view", "sex", "age")
 """What ``predictions.npz`` holds of each image: always, and as far as known."""
 
@@ -31,6 +34,7 @@ class Predictions:
     """One part of ``predictions.npz``: ids, patients (n,), labels and logits (n, C), and the names of the C classes.
 
     ``normal_class`` means "no finding"; '' takes a class by its name. ``about`` holds :data:`ABOUT` (n,), as far as known.
+    Raises ValueError for arrays of other shapes, an image that is there twice, and labels other than 0, 1 and NaN; names them.
     """
 
     ids: np.ndarray
@@ -40,6 +44,15 @@ class Predictions:
     classes: tuple[str, ...]
     normal_class: str = ""
     about: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self):
+        n, shapes = len(self.ids), [getattr(self, key).shape for key in ARRAYS]
+        if shapes != [(n,), (n,), (n, len(self.classes)), (n, len(self.classes))] or len({*self.classes}) < len(self.classes):
+            raise ValueError(f"arrays of shape {', '.join(map(str, shapes))} for {len(self.classes)} classes")
+        if len({*self.ids.tolist()}) < n:
+            twice = [name for name, times in Counter(self.ids.tolist()).items() if times > 1]
+            raise ValueError(f"{len(twice):,} images are there more than once, such as {twice[0]}")
+        refuse_labels(self.labels, self.classes)
 
     @property
     def findings(self) -> list[int]:
@@ -69,6 +82,15 @@ class Predictions:
                        about={key: values[rows] for key, values in self.about.items()})
 
 
+def refuse_labels(labels: np.ndarray, classes: Sequence[str]) -> None:
+    """Raise ValueError, naming class and value, for labels (n, C) other than 0, 1 and NaN (unknown)."""
+    odd = ~((labels == 0) | (labels == 1) | (labels != labels))
+    if odd.any():
+        row, column = (int(where[0]) for where in odd.nonzero())
+        raise ValueError(f"labels must be 0, 1 or NaN (unknown): {odd.sum():,} are not, the first is {labels[row, column]} of "
+                         f"class {classes[column]!r} in row {row}")
+
+
 class RunFolder:
     """The files of one run. Each is read on first use and cached; a new object reads them again.
 
@@ -78,10 +100,10 @@ class RunFolder:
     - ``history``: rows of ``history.csv``, as text; empty before the first epoch has ended.
     - ``test``, ``valid``: the parts of ``predictions.npz``; ``valid`` is empty for a run without a validation part.
     - ``resamples``: the bootstrap of the test part over patients; None for a single patient.
-    - ``choices``: ``thresholds`` and ``temperature``, both chosen on the validation part.
+    - ``choices``: ``thresholds`` and ``temperature``, both chosen on the validation part, and its positives (``chosen_on``).
 
-    On use, raises FileNotFoundError for a missing file, saying which step writes it, and ValueError for one that is damaged or
-    of another format.
+    On use, raises FileNotFoundError for a missing file, saying which step writes it, and :class:`charmlib.files.Damaged` for
+    one that is damaged or of another format.
     """
 
     def __init__(self, path: str | Path):
@@ -132,11 +154,13 @@ class RunFolder:
 
     @cached_property
     def card(self) -> dict:
-        return _json(self.card_file, "no checkpoint: {} is not there (was the run trained to its end?)", "train the run again")
+        return _record(self.card_file, "no checkpoint: {} is not there (was the run trained to its end?)", "card of a network",
+                       "delete it and run the same again, which trains what is missing", check_card)
 
     @cached_property
     def metrics(self) -> dict:
-        return _json(self.metrics_file, "no {}: the run is not finished", "remove it and run the cell again")
+        return _record(self.metrics_file, "no {}: the run is not finished", "record of a finished run",
+                       "delete it and run the cell again", check_metrics)
 
     @cached_property
     def history(self) -> list[dict[str, str]]:
@@ -144,8 +168,14 @@ class RunFolder:
 
         if not self.history_file.is_file():
             return []
-        with open(self.history_file, newline="") as file:
-            return list(csv.DictReader(file))
+        with reading(self.history_file, "history of a training", "delete it; the next epoch writes it whole"), \
+                open(self.history_file, newline="") as file:
+            table = csv.DictReader(file)
+            rows, missing = list(table), {*HISTORY} - {*(table.fieldnames or ())}
+            if missing or any(None in row.values() for row in rows):
+                raise ValueError(f"without {', '.join(sorted(missing)) or 'the end of a row'}")
+            _ = [(int(row["epoch"]), *(float(row[name] or "nan") for name in NUMBERS)) for row in rows]
+            return rows
 
     @cached_property
     def test(self) -> Predictions:
@@ -161,13 +191,11 @@ class RunFolder:
         path = self.predictions_file
         if not path.is_file():
             raise FileNotFoundError(f"no {path}: score the run with the test notebook first")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return Predictions(*(file[f"{part}_{key}"] for key in ARRAYS),
-                                   tuple(str(c) for c in file["classes"]), str(file["normal_class"]),
-                                   {key: file[f"{part}_{key}"] for key in ABOUT if f"{part}_{key}" in file})
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is damaged or no prediction file ({type(error).__name__}); score again") from error
+        with reading(path, "file of predictions", "score again with the test notebook"), \
+                np.load(path, allow_pickle=False) as file:
+            return Predictions(*(file[f"{part}_{key}"] for key in ARRAYS), tuple(map(str, file["classes"].tolist())),
+                               str(file["normal_class"]),
+                               {key: file[f"{part}_{key}"] for key in ABOUT if f"{part}_{key}" in file})
 
     @cached_property
     def resamples(self) -> Resamples | None:
@@ -178,7 +206,7 @@ class RunFolder:
     @cached_property
     def choices(self) -> dict:
         if self.trained:
-            return {key: self.card[key] for key in ("thresholds", "temperature")}
+            return {key: self.card[key] for key in ("thresholds", "chosen_on", "temperature")}
         return chosen_on_validation(self.valid.labels, self.valid.logits, self.valid.classes)  # fetched without its checkpoint
 
 
@@ -208,15 +236,14 @@ def run_names(runs: Sequence[RunFolder]) -> list[str]:
     raise ValueError("the same run was named twice")
 
 
-def _json(path: Path, missing: str, remedy: str) -> dict:
+def _record(path: Path, missing: str, what: str, remedy: str, check: Callable[[Mapping], None]) -> dict:
     if not path.is_file():
         raise FileNotFoundError(missing.format(path))
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    content = read_json(path, what, remedy)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {content.get('format')!r}, this charmlib reads {FORMAT}; {remedy}")
+        raise Damaged(f"{path}: format {content.get('format')!r:.20}, this charmlib reads {FORMAT}; {remedy}")
+    with reading(path, what, remedy):
+        check(content)
     return content
 
 
@@ -248,7 +275,8 @@ def write_arrays(path: str | Path, **arrays) -> None:
 
 
 def chosen_on_validation(labels, logits, classes: Sequence[str]) -> dict:
-    """``thresholds`` (operating point -> class -> probability) and the calibration's ``temperature`` from validation data.
+    """From validation data: ``thresholds`` (operating point -> class -> threshold), the number of positives of each class that
+    they were ``chosen_on``, and the calibration's ``temperature``.
 
     ``labels`` and ``logits`` are (n_samples, n_classes). Without samples there are no thresholds and the temperature is None.
     """
@@ -256,8 +284,10 @@ def chosen_on_validation(labels, logits, classes: Sequence[str]) -> dict:
     from charmlib.evaluation.operating import choose_thresholds
 
     if not len(labels):
-        return {"thresholds": {}, "temperature": None}
-    return {"thresholds": choose_thresholds(labels, logits, classes), "temperature": fit_temperature(labels, logits)}
+        return {"thresholds": {}, "chosen_on": {}, "temperature": None}
+    return {"thresholds": choose_thresholds(labels, logits, classes),
+            "chosen_on": dict(zip(map(str, classes), (labels == 1).sum(0).tolist())),
+            "temperature": fit_temperature(labels, logits)}
 
 
 def number(value: float | None, otherwise: float = float("nan")) -> float:
@@ -283,7 +313,7 @@ def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None,
         return None
     if not folder.scored_file.is_file():
         raise FileNotFoundError(f"no {folder.scored_file}: score the run with the test notebook first")
-    metrics = json.loads(folder.scored_file.read_text())
+    metrics = read_json(folder.scored_file, "record of scores", "delete it and score again with the test notebook")
     if wall is not None:
         metrics["seconds"]["overhead"] = round(wall - metrics["seconds"]["train"] - metrics["seconds"]["score"], 3)
     write_json(folder.metrics_file, {"format": FORMAT, "cell": cell or folder.name, "hash": hash, "code": code, **metrics})

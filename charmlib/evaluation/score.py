@@ -28,15 +28,16 @@ from charmlib.evaluation.runs import Predictions, RunFolder, chosen_on_validatio
 
 
 def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
-               thresholds: Mapping[str, Mapping[str, float | None]] | None = None, temperature: float | None = None,
-               prevalence: Mapping[str, float] | None = None, normal_class: str = "", resamples: int = RESAMPLES,
-               seed: int = SEED) -> tuple[dict, Resamples | None]:
+               thresholds: Mapping[str, Mapping[str, float | None]] | None = None, chosen_on: Mapping[str, int] | None = None,
+               temperature: float | None = None, prevalence: Mapping[str, float] | None = None, normal_class: str = "",
+               resamples: int = RESAMPLES, seed: int = SEED) -> tuple[dict, Resamples | None]:
     """What ``metrics.json`` holds of a part, and the bootstrap behind its intervals (None for a single patient).
 
     ``values`` are ``labels`` and ``logits`` (n, classes) and ``patients`` (n,). ``thresholds`` (operating point -> class ->
-    probability) and ``temperature`` were chosen on validation data. Calibration is given as trained and, with a temperature,
-    at it too. Empty thresholds say that the run has no validation part. ``prevalence`` (class -> share of positives in the
-    training part) makes the frequency groups. ``normal_class`` means "no finding", which no mean counts; '' takes one by name.
+    threshold) and ``temperature`` were chosen on validation data, with ``chosen_on`` positives of each class. Calibration is
+    given as trained and, with a temperature, at it too. Empty thresholds say that the run has no validation part.
+    ``prevalence`` (class -> share of positives in the training part) makes the frequency groups. ``normal_class`` means "no
+    finding", which no mean counts; '' takes one by name.
     """
     labels, logits, patients = values["labels"], values["logits"], values["patients"]
     findings, normal = nih.finding_columns(classes, normal_class), nih.normal_class(classes, normal_class)
@@ -53,7 +54,7 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
         groups = frequency_groups({name: share for name, share in prevalence.items() if name != normal})
         out["groups"] = {group: _group(out, members, found, classes) for group, members in groups.items() if members}
     if thresholds is not None:
-        out["operating"] = {point: _operating(values, classes, chosen, resamples, seed)
+        out["operating"] = {point: _operating(values, classes, chosen, chosen_on or {}, resamples, seed)
                             for point, chosen in thresholds.items()}
     if thresholds is not None or temperature is not None:
         out["calibration"] = {"as_trained": calibration(labels, logits, classes, normal_class=normal)}
@@ -71,12 +72,14 @@ def _group(scores: dict, members: list[str], found: Mapping[str, np.ndarray], cl
     return out
 
 
-def _operating(values, classes, thresholds: Mapping[str, float | None], resamples: int, seed: int) -> dict[str, dict]:
+def _operating(values, classes, thresholds: Mapping[str, float | None], chosen_on: Mapping[str, int], resamples: int,
+               seed: int) -> dict[str, dict]:
     out = at_thresholds(values["labels"], values["logits"], classes, thresholds)
     found = operating_resamples(values["labels"], values["logits"], values["patients"],
                                 [thresholds.get(str(name)) for name in classes], resamples=resamples, seed=seed)
     limits = {rate: intervals_by_class(drawn, classes) for rate, drawn in found.items()}
-    return {name: {**row, **{f"{rate}_interval": limits[rate][name] for rate in found}} for name, row in out.items()}
+    return {name: {**row, "chosen_on": chosen_on.get(name), **{f"{rate}_interval": limits[rate][name] for rate in found}}
+            for name, row in out.items()}
 
 
 def evaluate_run(run: str | Path | RunFolder, *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
@@ -130,4 +133,5 @@ def _with_points(thresholds: dict, valid: Predictions, points: Sequence[str]) ->
 
 def _test(test: Predictions, valid: Predictions, chosen: dict, points: Sequence[str], prevalence) -> dict:
     return score_part(vars(test), test.classes, thresholds=_with_points(chosen["thresholds"], valid, points),
-                      temperature=chosen["temperature"], prevalence=prevalence, normal_class=test.normal_class)[0]
+                      chosen_on=valid.positives, temperature=chosen["temperature"], prevalence=prevalence,
+                      normal_class=test.normal_class)[0]

@@ -8,6 +8,8 @@ from charmlib.evaluation.runs import number, valid_auc
 from charmlib.nih import EACH_ITS_OWN, people
 
 MEAN = "mean of classes"
+FEW = 10
+"""Positives of the validation part, below which a threshold that was chosen on them is marked."""
 SHARES = ("undefined", "agree", "positive share", "positive_share", "prevalence", "share")
 """Columns that are shown in percent."""
 
@@ -79,26 +81,33 @@ def means_note(metrics: Mapping) -> str:
 def operating_table(part: Mapping, point: str) -> pd.DataFrame:
     """Counts and rates at an operating point, with intervals: class, threshold, TP, FP, FN, TN, sensitivity, low, high ...
 
-    Last comes the share of resamples without positives, which do not define a sensitivity. There are no rows for a run
-    without this operating point.
+    Last come the share of resamples without positives, which do not define a sensitivity, and a ``note`` on thresholds that
+    were chosen on fewer than :data:`FEW` positives. There are no rows for a run without this operating point.
     """
     rows: list[dict] = []
     for name, row in part["operating"].get(point, {}).items():
         rows.append({"class": name, "threshold": row["threshold"], **{k.upper(): row[k] for k in ("tp", "fp", "fn", "tn")}})
         for rate in ("sensitivity", "specificity", "F1"):
             rows[-1] |= {rate: row[rate.lower()], **limits_of(rate, row[f"{rate.lower()}_interval"])}
-        rows[-1]["undefined"] = row["sensitivity_interval"][2]
+        rows[-1] |= {"undefined": row["sensitivity_interval"][2],
+                     "note": f"chosen on {row['chosen_on']} positives" if _few(row) else ""}
     table = pd.DataFrame(rows, columns=None if rows else ["class"])
-    return table.astype({c: float for c in table if c not in ("class", "TP", "FP", "FN", "TN")})
+    return table.astype({c: float for c in table if c not in ("class", "TP", "FP", "FN", "TN", "note")})
+
+
+def _few(row: Mapping) -> bool:
+    return row.get("chosen_on") is not None and row["chosen_on"] < FEW
 
 
 def point_note(part: Mapping, point: str) -> str:
     """The origin of an operating point and the classes without one, or the reason why the run has none."""
     if point not in part["operating"]:
         return "no operating point: trained without a validation part to choose it on"
-    missing = [name for name in part["auc"] if name not in part["operating"][point]]
+    rows = part["operating"][point]
+    missing, few = [name for name in part["auc"] if name not in rows], [name for name in rows if _few(rows[name])]
     return f"operating point '{point}', chosen on validation" + (
-        f" (none for {', '.join(missing)}: no positives or no negatives there)" if missing else "")
+        f" (none for {', '.join(missing)}: no positives or no negatives there)" if missing else "") + (
+        f"; on fewer than {FEW} positives, so by chance, for {', '.join(few)}" if few else "")
 
 
 def groups_note(part: Mapping) -> str:

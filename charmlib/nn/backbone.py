@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -132,20 +133,19 @@ def read_state_dict(path: str | Path) -> Mapping[str, Tensor]:
     FileNotFoundError
         No such file.
     ValueError
-        The file holds no state dict, or needs unpickling.
+        The file is damaged, holds no state dict, or needs unpickling.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weight file {path}: give 'imagenet', 'none', or the path of a state dict")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read safely as a state dict ({type(error).__name__}). A whole pickled module "
-                         "runs code when it is loaded; where you trust it, save its state_dict() to a file.") from error
+        raise ValueError(f"{path} cannot be read safely as a state dict ({type(error).__name__}). Damaged: copy or download it "
+                         "again. A whole pickled module: it runs code when it is loaded; where you trust it, save its "
+                         "state_dict() to a file.") from error
     for key in ("state_dict", "model_state", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -198,8 +198,8 @@ def _split_timm(name: str, weights: str) -> Backbone:
     except Exception as error:  # without a network the hub's client raises errors of several classes
         raise FileNotFoundError(
             f"the weights of {name} are not in timm's cache and could not be downloaded ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Download the model's file elsewhere and set weights: /path/to/model.safetensors "
-            "or weights: none") from error
+            f"{str(error).partition(chr(10))[0]}). Download the model's file elsewhere and set weights: "
+            "/path/to/model.safetensors or weights: none") from error
 
     named = OrderedDict((f"blocks_{n}" if child == "blocks" else child, part) for child, module in net.named_children()
                         for n, part in (module.named_children() if child == "blocks" else [(child, module)]))

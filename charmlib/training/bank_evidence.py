@@ -9,7 +9,7 @@ import torch
 from charmlib.data.loaders import grey_to_network
 from charmlib.evaluation.enrichment import enrichment, training_shares
 from charmlib.evaluation.metrics import prevalence
-from charmlib.files import write_csv
+from charmlib.files import reading, write_csv
 from charmlib.nih import NO_FINDING, PARTS
 from charmlib.nn import RareMemoryBank
 from charmlib.training.recipes import batches
@@ -94,7 +94,9 @@ class BankEvidence:
     def history(self) -> pd.DataFrame:
         """``bank_history.csv``: stage, epoch, filled, one column a class, no_finding; empty for a run without a bank."""
         path = self.run.folder.bank_history_file
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["stage", "epoch", "filled"])
+        with reading(path, "history of a bank", "delete it; the run does without its curves"):
+            return (pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["stage", "epoch", "filled"])).astype(
+                {"stage": int, "epoch": int})
 
     def shares(self) -> dict[str, float]:
         """Prevalence of each finding, and of ``no_finding``, in the training part."""

@@ -15,14 +15,11 @@ from fastcore.basics import store_attr
 
 from charmlib import session
 from charmlib.data.loaders import GreyToNetwork, grey_to_network
-from charmlib.evaluation.runs import RunFolder, number
+from charmlib.evaluation.runs import HISTORY, RunFolder, number
 from charmlib.files import write_whole
 from charmlib.nih import finding_columns
 from charmlib.nn.votes import VotingBank
 from charmlib.training.recipes import Phase
-
-NUMBERS = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
-HISTORY = ("stage", "epoch", *NUMBERS, "bank_filled", "bank_accepted")  # columns of history.csv
 
 
 class NetworkHooks(Callback):

@@ -1,27 +1,33 @@
 """Checkpoints without pickles: ``model.safetensors`` beside ``model.json``."""
 
+import contextlib
+import hashlib
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils._pytree import tree_map
 
 from charmlib.evaluation.runs import FORMAT, RunFolder
-from charmlib.files import write_json, write_whole
+from charmlib.files import reading, write_json, write_whole
 from charmlib.models.registry import Network, create
+from charmlib.nn.backbone import read_state_dict
 from charmlib.training.device import place
 
+_DIGEST = 32  # bytes of a sha256
 
-def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, normal_class: str = "",
-               thresholds: Mapping | None = None, temperature: float | None = None, stage1_lr: float | None = None,
-               data: Mapping | None = None) -> Path:
-    """Write ``model.safetensors`` and ``model.json`` (classes, arch, parameters, norm, thresholds); returns the former.
 
-    ``stage1_lr`` is the rate that stage 1 used (the finder's, where none was pinned).
-    ``thresholds`` maps an operating point ('youden') to class -> probability; they and the ``temperature`` of the
-    calibration are chosen on validation data, and stay empty where there was none. ``data`` says what it was trained on
+def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, data: Mapping, normal_class: str = "",
+               thresholds: Mapping | None = None, chosen_on: Mapping | None = None, temperature: float | None = None,
+               stage1_lr: float | None = None) -> Path:
+    """Write ``model.safetensors`` and ``model.json`` (its sha256, classes, arch, parameters, norm, thresholds); returns the
+    former.
+
+    ``stage1_lr`` is the rate that stage 1 used (the finder's, where none was pinned). ``thresholds``, ``chosen_on`` and
+    ``temperature`` are those of :func:`charmlib.evaluation.runs.chosen_on_validation`. ``data`` says what it was trained on
     (name, drawn, scale).
     """
     folder = Path(folder)
@@ -31,16 +37,33 @@ def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, no
     write_json(folder / "model.json", {
         "format": FORMAT, "classes": list(classes), "normal_class": normal_class, "arch": net.arch, "params": dict(params),
         "norm": {"mean": list(net.mean), "std": list(net.std)}, "thresholds": dict(thresholds or {}),
-        "temperature": temperature, "stage1_lr": stage1_lr, "data": data})
+        "chosen_on": dict(chosen_on or {}), "temperature": temperature, "stage1_lr": stage1_lr, "data": data,
+        "sha256": _sha256(folder / "model.safetensors")})
     return folder / "model.safetensors"
 
 
 def load_weights(net: Network, folder: str | Path) -> None:
-    """Fill a network from ``model.safetensors`` of a trained run; raises FileNotFoundError without one, and as :func:`fill`."""
-    path = RunFolder(folder).weights_file
+    """Fill a network from ``model.safetensors`` of a trained run.
+
+    Raises FileNotFoundError without one, :class:`charmlib.files.Damaged` for another file than that of ``model.json``, and as
+    :func:`fill`.
+    """
+    fill(net, _weights(RunFolder(folder)), str(RunFolder(folder).weights_file))
+
+
+def _weights(run: RunFolder) -> Mapping[str, torch.Tensor]:
+    path = run.weights_file
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint: {path} is not there (was the run trained to its end?)")
-    fill(net, load_file(path), str(path))
+    with reading(path, "weights of a trained run", "copy it from where it is whole, or train again with resume=False"):
+        if _sha256(path) != run.card["sha256"]:
+            raise ValueError(f"its sha256 is not that in {run.card_file.name}")
+        return read_state_dict(path)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_model(folder: str | Path, device="cpu") -> tuple[Network, dict]:
@@ -49,10 +72,15 @@ def load_model(folder: str | Path, device="cpu") -> tuple[Network, dict]:
     Strict: a file that does not fill the network exactly is an error, never a silently fresh network. Raises as
     :func:`load_weights`.
     """
-    card = RunFolder(folder).card
-    net = create({**card["params"], "weights": "none", "norm": "half"}, card["classes"])
+    run = RunFolder(folder)
+    card, weights, params = run.card, _weights(run), {**run.card["params"], "weights": "none", "norm": "half"}
+    with reading(run.card_file, "card of a network", "copy it from where it is whole, or train again with resume=False"):
+        # a network of other sizes than its weights is refused before it takes memory; a system of one's own may do without
+        with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+            _refuse_misfit(create(params, card["classes"]).state_dict(), weights, str(run.weights_file))
+        net = create(params, card["classes"])
     net.mean, net.std = tuple(card["norm"]["mean"]), tuple(card["norm"]["std"])
-    load_weights(net, folder)
+    fill(net, weights, str(run.weights_file))
     return place(net.eval(), device), card
 
 
@@ -64,14 +92,17 @@ def fill(net: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -
     ValueError
         Names the source and what differs.
     """
-    own = net.state_dict()
+    _refuse_misfit(net.state_dict(), state, source)
+    net.load_state_dict(state)
+
+
+def _refuse_misfit(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], source: str) -> None:
     wrong = [*(f"{name} is missing" for name in own if name not in state),
              *(f"{name} is not in the network" for name in state if name not in own),
              *(f"{name} is {tuple(state[name].shape)}, wanted {tuple(own[name].shape)}"
                for name in own if name in state and state[name].shape != own[name].shape)]
     if wrong:
         raise ValueError(f"{source} does not fit the network ({len(wrong)} differences): " + "; ".join(wrong[:5]))
-    net.load_state_dict(state)
 
 
 def differences(theirs: Mapping, ours: Mapping) -> str:
@@ -81,26 +112,34 @@ def differences(theirs: Mapping, ours: Mapping) -> str:
 
 
 def save_resume(path: Path, state: Mapping) -> None:
-    """Write a resume file (tensors, numbers, text, lists and dicts of them), whole or not at all.
+    """Write a resume file (tensors, numbers, text, lists and dicts of them), whole or not at all; its last 32 bytes are the
+    sha256 of the others.
 
     numpy's numbers become Python's: fastai's schedules leave them in the optimizer, and they would need unpickling.
     """
     plain = tree_map(lambda value: value.item() if isinstance(value, np.generic) else value, state)
-    write_whole(path, lambda temporary: torch.save(plain, temporary))
+
+    def write(temporary: Path) -> None:
+        torch.save(plain, temporary)
+        with open(temporary, "rb+") as file:
+            file.write(hashlib.file_digest(file, "sha256").digest())  # behind the last byte that was read
+
+    write_whole(path, write)
 
 
 def load_resume(path: Path) -> dict | None:
-    """The resume state, or None where there is none; loads with ``weights_only``.
+    """The resume state, or None where there is none. The file is compared with its sha256, then loaded with ``weights_only``.
 
     Raises
     ------
-    ValueError
-        Damaged; says that removing it starts the run anew.
+    charmlib.files.Damaged
+        Says that removing the file starts the run anew.
     """
     if not path.is_file():
         return None
-    try:
+    with reading(path, "state of a started training", "delete it, or say resume=False, to train from the start"):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, \
+                memoryview(content) as view, view[:-_DIGEST] as body:
+            if hashlib.sha256(body).digest() != content[-_DIGEST:]:
+                raise ValueError("it does not have the sha256 at its end")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                         "Remove it to train from the start, or say resume=False.") from error

@@ -1,5 +1,6 @@
 """Runs the phases of a recipe; training can stop and continue after any epoch."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastcore.basics import store_attr
 
 from charmlib import session
 from charmlib.evaluation.metrics import NotFinite
+from charmlib.files import Damaged
 from charmlib.params import PARAMS
 from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Trains
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
@@ -33,10 +35,20 @@ class PhaseRunner:
         store_attr()
 
     def saved(self, resume: bool) -> dict | None:
-        """The resume state if there is one that belongs to this run; ValueError, naming the differences, for another's."""
-        if not resume or (state := load_resume(self.path)) is None:
-            return None
-        wrong = differences(state["identity"], self.identity) if state["format"] == FORMAT else f"format {state['format']}"
+        """The resume state if there is one that belongs to this run; ValueError, naming the differences, for another's.
+
+        In a grid a damaged file is set aside with a line, and the cell starts again. Elsewhere a person decides: Damaged.
+        """
+        try:
+            if not resume or (state := load_resume(self.path)) is None:
+                return None
+        except Damaged as error:
+            if not session.in_grid():
+                raise
+            print(f"{error}. It is kept as {self.path.name}.damaged, and the cell starts again", flush=True)
+            return os.replace(self.path, f"{self.path}.damaged")
+        wrong = differences(state["identity"], self.identity) if state.get("format") == FORMAT else \
+            f"format {state.get('format')}"
         if wrong:
             raise ValueError(f"{self.path} belongs to a run with other settings ({wrong}). Name another run_dir, or say "
                              "resume=False to train from the start.")

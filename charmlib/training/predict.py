@@ -10,6 +10,7 @@ from scipy.special import expit
 
 from charmlib.data.loaders import grey_to_network
 from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
+from charmlib.evaluation.operating import called
 from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.score import thresholds_at
 from charmlib.files import readable
@@ -19,11 +20,12 @@ from charmlib.training.device import pick_device
 
 def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youden", calibrated: bool = False, batch: int = 32,
             device: str = "auto", refused: Callable[[str], None] = print) -> pd.DataFrame:
-    """A row an image: its path, run, operating point, ``p_<class>`` and ``call_<class>`` (0 or 1).
+    """A row a file: its path, run, operating point, ``p_<class>`` of six digits, ``call_<class>`` (0 or 1) and ``refused``.
 
-    ``paths`` are files as in :mod:`charmlib.data.images`, or folders of them. ``refused`` gets a line for each file that is not
-    a radiograph-like grey image; such a file has no row. The network reads each image by itself, with the memory bank as
-    training left it, so neither the batch nor other images change a result by more than rounding.
+    ``paths`` are files as in :mod:`charmlib.data.images`, or folders of them. A file that is not a radiograph-like grey image
+    has the reason in ``refused`` and no probabilities, and the callable ``refused`` gets a line on it. The network reads each
+    image by itself, with the memory bank as training left it, so neither the batch nor other images change a result by more
+    than rounding.
 
     Training chose the operating points 'youden', 'f1' and 'sensitivity_0.90' on validation data; any other sensitivity is
     chosen now, on the run's validation predictions. ``calibrated`` gives probabilities at the temperature of the validation
@@ -43,29 +45,30 @@ def predict(run: str | Path, paths: Iterable[str | Path], *, point: str = "youde
     net, _ = load_model(run, chosen)
     mean, std = (torch.tensor(v, device=chosen).view(1, -1, 1, 1) for v in (net.mean, net.std))
     how = {key: card["params"][key] for key in ("aspect", "contrast")} | {"scale": card["data"]["scale"]}
-    kept, logits = [], []
+    reasons, logits = dict.fromkeys(files, ""), []
     for start in range(0, len(files), batch):
         images = []
         for path in files[start:start + batch]:
             try:
                 images.append(read_radiograph(path, card["params"]["image_size"], **how))
-                kept.append(path)
             except NotARadiograph as error:
+                reasons[path] = readable(error).removeprefix(f"{readable(path)}: ")
                 refused(readable(error))
         if images:
             grey = torch.from_numpy(np.stack(images)).to(chosen).unsqueeze(1)
             with torch.inference_mode():
                 logits.append(net(grey_to_network(grey, mean, std)).float().cpu().numpy())
-    classes = card["classes"]
-    values = np.concatenate(logits) if logits else np.empty((0, len(classes)))
-    probability = expit(values.astype(np.float64))
-    shown = expit(values / card["temperature"]) if calibrated else probability
-    table = pd.DataFrame({"image": [readable(path) for path in kept]}).assign(run=Path(run).resolve().name,
-                                                                           point=point if validated else pd.NA)
-    calls = {f"call_{name}": pd.array([pd.NA] * len(kept) if (threshold := thresholds.get(name)) is None else
-                                      probability[:, c] >= threshold, dtype="Int8")
+    classes, kept = card["classes"], np.array([not reason for reason in reasons.values()])
+    values = np.full((len(files), len(classes)), np.nan)
+    values[kept] = np.concatenate(logits) if logits else 0.0
+    shown = expit(values / card["temperature"] if calibrated else values)
+    calls = {f"call_{name}": pd.array(np.where(kept, called(values[:, c], threshold), pd.NA) if
+                                      (threshold := thresholds.get(name)) is not None else [pd.NA] * len(files), dtype="Int8")
              for c, name in enumerate(classes if validated else ())}
-    return table.assign(**{f"p_{name}": shown[:, c] for c, name in enumerate(classes)}, **calls)
+    return pd.DataFrame({"image": [readable(path) for path in files], "run": Path(run).resolve().name,
+                         "point": point if validated else pd.NA,
+                         **{f"p_{name}": [float(f"{p:.6g}") for p in shown[:, c]] for c, name in enumerate(classes)}, **calls,
+                         "refused": list(reasons.values())})
 
 
 def origin(run: str | Path) -> str:

@@ -1,5 +1,6 @@
 """One run: parameters, data, network and a folder. The train and test notebooks are written with it."""
 
+import hashlib
 import os
 import shutil
 import time
@@ -19,7 +20,7 @@ from charmlib.data.dataset import ChestData, digests, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
-from charmlib.evaluation.runs import RunFolder, about, chosen_on_validation, save_predictions
+from charmlib.evaluation.runs import HISTORY, NUMBERS, RunFolder, about, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_csv, write_json, write_text
 from charmlib.models.registry import Network, create
@@ -27,7 +28,7 @@ from charmlib.nih import same_order
 from charmlib.param_sources import changed, read_yaml
 from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, warmup_end, with_absolute_paths
 from charmlib.training.bank_evidence import BankEvidence
-from charmlib.training.callbacks import HISTORY, NUMBERS, Trains, seed_everything, write_history
+from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
 from charmlib.training.fit import PhaseRunner
@@ -347,10 +348,16 @@ def _hashed(params: Mapping) -> dict:
 
 
 def _writable_copy(folder: Path) -> Path:
-    """A copy of a read-only run, such as another notebook's output on Kaggle."""
-    working = Path("/kaggle/working")
-    target = (working if working.is_dir() else Path("runs")).resolve() / folder.name
-    if not (target / "params.yaml").is_file():
-        shutil.copytree(folder, target, dirs_exist_ok=True)
+    """A copy of a read-only run, such as another notebook's output on Kaggle; one for each path and content of a run."""
+    working, source = Path("/kaggle/working"), hashlib.sha256(os.fsencode(folder))
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(file, "rb") as content:
+            source.update(os.fsencode(file.relative_to(folder)) + hashlib.file_digest(content, "sha256").digest())
+    target = (working if working.is_dir() else Path("runs")).resolve() / f"{folder.name}-{source.hexdigest()[:8]}"
+    if not target.is_dir():
+        shutil.rmtree(partial := target.with_name(f".{target.name}.partial"), ignore_errors=True)
+        shutil.copytree(folder, partial)
+        partial.chmod(partial.stat().st_mode | 0o700)
+        partial.rename(target)
     print(f"{folder} is read-only: going on with a copy in {target}")
     return target

@@ -173,6 +173,11 @@ def test_eight_bits_are_taken_as_they_are(grey):
                           PhotometricInterpretation="RGB"))
 
 
+def test_a_picture_that_claims_a_huge_size_is_refused_before_it_is_decoded(twelve):
+    with pytest.raises(dicom.NotGrey, match="65535 x 65535 pixels, more than 10,000 a side"):
+        dicom.read(file(twelve, Rows=65535, Columns=65535))
+
+
 def test_what_is_no_radiograph_is_named(twelve):
     with pytest.raises(dicom.NotGrey, match="modality CT"):
         open_picture(file(twelve, Modality="CT"))

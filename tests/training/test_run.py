@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from charmlib.evaluation.calibration import fit_temperature
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.operating import choose_thresholds
 from charmlib.evaluation.runs import RunFolder, finish
+from charmlib.files import Damaged
 from charmlib.nn import votes
 from charmlib.params import ParameterError
 from charmlib.training import fit
@@ -34,6 +36,10 @@ def killed_after(monkeypatch, saves):
             raise Killed
 
     monkeypatch.setattr(fit, "save_resume", save)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def bits(folder):
@@ -403,8 +409,22 @@ def test_a_run_in_a_read_only_folder_is_copied_first(quiet, tmp_path, monkeypatc
     before = sorted(quiet.iterdir())
     run = Run.load(quiet)
     run.score()
-    assert run.folder.path == tmp_path / "runs/run" and (run.folder / "predictions.npz").is_file()
-    assert sorted(quiet.iterdir()) == before
+    assert run.folder.path.parent == tmp_path / "runs" and (run.folder / "predictions.npz").is_file()
+    assert sorted(quiet.iterdir()) == before and Run.load(quiet).folder.path == run.folder.path
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.folder.name]
+
+
+def test_two_read_only_runs_of_one_name_have_a_copy_each(quiet, tmp_path, monkeypatch):
+    from charmlib.training import run as module
+
+    first, second = (shutil.copytree(quiet, tmp_path / f"input/{place}/charm") for place in "ab")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.os, "access", lambda path, mode: "input" not in Path(path).parts)
+    paths = [Run.load(folder).folder.path for folder in (first, second, first)]
+    (second / "log.txt").write_text("trained again\n")
+    paths.append(Run.load(second).folder.path)
+    assert paths[0] == paths[2] and len(set(paths)) == 3
+    assert (paths[3] / "log.txt").read_text() == "trained again\n" != (paths[1] / "log.txt").read_text()
 
 
 def test_settings_that_differ_are_refused_by_name(quiet, tiny, tmp_path, phantoms, monkeypatch):
@@ -434,8 +454,63 @@ def test_a_damaged_resume_file_is_named(tiny):
     run = Run.open(tiny)
     Path(tiny["run_dir"]).mkdir()
     Path(tiny["run_dir"], "resume.pt").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"resume\.pt cannot be read.*resume=False"):
+    with pytest.raises(ValueError, match=r"resume\.pt is damaged.*resume=False"):
         run.train()
+
+
+def test_any_flipped_bit_of_a_resume_file_is_found(tmp_path):
+    path, generator = tmp_path / "resume.pt", np.random.default_rng(0)
+    fit.save_resume(path, {"format": fit.FORMAT, "model": {"w": torch.randn(300)}, "history": [{"lr": np.float64(0.5)}]})
+    good = path.read_bytes()
+    assert torch.load(path, weights_only=True)["history"] == load_resume(path)["history"] == [{"lr": 0.5}]
+    for at in (*generator.integers(0, len(good), 60), len(good) - 1):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << int(generator.integers(8))]) + good[at + 1:])
+        with pytest.raises(Damaged, match=r"resume\.pt is damaged"):
+            load_resume(path)
+    for content in (b"", good[:-1], good + b"0", good[:1000], b"x" * 40, b"PK\3\4"):
+        path.write_bytes(content)
+        with pytest.raises(Damaged, match=r"resume\.pt is damaged.*delete it"):
+            load_resume(path)
+
+
+def test_a_grids_cell_sets_a_damaged_resume_file_aside_and_starts_again(tiny, quiet, monkeypatch, capsys):
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        killed_after(m, 2)
+        Run.open(tiny).train()
+    file = Path(tiny["run_dir"], "resume.pt")
+    file.write_bytes(half := file.read_bytes()[:-100])
+    monkeypatch.setenv("CHARM_CELL", "k1")
+    monkeypatch.setattr("charmlib.session.die_with_parent", lambda parent: None)
+    Run.open(tiny).train()
+    assert "resume.pt.damaged, and the cell starts again" in capsys.readouterr().out
+    assert file.with_name("resume.pt.damaged").read_bytes() == half
+    same_run(Path(tiny["run_dir"]), quiet)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"hidden": 10**12}, "does not fit the network"), ({"hidden": 10**18}, r"model\.json is damaged"),
+    ({"bank_size": 10**9}, "outside 1 to 65536"), ({"k": "2"}, "'k' is '2', wanted int"), ({"new": 1}, "unknown parameter"),
+    ({"arch": "timm:no_such"}, "arch"), ({"system": "os"}, "'os' is none of"), ({"dropout": 7.0}, "outside")])
+def test_a_card_from_elsewhere_is_checked_before_anything_is_built(quiet, tmp_path, change, says):
+    import resource
+
+    folder = shutil.copytree(quiet, tmp_path / "x")
+    card = json.loads((folder / "model.json").read_text())
+    edit(folder / "model.json", params={**card["params"], **change})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(Damaged, match=says):
+        load_model(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", bytes(range(128, 256)) * 4, b"PK\3\4", b"\x80\x04N."])
+def test_weights_that_are_none_are_named(quiet, tmp_path, content):
+    folder = shutil.copytree(quiet, tmp_path / "x")
+    (folder / "model.safetensors").write_bytes(content)
+    for digest in ("", hashlib.sha256(content).hexdigest()):  # also where the card was made to fit
+        edit(folder / "model.json", sha256=digest)
+        with pytest.raises(Damaged, match=r"model\.safetensors is damaged"):
+            load_model(folder)
 
 
 def test_scoring_the_whole_test_part(quiet, tmp_path, phantoms):
@@ -489,6 +564,10 @@ def test_loading_is_strict_and_loud(quiet, tmp_path):
     state = load_file(folder / "model.safetensors")
     state["head.9.weight"] = state.pop("head.4.weight")
     save_file(state, folder / "model.safetensors")
+    with pytest.raises(Damaged, match=r"model\.safetensors is damaged.*sha256"):
+        load_model(folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    edit(folder / "model.json", sha256=digest)
     with pytest.raises(ValueError, match=r"2 differences.*head\.4\.weight is missing"):
         load_model(folder)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):

@@ -131,6 +131,11 @@ def readable(text: str | Path) -> str:
     return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
 
 
+def for_papermill(path: str | Path) -> str:
+    """A path as papermill takes it, which fills in parameters that stand in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file atomically. NaN and infinities become null; numpy values become plain numbers."""
     text = json.dumps(content, default=lambda value: value.tolist() if hasattr(value, "tolist") else os.fspath(value))

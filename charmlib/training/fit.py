@@ -15,7 +15,7 @@ from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Tr
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
 
-FORMAT = 2
+FORMAT = 3
 
 
 class PhaseRunner:

@@ -19,7 +19,7 @@ import nbformat
 
 import charmlib
 from charmlib import session
-from charmlib.files import DiskFull, LeaseLost, is_disk_full, remove_temporaries, write_json, write_text
+from charmlib.files import DiskFull, LeaseLost, for_papermill, is_disk_full, remove_temporaries, write_json, write_text
 from charmlib.grid import lease
 from charmlib.grid.cells import NOTEBOOKS, CellFolder, Ended, declared
 from charmlib.param_sources import changed
@@ -79,7 +79,7 @@ def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder) -> None:
     """Run both notebooks, each with its parameters, as one, and keep each as executed, also when it failed."""
     import papermill
 
-    books = train, test = [papermill.execute_notebook(str(notebook), None, parameters=injected(notebook, params),
+    books = train, test = [papermill.execute_notebook(for_papermill(notebook), None, parameters=injected(notebook, params),
                                                       prepare_only=True, progress_bar=False)
                            for notebook, params in notebooks.items()]
     joined = nbformat.from_dict(train)
@@ -87,8 +87,8 @@ def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder) -> None:
     source = cell.path / ".both.ipynb"
     write_text(source, nbformat.writes(joined))
     try:
-        papermill.execute_notebook(str(source), str(cell.running_file), cwd=str(cell.path), progress_bar=False,
-                                   log_output=False, start_timeout=180)
+        papermill.execute_notebook(*map(for_papermill, (source, cell.running_file)), cwd=str(cell.path),
+                                   progress_bar=False, log_output=False, start_timeout=180)
     finally:
         source.unlink(missing_ok=True)
         _split(books, cell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -50,6 +51,22 @@ def shared() -> Path:
     if not (folder / "nih64").is_dir():
         pytest.skip(f"no real data: {folder}/nih64 is not there (set CHARM_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, for which evil.example is this machine (DNS rebinding)."""
+    pytest.importorskip("playwright", reason="no playwright: pip install 'charmlib[test]'")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no browser: install one (apt-get install chromium) to test the pages")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=path, args=[
+            "--no-sandbox", "--host-resolver-rules=MAP evil.example 127.0.0.1"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

@@ -1,17 +1,21 @@
 """The explorer: its widgets moved by program, its static pictures, and the page in a real browser."""
 
+import contextlib
+import http.client
+import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import psutil
 import pytest
 
 from charmlib.data.dataset import ImageReader
@@ -152,25 +156,27 @@ def test_papermill_gets_static_pictures_and_no_widget(runs, tmp_path):
     assert pictures(book) == 4 and "widget" not in (tmp_path / "out.ipynb").read_text()
 
 
-@pytest.fixture
-def page(runs):
-    """The explorer's page, served as `make explore` serves it; its address."""
+@contextlib.contextmanager
+def served(*runs, idle=300):
+    """The explorer's page, served as `make explore` serves it; its address with the token, and its process."""
     for name in ("voila", "playwright"):  # Kaggle's image has neither
         pytest.importorskip(name, reason=f"no {name}, which the browser test needs: pip install 'charmlib[test]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "charmlib", "explore", *map(str, runs), "--port", str(port), "--no-browser"]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    code = f"from charmlib.viz import serve; serve.IDLE = {idle}; from charmlib.cli import main; main()"
+    command = [sys.executable, "-c", code, "explore", *map(str, runs), "--port", str(port), "--no-browser"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                              text=True)
     try:
+        address = server.stdout.readline().split(" at ")[1].split()[0]
+        assert address.startswith(f"http://127.0.0.1:{port}/")
         for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/voila/static/", timeout=1)
-            except urllib.error.HTTPError:
-                break  # it answers
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/"
+            with contextlib.suppress(urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/login", timeout=1)
+                break
+            time.sleep(0.5)
+        yield address, psutil.Process(server.pid)
     finally:
         server.terminate()
         try:
@@ -180,42 +186,100 @@ def page(runs):
                 os.killpg(server.pid, signal.SIGKILL)
 
 
+@pytest.fixture
+def page(runs):
+    with served(*runs) as (address, _):
+        yield address
+
+
+def status(address, **headers):
+    """The status that a request without a browser's cookies ends with, the login page counting as 401."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60) as answer:
+            return 401 if "/login" in answer.url else answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def upgraded(address, **headers):
+    """The status of a request for a websocket."""
+    host, path = address.removeprefix("ws://").split("/", 1)
+    with contextlib.closing(http.client.HTTPConnection(host, timeout=60)) as connection:
+        connection.request("GET", f"/{path}", headers={**headers, "Upgrade": "websocket", "Connection": "Upgrade",
+                                                       "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "A" * 22 + "=="})
+        return connection.getresponse().status
+
+
 @pytest.mark.slow
-def test_in_a_real_browser(page, tmp_path):
-    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser_path is None:
-        pytest.skip("no browser: install one (apt-get install chromium) to test the explorer's page")
-    from playwright.sync_api import expect, sync_playwright
+def test_only_its_user_on_this_machine_gets_the_page(runs, browser):
+    """Any local user, and any web page by DNS rebinding, once got the page, its kernel and the patients' pictures."""
+    with served(runs[0], idle=10) as (address, process):
+        base, token = address.split("?token=")
+
+        def kernels():
+            return [child for child in process.children(recursive=True) if "ipykernel_launcher" in " ".join(child.cmdline())]
+
+        assert {c.laddr.ip for child in (process, *process.children(True)) for c in child.net_connections()} == {"127.0.0.1"}
+        assert not any(token in " ".join(child.cmdline()) for child in (process, *process.children(recursive=True)))
+        assert [status(f"{base}{path}") for path in ("", "?token=x", "api/kernels")] == [401, 401, 401]
+        assert status(f"{base}voila/files/explore.ipynb") == status(f"{base}voila/files/voila.json") == 403
+        for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1"):
+            assert status(address, Host=host) == status(f"{base}login", Host=host) == 403
+        assert not kernels()
+        tab = browser.new_page()
+        assert tab.goto(address.replace("127.0.0.1", "evil.example")).status == 403
+        channels = []
+        tab.on("websocket", lambda socket: channels.append(socket.url))
+        tab.goto(address)
+        tab.locator("table.walk").wait_for(timeout=120_000)
+        time.sleep(12)
+        assert len(kernels()) == 1  # an open page keeps its kernel
+        connection = json.loads(Path(kernels()[0].cmdline()[-1]).read_text())
+        assert connection["transport"] == "ipc"  # everybody on this machine could read pictures from its ports
+        cookie = "; ".join(f"{c['name']}={c['value']}" for c in tab.context.cookies())
+        assert upgraded(channels[0], Cookie=cookie, Origin="http://evil.example") == 403
+        assert upgraded(channels[0], Origin=base.rstrip("/")) in (302, 403)  # without the cookie
+        tab.context.set_offline(True)  # as if the machine of the browser was switched off
+        tab.goto("about:blank", wait_until="commit")
+        for _ in range(60):
+            if not kernels():
+                break
+            time.sleep(0.5)
+        assert not kernels()
+        tab.close()
+
+
+@pytest.mark.slow
+def test_in_a_real_browser(page, browser, tmp_path):
+    from playwright.sync_api import expect
 
     errors, outside = [], []
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1240, "height": 1200})
-        tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-        tab.on("pageerror", lambda e: errors.append(str(e)))
-        own = (page, "data:", "blob:", "ws://127.0.0.1")
-        tab.on("request", lambda r: None if r.url.startswith(own) else outside.append(r.url))
-        tab.goto(page)
-        slider = tab.locator(".noUi-handle").first
-        slider.wait_for(timeout=120_000)
-        numbers, curve = tab.locator("table.walk"), tab.locator("img").first
-        before, source = numbers.inner_text(), curve.get_attribute("src")
-        slider.focus()
-        for _ in range(8):
-            tab.keyboard.press("ArrowRight")
-        expect(numbers).not_to_have_text(before, timeout=30_000)
-        expect(curve).not_to_have_attribute("src", source, timeout=30_000)
-        expect(tab.get_by_text("images change sides").first).to_be_visible()
-        after = numbers.inner_text()
-        tab.get_by_label("finding").select_option(index=1)
-        expect(numbers).not_to_have_text(after, timeout=30_000)
-        tab.get_by_label("compare with").select_option(index=1)
-        expect(tab.get_by_text("resamples agree in sign")).to_be_visible(timeout=30_000)
-        sizes = tab.evaluate("[...document.images].filter(i => i.offsetParent).map(i => [i.naturalWidth, i.offsetWidth])")
-        assert len(sizes) >= 2 and all(natural > 100 and shown > 100 for natural, shown in sizes)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 1240  # nothing runs off the side
-        tab.screenshot(path=os.environ.get("CHARM_SCREENSHOT", str(tmp_path / "explorer.png")), full_page=True)
-        browser.close()
+    tab = browser.new_page(viewport={"width": 1240, "height": 1200})
+    tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: errors.append(str(e)))
+    own = (page.split("?")[0], "data:", "blob:", "ws://127.0.0.1")
+    tab.on("request", lambda r: None if r.url.startswith(own) else outside.append(r.url))
+    tab.goto(page)
+    slider = tab.locator(".noUi-handle").first
+    slider.wait_for(timeout=120_000)
+    numbers, curve = tab.locator("table.walk"), tab.locator("img").first
+    before, source = numbers.inner_text(), curve.get_attribute("src")
+    slider.focus()
+    for _ in range(8):
+        tab.keyboard.press("ArrowRight")
+    expect(numbers).not_to_have_text(before, timeout=30_000)
+    expect(curve).not_to_have_attribute("src", source, timeout=30_000)
+    expect(tab.get_by_text("images change sides").first).to_be_visible()
+    after = numbers.inner_text()
+    tab.get_by_label("finding").select_option(index=1)
+    expect(numbers).not_to_have_text(after, timeout=30_000)
+    tab.get_by_label("compare with").select_option(index=1)
+    expect(tab.get_by_text("resamples agree in sign")).to_be_visible(timeout=30_000)
+    sizes = tab.evaluate("[...document.images].filter(i => i.offsetParent).map(i => [i.naturalWidth, i.offsetWidth])")
+    assert len(sizes) >= 2 and all(natural > 100 and shown > 100 for natural, shown in sizes)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1240  # nothing runs off the side
+    tab.screenshot(path=os.environ.get("CHARM_SCREENSHOT", str(tmp_path / "explorer.png")), full_page=True)
+    tab.close()
     assert not errors and not outside
 
 

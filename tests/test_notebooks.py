@@ -63,6 +63,18 @@ def test_the_parameters_cell_is_the_declaration(name):
     assert cell.source == cell_source(NAMES[name])
 
 
+def test_relative_folders_are_the_checkouts_in_every_notebook(tmp_path, monkeypatch):
+    """Trained in JupyterLab, a run once lay in notebooks/runs, where the explorer did not look."""
+    (tmp_path / "charmlib").mkdir()  # another checkout's, whose code is not taken
+    (tmp_path / "notebooks").mkdir()
+    for path in BOOKS:
+        monkeypatch.chdir(tmp_path / "notebooks")
+        names = {}
+        exec(code_cells(path)[0].source, names)
+        assert Path.cwd() == tmp_path and Path(names["charmlib"].__file__).is_relative_to(ROOT)
+        assert not any("chdir" in cell.source for cell in code_cells(path)[1:])
+
+
 def papermill(name, out, parameters, cwd):
     """The executed notebook. Parameters that the notebook does not show go through its options; papermill warns of none."""
     book = name if isinstance(name, Path) else ROOT / f"notebooks/{name}.ipynb"

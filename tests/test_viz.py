@@ -1,4 +1,6 @@
+import json
 import warnings
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from charmlib.viz.curves import plot_roc
 from charmlib.viz.heat_maps import heat_maps
+
+STRANGE = r"Cost $5 $\frac$ {x}"  # matplotlib's mathematics, with an error in it
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +81,8 @@ def test_every_picture_names_its_data_and_every_class(scored):
     from charmlib.viz.run_report import run_pictures
 
     metrics, test = scored
+    metrics = json.loads(json.dumps({**metrics, "cell": "m$^$"}).replace('"Effusion"', json.dumps(STRANGE)))
+    test = replace(test, classes=tuple(STRANGE if name == "Effusion" else name for name in test.classes))
     note = split_note(metrics)
     assert "drawn phantoms" in note and "patients" in note and "with a finding" in note and "official" in note
     for title, figure in run_pictures(metrics, test).items():
@@ -161,3 +167,38 @@ def test_colours_can_be_told_apart_by_the_colour_blind():
     for one, other in ((FIRST, SECOND), (OKABE_ITO[2], SECOND)):
         seen = [deuteranopia @ np.array(to_rgb(c)) ** 2.2 for c in (one, other)]
         assert np.abs(seen[0] - seen[1]).max() > 0.15
+
+
+def test_dollars_in_a_data_set_are_no_mathematics(phantoms):
+    from charmlib.data.dataset import open_dataset
+    from charmlib.viz.dataset_page import dataset_pictures
+    from tests.conftest import TINY
+
+    data = open_dataset({**TINY, "data_root": str(phantoms)})
+    frame = data.index.frame.rename(columns={"Effusion": STRANGE}).assign(sex="$\\sex$", view="_$\\view$\udcff")
+    data.index = replace(data.index, frame=frame, classes=tuple(STRANGE if c == "Effusion" else c for c in data.classes))
+    for title, figure in dataset_pictures(data).items():
+        figure.canvas.draw()
+        shown = [text.get_text() for text in figure.findobj(plt.Text) if "$" in text.get_text()]
+        assert shown and not any("mathdefault" in text for text in shown), title  # the numbers on logarithmic axes
+
+
+def history(epochs=((1, 4), (2, 3)), best=(2, 1)):
+    rows = [{"stage": stage, "epoch": epoch, "train_loss": 1.0, "valid_loss": 0.5 + abs(epoch - kept), "valid_auc": epoch / 9,
+             "lr": 0.1, "seconds": 1.0, "bank_filled": 4, "bank_accepted": 0.5}
+            for (stage, count), kept in zip(epochs, best) for epoch in range(1, count + 1)]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("monitor, changes, kept", [("valid_loss", {}, [2, 5]), ("valid_auc", {}, [4, 7]),
+                                                    ("valid_loss", {"valid_loss": np.nan, "valid_auc": np.nan}, [4, 7])])
+def test_curves_mark_the_kept_epochs_and_count_as_the_history_does(monitor, changes, kept):
+    from charmlib.viz.history import plot_history
+
+    figure = plot_history(history().assign(**changes), monitor=monitor)
+    figure.canvas.draw()
+    for axis in figure.axes:
+        bands = [patch for patch in axis.patches if patch.get_width() == pytest.approx(0.6)]
+        assert [round(patch.get_x() + 0.3) for patch in bands] == kept
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2", "3", "4", "1", "2", "3"]
+    assert "kept epoch" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]

@@ -295,6 +295,13 @@ def number(value: float | None, otherwise: float = float("nan")) -> float:
     return otherwise if value is None or value != value else float(value)
 
 
+def kept_epoch(rows: Sequence[Mapping], monitor: str) -> int:
+    """Position of the kept epoch among the rows of ``history.csv`` of one stage: the best by 'valid_loss' or 'valid_auc', the
+    last without a validation part."""
+    values = [-number(row["valid_auc"]) if monitor == "valid_auc" else number(row["valid_loss"]) for row in rows]
+    return min((i for i, value in enumerate(values) if value == value), key=values.__getitem__, default=len(values) - 1)
+
+
 def valid_auc(metrics: Mapping) -> float:
     """Mean AUC on the validation part; NaN if it is undefined or there is no such part."""
     return number(metrics["valid"] and metrics["valid"]["mean_auc"])

@@ -14,15 +14,15 @@ SHARES = ("undefined", "agree", "positive share", "positive_share", "prevalence"
 """Columns that are shown in percent."""
 
 
-def split_note(metrics: Mapping) -> str:
-    """Data, split, images, patients and share of positives: the note on every score."""
-    part = metrics["split"]["test"]
+def split_note(metrics: Mapping, of: str = "test") -> str:
+    """Data, split, images, patients and share of positives of a part: the note on every score and picture."""
+    part = metrics["split"][of]
     shuffled = "SHUFFLED LABELS, a control: " if metrics["params"]["labels"] == "shuffled" else ""
     quick = "QUICK CHECK: " if metrics["quick_check"] else ""
     who = "a member was " if "members" in metrics else ""
     apart = "" if metrics["valid"] else f"; {who}trained without a validation part"
     return (f"{shuffled}{quick}{metrics['data']['name']}, split '{metrics['split']['name']}' ({metrics['split']['hash'][:8]}): "
-            f"{part['images']:,} test images of {people(part['patients'], metrics['split']['patients_from'])}, "
+            f"{part['images']:,} {of} images of {people(part['patients'], metrics['split']['patients_from'])}, "
             f"{part['positive_share']:.1%} with a finding{apart}{_seen_note(metrics)}")
 
 

@@ -52,9 +52,11 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
         maps = heat_maps(board, note=note)
         if maps is not None:
             pictures.append(("Mean test AUC over the grid (for reading; ranks come from validation)", maps))
-        pictures.append((f"Training of {run.name}", plot_history(pd.read_csv(run.history_file), note=note)))
+        pictures.append((f"Training of {run.name}", plot_history(
+            pd.read_csv(run.history_file), monitor=metrics["params"]["monitor"],
+            note=split_note(metrics, "valid" if metrics["valid"] else "train"))))
         if banks is not None:
-            pictures += bank_pictures(folder, board, banks, note=note)
+            pictures += bank_pictures(folder, board, banks, note=split_note(metrics, "train"))
         drawn = [text for title, figure in pictures for text in (page.heading(title), page.picture(figure, title))]
         for _, figure in pictures:  # or a notebook that runs the grid shows them all
             plt.close(figure)

@@ -9,6 +9,7 @@ import torch
 from charmlib.data.loaders import grey_to_network
 from charmlib.evaluation.enrichment import enrichment, training_shares
 from charmlib.evaluation.metrics import prevalence
+from charmlib.evaluation.runs import kept_epoch
 from charmlib.files import reading, write_csv
 from charmlib.nih import NO_FINDING, PARTS
 from charmlib.nn import RareMemoryBank
@@ -119,9 +120,7 @@ class BankEvidence:
         with_finding = self.data.index.has_finding()[rows].astype(float)
         end, left, weights = self.bank.steps.item(), np.ones(len(steps), bool), np.zeros(len(rows))
         for stage, phase in reversed({phase.stage: phase for phase in plan}.items()):  # each with its last phase
-            values = np.array([-row["valid_auc"] if self.run.params["monitor"] == "valid_auc" else row["valid_loss"]
-                               for row in history if str(row["stage"]) == stage], dtype=float)
-            kept = len(values) if np.isnan(values).all() else int(np.nanargmin(values)) + 1  # the bank is of the best epoch
+            kept = kept_epoch([row for row in history if str(row["stage"]) == stage], self.run.params["monitor"]) + 1
             end = end - kept * batches(phase, images) if stage != plan[0].stage else -np.inf
             of_stage = left & (steps >= end)
             shown = with_finding if phase.images == "findings" else np.ones(len(rows))

@@ -162,7 +162,7 @@ class EpochRecord(Callback):
         if self.epoch < self.start:
             return
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
-        row = {"stage": self.stage, "epoch": self.epoch + self.before,
+        row = {"stage": self.stage, "epoch": self.epoch + self.before + 1,
                "train_loss": torch.stack(self.losses).mean().item() if self.losses else float("nan"),
                "valid_loss": number(values["valid_loss"]), "valid_auc": number(values.get("mean_auc")),
                "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,

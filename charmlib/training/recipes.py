@@ -87,7 +87,7 @@ def epochs_before(plan: Sequence[Phase], phase: Phase) -> int:
 def phase_of(plan: Sequence[Phase], row: Mapping) -> Phase:
     """The phase that a row of ``history.csv`` (its ``stage`` and ``epoch``) belongs to."""
     of_stage = [p for p in plan if p.stage == str(row["stage"])]
-    return next((p for p in of_stage if int(row["epoch"]) < epochs_before(plan, p) + p.epochs), of_stage[-1])
+    return next((p for p in of_stage if int(row["epoch"]) <= epochs_before(plan, p) + p.epochs), of_stage[-1])
 
 
 def steps(plan: Sequence[Phase], images: Mapping[str, int]) -> int:

@@ -251,7 +251,7 @@ class Run:
             if row["bank_filled"] != "" else ""
         total = sum(phase.epochs for phase in self.phases() if phase.stage == row["stage"])
         valid = f"valid {row['valid_loss']:.4f}, AUC {row['valid_auc']:.4f}, " if self.data.split.has_valid else ""
-        self.log(f"stage {row['stage']} epoch {row['epoch'] + 1}/{total}: train {row['train_loss']:.4f}, {valid}"
+        self.log(f"stage {row['stage']} epoch {row['epoch']}/{total}: train {row['train_loss']:.4f}, {valid}"
                  f"{row['seconds']:.1f} s{bank}")
 
     def _read_history(self) -> list[dict]:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from charmlib import files
 from charmlib.evaluation.enrichment import NONE, rows_of
 from charmlib.evaluation.runs import number
 from charmlib.viz.style import FIRST, GUIDE, SECOND, class_style, heading, mark_stages, number_map, readable, styled
@@ -58,7 +59,7 @@ def plot_enrichment_map(table: pd.DataFrame, *, title: str = "", note: str = "")
     with np.errstate(divide="ignore", invalid="ignore"):
         values = table[names].to_numpy(float) / table[[f"{c} expected" for c in names]].to_numpy(float)
         colour = np.clip(np.log2(values), -3, 3)
-    figure, axis = plt.subplots(figsize=(0.52 * len(names) + 2.6, 0.27 * len(table) + 2.0), layout="constrained")
+    figure, axis = plt.subplots(figsize=(max(0.52 * len(names) + 2.6, 6.5), 0.27 * len(table) + 3.0), layout="constrained")
     texts = [["" if not np.isfinite(v) else f"{v:.2f}" if v < 0.995 else f"{v:.3g}" if v >= 100 else f"{v:.1f}" for v in row]
              for row in values]
     image = number_map(axis, colour, texts, table["cell"], [readable(n) for n in names], white=abs(colour) > 2, fontsize=7,
@@ -90,7 +91,8 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
     styles = {c: {"color": "#555555", "ls": ":", "lw": 2.2} if c == NONE else {**class_style(i), "lw": 1.3}
               for i, c in enumerate(shares)}
     columns, rows = min(3, max(len(shown), 1)), max(1, -(-len(shown) // 3))
-    figure, axes = plt.subplots(rows, columns, figsize=(8.5 if columns == 1 else 3.3 * columns + 2.3, 2.5 * rows + 1.0),
+    figure, axes = plt.subplots(rows, columns, figsize=(8.5 if columns == 1 else 3.3 * columns + 2.3,
+                                                        max(2.5 * rows + 1.0, 0.19 * len(shares) + 1.5)),
                                 squeeze=False, sharex=True, sharey=True, layout="constrained")
     for axis in axes.flat[len(shown):]:
         axis.axis("off")
@@ -99,11 +101,11 @@ def plot_bank_history(histories: Mapping[str, pd.DataFrame | Sequence[pd.DataFra
         axis.axhline(1, color=GUIDE, lw=1)
         for c, values in run.items():
             axis.plot(np.arange(1, len(frame) + 1), values.clip(lower=low), **styles[c], marker="." if len(frame) < 4 else None)
-        axis.set(title=name + (f" ({runs} runs)" if runs > 1 else ""), yscale="log", ylim=(low, high))
+        axis.set(title=files.readable(name) + (f" ({runs} runs)" if runs > 1 else ""), yscale="log", ylim=(low, high))
         _round_ticks(axis.yaxis)
         mark_stages(axis, frame["stage"])
     for axis in axes[-1]:
-        axis.set_xlabel("epoch (dotted line: next stage)")
+        axis.set_xlabel("epoch of the stage (dotted line: next stage)")
     figure.supylabel("share of slots over prevalence", fontsize=9)
     figure.legend([plt.Line2D([], [], **styles[c]) for c in shares], [f"{readable(c)} {p:.1%}" for c, p in shares.items()],
                   loc="outside right center", title="prevalence in training")

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from charmlib.data.show import show_images
 from charmlib.evaluation.metrics import frequency_groups, prevalence
@@ -52,7 +53,7 @@ def finding_table(data) -> pd.DataFrame:
     groups = frequency_groups(shares["train"][list(data.index.findings)].to_dict())
     group = {name: kind for kind, names in groups.items() for name in names}
     table = positives.apply(lambda column: column.map("{:,}".format))
-    table.insert(0, "class", [readable(name) for name in data.classes])
+    table.insert(0, "class", [name.replace("_", " ") for name in data.classes])
     table["prevalence (train)"] = shares["train"].map("{:.2%}".format)
     table["group"] = [group.get(name, "?") for name in data.classes]
     return table.iloc[np.argsort(-shares["train"].to_numpy())].reset_index(drop=True)
@@ -94,9 +95,11 @@ def plot_prevalence(data):
         axis.text(border, len(at) - 0.35, f"{border:.0%}", color=GUIDE, fontsize=7.5, ha="center")
     axis.set(yticks=at, yticklabels=[readable(name) for name in shares.index], xscale="log", xlim=(None, top * 4.5),
              xlabel=f"share of images that are positive; on the right their number in {' / '.join(map(_NAMES.get, shares))}")
-    axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %" if value <= 1 else "")
+    axis.minorticks_off()
     axis.grid(axis="y", visible=False)
-    axis.legend(loc="lower right", bbox_to_anchor=(0.72, 0.02))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return heading(figure, "", _note(data))
 
 
@@ -109,19 +112,24 @@ def plot_patients(data):
     people = frame.drop_duplicates("patient")
     known = people[people["age"] <= _OLDEST]
     for colour, (sex, group) in zip((FIRST, SECOND, OKABE_ITO[2]), known.groupby("sex")):
-        ages.hist(group["age"], bins=np.arange(0, 101, 5), histtype="step", lw=1.6, color=colour, label=sex or "unknown")
+        ages.hist(group["age"], bins=np.arange(0, 101, 5), histtype="step", lw=1.6, color=colour,
+                  label=readable(sex) or "unknown")
     ages.set(xlabel="age at the first image", ylabel="patients")
     if len(known):
         ages.legend()
     count = frame["patient"].value_counts()
     visits.hist(count, bins=np.unique(np.geomspace(1, max(int(count.max()), 2) + 1, 24).astype(int)), color=FIRST)
     visits.set(xscale="log", yscale="log", xlabel="images of one patient", ylabel="patients")
+    for axis in (visits.xaxis, visits.yaxis):  # matplotlib's own are mathematics
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
     for i, images in enumerate(parts.values()):
         left = 0.0
         shares = images["view"].replace("", "unknown").value_counts(normalize=True).sort_index()
         for colour, (view, share) in zip(OKABE_ITO, shares.items()):
             views.barh(i, share, left=left, color=colour)
-            views.text(left + share / 2, i, f"{view} {share:.0%}", ha="center", va="center", fontsize=8, color="white")
+            views.text(left + share / 2, i, f"{readable(view)} {share:.0%}", ha="center", va="center", fontsize=8,
+                       color="white")
             left += share
     views.set(yticks=range(len(parts)), yticklabels=parts, xlim=(0, 1), xlabel="share of the part's images by view")
     views.invert_yaxis()
@@ -148,7 +156,7 @@ def dataset_pictures(data) -> dict[str, object]:
     """Title -> figure: all pictures of a data set."""
     return {"Findings by part": plot_prevalence(data), "Patients and views": plot_patients(data),
             "Co-occurrence of findings (training part)": plot_cooccurrence(
-                data.labels[data.rows("train")], data.classes, note=_note(data)),
+                data.labels[data.rows("train")], data.classes, note=data.note("train")),
             "A training image of each finding": plot_samples(data)}
 
 

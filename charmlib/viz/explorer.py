@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import expit
 
+from charmlib import files
 from charmlib.data.show import show_images
 from charmlib.evaluation.compare import aligned, compare, verdict
 from charmlib.evaluation.intervals import interval, operating_resamples
@@ -118,7 +119,7 @@ class Explorer:
             show_images([self._image(name, str(test.ids[walk.rows[p]])) for p in positions], titles,
                         axes=figure.subplots(1, SHOWN))
             if note:
-                figure.suptitle(note, fontsize=9)
+                figure.suptitle(files.readable(note), fontsize=9)
         return figure
 
     def _read_image(self, name: str, image_id: str) -> np.ndarray:
@@ -264,7 +265,8 @@ class _Board:
 
     def _plot(self, axis, name: str, walk: Walk, **style) -> None:
         auc = self.explorer.scored(name)[0]["test"]["auc"][self.finding.value]
-        axis.plot(walk.fp / max(walk.fp[-1], 1), walk.tp / max(walk.tp[-1], 1), label=f"{name}  {auc:.3f}", **style)
+        axis.plot(walk.fp / max(walk.fp[-1], 1), walk.tp / max(walk.tp[-1], 1), label=f"{auc:.3f}  {files.readable(name)}",
+                  **style)
 
     def _new_other(self, redraw: bool = True) -> None:
         compared = self.other.value != _NONE

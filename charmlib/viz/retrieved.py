@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
+from charmlib import files
 from charmlib.viz.style import heading, readable, styled
 
 SLOTS = 5
@@ -47,7 +48,7 @@ def plot_explanation(cases, *, note: str = ""):
 
 def _image(axis, pixels: np.ndarray, caption: str) -> None:
     axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-    axis.set_title(caption, fontsize=7)
+    axis.set_title(files.readable(caption), fontsize=7)
 
 
 def _lines(labels: Sequence[str]) -> str:

@@ -43,7 +43,8 @@ def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "yo
     pictures["Calibration"] = plot_reliability(predictions, part["calibration"].get("scaled", {}).get("temperature"), **how)
     pictures["Co-occurrence of findings (test part)"] = plot_cooccurrence(predictions.labels, predictions.classes, note=note)
     if enriched := metrics["bank"] and metrics["bank"]["enrichment"]:
-        pictures["Enrichment of the memory bank"] = plot_enrichment(enriched, **how)
+        pictures["Enrichment of the memory bank"] = plot_enrichment(
+            enriched, title=name, note=tables.split_note(metrics, "train"))
     return pictures
 
 

@@ -6,6 +6,8 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 
+from charmlib import files
+
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#222222")
 """The palette of Okabe and Ito."""
 
@@ -15,9 +17,12 @@ LINES = ("-", "--")
 FIRST, SECOND, GUIDE = OKABE_ITO[0], OKABE_ITO[1], "#999999"
 """The main colour, the colour of a second series, and that of reference lines."""
 
+LONGEST = 40
+"""Number of characters of a class's name that fit on a picture."""
+
 RC = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
       "legend.fontsize": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-      "legend.frameon": False, "figure.titlesize": 10.5, "axes.axisbelow": True}
+      "legend.frameon": False, "figure.titlesize": 10.5, "axes.axisbelow": True, "text.parse_math": False}
 
 
 def styled(draw):
@@ -37,15 +42,16 @@ def class_style(i: int) -> dict:
 
 
 def readable(name: str) -> str:
-    """A class's name for pictures: without underscores."""
-    return str(name).replace("_", " ")
+    """A class's name for pictures: without underscores, a long one without its middle; bytes that are no text are escaped."""
+    text = files.readable(str(name)).replace("_", " ")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST - 14]} … {text[-11:]}"
 
 
 def heading(figure, title: str = "", note: str = ""):
     """Title over the picture, and under it a note on the data; returns the figure."""
     text = "\n".join([title, *textwrap.wrap(note, int(13.5 * figure.get_figwidth()))]).strip()
     if text:
-        figure.suptitle(text, fontsize=9.5)
+        figure.suptitle(files.readable(text), fontsize=9.5)
     return figure
 
 
@@ -66,10 +72,14 @@ def number_map(axis, values, texts, rows, columns, *, white, fontsize: float, sl
 
 
 def mark_stages(axis, stages, *, named: bool = False) -> None:
-    """Whole epochs on the x axis, and a dotted line at each change of ``stages`` (n_epochs,); ``named`` labels it."""
+    """Epochs of each stage on the x axis, counted from 1 as in ``history.csv``, and a dotted line at each change of ``stages``
+    (n_epochs,); ``named`` labels it."""
     stages = np.asarray(stages, dtype=str)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    for epoch in np.flatnonzero(stages[1:] != stages[:-1]) + 1:
+    starts, at = np.flatnonzero(stages[1:] != stages[:-1]) + 1, np.arange(len(stages))
+    epochs = at - np.maximum.accumulate(np.where(np.isin(at, starts), at, 0))
+    labelled = epochs % max(1, -(-len(at) // 10)) == 0
+    axis.set_xticks(at[labelled] + 1, epochs[labelled] + 1)
+    for epoch in starts:
         axis.axvline(epoch + 0.5, color=GUIDE, lw=1, ls=":")
         if named:
             axis.annotate(f"stage {stages[epoch]}", (epoch + 0.55, 0.02), xycoords=("data", "axes fraction"), fontsize=9,

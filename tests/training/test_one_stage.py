@@ -51,7 +51,7 @@ def test_it_takes_all_images_and_ends_with_its_last_epoch(trained, phantoms, tmp
     assert set(run.data.index.frame["id"][run.data.rows("train")]) == set((phantoms / "train_val_list.txt").read_text().split())
     assert len(dls.valid.dataset) == 0 and list(dls.valid) == []
     history = run.train()
-    assert [(r["stage"], r["epoch"]) for r in history] == [("1", 0), ("1", 1), ("1", 2)]
+    assert [(r["stage"], r["epoch"]) for r in history] == [("1", 1), ("1", 2), ("1", 3)]
     assert np.isnan([r["valid_loss"] for r in history]).all() and np.isnan([r["valid_auc"] for r in history]).all()
     for name, value in run.net.state_dict().items():
         assert torch.equal(value, states[-1][name]), name

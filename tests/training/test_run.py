@@ -359,7 +359,7 @@ def test_early_stopping_counts_on_after_a_kill(tiny, monkeypatch):
     from charmlib.training.callbacks import EpochRecord
 
     real_row = EpochRecord.after_epoch
-    losses = {("1", 0): 9, ("1", 1): 9, ("1", 2): 9, ("2", 0): 3}
+    losses = {("1", 1): 9, ("1", 2): 9, ("1", 3): 9, ("2", 1): 3}
 
     def row(self):
         real_row(self)

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from charmlib.evaluation import few, intervals
 from charmlib.evaluation.metrics import ap_by_class, auc_by_class, mean_over_classes
 from charmlib.evaluation.operating import at_thresholds
-from charmlib.evaluation.runs import Predictions
+from charmlib.evaluation.runs import Predictions, RunFolder
 from charmlib.evaluation.tables import MEAN
 
 
@@ -94,6 +95,40 @@ def class_differences(pair: Sequence[Predictions], figure: str, differences: np.
             values = [few.values_of_positives(figure, p.labels, p.logits, c, t.get(name)) for p, t in zip(pair, at)]
             found[c] = few.widened_difference(found[c], figure, *values, pair[0].patients[pair[0].labels[:, c] == 1])
     return found
+
+
+def mean_auc_difference(first: RunFolder, second: RunFolder) -> intervals.Interval:
+    """The interval of the second run's mean AUC less the first's, from their stored resamples; both have one test part.
+
+    Runs of other findings or labels are paired by patient only, without widening for rare classes.
+    """
+    names, drawn = [], []
+    for run in (first, second):
+        names.append([run.test.classes[c] for c in run.test.findings])
+        drawn.append(run.resamples.auc[:, run.test.findings])
+    try:
+        pair = aligned(*(run.test.of(found) for run, found in zip((first, second), names)))
+    except ValueError:
+        return intervals.interval(intervals.mean_of_defined(drawn[1]) - intervals.mean_of_defined(drawn[0]))
+    one, two = (list(auc_by_class(p.labels, p.logits, p.classes).values()) for p in pair)
+    differences = drawn[1] - drawn[0]
+    return few.mean_interval(differences, np.subtract(two, one), class_differences(pair, "auc", differences))
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """P values corrected for their number by the step-down of Holm (1979)."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    out = np.empty(len(p))
+    out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return out
+
+
+def p_of(value: float, limits: Sequence[float]) -> float:
+    """The two-sided P value of a difference with a 95 % interval, as if normal on the side of 0."""
+    if (width := value - limits[0] if value > 0 else limits[1] - value) <= 0:
+        return float(value == 0)
+    return float(2 * norm.sf(norm.isf((1 - intervals.LEVEL) / 2) * abs(value) / width))
 
 
 def _row(name: str, metric: str, positives: int, values, differences: np.ndarray, limits: intervals.Interval) -> dict:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from charmlib.evaluation.compare import compare
+from charmlib.evaluation.compare import compare, holm, p_of
 from charmlib.evaluation.few import FEW, patients_with, values_of_positives, widened, widened_difference
 from charmlib.evaluation.intervals import Interval, bootstrap, interval
 from charmlib.evaluation.metrics import ap_by_class, auc_by_class
@@ -90,3 +90,9 @@ def test_a_mean_difference_knows_that_one_of_its_classes_is_rare():
     mean, common = table.loc[("mean of classes", "AUC")], table.loc[(A, "AUC")]
     assert mean["difference"] > 0 and mean["low"] < 0 < mean["high"]  # one patient decides nothing
     assert common["difference"] == common["low"] == common["high"] == 0
+
+
+def test_differences_of_a_board_are_corrected_for_their_number():
+    assert holm([0.01, 0.04, 0.03, 0.5]).tolist() == pytest.approx([0.04, 0.09, 0.09, 0.5])  # Holm 1979; R's p.adjust
+    assert p_of(0.2, (0.0, 0.3)) == pytest.approx(0.05) == p_of(-0.2, (-0.4, 0.0))
+    assert p_of(0.2, (0.1, 0.3)) < 0.001 and p_of(0.0, (0.0, 0.0)) == 1 and p_of(0.1, (0.1, 0.1)) == 0

@@ -382,7 +382,7 @@ def _board_text(board) -> str:
     listed, apart = report.parted(board)
     lines = [*report.board_notes(listed), report.shown_board(listed).to_string(index=False)] if len(listed) else []
     if board["same_as_first"].eq(True).any():
-        lines.append("= cannot be told from the first: the 95 % interval of the paired difference contains 0")
+        lines.append("= cannot be told from the first at 5 %, corrected for the number of cells (Holm)")
     if (seeds := over_seeds(board)) is not None:
         lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]
     if len(apart):

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
-from charmlib.evaluation import intervals
+from charmlib.evaluation import few, intervals
 from charmlib.evaluation.metrics import ap_by_class, auc_by_class, mean_over_classes
 from charmlib.evaluation.operating import at_thresholds
-from charmlib.evaluation.runs import Predictions
+from charmlib.evaluation.runs import Predictions, RunFolder
 from charmlib.evaluation.tables import MEAN
 
 
@@ -69,16 +70,69 @@ def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Map
                             [d[key] for d in drawn])
     positives, findings, rows = first.positives, first.findings, []
     for metric, (values, drawn) in both.items():
-        rows.append(_row(MEAN, metric, sum(positives[classes[c]] for c in findings),
-                         [mean_over_classes(v, normal_class=first.normal_class, what=metric) for v in values],
-                         intervals.mean_of_defined(drawn[1][:, findings]) - intervals.mean_of_defined(drawn[0][:, findings])))
-        rows += [_row(name, metric, positives[name], [v[name] for v in values], drawn[1][:, c] - drawn[0][:, c])
+        differences = drawn[1] - drawn[0]
+        limits = class_differences(pair, metric.lower(), differences, thresholds)
+        means = [mean_over_classes(v, normal_class=first.normal_class, what=metric) for v in values]
+        rows.append(_row(MEAN, metric, sum(positives[classes[c]] for c in findings), means,
+                         intervals.mean_of_defined(drawn[1][:, findings]) - intervals.mean_of_defined(drawn[0][:, findings]),
+                         few.mean_interval(differences[:, findings], [values[1][classes[c]] - values[0][classes[c]]
+                                                                      for c in findings], [limits[c] for c in findings])))
+        rows += [_row(name, metric, positives[name], [v[name] for v in values], differences[:, c], limits[c])
                  for c, name in enumerate(classes)]
     return pd.DataFrame(rows)
 
 
-def _row(name: str, metric: str, positives: int, values, differences: np.ndarray) -> dict:
-    low, high, undefined = intervals.interval(differences)
+def class_differences(pair: Sequence[Predictions], figure: str, differences: np.ndarray,
+                      thresholds: Sequence[Mapping[str, float | None]] | None = None) -> list[intervals.Interval]:
+    """The interval of each class's difference from its resamples (resamples, n_classes), widened where few patients have it."""
+    found = [intervals.interval(column) for column in differences.T]
+    if figure not in few.TRIALS:
+        return found
+    held = list(few.patients_with(pair[0].labels, pair[0].patients, pair[0].classes).values())
+    at = thresholds if figure == "sensitivity" and thresholds else ({}, {})
+    for c, name in enumerate(pair[0].classes):
+        if 0 < held[c] < few.FEW and (figure != "sensitivity" or all(t.get(name) is not None for t in at)):
+            values = [few.values_of_positives(figure, p.labels, p.logits, c, t.get(name)) for p, t in zip(pair, at)]
+            found[c] = few.widened_difference(found[c], figure, *values, pair[0].patients[pair[0].labels[:, c] == 1])
+    return found
+
+
+def mean_auc_difference(first: RunFolder, second: RunFolder) -> intervals.Interval:
+    """The interval of the second run's mean AUC less the first's, from their stored resamples; both have one test part.
+
+    Runs of other findings or labels are paired by patient only, without widening for rare classes.
+    """
+    names, drawn = [], []
+    for run in (first, second):
+        names.append([run.test.classes[c] for c in run.test.findings])
+        drawn.append(run.resamples.auc[:, run.test.findings])
+    try:
+        pair = aligned(*(run.test.of(found) for run, found in zip((first, second), names)))
+    except ValueError:
+        return intervals.interval(intervals.mean_of_defined(drawn[1]) - intervals.mean_of_defined(drawn[0]))
+    one, two = (list(auc_by_class(p.labels, p.logits, p.classes).values()) for p in pair)
+    differences = drawn[1] - drawn[0]
+    return few.mean_interval(differences, np.subtract(two, one), class_differences(pair, "auc", differences))
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """P values corrected for their number by the step-down of Holm (1979)."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    out = np.empty(len(p))
+    out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return out
+
+
+def p_of(value: float, limits: Sequence[float]) -> float:
+    """The two-sided P value of a difference with a 95 % interval, as if normal on the side of 0."""
+    if (width := value - limits[0] if value > 0 else limits[1] - value) <= 0:
+        return float(value == 0)
+    return float(2 * norm.sf(norm.isf((1 - intervals.LEVEL) / 2) * abs(value) / width))
+
+
+def _row(name: str, metric: str, positives: int, values, differences: np.ndarray, limits: intervals.Interval) -> dict:
+    low, high, undefined = limits
     difference = values[1] - values[0]
     defined = differences[~np.isnan(differences)]
     agree = float(np.mean(np.sign(defined) == np.sign(difference))) if len(defined) > 1 else float("nan")

@@ -6,14 +6,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2
 
+from charmlib.evaluation.few import FEW
 from charmlib.evaluation.intervals import LEVEL, RESAMPLES, SEED, Interval, draws, enough_patients, interval
 from charmlib.evaluation.metrics import frequency_groups, prevalence
 from charmlib.evaluation.runs import number
 from charmlib.evaluation.tables import limits_of
 from charmlib.nih import finding_columns
 
-FEW = 15
-"""Patients in the bank with a finding, below which the bootstrap interval is too narrow."""
 NONE = "no_finding"
 """The key and column of images without any finding, whether or not 'No Finding' is a class too."""
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
+from charmlib.evaluation.few import mean_interval, patients_with, widened_by_class
+from charmlib.evaluation.intervals import bootstrap, mean_of_defined
 from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.tables import limits_of
@@ -45,9 +46,10 @@ def group_table(predictions: Predictions, resamples: int = 300) -> pd.DataFrame:
         auc = auc_by_class(labels, logits, findings)
         missing = [finding for finding, value in auc.items() if np.isnan(value)]
         drawn = bootstrap(labels, logits, part.patients, resamples=resamples).auc if patients > 1 else np.full((1, 1), np.nan)
+        limits = widened_by_class(drawn, "auc", auc, patients_with(labels, part.patients, findings))
         rows.append({"group": name, "images": len(part.ids), "patients": patients, "positives": int((labels == 1).sum()),
                      "mean AUC": mean_of_defined(np.array([list(auc.values())]))[0],
-                     **limits_of("mean AUC", interval(mean_of_defined(drawn))),
+                     **limits_of("mean AUC", mean_interval(drawn, list(auc.values()), list(limits.values()))),
                      "undefined in it": f"{len(missing)} of {len(findings)}: {', '.join(missing)}" if missing else "",
                      "note": f"small: fewer than {FEW} patients" if patients < FEW else ""})
     return pd.DataFrame(rows)

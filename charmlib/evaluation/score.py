@@ -9,16 +9,16 @@ import numpy as np
 from charmlib import nih
 from charmlib.evaluation.calibration import calibration
 from charmlib.evaluation.combine import mean_ensemble
+from charmlib.evaluation.few import mean_interval, patients_with, widened, widened_by_class
 from charmlib.evaluation.intervals import (
     LEVEL,
     RESAMPLES,
     SEED,
+    Interval,
     Resamples,
     bootstrap,
     enough_patients,
-    interval,
     intervals_by_class,
-    mean_of_defined,
     operating_resamples,
 )
 from charmlib.evaluation.leaks import refuse_leaks
@@ -45,10 +45,11 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
            **{f"micro_{name}": value for name, value in micro(labels[:, findings], logits[:, findings]).items()}}
     samples = bootstrap(labels, logits, patients, resamples=resamples, seed=seed) if enough_patients(patients) else None
     found = {figure: getattr(samples, figure, np.full((1, len(classes)), np.nan)) for figure in ("auc", "ap")}
-    out["intervals"] = {"level": LEVEL, "resamples": resamples, "seed": seed, "clustered_by": "patient"}
+    held = patients_with(labels, patients, classes)
+    out["intervals"] = {"level": LEVEL, "resamples": resamples, "seed": seed, "clustered_by": "patient", "patients": held}
     for figure, drawn in found.items():
-        out["intervals"] |= {f"mean_{figure}": interval(mean_of_defined(drawn[:, findings])),
-                             figure: intervals_by_class(drawn, classes)}
+        out["intervals"][figure] = widened_by_class(drawn, figure, out[figure], held)
+        out["intervals"][f"mean_{figure}"] = _mean_interval(out, figure, drawn, findings)
     out["mean_auc_low"], out["mean_auc_high"], _ = out["intervals"]["mean_auc"]
     if prevalence is not None:
         groups = frequency_groups({name: share for name, share in prevalence.items() if name != normal})
@@ -68,8 +69,14 @@ def _group(scores: dict, members: list[str], found: Mapping[str, np.ndarray], cl
     out: dict = {"classes": members}
     for figure, drawn in found.items():
         out[f"mean_{figure}"] = mean_over_classes({name: scores[figure][name] for name in members}, what=figure)
-        out[f"mean_{figure}_interval"] = interval(mean_of_defined(drawn[:, columns]))
+        out[f"mean_{figure}_interval"] = _mean_interval(scores, figure, drawn, columns)
     return out
+
+
+def _mean_interval(scores: Mapping, figure: str, drawn: np.ndarray, columns: Sequence[int]) -> Interval:
+    names = [list(scores[figure])[c] for c in columns]
+    return mean_interval(drawn[:, columns], [scores[figure][name] for name in names],
+                         [scores["intervals"][figure][name] for name in names])
 
 
 def _operating(values, classes, thresholds: Mapping[str, float | None], chosen_on: Mapping[str, int], resamples: int,
@@ -78,6 +85,9 @@ def _operating(values, classes, thresholds: Mapping[str, float | None], chosen_o
     found = operating_resamples(values["labels"], values["logits"], values["patients"],
                                 [thresholds.get(str(name)) for name in classes], resamples=resamples, seed=seed)
     limits = {rate: intervals_by_class(drawn, classes) for rate, drawn in found.items()}
+    held = patients_with(values["labels"], values["patients"], classes)
+    limits["sensitivity"] = {name: widened(limits["sensitivity"][name], "sensitivity", out[name]["sensitivity"], held[name])
+                             for name in out}
     return {name: {**row, "chosen_on": chosen_on.get(name), **{f"{rate}_interval": limits[rate][name] for rate in found}}
             for name, row in out.items()}
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from charmlib.evaluation.intervals import interval, mean_of_defined
+from charmlib.evaluation.compare import holm, mean_auc_difference, p_of
+from charmlib.evaluation.intervals import LEVEL
 from charmlib.evaluation.leaks import refuse_leaks
 from charmlib.evaluation.runs import valid_auc
 from charmlib.evaluation.tables import class_table, split_label
@@ -34,7 +35,7 @@ def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = T
     A column ``reason`` is there if a cell failed or is damaged, and says why; the others are on the board all the same.
 
     ``diff_first`` is a cell's mean test AUC minus that of the cell ranked first, with its paired 95 % interval;
-    ``same_as_first`` is True where that interval contains 0, so that the two cannot be told apart.
+    ``same_as_first`` is True where it cannot be told from 0, corrected for the number of cells (Holm 1979).
 
     Raises GridError for a folder that holds no grid, and :class:`charmlib.evaluation.leaks.LeakError` if test images of a cell
     were in another's training part.
@@ -134,16 +135,17 @@ def _scores(run: CellFolder, axes: list[str]) -> dict:
 def _with_intervals(board: pd.DataFrame, runs: dict[str, CellFolder]) -> pd.DataFrame:
     """Fill in each cell's interval, and each ranked cell's paired difference to the first of its split, from one bootstrap."""
     board = board.astype({"same_as_first": object})
-    means = {cell: mean_of_defined(run.resamples.auc[:, run.test.findings]) for cell, run in runs.items()
-             if run.resamples is not None}
-    for i, row in board[board["cell"].isin(means)].iterrows():
-        board.loc[i, ["ci_low", "ci_high"]] = interval(means[row["cell"]])[:2]
-    for _, same_split in board[board["rank"].notna() & board["cell"].isin(means)].groupby("split"):
-        first = same_split.loc[same_split["rank"].idxmin()]
-        for i, row in same_split[same_split["rank"] > 1].iterrows():
-            low, high, _ = interval(means[row["cell"]] - means[first["cell"]])
-            board.loc[i, ["diff_first", "diff_low", "diff_high"]] = row["test_mean_auc"] - first["test_mean_auc"], low, high
-            board.loc[i, "same_as_first"] = bool(low <= 0 <= high)
+    for i, row in board[board["cell"].isin(runs)].iterrows():
+        board.loc[i, ["ci_low", "ci_high"]] = runs[row["cell"]].metrics["test"]["intervals"]["mean_auc"][:2]
+    several = [cell for cell, run in runs.items() if run.resamples is not None]
+    for _, same_split in board[board["rank"].notna() & board["cell"].isin(several)].groupby("split"):
+        first, others = same_split.loc[same_split["rank"].idxmin()], same_split[same_split["rank"] > 1]
+        differences = others["test_mean_auc"] - first["test_mean_auc"]
+        limits = [mean_auc_difference(runs[first["cell"]], runs[cell])[:2] for cell in others["cell"]]
+        p = holm([p_of(*pair) for pair in zip(differences, limits)])
+        for i, value, (low, high), corrected in zip(others.index, differences, limits, p):
+            board.loc[i, ["diff_first", "diff_low", "diff_high"]] = value, low, high
+            board.loc[i, "same_as_first"] = bool(corrected > 1 - LEVEL)
     return board
 
 

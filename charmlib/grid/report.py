@@ -64,8 +64,8 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
     parts = [page.paragraph(f"{note}. {origin_note(metrics)}.", ""), *map(page.paragraph, reasons(board))]
     parts += _section("Leaderboard", ("Ranked by validation mean AUC. " if first else "No cell is ranked. ")
                       + "The test columns are for reading, with 95 % intervals by bootstrap over patients."
-                      + (f" '=' marks cells whose paired difference to {run.name} has an interval that contains 0: the test "
-                         "part cannot tell them from it." if first else ""),
+                      + (f" '=' marks cells that the test part cannot tell from {run.name}: by the interval of their paired "
+                         "difference at 5 %, corrected for the number of cells (Holm)." if first else ""),
                       shown_board(listed) if len(listed) else None, "first board" if first else "board")
     if seeds is not None:
         parts += _section("Over seeds", "Mean and standard deviation over training seeds, on one test part.",

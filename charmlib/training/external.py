@@ -1,7 +1,6 @@
 """A finished run scored on another data set (external validation), by the classes whose names match."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from charmlib.data.splits import Split
 from charmlib.evaluation.leaks import split_of
 from charmlib.evaluation.runs import Predictions, RunFolder, about, save_predictions
 from charmlib.evaluation.score import score_part, thresholds_at
-from charmlib.files import write_json
+from charmlib.files import json_or_empty, write_json
 from charmlib.nih import is_normal
 from charmlib.training.checkpoint import load_model
 from charmlib.training.device import pick_device, pick_precision
@@ -75,17 +74,22 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
                "data": {"name": data.source, "drawn": data.index.drawn, "scale": images.scale,
                         "table": str(index.table), "trained_on": card["data"]},
                "unmatched": {"run": [c for c in card["classes"] if c not in matched], "data": left}, "seen": seen, "bank": None,
-               "matched": matched, "run": str(run.path), "reading": {"csv": csv, **(reading or {})}, "split": record,
+               "matched": matched, "run": str(run.path), "weights": card["sha256"],
+               "reading": {"csv": csv, **(reading or {})}, "split": record,
                "test": scores, "report": str(data.index.report),
                "device": device_name(where)}
     file = Path(out or run / "scores") / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    of = [metrics["run"], metrics["reading"], record["hash"]]
-    if file.is_file() and [(old := json.loads(file.read_text())).get("run"), old.get("reading"), old["split"]["hash"]] != of:
+    if (old := json_or_empty(file)) and _identity(old) != _identity(metrics):
         raise ValueError(f"{file} holds the scores of another run or of other images: say another --name")
     save_predictions(file.with_name(f"{name}.npz"), {"test": vars(test) | test.about}, ours, test.normal_class)
     write_json(file, metrics)
     return metrics | {"file": str(file)}, test
+
+
+def _identity(metrics: Mapping) -> list:
+    """What scores are of: the run, wherever its folder lies, and the images."""
+    return [metrics.get("weights"), metrics.get("reading"), metrics["split"]["hash"]]
 
 
 def whole(index: Index, images) -> ChestData:

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from charmlib.evaluation import tables
+from charmlib.evaluation import few, tables
 from charmlib.evaluation.enrichment import enrichment_note, enrichment_table
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.runs import Predictions
@@ -70,7 +70,7 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
              page.paragraph(f"95 % intervals by bootstrap over {tables.clusters(metrics['split'])}; 'undefined' is the share "
                             "of resamples that lack positives or negatives of a class, which are left out of its interval."),
              page.table(with_intervals(tables.class_table(part, predictions.positives)), "first"),
-             page.paragraph(f"{tables.groups_note(part)}.")]
+             page.paragraph(". ".join(filter(None, (tables.groups_note(part), few.note(part["intervals"]["patients"]), ""))))]
     if len(by_group := predictions.by_group):
         parts += [page.heading("By view, sex and age group"), page.table(with_intervals(by_group), "words")]
     for point in part["operating"]:
@@ -112,7 +112,8 @@ def evaluation_text(metrics: Mapping, predictions: Predictions, point: str) -> s
         with_intervals(tables.class_table(part, predictions.positives)).to_string(index=False),
         *([f"left out of the means, having no positives or no negatives: {undefined}"] if undefined else []),
         *([f"\nby group:\n{with_intervals(by_group).to_string(index=False)}\n"] if len(by_group) else []),
-        tables.groups_note(part), f"\n{tables.point_note(part, point)}" + (":" if len(calls) else ""),
+        tables.groups_note(part), few.note(part["intervals"]["patients"]),
+        f"\n{tables.point_note(part, point)}" + (":" if len(calls) else ""),
         *([with_intervals(calls).to_string(index=False)] if len(calls) else []),
         "\ncalibration:", with_intervals(tables.calibration_table(part), 4).to_string(index=False)])
 

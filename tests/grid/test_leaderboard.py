@@ -43,7 +43,8 @@ def test_cells_that_cannot_be_told_from_the_first_are_marked(make_run):
         row = board.loc[cell]
         assert (row["diff_first"], row["diff_low"], row["diff_high"]) == pytest.approx(
             (want["difference"], want["low"], want["high"]), abs=1e-12)
-        assert row["same_as_first"] == (want["low"] <= 0 <= want["high"])
+        if want["low"] <= 0 <= want["high"]:  # also without a correction for two cells
+            assert row["same_as_first"] is True
     assert board.loc["far", "same_as_first"] is False and board["same_as_first"].map(lambda v: v is True).any()
     shown = shown_board(board.reset_index())
     assert not shown["cell"].str.fullmatch("far =").any() and shown["cell"].str.endswith(" =").sum() == 1

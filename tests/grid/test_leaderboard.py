@@ -49,7 +49,7 @@ def test_cells_that_cannot_be_told_from_the_first_are_marked(make_run):
     shown = shown_board(board.reset_index())
     assert not shown["cell"].str.fullmatch("far =").any() and shown["cell"].str.endswith(" =").sum() == 1
     page = write_report(folder, board.reset_index()).read_text()
-    assert "cannot tell them from it" in page and "with a finding" in page
+    assert "corrected for the number of cells" in page and "with a finding" in page
 
 
 def test_cells_are_ranked_by_validation_where_the_test_part_ranks_them_the_other_way(make_run):

@@ -97,7 +97,7 @@ def digests(data: ChestData, weights: str = "none") -> dict[str, str]:
     They are equal wherever the same table and pictures lie. Pictures count by the checksums in their cache, so nothing is read
     but the cache's rows and the weights, those once in a process.
     """
-    used, rows = data.split.part != "", read_rows(data.images)
+    used, rows = data.split.part != "", read_rows(data.images.folder, data.images.manifest)
     content = {LABELS: (repr(data.classes) + "\n".join(data.index.frame["id"][used])).encode("utf-8", "surrogateescape")
                + np.nan_to_num(data.labels[used], nan=-1).astype("<f4").tobytes(),
                PICTURES: rows["pixel_crc"][data.images.rows[used]].astype("<u4").tobytes()}

@@ -64,6 +64,7 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
                        card["normal_class"] if card["normal_class"] in matched else "", named)
     thresholds = card["thresholds"] | ({point: thresholds_at(run, point)} if card["thresholds"] else {})
     scores, _ = score_part(vars(test), ours, thresholds=thresholds, temperature=card["temperature"],
+                           chosen_on=card["chosen_on"],
                            prevalence={c: trained["train_prevalence"][c] for c in ours}, normal_class=test.normal_class)
     known = split_of(run)
     seen = None if known is None else int(data.index.frame["id"].iloc[rows].isin(known["id"][known["part"] != "test"]).sum())

@@ -36,7 +36,11 @@ class Walk:
                 **{k: float(v) for k, v in rates(**counts).items()}}
 
     def at_threshold(self, threshold: float) -> int:
-        """The point at which exactly the samples with a probability of at least ``threshold`` are called positive."""
+        """The point at which exactly the samples with a probability of at least ``threshold`` are called positive.
+
+        A finite threshold outside 0 to 1 is a logit, as of :func:`charmlib.evaluation.operating.choose_thresholds`.
+        """
+        threshold = threshold if 0 <= threshold <= 1 or np.isinf(threshold) else expit(threshold)
         return int(np.searchsorted(self.ends, np.searchsorted(-self.probability, -threshold, side="right")))
 
     def stations(self, count: int = 201) -> np.ndarray:

@@ -87,7 +87,8 @@ def repair(request: cache_file.Request, cache: cache_file.ImageCache, suspects: 
                 os.rename(cache.folder, unfinished)
             rows["state"][changed] = 0
             np.save(unfinished / cache_file.ROWS, rows)
-            files.write_json(unfinished / cache_file.SCALE, cache.manifest["scale"])
+            if cache.manifest["scale"]:
+                files.write_json(unfinished / cache_file.SCALE, {"scale": cache.manifest["scale"]})
             _fill(request, target, workers, say)
             if target != cache.folder:
                 shutil.rmtree(cache.folder, ignore_errors=True)

@@ -159,7 +159,7 @@ def test_a_callback_may_end_a_phase(tiny):
     run = Run.open(tiny)
     stop = EarlyStoppingCallback(monitor="valid_loss", comp=lambda new, best: False, patience=1)
     history = run.train(cbs=stop)
-    assert [(row["stage"], row["epoch"]) for row in history] == [("1", 0), ("1", 1), ("2", 0)]
+    assert [(row["stage"], row["epoch"]) for row in history] == [("1", 1), ("1", 2), ("2", 1)]
     assert Run.load(run.folder).net.head[-1].bias.isfinite().all()
 
 

@@ -59,7 +59,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParameterError(f"no file {path}.{nearest(path.name, there)}")
-    content = parse_yaml(path.read_bytes(), str(path))
+    content = path.read_bytes()
+    try:
+        content = parse_yaml(content.decode("utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

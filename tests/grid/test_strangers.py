@@ -198,7 +198,7 @@ def test_a_hidden_folder_is_no_cell(shard):
 
 
 @pytest.mark.parametrize("file, content", [("metrics.json", b""), ("metrics.json", b"[]"), ("predictions.npz", b"\x00\xff{"),
-                                           ("resamples.npz", b""), ("history.csv", b"")])
+                                           ("history.csv", b"")])
 def test_a_damaged_cell_is_named_with_file_and_reason_and_the_others_are_shown(shard, file, content):
     (shard / "s1" / file).write_bytes(content)
     found = leaderboard(shard).set_index("cell")

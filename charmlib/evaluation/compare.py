@@ -76,7 +76,7 @@ def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Map
         rows.append(_row(MEAN, metric, sum(positives[classes[c]] for c in findings), means,
                          intervals.mean_of_defined(drawn[1][:, findings]) - intervals.mean_of_defined(drawn[0][:, findings]),
                          few.mean_interval(differences[:, findings], [values[1][classes[c]] - values[0][classes[c]]
-                                                                      for c in findings], [limits[c] for c in findings])))
+                                                                      for c in findings], [limits[c] for c in findings], -1)))
         rows += [_row(name, metric, positives[name], [v[name] for v in values], differences[:, c], limits[c])
                  for c, name in enumerate(classes)]
     return pd.DataFrame(rows)
@@ -112,7 +112,7 @@ def mean_auc_difference(first: RunFolder, second: RunFolder) -> intervals.Interv
         return intervals.interval(intervals.mean_of_defined(drawn[1]) - intervals.mean_of_defined(drawn[0]))
     one, two = (list(auc_by_class(p.labels, p.logits, p.classes).values()) for p in pair)
     differences = drawn[1] - drawn[0]
-    return few.mean_interval(differences, np.subtract(two, one), class_differences(pair, "auc", differences))
+    return few.mean_interval(differences, np.subtract(two, one), class_differences(pair, "auc", differences), -1)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

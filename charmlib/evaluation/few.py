@@ -48,8 +48,11 @@ def widened_by_class(drawn: np.ndarray, figure: str, values: Mapping[str, float]
             zip(drawn.T, values.items(), strict=True)}
 
 
-def mean_interval(drawn: np.ndarray, values: Sequence[float], limits: Sequence[Interval]) -> Interval:
-    """The interval of the mean over classes: ``drawn`` (resamples, n_classes), values and widened limits of those classes."""
+def mean_interval(drawn: np.ndarray, values: Sequence[float], limits: Sequence[Interval], least: float = 0.0) -> Interval:
+    """The interval of the mean over classes: ``drawn`` (resamples, n_classes), values and widened limits of those classes.
+
+    ``least`` is the smallest possible value, -1 of a difference; the largest is 1.
+    """
     out, values = interval(mean_of_defined(drawn)), np.asarray(values, float)
     if not (~np.isnan(values)).any() or np.isnan(out.low):
         return out
@@ -58,7 +61,7 @@ def mean_interval(drawn: np.ndarray, values: Sequence[float], limits: Sequence[I
     mean, count = float(np.nanmean(values)), int((~np.isnan(values)).sum())
     low, high = (mean + sign * np.sqrt(max(sign * (out[side] - mean), 0) ** 2 + gained[side] / count**2)
                  for side, sign in ((0, -1), (1, 1)))
-    return Interval(float(min(low, out.low)), float(max(high, out.high)), out.undefined)
+    return Interval(float(max(min(low, out.low), least)), float(min(max(high, out.high), 1)), out.undefined)
 
 
 def widened_difference(found: Interval, figure: str, first: np.ndarray, second: np.ndarray, patients: np.ndarray) -> Interval:

@@ -16,7 +16,8 @@ table{border-collapse:collapse;font-size:13px}th,td{padding:3px 9px;text-align:r
 white-space:nowrap}th{border-bottom:2px solid #888;white-space:normal}.first tr:first-child td{font-weight:600}
 .words td,.words th,td:first-child,th:first-child,.board td:nth-child(2),.board th:nth-child(2){text-align:left}
 .note{color:#555}.drawn{background:#fff3cd;padding:.5em .8em;border-radius:4px}
-.words td:nth-child(n+6){white-space:normal}
+.words td:nth-child(n+6),.notes td:last-child{white-space:normal}.notes td:last-child{text-align:left}
+.notes td,.notes th{padding:3px 5px}
 @media print{body{max-width:none;margin:0}h2{break-after:avoid}img,tr{break-inside:avoid}
 .scroll{overflow:visible}table{font-size:8.5px}th,td{padding:1px 4px}}"""
 
@@ -33,7 +34,7 @@ def paragraph(text: str, kind: str = "note") -> str:
 
 def table(frame: pd.DataFrame, kind: str = "") -> str:
     """A table of texts and numbers as they are; blank if missing. ``kind``: 'first' makes the first row bold, 'words'
-    aligns left, 'board' the second column."""
+    aligns left, 'board' the second column; 'notes' wraps the last."""
     return f"<div class='scroll {kind}'>{frame.astype(object).where(frame.notna(), '').to_html(index=False, border=0)}</div>"
 
 

@@ -77,7 +77,7 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
         parts += [page.heading(f"Operating point '{point}'"),
                   page.paragraph(f"{tables.point_note(part, point)}; thresholds stay fixed in the resamples. An interval of "
                                  "zero width at 0 or 1 means that all images are on one side of the threshold, not certainty."),
-                  page.table(with_intervals(tables.operating_table(part, point)))]
+                  page.table(with_intervals(tables.operating_table(part, point)), "notes")]
     if not part["operating"]:
         parts += [page.heading("Operating points"), page.paragraph(
             "None: the run was trained without a validation part (valid_fraction 0), so there was nothing to choose "

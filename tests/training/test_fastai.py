@@ -68,7 +68,10 @@ def test_new_images_are_read_as_those_of_the_data_set_were(run, tmp_path):
     images.manifest.update(aspect="pad", contrast="clahe", scale=(1000, 1200))
     from charmlib.data.images import read_grey
 
-    wanted = read_grey(tmp_path / "deep.png", 32, "pad", contrast="clahe", scale=(1000, 1200))
+    try:
+        wanted = read_grey(tmp_path / "deep.png", 32, "pad", contrast="clahe", scale=(1000, 1200))
+    except ImportError as error:
+        pytest.skip(str(error))
     for image in (tmp_path / "deep.png", Image.fromarray(deep)):
         part = run.dataloaders().test_dl([image]).dataset
         assert (part.images[0] == wanted).all()

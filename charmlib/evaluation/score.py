@@ -55,7 +55,7 @@ def score_part(values: Mapping[str, np.ndarray], classes: Sequence[str], *,
         groups = frequency_groups({name: share for name, share in prevalence.items() if name != normal})
         out["groups"] = {group: _group(out, members, found, classes) for group, members in groups.items() if members}
     if thresholds is not None:
-        out["operating"] = {point: _operating(values, classes, chosen, chosen_on or {}, resamples, seed)
+        out["operating"] = {point: _operating(values, classes, chosen, chosen_on or {}, held, resamples, seed)
                             for point, chosen in thresholds.items()}
     if thresholds is not None or temperature is not None:
         out["calibration"] = {"as_trained": calibration(labels, logits, classes, normal_class=normal)}
@@ -79,13 +79,12 @@ def _mean_interval(scores: Mapping, figure: str, drawn: np.ndarray, columns: Seq
                          [scores["intervals"][figure][name] for name in names])
 
 
-def _operating(values, classes, thresholds: Mapping[str, float | None], chosen_on: Mapping[str, int], resamples: int,
-               seed: int) -> dict[str, dict]:
+def _operating(values, classes, thresholds: Mapping[str, float | None], chosen_on: Mapping[str, int], held: Mapping[str, int],
+               resamples: int, seed: int) -> dict[str, dict]:
     out = at_thresholds(values["labels"], values["logits"], classes, thresholds)
     found = operating_resamples(values["labels"], values["logits"], values["patients"],
                                 [thresholds.get(str(name)) for name in classes], resamples=resamples, seed=seed)
     limits = {rate: intervals_by_class(drawn, classes) for rate, drawn in found.items()}
-    held = patients_with(values["labels"], values["patients"], classes)
     limits["sensitivity"] = {name: widened(limits["sensitivity"][name], "sensitivity", out[name]["sensitivity"], held[name])
                              for name in out}
     return {name: {**row, "chosen_on": chosen_on.get(name), **{f"{rate}_interval": limits[rate][name] for rate in found}}

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from charmlib.data.splits import SPLIT_SEED
 
 _WORTH_PROCESSES = 400  # images; starting processes takes as long as decoding some
 _CHUNK = 16  # images a task; one future an image would take a gigabyte for a million of them
+_parsing = threading.Lock()
 _LOG = {"mininterval": 20, "maxinterval": 20, "delay": 20, "leave": False,  # progress in a log: a line every 20 seconds
         "bar_format": "{desc} {n_fmt} of {total_fmt} images, {rate_fmt}, about {remaining} left\n"}
 
@@ -159,7 +161,8 @@ def _begin(request: cache_file.Request, folder: Path) -> tuple[np.ndarray, np.nd
 
 
 def _maps(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(np.load(folder / name, mmap_mode="r+", allow_pickle=False) for name in (cache_file.PIXELS, cache_file.ROWS))
+    with _parsing:  # numpy reads a header by ast, which in Python 3.11 may fail when two threads do so (CPython issue 106905)
+        return tuple(np.load(folder / name, mmap_mode="r+", allow_pickle=False) for name in (cache_file.PIXELS, cache_file.ROWS))
 
 
 def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarray, rows: np.ndarray, workers: int, say

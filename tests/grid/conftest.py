@@ -26,13 +26,14 @@ CELLS = ("m0.5_k1_t0.1", "m0.5_k2_t0.1")
 SHORT = {"stage1_frozen_epochs": 0, "stage1_epochs": 2, "stage2_epochs": 2, "answer": "features", "strategy": "rarity"}
 
 # What a real pair of notebooks leaves, without torch: each "epoch" takes a moment, saves, and minds the deadline.
-_TRAIN = '''import json, os, time
+_TRAIN = '''import json, os, psutil, time
 from pathlib import Path
 from charmlib import session
 from charmlib.files import write_json, write_text
 folder = Path(run_dir)
 with open(folder / "log.txt", "a") as log:
-    print(f"start pid {os.getpid()} at {time.time():.3f} on gpu {os.environ.get('CUDA_VISIBLE_DEVICES')}", file=log)
+    began = psutil.Process(os.getppid()).create_time()
+    print(f"start pid {os.getpid()} of a cell begun at {began:.3f} on gpu {os.environ.get('CUDA_VISIBLE_DEVICES')}", file=log)
 epochs = json.loads((folder / "resume.pt").read_text()) if (folder / "resume.pt").is_file() else 0
 while epochs < stage1_epochs:
     time.sleep(PACE)

@@ -490,7 +490,7 @@ def test_a_grids_cell_sets_a_damaged_resume_file_aside_and_starts_again(tiny, qu
 @pytest.mark.parametrize(("change", "says"), [
     ({"hidden": 10**12}, "does not fit the network"), ({"hidden": 10**18}, r"model\.json is damaged"),
     ({"bank_size": 10**9}, "outside 1 to 65536"), ({"k": "2"}, "'k' is '2', wanted int"), ({"new": 1}, "unknown parameter"),
-    ({"arch": "timm:no_such"}, "arch"), ({"system": "os"}, "'os' is none of"), ({"dropout": 7.0}, "outside")])
+    ({"arch": "timm:no_such"}, "no_such"), ({"system": "os"}, "'os' is none of"), ({"dropout": 7.0}, "outside")])
 def test_a_card_from_elsewhere_is_checked_before_anything_is_built(quiet, tmp_path, change, says):
     import resource
 

@@ -45,7 +45,9 @@ def group_table(predictions: Predictions, resamples: int = 300) -> pd.DataFrame:
         labels, logits, patients = part.labels[:, columns], part.logits[:, columns], len(np.unique(part.patients))
         auc = auc_by_class(labels, logits, findings)
         missing = [finding for finding, value in auc.items() if np.isnan(value)]
-        drawn = bootstrap(labels, logits, part.patients, resamples=resamples).auc if patients > 1 else np.full((1, 1), np.nan)
+        drawn = np.full((1, len(auc)), np.nan)
+        if patients > 1:
+            drawn = bootstrap(labels, logits, part.patients, resamples=resamples).auc
         limits = widened_by_class(drawn, "auc", auc, patients_with(labels, part.patients, findings))
         rows.append({"group": name, "images": len(part.ids), "patients": patients, "positives": int((labels == 1).sum()),
                      "mean AUC": mean_of_defined(np.array([list(auc.values())]))[0],

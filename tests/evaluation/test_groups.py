@@ -39,6 +39,8 @@ def test_ages_sexes_unknown_and_small_groups():
     assert found.by_group is found.by_group  # drawn once for notebook, terminal and report
     small = group_table(found.take(np.arange(60)), resamples=20)
     assert small["note"].str.startswith("small").all() and len(group_table(predictions())) == 0
+    single = group_table(found.take(np.arange(4)), resamples=20).set_index("group").loc["age 0 to 17"]
+    assert single["patients"] == 1 and np.isnan(single["mean AUC low"])
 
 
 def test_they_are_kept_with_predictions(tmp_path):

@@ -161,8 +161,9 @@ def _begin(request: cache_file.Request, folder: Path) -> tuple[np.ndarray, np.nd
 
 
 def _maps(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    names = (cache_file.PIXELS, cache_file.ROWS)
     with _parsing:  # numpy reads a header by ast, which in Python 3.11 may fail when two threads do so (CPython issue 106905)
-        return tuple(np.load(folder / name, mmap_mode="r+", allow_pickle=False) for name in (cache_file.PIXELS, cache_file.ROWS))
+        return tuple(np.load(folder / name, mmap_mode="r+", allow_pickle=False) for name in names)
 
 
 def _decode_missing(request: cache_file.Request, folder: Path, pixels: np.ndarray, rows: np.ndarray, workers: int, say

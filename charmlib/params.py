@@ -92,6 +92,8 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
     Param("data", "split", str, "official",
           "official lists, random by patient, a fold of a cross-validation, or a folder with train/valid/test.txt",
           ("official", "patient"), also="fold:I/N or a folder", shown=True),
+    Param("data", "never_test", str, "", "a list of patients, one a line, who are in no test part of split fold:I/N",
+          hashed=False),
     Param("data", "valid_fraction", float, 0.1, "share of the train_val patients used for validation; 0 trains on all of them",
           low=0, high=0.5, effective=_share_used),
     Param("data", "image_size", int, 224, "pixels a side; the published runs use 224", low=16, high=1024, shown=True),
@@ -308,6 +310,8 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
         f"parameter 'retrieval': published stores a batch before its logits are known, which strategy {out['strategy']} needs; "
         "say cosine.": out["use_bank"] and out["answer"] == "features" and out["retrieval"] == "published"
             and out["strategy"] in ("entropy", "hard"),
+        f"parameter 'never_test': split {out['split']!r} has a test part of its own; say split: fold:I/N.":
+            out["never_test"] and not out["split"].startswith("fold:"),
         f"parameter 'patience': {out['patience']} looks at the validation part, and valid_fraction 0 leaves none; "
         "say patience: 0.":
             out["valid_fraction"] == 0 and out["patience"],
@@ -361,14 +365,15 @@ def no_effect(needs: Mapping[str, str]) -> str:
 def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters with the files and folders that they name as absolute paths, ``~`` expanded.
 
-    Raises ParameterError for a weight file or a folder of lists that is not there.
+    Raises ParameterError for a weight file, a list or a folder of lists that is not there.
     """
     out = dict(params)
-    for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient"))):
+    for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient")), ("never_test", ("",))):
         if out[name] not in words and not (name == "split" and out[name].startswith("fold:")):
             path = Path(out[name]).expanduser()
             if not path.exists():
-                raise ParameterError(f"parameter '{name}': nothing at {path}; wanted {', '.join(words)} or an existing path.")
+                wanted = ", ".join([*filter(None, words), "an existing path"])
+                raise ParameterError(f"parameter '{name}': nothing at {path}; wanted {wanted}.")
             out[name] = str(path.resolve())
     for name in ("csv", "cache_dir", "run_dir"):
         path = Path(out.get(name) or "").expanduser()

@@ -85,10 +85,11 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     """
     p = resolve({"patience": 0}, dict(params or {}), changes)  # no training here, so valid_fraction 0 needs no check
     index = read_index(find_data(p["data_root"], p["csv"]), **{name: p[name] for name in READING})
+    parts = {name: p[name] for name in ("valid_fraction", "never_test")}
     images = open_images(index.frame["id"].tolist(), index.frame["path"].tolist(), p["image_size"], aspect=p["aspect"],
                          contrast=p["contrast"], cache_dir=p["cache_dir"], workers=p["workers"],
-                         train=lambda: training_rows(index, p["split"], p["valid_fraction"]))
-    return assemble(index, images, split=p["split"], valid_fraction=p["valid_fraction"], limit=p["limit"], labels=p["labels"])
+                         train=lambda: training_rows(index, p["split"], **parts))
+    return assemble(index, images, split=p["split"], limit=p["limit"], labels=p["labels"], **parts)
 
 
 def digests(data: ChestData, weights: str = "none") -> dict[str, str]:
@@ -131,9 +132,10 @@ def readable_only(index: Index, images: ImageCache) -> tuple[Index, ImageCache]:
     return replace(index, frame=index.frame[kept].reset_index(drop=True)), images.only(kept)
 
 
-def assemble(index: Index, images: ImageCache, *, split: str = "official", valid_fraction: float = 0.1, limit: int = 0,
-             labels: str = "real") -> ChestData:
+def assemble(index: Index, images: ImageCache, *, split: str = "official", labels: str = "real", **options) -> ChestData:
     """The data set of an index and the cache of its images, row for row; unreadable images are left out before the split.
+
+    ``options`` are those of :func:`charmlib.data.splits.make_split`.
 
     ``labels`` 'shuffled' is a control: label rows are permuted within each part, with the seed of the splits. Prevalence and
     co-occurrence stay as they are. A test AUC whose interval excludes 0.5 therefore shows a leak of labels.
@@ -141,7 +143,7 @@ def assemble(index: Index, images: ImageCache, *, split: str = "official", valid
     Raises what :func:`charmlib.data.splits.make_split` and :func:`readable_only` raise.
     """
     index, images = readable_only(index, images)
-    parts = make_split(index, coerce("split", split), valid_fraction=valid_fraction, limit=limit)
+    parts = make_split(index, coerce("split", split), **options)
     if labels == "shuffled":
         frame, generator, classes = index.frame.copy(), np.random.default_rng(SPLIT_SEED), list(index.classes)
         for rows in map(parts.rows, PARTS):

@@ -10,7 +10,7 @@ import pandas as pd
 
 from charmlib.data.find import match
 from charmlib.data.index import Index
-from charmlib.data.tables import Report, listed_names
+from charmlib.data.tables import Report, listed_names, read_text
 from charmlib.nih import PARTS, TEST_LISTS, TRAIN_LISTS, people
 
 SPLIT_SEED = 85
@@ -57,7 +57,8 @@ class Split:
         return "\n".join(lines)
 
 
-def make_split(index: Index, name: str = "official", *, valid_fraction: float = 0.1, limit: int = 0) -> Split:
+def make_split(index: Index, name: str = "official", *, valid_fraction: float = 0.1, limit: int = 0, never_test: str = ""
+               ) -> Split:
     """Assign every image a part.
 
     - 'official': the NIH lists, with ``valid_fraction`` (at most 0.5) of the train_val patients as validation;
@@ -66,7 +67,9 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
     - otherwise a folder with ``train.txt``, ``valid.txt`` and ``test.txt``.
 
     All draws use seed 85 whatever the run's seed. ``valid_fraction`` 0 puts the validation part of any split into the training
-    part (a folder then needs no ``valid.txt``). ``limit`` draws at most so many images a part; 0 takes all.
+    part (a folder then needs no ``valid.txt``). ``limit`` draws at most so many images a part; 0 takes all. ``never_test`` is a
+    file of patients, one a line, whom the test parts of a cross-validation leave out: choices that their images decided then
+    cannot flatter a test score.
 
     Raises SplitError for lists missing or overlapping, a patient in two parts, an empty part (``valid_fraction`` 0 allows an
     empty validation), or a split by patient of data whose patients are unknown.
@@ -83,7 +86,7 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
         order = _shuffled(patients)
         part = _assign(patients, *np.split(order, np.round(np.cumsum((0.7, 0.1)) * len(order)).astype(int)))
     elif fold:
-        part = _fold(patients, *fold, valid_fraction)
+        part = _fold(patients, *fold, valid_fraction, _listed_patients(index, never_test) if never_test else set())
     else:
         part, name = _own_lists(index, Path(name), optional=("valid",) if valid_fraction == 0 else ()), Path(name).name
     if valid_fraction == 0:
@@ -105,9 +108,9 @@ def make_split(index: Index, name: str = "official", *, valid_fraction: float = 
     return Split(name, part, hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16], counts, index.patients_from)
 
 
-def training_rows(index: Index, name: str, valid_fraction: float = 0.1) -> np.ndarray:
+def training_rows(index: Index, name: str, **options) -> np.ndarray:
     """Rows of the training part of :func:`make_split`, which adds nothing to the index's report here."""
-    return make_split(replace(index, report=Report()), name, valid_fraction=valid_fraction).rows("train")
+    return make_split(replace(index, report=Report()), name, **options).rows("train")
 
 
 def _too_few(patients: int) -> str:
@@ -182,11 +185,21 @@ def _read_list(index: Index, path: Path, *, say: bool = False) -> set[str]:
     return listed
 
 
-def _fold(patients: pd.Series, number: int, folds: int, valid_fraction: float) -> np.ndarray:
+def _listed_patients(index: Index, file: str) -> set[str]:
+    listed, known = {line.strip() for line in read_text(Path(file)).splitlines()} - {""}, set(index.frame["patient"])
+    if not listed & known:
+        raise SplitError(f"never_test: none of the {len(listed)} patients that {file} lists is in {index.table.name}, whose "
+                         f"first patient is {index.frame['patient'].iloc[0]!r}")
+    index.report.add(f"patients listed in {Path(file).name} but not in the data", sorted(listed - known))
+    return listed
+
+
+def _fold(patients: pd.Series, number: int, folds: int, valid_fraction: float, never: set[str]) -> np.ndarray:
     order = _shuffled(patients)
-    if len(order) < folds:
-        raise SplitError(f"split 'fold:{number}/{folds}': {len(order)} patients do not make {folds} folds")
-    test = np.array_split(order, folds)[number - 1]
+    tested = order[~np.isin(order, list(never))]
+    if len(tested) < folds:
+        raise SplitError(f"split 'fold:{number}/{folds}': {len(tested)} patients do not make {folds} folds")
+    test = np.array_split(tested, folds)[number - 1]
     others = order[~np.isin(order, test)]
     valid = np.random.default_rng([SPLIT_SEED, number]).permutation(others)[:max(1, round(valid_fraction * len(others)))]
     return _assign(patients, others, valid, test)  # validation overrides training

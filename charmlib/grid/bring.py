@@ -26,7 +26,7 @@ _MOUNTS = ("*", "notebooks/*/*", "datasets/*/*")  # where Kaggle mounts outputs:
 # for copies in the making, one folder deeper than any reader looks; seconds after which one counts as killed without locks
 _HALF, _OLD = ".half", 600.0
 # cells that agree in these have the same split, labels, pictures and weights, or were made from other data
-_DATA = (*READING, "labels", "split", "valid_fraction", "limit")
+_DATA = (*READING, "labels", "split", "never_test", "valid_fraction", "limit")
 _OF = {"split": _DATA, LABELS: _DATA, PICTURES: (*_DATA, "image_size", "aspect", "contrast"), WEIGHTS: ("weights",)}
 
 

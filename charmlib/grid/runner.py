@@ -27,8 +27,8 @@ from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell, refuse_d
 from charmlib.param_sources import find_file, read_yaml
 from charmlib.params import READING, changes, with_absolute_paths
 
-_DATA = (*READING, "data_root", "labels", "split", "valid_fraction", "limit", "image_size", "aspect", "contrast", "cache_dir",
-         "workers")
+_DATA = (*READING, "data_root", "labels", "split", "never_test", "valid_fraction", "limit", "image_size", "aspect", "contrast",
+         "cache_dir", "workers")
 
 
 @delegates(Means)

@@ -312,6 +312,27 @@ def test_folds_test_every_patient_once_and_never_one_that_they_trained_on(phanto
     assert sorted(tested) == sorted(set(index.frame["patient"])) and len(hashes) == 5
 
 
+def test_some_patients_are_in_no_test_part(phantoms, tmp_path):
+    patients = sorted(set(read_index(phantoms).frame["patient"]))
+    explore, file, tested = set(patients[::3]), tmp_path / "explore.txt", []
+    file.write_text("\n".join([*sorted(explore), "nobody"]) + "\n")
+    for i in range(1, 6):
+        index = read_index(phantoms)
+        split = make_split(index, f"fold:{i}/5", valid_fraction=0.2, never_test=str(file))
+        parts = {p: set(index.frame["patient"][split.part == p]) for p in ("train", "valid", "test")}
+        assert set.union(*parts.values()) == set(patients) and explore & parts["train"] and explore & parts["valid"]
+        assert "listed in explore.txt but not in the data: 1 (nobody)" in str(index.report)
+        tested += sorted(parts["test"])
+    assert sorted(tested) == sorted(set(patients) - explore)
+    given = {"data_root": str(phantoms), "image_size": 32, "never_test": str(file)}
+    assert open_dataset(given, split="fold:5/5", valid_fraction=0.2).split.hash == split.hash
+    with pytest.raises(ValueError, match="never_test: none of the 1 patients .*first patient is"):
+        file.write_text("nobody\n")
+        make_split(index, "fold:1/5", never_test=str(file))
+    with pytest.raises(ValueError, match="'never_test': split 'official' has a test part of its own; say split: fold:I/N"):
+        open_dataset(given)
+
+
 @pytest.mark.parametrize("name", ["fold:0/5", "fold:6/5", "fold:1/1", "fold:2", "fold:a/b", "fold:1/100000"])
 def test_folds_that_there_are_not(phantoms, name):
     with pytest.raises(SplitError, match="fold"):

@@ -48,6 +48,11 @@ class ChestData:
         """Numbers of training images: 'all', and those with 'findings'."""
         return {"all": len(self.rows("train")), "findings": len(self.rows("train", findings_only=True))}
 
+    def log_odds(self) -> np.ndarray:
+        """Log-odds (C,) of each class among the training images whose label is known, with half an image added to either side."""
+        labels = self.labels[self.rows("train")]
+        return np.log((labels == 1).sum(0) + 0.5) - np.log((labels == 0).sum(0) + 0.5)
+
     def note(self, part: str) -> str:
         """Caption for scores on a part: data, split, images, patients and share of images with a finding."""
         count, split = self.split.counts[part], f"{self.source}, split '{self.split.name}' ({self.split.hash[:8]})"

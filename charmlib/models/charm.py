@@ -139,6 +139,10 @@ class CharmNet(nn.Module):
             return self.bank(keys, self.head(z)), {**seen, "keys": keys}
         return self.head(z) if self.bank is None else self.bank(z, self.head), seen
 
+    def start_at(self, log_odds: Tensor) -> None:
+        """Before training: the last bias (C,) of the head; see :meth:`charmlib.nn.ClassifierHead.start_at`."""
+        self.head.start_at(log_odds)
+
     def enter(self, bank_momentum: float) -> None:
         """Before a phase: the bank's momentum from here on."""
         if self.bank is not None:

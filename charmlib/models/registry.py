@@ -12,8 +12,9 @@ from charmlib.systems import find, load
 class Network(Protocol):
     """What a network offers to training. It is an ``nn.Module``, and all that training changes is in its ``state_dict``.
 
-    Four methods are optional, and called if they are there:
+    Five methods are optional, and called if they are there:
 
+    - ``start_at(log_odds)`` before training with ``adjust`` above 0: the values (C,) that the last bias starts with;
     - ``enter(**sets)`` before a phase, with what the phase's recipe sets;
     - ``see(ids, labels)`` before a training or validation batch: image ids (B,) int64 on the device, -1 where unknown, and
       labels (B, C) of 0, 1 or NaN;

@@ -1,6 +1,7 @@
 """The classifier of CHARM-Xray and MemAug."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class ClassifierHead(nn.Sequential):
@@ -14,3 +15,11 @@ class ClassifierHead(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(hidden, classes),
         )
+
+    @torch.no_grad()
+    def start_at(self, log_odds: Tensor) -> None:
+        """Set the last bias (C,), so that untrained probabilities are those of the classes (Lin et al., RetinaNet, section 4.1).
+
+        With a logistic loss a class, this is the logit adjustment of Menon et al. (2021) in training.
+        """
+        self[-1].bias.copy_(log_odds)

@@ -73,6 +73,8 @@ class Run:
         precision, data = pick_precision(p["precision"], device), open_dataset(p)
         seed_everything(p["seed"], "weights")
         net = place(create(p, data.classes), device)
+        if p["adjust"]:
+            net.start_at(torch.tensor(p["adjust"] * data.log_odds()))
         _refuse_small(net, p, device)
         if p["compile"]:
             compile_backbone(net, device)

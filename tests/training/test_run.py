@@ -648,3 +648,17 @@ def test_own_classes_end_to_end(phantoms, tmp_path, tiny):
         metrics = run.score()
     assert metrics["test"]["undefined"] == ["Never"] and np.isfinite(metrics["test"]["mean_auc"])
     assert np.isnan(RunFolder(run.folder).test.labels).any()
+
+
+def test_the_last_bias_starts_at_the_prevalence(tiny):
+    """``adjust`` of a class that 10 of 100 known images have is log(10.5 / 90.5); with the last weights at 0 the probabilities
+    are the prevalence, and a half is half the log-odds."""
+    runs = {adjust: Run.open(tiny, adjust=adjust) for adjust in (0.0, 0.5, 1.0)}
+    labels = runs[1.0].data.labels[runs[1.0].data.rows("train")]
+    share = (np.nansum(labels, 0) + 0.5) / ((~np.isnan(labels)).sum(0) + 1)
+    start = {adjust: run.net.head[-1].bias.detach().numpy() for adjust, run in runs.items()}
+    np.testing.assert_allclose(1 / (1 + np.exp(-start[1.0])), share, rtol=1e-5)
+    np.testing.assert_allclose(start[0.5], start[1.0] / 2, rtol=1e-6)
+    assert np.abs(start[0.0] - start[1.0]).min() > 0.1
+    others = [{k: v for k, v in run.net.state_dict().items() if k != "head.4.bias"} for run in runs.values()]
+    assert all(torch.equal(value, others[0][name]) for name, value in others[2].items())

@@ -2,8 +2,8 @@
 
     python -m benchmarks.explore ../shared/nih64 runs/explore64
 
-writes ``explore.txt``: a third of the patients, one a line. Beside it lie ``train.txt`` (the images of all other patients),
-``valid.txt`` (four fifths of the explore patients) and ``test.txt`` (the rest of them), a split for ``-p split=runs/explore64``.
+writes ``explore.txt``: a third of the patients, one a line. Beside it lies a split for ``-p split=runs/explore64``:
+``train.txt`` has the images of all other patients, ``valid.txt`` four fifths of the explore patients, ``test.txt`` the rest.
 A hash of the patient's id decides, so the draw knows neither labels nor images and stays the same when the table grows.
 """
 

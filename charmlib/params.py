@@ -160,7 +160,7 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
           high=1, needs={"strategy": ("statistical",)}, **_CHARM),
     Param("network", "stage2_bank_momentum", float, 0.9999, "the same in stage 2", low=0, high=1,
           needs={"strategy": ("statistical",)}, **_CHARM),
-    Param("network", "adjust", float, 0.0, "the head's last bias starts at so much of each class's log-odds; 1 is the prevalence",
+    Param("network", "adjust", float, 0.0, "the last bias starts at this share of the classes' log-odds; 1 is the prevalence",
           low=0, high=2, **_CHARM),
     Param("network", "dropout", float, 0.3, "dropout rate of the head", low=0, high=0.99, **_CHARM),
     Param("network", "hidden", int, 512, "hidden width of the head", low=1, **_CHARM),

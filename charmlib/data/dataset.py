@@ -49,7 +49,7 @@ class ChestData:
         return {"all": len(self.rows("train")), "findings": len(self.rows("train", findings_only=True))}
 
     def log_odds(self) -> np.ndarray:
-        """Log-odds (C,) of each class among the training images whose label is known, with half an image added to either side."""
+        """Log-odds (C,) of the classes among the known training labels, with half an image added to positives and negatives."""
         labels = self.labels[self.rows("train")]
         return np.log((labels == 1).sum(0) + 0.5) - np.log((labels == 0).sum(0) + 0.5)
 

@@ -18,8 +18,8 @@ class ClassifierHead(nn.Sequential):
 
     @torch.no_grad()
     def start_at(self, log_odds: Tensor) -> None:
-        """Set the last bias (C,), so that untrained probabilities are those of the classes (Lin et al., RetinaNet, section 4.1).
+        """Set the last bias (C,), so that training starts at given probabilities (Lin et al., RetinaNet, 2017, section 4.1).
 
-        With a logistic loss a class, this is the logit adjustment of Menon et al. (2021) in training.
+        With one sigmoid a class, this is the logit adjustment in training of Menon et al. (2021).
         """
         self[-1].bias.copy_(log_odds)

@@ -1,24 +1,23 @@
-"""Compare the configurations of a cross-validated grid out of fold, and keep the results.
+"""Keep the predictions of a cross-validated grid of several seeds, and compare its configurations (docs/protocol.md).
 
     python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
 
-writes ``<target>.csv``, ``<target>_per_class.csv``,
-``<target>_views.csv`` (the same among images of one view position, which alone predicts many findings),
-``<target>.png`` (CHARM minus the plain network, by class) and ``<target>.json`` (splits, device, versions, seconds).
+keeps each finished cell's test predictions, and those of its baselines, as ``<target>/CELL.npz`` (float16) with its figures in
+``CELL.json``. So a long grid can be made in several sittings, on several machines. From all that is kept it then writes
 
-``<target>.csv`` has one row per configuration: mean AUC over all images and within folds, with intervals; the paired
-differences from the plain network, from CHARM as published and from CHARM; and the log loss and Brier score of its
-uncalibrated probabilities, mean over classes. Three more configurations need no training, because votes have no effect on
-it: CHARM's own networks with no memory, with a memory of one scale, and with one that is not class-balanced.
+- ``<target>.csv``: a row a configuration, with mean AUC within folds and the figures beside it, intervals, each seed's value;
+- ``<target>_comparisons.csv``: the comparisons that the protocol names, with Holm's correction;
+- ``<target>_per_class.csv``, ``<target>_views.csv`` (images of one view position) and ``<target>.png``;
+- ``<target>.json``: splits, seeds, parameters, device, versions, seconds.
 
-Intervals are by bootstrap over patients, with the networks of one seed. They do not include the variance between trainings.
+Resamples draw the patients of each fold, the same for all configurations and seeds, and then the seeds.
 """
 
-from __future__ import annotations
-
+import json
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -27,145 +26,194 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 
-from charmlib import Run
-from charmlib.data.index import read_index
-from charmlib.data.loaders import grey_to_network
-from charmlib.evaluation.combine import auc_within_folds, out_of_fold, pooled
-from charmlib.evaluation.compare import aligned
-from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
-from charmlib.evaluation.metrics import auc_by_class
-from charmlib.evaluation.runs import Predictions, RunFolder
-from charmlib.files import write_json
-from charmlib.nn import VotingBank
+from charmlib.evaluation.combine import mean_ensemble
+from charmlib.evaluation.compare import holm, p_of
+from charmlib.evaluation.intervals import RESAMPLES, bootstrap, draws, interval, mean_of_defined
+from charmlib.evaluation.metrics import ap_by_class, auc_by_class
+from charmlib.evaluation.runs import Predictions, RunFolder, write_arrays
+from charmlib.files import write_csv, write_json
 from charmlib.params import UNHASHED
 
-PLAIN, OURS, PUBLISHED = "plain", "charm", "published"
-NO_VOTES, ONE_SCALE, NOT_BALANCED = "charm_without_votes", "charm_one_scale", "charm_not_balanced"
-RAREST = ("Hernia", "Pneumonia", "Edema", "Emphysema")
+PLAIN, BEFORE, OURS, PUBLISHED, PAIR = "plain", "plain_0.5", "charm", "published", "plain, two seeds"
+KERNEL = "plain, own_kernel_ridge+head"
+NAMED = ((PLAIN, BEFORE), (OURS, PLAIN), (OURS, KERNEL), (PUBLISHED, PLAIN))
+"""(configuration, less this one), in the order of the protocol."""
+RARE = ("Hernia", "Pneumonia", "Edema", "Emphysema")
+FIGURES = ("mean_auc", "auc_without_hernia", "rare_auc", "mean_ap", "log_loss")
+Folds = Mapping[str, Predictions]  # by name of the fold
+Configurations = Mapping[str, Mapping[int, Folds]]  # by configuration and seed
 
 
-def configurations(folder: Path) -> dict[str, list[Path]]:
-    """Name -> its runs, one a fold, of a grid whose cells are called NAME_split=fold-I-N.
+class Measured(NamedTuple):
+    """Of one configuration, by figure: the values of its seeds (S,), and their resamples (S, resamples)."""
 
-    Raises
-    ------
-    SystemExit
-        A fold of a configuration is not done.
-    """
-    found: dict[str, list[Path]] = {}
-    for cell in sorted(p for p in folder.glob("*_split=fold-*") if p.is_dir()):
-        if not (cell / "metrics.json").is_file():
-            raise SystemExit(f"{cell} is not done; run the grid again first")
-        found.setdefault(cell.name.partition("_split=")[0], []).append(cell)
-    return {name: found[name] for name in sorted(found, key=lambda n: (n != PLAIN, n != OURS, n != PUBLISHED, n))}
+    values: dict[str, np.ndarray]
+    drawn: dict[str, np.ndarray]
+    auc: np.ndarray  # (S, C), within folds
+    auc_drawn: np.ndarray  # (S, resamples, C)
 
 
-def other_memories(cell: Path) -> dict[str, Predictions]:
-    """The test predictions of a trained run of CHARM with another memory: none, one whose keys are the fused feature only
-    (of the same images), and one of training images drawn at random.
-
-    Votes have no effect in training mode. So runs with such memories would have trained the same networks, except for the
-    epoch that validation selects.
-    """
-    run = Run.load(cell, workers=0)
-    net, bank, labels = run.net.eval(), run.net.bank, torch.from_numpy(run.data.labels.copy())
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (net.mean, net.std))
-
-    @torch.no_grad()
-    def encode(rows):
-        found = [net.encode(grey_to_network(torch.from_numpy(run.data.images.take(some, axis=0))[:, None], mean, std))
-                 for some in np.array_split(np.asarray(rows), max(1, len(rows) // 256))]
-        return [torch.cat(part) for part in zip(*found)]
-
-    def memory(rows, keys, blocks):
-        other = VotingBank(keys.shape[1], bank.slot_labels.shape[1], size=len(rows), k=bank.k, weight=bank.weight,
-                           temperature=bank.temperature, ridge=bank.ridge, blocks=blocks).eval()
-        other.slots.copy_(keys)
-        other.slot_labels.copy_(labels[rows])
-        other.filled.fill_(len(rows))
-        other.shares.copy_(bank.shares)
-        other.solve()
-        return other
-
-    held = bank.slot_ids[:bank.filled].numpy()
-    drawn = np.random.default_rng(run.params["seed"]).permutation(run.data.rows("train"))[:len(held)]
-    z, keys = encode(run.data.rows("test"))
-    with torch.no_grad():
-        plain = net.head(z)
-        scores = {NO_VOTES: plain, ONE_SCALE: memory(held, encode(held)[0], ())(z, plain),
-                  NOT_BALANCED: memory(drawn, encode(drawn)[1], bank.blocks)(keys, plain)}
-    return {name: replace(RunFolder(cell).test, logits=logits.numpy()) for name, logits in scores.items()}
+def keep(cell: RunFolder, target: Path) -> None:
+    """Write a finished cell's predictions by configuration, and what they were made with."""
+    test, name = cell.test, cell.path.name.partition("_split=")[0]
+    logits = {name: test.logits}
+    if (file := cell.path / "baselines.npz").is_file():
+        with np.load(file, allow_pickle=False) as found:
+            at = {image: i for i, image in enumerate(found["test_ids"].tolist())}
+            order = [at[image] for image in test.ids.tolist()]
+            logits |= {f"{name}, {key.removeprefix('test_')}": found[key][order] for key in found.files
+                       if key.startswith("test_") and key != "test_ids"}
+    target.mkdir(parents=True, exist_ok=True)
+    write_arrays(target / f"{cell.path.name}.npz", ids=test.ids, patients=test.patients, labels=test.labels.astype(np.float16),
+                 view=test.about.get("view", np.full(len(test.ids), "")), classes=np.array(test.classes),
+                 names=np.array(list(logits)), logits=np.stack(list(logits.values())).astype(np.float16))
+    kept = ("split", "seconds", "device", "precision", "versions", "code", "hash")
+    metrics = cell.metrics
+    params = {key: value for key, value in metrics["params"].items() if key not in UNHASHED}
+    params["weights"] = Path(params["weights"]).name
+    write_json(target / f"{cell.path.name}.json",
+               {"configuration": name, "params": params, **{key: metrics.get(key) for key in kept}})
 
 
-def in_order(folds: list[Predictions]) -> list[Predictions]:
-    """Each fold's predictions with images in the order of their ids, the same for all configurations."""
-    return [p.take(np.argsort(p.ids)) for p in folds]
+def read(target: Path) -> tuple[Configurations, dict[str, dict]]:
+    """What is kept, and the JSON of each cell. A seed without all the folds of others is left out, with a line."""
+    found, cells = {}, {}
+    for file in sorted(target.glob("*.npz")):
+        card = cells[file.stem] = json.loads(file.with_suffix(".json").read_text())
+        with np.load(file, allow_pickle=False) as arrays:
+            labels = arrays["labels"].astype(np.float32)
+            for name, logits in zip(arrays["names"].tolist(), arrays["logits"]):
+                part = Predictions(arrays["ids"], arrays["patients"], labels, logits.astype(np.float32),
+                                   tuple(arrays["classes"].tolist()), about={"view": arrays["view"]})
+                part = part.take(np.argsort(part.ids))
+                found.setdefault(name, {}).setdefault(card["params"]["seed"], {})[card["split"]["name"]] = part
+    if PLAIN in found:
+        seeds = sorted(found[PLAIN])
+        found[PAIR] = {one: {fold: mean_ensemble([part, found[PLAIN][two][fold]]) for fold, part in found[PLAIN][one].items()
+                             if fold in found[PLAIN][two]} for one, two in zip(seeds, seeds[1:] + seeds[:1]) if two != one}
+    wanted = {fold for seeds in found.values() for folds in seeds.values() for fold in folds}
+    for name in list(found):
+        whole = {seed: folds for seed, folds in sorted(found[name].items()) if set(folds) == wanted}
+        for seed in sorted(set(found[name]) - set(whole)):
+            print(f"{name}, seed {seed}: {len(found[name][seed])} of {len(wanted)} folds, left out")
+        found[name] = whole
+    first = [BEFORE, PLAIN, OURS, PUBLISHED]
+    order = sorted(found, key=lambda name: (first.index(name) if name in first else len(first), name))
+    return {name: found[name] for name in order if found[name]}, cells
 
 
-def losses(p: Predictions) -> dict[str, float]:
-    """Log loss and Brier score of the uncalibrated probabilities, mean over the known labels of all classes."""
-    logits, labels, known = p.logits.astype(np.float64), p.labels, ~np.isnan(p.labels)
-    log_loss = np.logaddexp(0, logits) - np.nan_to_num(labels) * logits
-    brier = (1 / (1 + np.exp(-logits)) - np.nan_to_num(labels)) ** 2
-    return {"log_loss": log_loss[known].mean(), "brier": brier[known].mean()}
+def measure(seeds: Mapping[int, Folds], resamples: int = RESAMPLES) -> Measured:
+    """The figures of a configuration, means over folds."""
+    values, drawn, auc, auc_drawn = {f: [] for f in FIGURES}, {f: [] for f in FIGURES}, [], []
+    for folds in seeds.values():
+        classes = next(iter(folds.values())).classes
+        columns = {"mean_auc": list(range(len(classes))), "rare_auc": [classes.index(name) for name in RARE],
+                   "auc_without_hernia": [c for c, name in enumerate(classes) if name != "Hernia"]}
+        found = [(bootstrap(p.labels, p.logits, p.patients, resamples=resamples, seed=i), p) for i, (_, p) in
+                 enumerate(sorted(folds.items()))]
+        auc.append(mean_over_folds([list(auc_by_class(p.labels, p.logits, classes).values()) for _, p in found]))
+        ap = mean_over_folds([list(ap_by_class(p.labels, p.logits, classes).values()) for _, p in found])
+        auc_drawn.append(mean_over_folds([samples.auc for samples, _ in found]))
+        ap_drawn = mean_over_folds([samples.ap for samples, _ in found])
+        losses = [log_loss(p, resamples, i) for i, (_, p) in enumerate(found)]
+        for figure, which in columns.items():
+            values[figure].append(np.nanmean(auc[-1][which]))
+            drawn[figure].append(mean_of_defined(auc_drawn[-1][:, which]))
+        values["mean_ap"].append(np.nanmean(ap))
+        drawn["mean_ap"].append(mean_of_defined(ap_drawn))
+        values["log_loss"].append(np.mean([value for value, _ in losses]))
+        drawn["log_loss"].append(np.mean([samples for _, samples in losses], axis=0))
+    return Measured(*({figure: np.array(v) for figure, v in some.items()} for some in (values, drawn)), np.array(auc),
+                    np.array(auc_drawn))
 
 
-def table(parts: dict[str, list[Predictions]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of ``<target>.csv`` and ``<target>_per_class.csv`` from the predictions of each configuration's folds. Resamples
-    draw patients, the same for all configurations."""
-    first, *others = map(pooled, parts.values())
-    whole = dict(zip(parts, aligned(first, *others)))
-    classes = first.classes
-    columns = {"mean": list(range(len(classes))), "rare": [classes.index(name) for name in RAREST]}
-    values = {n: np.array(list(auc_by_class(p.labels, p.logits, classes).values())) for n, p in whole.items()}
-    samples = {n: bootstrap(p.labels, p.logits, p.patients).auc for n, p in whole.items()}
-    inside = {n: np.array(list(auc_within_folds(folds).values())) for n, folds in parts.items()}
-    # Folds share no patient, so each is drawn by itself; the draws of one fold are the same for all configurations.
-    drawn_inside = {n: np.nanmean([bootstrap(p.labels, p.logits, p.patients, seed=i).auc
-                                   for i, p in enumerate(in_order(folds))], axis=0) for n, folds in parts.items()}
-    rows, by_class = [], []
-    for name, folds in parts.items():
-        p = whole[name]
-        row = {"configuration": name, "folds": len(folds), **losses(p)}
-        for what, which in columns.items():
-            for where, value, sample in (("", values, samples), ("_within_folds", inside, drawn_inside)):
-                low, high, _ = interval(mean_of_defined(sample[name][:, which]))
-                row |= {f"{what}_auc{where}": value[name][which].mean(), f"{what}{where}_low": low, f"{what}{where}_high": high}
-                for other in (PLAIN, PUBLISHED, OURS):
-                    if other != name and other in parts:
-                        drawn = mean_of_defined(sample[name][:, which]) - mean_of_defined(sample[other][:, which])
-                        low, high, _ = interval(drawn)
-                        row |= {f"{what}{where}_less_{other}": value[name][which].mean() - value[other][which].mean(),
-                                f"{what}{where}_less_{other}_low": low, f"{what}{where}_less_{other}_high": high}
+def mean_over_folds(values) -> np.ndarray:
+    """The mean over the first axis of what is defined; NaN where no fold defines it."""
+    values = np.array(values, float)
+    return np.nansum(values, 0) / np.where((count := (~np.isnan(values)).sum(0)) > 0, count, np.nan)
+
+
+def log_loss(p: Predictions, resamples: int, seed: int) -> tuple[float, np.ndarray]:
+    """Log loss of the uncalibrated probabilities, mean over known labels, and its resamples by patient."""
+    logits, known = p.logits.astype(np.float64), ~np.isnan(p.labels)
+    lost = np.where(known, np.logaddexp(0, logits) - np.nan_to_num(p.labels) * logits, 0)
+    names, patient = np.unique(p.patients, return_inverse=True)
+    sums, counts = (np.bincount(patient, v.sum(1), minlength=len(names)) for v in (lost, known))
+    drawn = [(sums @ w) / (counts @ w) for w in draws(len(names), resamples, seed, 256)]
+    return lost.sum() / known.sum(), np.concatenate(drawn)
+
+
+def over_seeds(drawn: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Resamples (S, R, ...) -> (R, ...): the mean of S seeds drawn with replacement, the same seeds for all configurations."""
+    chosen = np.random.default_rng(seed).integers(len(drawn), size=(drawn.shape[1], len(drawn)))
+    return np.mean([drawn[chosen[:, s], np.arange(drawn.shape[1])] for s in range(len(drawn))], axis=0)
+
+
+def differences(one: Measured, other: Measured) -> dict:
+    """First less second, by figure: value, limits, each seed's value, whether all seeds agree in sign."""
+    out = {}
+    for figure in FIGURES:
+        by_seed = one.values[figure] - other.values[figure]
+        low, high, _ = interval(over_seeds(one.drawn[figure] - other.drawn[figure]))
+        out |= {figure: by_seed.mean(), f"{figure}_low": low, f"{figure}_high": high}
+        if figure == FIGURES[0]:
+            out |= {"seeds": " ".join(f"{v:+.4f}" for v in by_seed), "one_sign": bool(len(set(np.sign(by_seed))) == 1)}
+    return out
+
+
+def tables(configurations: Configurations) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The rows of ``<target>.csv``, ``_comparisons.csv`` and ``_per_class.csv``. Pairs take the seeds that both have."""
+    measured = {name: measure(seeds) for name, seeds in configurations.items()}
+    rows, by_class, pairs = [], [], []
+
+    def pair(name: str, other: str) -> tuple[Measured, Measured]:
+        both = sorted(set(configurations[name]) & set(configurations[other]))
+        at = [[list(configurations[n]).index(seed) for seed in both] for n in (name, other)]
+        return tuple(Measured(*({figure: v[i] for figure, v in some.items()} for some in m[:2]), m.auc[i], m.auc_drawn[i])
+                     for m, i in zip((measured[name], measured[other]), at))
+
+    for name, m in measured.items():
+        row = {"configuration": name, "seeds": len(m.auc), "folds": len(next(iter(configurations[name].values())))}
+        for figure in FIGURES:
+            low, high, _ = interval(over_seeds(m.drawn[figure]))
+            row |= {figure: m.values[figure].mean(), f"{figure}_low": low, f"{figure}_high": high}
+        row["mean_auc_by_seed"] = " ".join(f"{v:.4f}" for v in m.values["mean_auc"])
+        if name != PLAIN and PLAIN in measured:
+            row |= {f"less_plain_{key}": value for key, value in differences(*pair(name, PLAIN)).items()}
         rows.append(row)
-        for c, label in enumerate(classes):
-            low, high, _ = interval(samples[name][:, c] - samples[PLAIN][:, c])
-            positive = first.labels[:, c] == 1
-            by_class.append({"configuration": name, "class": label, "images": int(positive.sum()),
-                             "patients": len(set(first.patients[positive])), "auc": values[name][c],
-                             "within_folds": inside[name][c], "less_plain": values[name][c] - values[PLAIN][c], "low": low,
-                             "high": high})
-    return pd.DataFrame(rows), pd.DataFrame(by_class)
+        folds = next(iter(configurations[name].values())).values()
+        positive = {c: np.concatenate([p.patients[p.labels[:, c] == 1] for p in folds]) for c in range(m.auc.shape[1])}
+        one, plain = pair(name, PLAIN) if PLAIN in measured else (m, m)
+        for c, label in enumerate(next(iter(folds)).classes):
+            low, high, _ = interval(over_seeds(one.auc_drawn[..., c] - plain.auc_drawn[..., c]))
+            by_class.append({"configuration": name, "class": label, "images": len(positive[c]),
+                             "patients": len(set(positive[c])), "auc": m.auc[:, c].mean(),
+                             "less_plain": (one.auc - plain.auc)[:, c].mean(), "low": low, "high": high})
+    for name, other in NAMED:
+        if name in measured and other in measured:
+            found = differences(*pair(name, other))
+            pairs.append({"configuration": name, "less": other, **found,
+                          "p": p_of(found["mean_auc"], (found["mean_auc_low"], found["mean_auc_high"]))})
+    comparisons = pd.DataFrame(pairs)
+    if len(comparisons):
+        comparisons.insert(4, "p_holm", holm(comparisons["p"]))
+    return pd.DataFrame(rows), comparisons, pd.DataFrame(by_class)
 
 
-def by_view(folds: dict[str, list[Predictions]], views: pd.Series) -> pd.DataFrame:
-    """Mean AUC of each configuration and its paired difference from the plain network among the images of each view; ``views``
-    maps image ids to PA or AP."""
-    first, *others = map(pooled, folds.values())
-    parts, rows = dict(zip(folds, aligned(first, *others))), []
-    for view in sorted(views.dropna().unique()):
-        these = views.reindex(first.ids).to_numpy() == view
-        some = {n: p.take(these) for n, p in parts.items()}
-        samples = {n: mean_of_defined(bootstrap(p.labels, p.logits, p.patients).auc) for n, p in some.items()}
-        means = {n: np.nanmean(list(auc_by_class(p.labels, p.logits, p.classes).values())) for n, p in some.items()}
-        for name in parts:
-            low, high, _ = interval(samples[name] - samples[PLAIN])
-            rows.append({"view": view, "images": int(these.sum()), "patients": len(set(first.patients[these])),
-                         "configuration": name, "mean_auc": means[name], "less_plain": means[name] - means[PLAIN], "low": low,
-                         "high": high})
-    return pd.DataFrame(rows)
+def by_view(configurations: Configurations) -> pd.DataFrame:
+    """Mean AUC within folds among the images of each view position, and its difference from the plain network."""
+    rows, folds = [], next(iter(configurations[PLAIN].values())).values()
+    for view in sorted({*np.concatenate([p.about["view"] for p in folds])} - {""}):
+        some = {name: {seed: {fold: p.take(p.about["view"] == view) for fold, p in folds.items()}
+                       for seed, folds in seeds.items()} for name, seeds in configurations.items()}
+        found, _, _ = tables(some)
+        folds = next(iter(some[PLAIN].values())).values()
+        kept = ["configuration", "seeds", "mean_auc", "mean_auc_low", "mean_auc_high", "less_plain_mean_auc",
+                "less_plain_mean_auc_low", "less_plain_mean_auc_high"]
+        rows.append(found[[name for name in kept if name in found]].assign(
+            view=view, images=sum(len(p.ids) for p in folds), patients=sum(len(set(p.patients)) for p in folds)))
+    return pd.concat(rows) if rows else pd.DataFrame()
 
 
 def picture(by_class: pd.DataFrame, note: str):
@@ -177,44 +225,41 @@ def picture(by_class: pd.DataFrame, note: str):
                   color="#1b6ca8", ecolor="#8fb8d9", elinewidth=3, capsize=0)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(at, [f"{name.replace('_', ' ')} ({images})" for name, images in zip(ours["class"], ours["images"])])
-    axis.set_xlabel("AUC of CHARM minus that of the plain network, out of fold (95 % over patients)")
+    axis.set_xlabel("AUC of CHARM minus that of the plain network, within folds (95 % over patients and seeds)")
     axis.set_title(note, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def what_it_is(params: dict) -> dict:
-    """A configuration's parameters without the folders and files of this machine."""
-    kept = {name: value for name, value in params.items() if name not in UNHASHED}
-    return kept | {"split": "fold:I/N", "weights": Path(kept["weights"]).name}
-
-
 def main(folder: Path, target: Path) -> None:
-    runs = {name: [RunFolder(cell) for cell in cells] for name, cells in configurations(folder).items()}
-    for cells in runs.values():
-        out_of_fold(cells)  # refuses cells of different cross-validations
-    parts = {name: [cell.test for cell in cells] for name, cells in runs.items()}
-    others = [other_memories(cell.path) for cell in runs[OURS]]
-    parts |= {name: [other[name] for other in others] for name in others[0]}
-    rows, by_class = table(parts)
-    rows.round(4).to_csv(f"{target}.csv", index=False)
-    by_class.round(4).to_csv(f"{target}_per_class.csv", index=False)
-    frame = read_index(runs[PLAIN][0].metrics["params"]["data_root"]).frame
-    by_view(parts, frame.set_index("id")["view"]).round(4).to_csv(f"{target}_views.csv", index=False)
-    metrics = {cell.name: cell.metrics for cells in runs.values() for cell in cells}
-    one = next(iter(metrics.values()))
-    patients, images = (sum(cell.metrics["split"]["test"][key] for cell in runs[PLAIN]) for key in ("patients", "images"))
-    note = f"{images:,} radiographs of {patients:,} patients, {len(runs[PLAIN])} folds, {one['params']['image_size']} pixels"
-    figure = picture(by_class, note)
-    figure.savefig(f"{target}.png", dpi=100)
+    """Keep what is finished in a grid's folder, which may be missing, and write the tables of all that is kept."""
+    for file in sorted(folder.glob("*_split=*/metrics.json")):
+        keep(RunFolder(file.parent), target)
+    configurations, cells = read(target)
+    if not configurations:
+        raise SystemExit(f"no whole cross-validation in {target}; run the grid first")
+    rows, comparisons, by_class = tables(configurations)
+    write_csv(f"{target}.csv", rows.round(4))
+    write_csv(f"{target}_comparisons.csv", comparisons.round(5))
+    write_csv(f"{target}_per_class.csv", by_class.round(4))
+    if PLAIN in configurations:
+        write_csv(f"{target}_views.csv", by_view(configurations).round(4))
+    some = next(iter(configurations.values()))
+    folds = next(iter(some.values()))
+    note = (f"{sum(len(p.ids) for p in folds.values()):,} radiographs of {sum(len(set(p.patients)) for p in folds.values()):,} "
+            f"patients, {len(folds)} folds, seeds {', '.join(map(str, some))}")
+    if OURS in configurations:
+        picture(by_class, note).savefig(f"{target}.png", dpi=100)
     write_json(f"{target}.json", {
-        "splits": {m["split"]["name"]: m["split"] for m in metrics.values()}, "seed": one["params"]["seed"],
-        "device": one["device"], "precision": one["precision"], "versions": one["versions"],
-        "seconds": {name: m["seconds"] for name, m in metrics.items()},
-        "params": {name: what_it_is(cells[0].metrics["params"]) for name, cells in runs.items()}})
-    with pd.option_context("display.width", 200):
+        "note": note, "splits": {card["split"]["name"]: card["split"] for card in cells.values()},
+        "params": {card["configuration"]: {**card["params"], "split": "fold:I/N", "seed": "S"} for card in cells.values()},
+        "seconds": {name: card["seconds"] for name, card in cells.items()},
+        "machines": sorted({f"{card['device']}, {card['precision']}, torch {card['versions']['torch']}, charmlib "
+                            f"{card['versions']['charmlib']}" for card in cells.values()})})
+    with pd.option_context("display.width", 200, "display.max_columns", 30):
         print(note)
-        print(rows.round(4).T.to_string())
+        print(rows[["configuration", "seeds", *FIGURES]].round(4).to_string(index=False))
+        print(comparisons.round(4).T.to_string())
 
 
 if __name__ == "__main__":

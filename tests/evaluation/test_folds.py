@@ -1,17 +1,17 @@
 """A cross-validation read as one run, and the table of CHARM's parts that is made of several."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.keep_parts import RAREST, by_view, configurations, table
-from charmlib.data.index import read_index
+from benchmarks.keep_parts import by_view, differences, main, measure, over_seeds, read
 from charmlib.evaluation.combine import auc_within_folds, out_of_fold
-from charmlib.evaluation.compare import compare
+from charmlib.evaluation.compare import holm
 from charmlib.evaluation.leaks import LeakError, refuse_leaks
 from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.runs import RunFolder
-from charmlib.evaluation.tables import MEAN
 
 
 def folds(make_run, name, count=3, **settings):
@@ -55,34 +55,55 @@ def test_folds_stand_in_one_leaderboard_and_nowhere_else(make_run):
         refuse_leaks([runs[0], make_run("other", split="fold:2/4")], folds=True)
 
 
-def test_the_table_of_parts_pairs_out_of_fold(make_run, phantoms, tmp_path, monkeypatch):
-    monkeypatch.setattr("charmlib.evaluation.few.FEW", 0)  # the table widens nothing: its data has 20 patients of each class
-    cells = {name: folds(make_run, name, skill=skill, seed=seed, **own)
-             for name, skill, seed, own in (("published", 0.3, 1, {"rule": "published"}), ("charm", 1.0, 2, {}),
-                                            ("plain", 0.6, 3, {"use_bank": False}))}
-    runs = configurations(tmp_path)
-    assert list(runs) == ["plain", "charm", "published"] and {n: sorted(c) for n, c in runs.items()} == cells
-    parts = {name: [RunFolder(run).test for run in found] for name, found in runs.items()}
-    rows, by_class = table(parts)
-    rows = rows.set_index("configuration")
-    paired = compare(out_of_fold(cells["plain"]), out_of_fold(cells["charm"]))
-    auc = paired[paired["figure"] == "AUC"].set_index("class")
-    for column, wanted in (("", "difference"), ("_low", "low"), ("_high", "high")):
-        assert rows.loc["charm", f"mean_less_plain{column}"] == pytest.approx(auc.loc[MEAN, wanted])
-    assert rows.loc["charm", "rare_less_plain"] == pytest.approx(auc.loc[list(RAREST), "difference"].mean())
-    assert rows.loc["charm", "mean_less_published"] == pytest.approx(rows.loc["charm", "mean_auc"]
-                                                                     - rows.loc["published", "mean_auc"])
-    assert rows.loc["published", "mean_less_plain"] < 0 and pd.isna(rows.loc["plain", "mean_less_plain"])
-    ours = by_class[by_class["configuration"] == "charm"].set_index("class")
-    assert ours.loc["Effusion", "less_plain"] == pytest.approx(auc.loc["Effusion", "difference"])
-    assert ours.loc["Effusion", "low"] == pytest.approx(auc.loc["Effusion", "low"])
+def test_the_table_of_parts_pairs_within_folds_over_seeds(make_run, phantoms, tmp_path, capsys):
+    """Means over folds, findings and seeds beside scikit-learn's; a seed that lacks a fold is left out; comparisons by Holm."""
+    from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
-    frame = read_index(phantoms).frame
-    views = by_view(parts, frame.set_index("id")["view"]).set_index(["view", "configuration"])
-    assert set(views.index.get_level_values(0)) == set(frame["view"])
-    assert views["images"].groupby("view").first().sum() == len(frame)
-    assert (views.xs("charm", level=1)["less_plain"] > 0).all() and (views.xs("plain", level=1)["less_plain"] == 0).all()
+    grid, target = tmp_path, tmp_path / "kept/parts"
+    for name, skill, own in (("charm", 1.2, {}), ("plain", 0.6, {"use_bank": False}), ("plain_0.5", 0.5, {"use_bank": False})):
+        for seed in (1, 2):
+            for i in (1, 2, 3):
+                make_run(f"{name}_split=fold-{i}-3_seed={seed}", split=f"fold:{i}/3", seed=seed, skill=skill, **own)
+    run = RunFolder(grid / "plain_split=fold-1-3_seed=1")
+    own = {"test_ids": run.test.ids[::-1], "test_own_kernel_ridge+head": run.test.logits[::-1] + 3 * run.test.labels[::-1]}
+    np.savez(run.path / "baselines.npz", **own)
+    (grid / "charm_split=fold-3-3_seed=2/metrics.json").unlink()
+    main(grid, target)
+    said = capsys.readouterr().out
+    assert "charm, seed 2: 2 of 3 folds, left out" in said and "plain, own_kernel_ridge+head, seed 1: 1 of 3 folds" in said
+    rows = pd.read_csv(f"{target}.csv").set_index("configuration")
+    assert list(rows.index) == ["plain_0.5", "plain", "charm", "plain, two seeds"] and rows["seeds"].tolist() == [2, 2, 1, 2]
+    parts = {s: [RunFolder(grid / f"plain_split=fold-{i}-3_seed={s}").test for i in (1, 2, 3)] for s in (1, 2)}
+    halves = {s: [p.logits.astype(np.float16).astype(float) for p in found] for s, found in parts.items()}
 
-    (tmp_path / "charm_split=fold-2-3/metrics.json").unlink()
-    with pytest.raises(SystemExit, match="fold-2-3 is not done"):
-        configurations(tmp_path)
+    def mean(score):
+        return np.mean([np.nanmean([[score(p.labels[:, c], z[:, c]) if 0 < p.labels[:, c].sum() < len(z) else np.nan
+                                     for c in range(14)] for p, z in zip(parts[s], halves[s])], axis=0).mean() for s in parts])
+
+    assert rows.loc["plain", "mean_auc"] == pytest.approx(mean(roc_auc_score), abs=1e-4)
+    assert rows.loc["plain", "mean_ap"] == pytest.approx(mean(average_precision_score), abs=1e-4)
+    losses = [log_loss(p.labels.ravel(), 1 / (1 + np.exp(-z.ravel()))) for s in parts for p, z in zip(parts[s], halves[s])]
+    assert rows.loc["plain", "log_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    assert rows.loc["plain, two seeds", "mean_auc"] > rows.loc["plain", "mean_auc"]
+
+    configurations, _ = read(target)
+    one, other = (measure(configurations[name], 200) for name in ("plain", "plain_0.5"))
+    found = differences(one, other)
+    by_seed = one.values["mean_auc"] - other.values["mean_auc"]
+    assert found["mean_auc"] == pytest.approx(by_seed.mean()) and found["one_sign"] == (len(set(np.sign(by_seed))) == 1)
+    assert found["mean_auc_low"] < found["mean_auc"] < found["mean_auc_high"]
+    drawn = over_seeds(np.stack([np.zeros((4000, 1)), np.ones((4000, 1))]))  # of two seeds: 0, a half, a half, or 1
+    assert np.bincount((2 * drawn[:, 0]).astype(int)) / 4000 == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+    compared = pd.read_csv(f"{target}_comparisons.csv")
+    assert compared[["configuration", "less"]].values.tolist() == [["plain", "plain_0.5"], ["charm", "plain"]]
+    np.testing.assert_allclose(compared["p_holm"], holm(compared["p"]), atol=1e-5)
+    seen = {n: {s: {f: replace(p, about={"view": np.where(p.patients > p.patients[0], "AP", "PA")}) for f, p in folds.items()}
+                for s, folds in seeds.items()} for n, seeds in configurations.items()}
+    views = by_view(seen)
+    assert views.groupby("view")["images"].first().sum() == sum(len(p.ids) for p in parts[1])
+    assert (views.loc[views["configuration"] == "charm", "less_plain_mean_auc"] > 0).all()
+    ours = pd.read_csv(f"{target}_per_class.csv").set_index(["configuration", "class"])
+    assert ours.loc[("plain", "Effusion"), "less_plain"] == 0 and ours.loc[("charm", "Effusion"), "less_plain"] > 0
+
+    main(tmp_path / "gone", target)  # of what is kept alone
+    assert pd.read_csv(f"{target}.csv").equals(rows.reset_index())

@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-kaggle test-long explore nih64 parts64 memaug64 benchmarks parameters lint lab clean
+.PHONY: demo test test-kaggle test-long explore nih64 regime64 parts64 memaug64 benchmarks parameters lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; say PYTHON=...')"
@@ -50,13 +50,21 @@ nih64: $(VENV)/.installed
 		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
 	$(BIN)/python benchmarks/keep_results.py runs/nih64 benchmarks/results/nih64
 
+# the comparisons of docs/protocol.md; each goes on where it was stopped
+REAL := -p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
+runs/explore64/explore.txt: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.explore $(SHARED)/nih64 runs/explore64
+
+regime64: runs/explore64/explore.txt
+	for part in 1 2; do $(BIN)/python -m charmlib grid run params/grid_nih64_regime$$part.yaml --out runs/regime64_$$part --workers 2 \
+		$(REAL) -p split=runs/explore64 && cp runs/regime64_$$part/leaderboard.csv benchmarks/results/nih64_regime$$part.csv; done
+
+SEEDS ?= [85, 1, 2]
 parts64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64_parts.yaml --out runs/nih64_parts --workers 2 \
-		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
+		$(REAL) -p never_test=benchmarks/explore64.txt -p "seed=$(SEEDS)"
+	for run in runs/nih64_parts/*_seed=*; do $(BIN)/python -m charmlib baselines $$run; done
 	$(BIN)/python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
-	$(BIN)/python -m charmlib grid run params/grid_nih64_parts_official.yaml --out runs/nih64_parts_official --workers 2 \
-		-p data_root=$(SHARED)/nih64 -p weights=$(SHARED)/weights/mobilenet_v2_imagenet1001.pt
-	cp runs/nih64_parts_official/leaderboard.csv benchmarks/results/nih64_parts_official.csv
 
 memaug64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64_memaug.yaml --out runs/nih64_memaug --workers 2 \

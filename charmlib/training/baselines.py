@@ -17,7 +17,7 @@ from charmlib.evaluation import tables
 from charmlib.evaluation.compare import mean_auc_difference
 from charmlib.evaluation.groups import column_scores
 from charmlib.evaluation.metrics import mean_auc
-from charmlib.evaluation.runs import Predictions, RunFolder, number, run_folders, write_arrays
+from charmlib.evaluation.runs import Predictions, RunFolder, number, write_arrays
 from charmlib.evaluation.score import score_part
 from charmlib.files import json_or_empty, write_json
 from charmlib.models.registry import create
@@ -156,9 +156,9 @@ def _keys(run: Run, net: nn.Module, scales: int) -> tuple[dict[str, np.ndarray],
 
 
 def _other_seed(run: RunFolder) -> RunFolder | None:
-    there = ((other, json_or_empty(other.metrics_file)) for other in run_folders([run.path.parent]))
-    return next((other for other, metrics in there if metrics and changes(metrics["params"], run.metrics["params"]) == ["seed"]
-                 and all(metrics[key] == run.metrics[key] for key in ("classes", "data", "split"))), None)
+    there = ((path.parent, json_or_empty(path)) for path in sorted(run.path.parent.glob("[!.]*/metrics.json")))
+    return next((RunFolder(path) for path, found in there if changes(found.get("params", {}), run.metrics["params"]) == ["seed"]
+                 and all(found.get(key) == run.metrics[key] for key in ("classes", "data", "split"))), None)
 
 
 def _scored(run: RunFolder, name: str, what: str, penalty: str, fitted_to: int | None, logits: Mapping) -> dict:
@@ -177,5 +177,6 @@ def baselines_text(run: RunFolder, record: Mapping) -> str:
     """The table of :func:`run_baselines` for a terminal, with paired differences from the run, and what was left out."""
     table = pd.DataFrame(record["rows"]).drop(columns=["seed", "test_ap", "auc", "images", "patients"])
     table = table.astype({"train_images": "Int64"}).rename(columns=lambda name: name.replace("_", " "))
-    return "\n".join([f"{run}: {tables.split_note(run.metrics)}", tables.with_intervals(table, 4).to_string(index=False), *(
-        f"left out: {name}, {why}" for name, why in record["left_out"].items()), record["file"] + tables.means_note(run.metrics)])
+    shown = tables.with_intervals(table, 4).to_string(index=False)
+    left_out = [f"left out: {name}, {why}" for name, why in record["left_out"].items()]
+    return "\n".join([f"{run}: {tables.split_note(run.metrics)}", shown, *left_out, record["file"] + tables.means_note(run.metrics)])

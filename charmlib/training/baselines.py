@@ -178,5 +178,5 @@ def baselines_text(run: RunFolder, record: Mapping) -> str:
     table = pd.DataFrame(record["rows"]).drop(columns=["seed", "test_ap", "auc", "images", "patients"])
     table = table.astype({"train_images": "Int64"}).rename(columns=lambda name: name.replace("_", " "))
     shown = tables.with_intervals(table, 4).to_string(index=False)
-    left_out = [f"left out: {name}, {why}" for name, why in record["left_out"].items()]
-    return "\n".join([f"{run}: {tables.split_note(run.metrics)}", shown, *left_out, record["file"] + tables.means_note(run.metrics)])
+    notes = [*(f"left out: {name}, {why}" for name, why in record["left_out"].items()), record["file"]]
+    return "\n".join([f"{run}: {tables.split_note(run.metrics)}", shown, *notes]) + tables.means_note(run.metrics)

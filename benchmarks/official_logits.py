@@ -26,13 +26,13 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from charmlib.evaluation.combine import mean_ensemble
 from charmlib.evaluation.compare import compare, verdict
+from charmlib.evaluation.groups import column_scores
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.runs import Predictions
 from charmlib.evaluation.score import score_part
 from charmlib.evaluation.tables import class_table, with_intervals
 from charmlib.files import write_json
-from charmlib.grid.controls import column_scores
 from charmlib.nih import NIH14
 from charmlib.viz.curves import plot_precision_recall, plot_roc_bands
 from charmlib.viz.per_class import plot_per_class

@@ -1,7 +1,4 @@
-"""``python -m charmlib``: phantoms, the image cache, runs and grids, their evaluation, and predictions for new images.
-
-Exit 0 only when all that was asked is done.
-"""
+"""``python -m charmlib``: phantoms, cache, runs, grids, scores, predictions. Exit 0 only when all that was asked is done."""
 
 import os
 import shlex
@@ -17,6 +14,7 @@ from charmlib.files import write_csv
 from charmlib.session import entry_point
 
 _ASSIGN = click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter; pins a grid's axis.")
+_DEVICE = click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _PATH = click.Path(path_type=Path)
 _POINT = click.option("--point", default="youden", show_default=True, metavar="POINT",
@@ -160,7 +158,7 @@ def evaluate(runs, point, ensemble, out):
 @click.option("--name", default="", help="Of the files [default: data folder and table].")
 @click.option("--out", type=_FOLDER, help="The folder of the files [default: scores in the run's].")
 @click.option("--cache-dir", default="", help="Folder of decoded images [default: a scratch folder of this machine].")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@_DEVICE
 def score(run, assignments, **how):
     """Score RUN on another data set (external validation), by the classes that both have."""
     from charmlib.evaluation.tables import split_note
@@ -207,6 +205,20 @@ def compare(first, second, point, out):
 
 
 @cli.command()
+@click.argument("runs", nargs=-1, required=True, type=_RUN, metavar="RUN...")
+@click.option("--data-root", default="", help="Where the images are [default: as each run's parameters say].")
+@_DEVICE
+def baselines(runs, **where):
+    """What each RUN is worth beside baselines without training: regressions on maps, view position, a second seed."""
+    from charmlib.evaluation.runs import RunFolder
+    from charmlib.training.baselines import baselines_text, run_baselines
+
+    runs = [RunFolder(one_run(run)) for run in runs]
+    for run in [run for run in runs if run.metrics]:  # an unfinished one is refused before the first is read
+        click.echo(baselines_text(run, run_baselines(run, **where)))
+
+
+@cli.command()
 @click.argument("params_or_run", type=_PATH)
 @_ASSIGN
 @click.option("--out", type=_FOLDER, help="The controls' folder [default: runs/<name>_controls].")
@@ -229,7 +241,7 @@ def controls(params_or_run, assignments, **how):
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("predictions.csv"), show_default=True)
 @_POINT
 @click.option("--calibrated", is_flag=True, help="Probabilities at the validation part's temperature; calls stay the same.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@_DEVICE
 def predict(run, paths, out, **how):
     """Probabilities and calls of RUN for new images or folders (PNG, JPEG, TIFF, WebP, BMP, DICOM). Research use only."""
     from charmlib.training import predict
@@ -286,6 +298,7 @@ def grid():
 @click.option("--notebooks", type=_PATH, help="Folder of train.ipynb and test.ipynb.")
 def grid_run(grid_yaml, assignments, **how):
     """Run or continue the cells of GRID_YAML."""
+    from charmlib.grid.report import board_text
     from charmlib.grid.runner import Terminated, run_grid
 
     try:
@@ -295,7 +308,7 @@ def grid_run(grid_yaml, assignments, **how):
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     if how["dry_run"]:
         return
-    click.echo(_board_text(board))
+    click.echo(board_text(board))
     for status, words in (("failed", "failed"), ("damaged", "are damaged")):
         if len(cells := board["cell"][board["status"] == status]):
             raise SystemExit(f"{len(cells)} of {len(board)} cells {words}: {', '.join(cells)}")
@@ -310,8 +323,9 @@ def grid_run(grid_yaml, assignments, **how):
 def grid_merge(out, folders):
     """Merge the cells of shards, or of several sessions, into OUT, with leaderboard and report."""
     from charmlib.grid.bring import merge_grids
+    from charmlib.grid.report import board_text
 
-    click.echo(_board_text(merge_grids(out, folders, say=click.echo)))
+    click.echo(board_text(merge_grids(out, folders, say=click.echo)))
 
 
 @grid.command("status")
@@ -320,9 +334,10 @@ def grid_status(folder):
     """List the cells as done, failed, started or pending, with the processes that work on them."""
     from charmlib.grid.board import leaderboard
     from charmlib.grid.lease import holder
+    from charmlib.grid.report import board_text
 
     board = leaderboard(folder, write=False)
-    click.echo(_board_text(board))
+    click.echo(board_text(board))
     for cell in board["cell"]:
         if words := holder(folder / cell):
             click.echo(f"{cell} is being worked on by {words}")
@@ -372,22 +387,6 @@ def params(notebooks):
         cell.source = cell_source(None if path.stem == "train" else names)
         nbformat.write(book, path)
         click.echo(f"{path}: {len(cell.source.splitlines())} lines")
-
-
-def _board_text(board) -> str:
-    from charmlib.evaluation.tables import with_intervals
-    from charmlib.grid import report
-    from charmlib.grid.board import over_seeds
-
-    listed, apart = report.parted(board)
-    lines = [*report.board_notes(listed), report.shown_board(listed).to_string(index=False)] if len(listed) else []
-    if board["same_as_first"].eq(True).any():
-        lines.append("= cannot be told from the first at 5 %, corrected for the number of cells (Holm)")
-    if (seeds := over_seeds(board)) is not None:
-        lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]
-    if len(apart):
-        lines += ["", *report.board_notes(apart), report.shown_apart(apart).to_string(index=False)]
-    return "\n".join(lines)
 
 
 def main():

@@ -46,8 +46,8 @@ def entry_point(command: Callable, refusal: type[Exception], *, clean: Callable[
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        kept = "starts anew: nothing is kept" if {"predict", "evaluate", "compare", "score"} & {*sys.argv[1:2]} else \
-            "goes on where it was"
+        anew = {"predict", "evaluate", "compare", "score", "baselines"} & {*sys.argv[1:2]}
+        kept = "starts anew: nothing is kept" if anew else "goes on where it was"
         click.echo(f"stopped; the same command {kept}", err=True)
         sys.exit(130)
     except (refusal, ValueError, OSError, ImportError, MemoryError) as error:

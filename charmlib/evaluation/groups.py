@@ -1,7 +1,7 @@
 """Scores by view, sex and age group: mean AUC over the findings, with intervals over patients."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -55,6 +55,14 @@ def group_table(predictions: Predictions, resamples: int = 300) -> pd.DataFrame:
                      "undefined in it": f"{len(missing)} of {len(findings)}: {', '.join(missing)}" if missing else "",
                      "note": f"small: fewer than {FEW} patients" if patients < FEW else ""})
     return pd.DataFrame(rows)
+
+
+def column_scores(train_values: Sequence, train_labels, values: Sequence) -> np.ndarray:
+    """Scores (n, n_classes) from one column alone, such as the view position: each value scores the share of positives that it
+    has in the training part. A value without known labels there scores the class's prevalence."""
+    labels = pd.DataFrame(np.asarray(train_labels, dtype=np.float64))
+    shares = labels.groupby(np.asarray(train_values, dtype=str)).mean()
+    return shares.reindex(np.asarray(values, dtype=str)).fillna(labels.mean()).to_numpy()
 
 
 def _name(column: str, value) -> str:

@@ -116,6 +116,7 @@ class RunFolder:
         self.predictions_file, self.resamples_file = self.path / "predictions.npz", self.path / "resamples.npz"
         # the scores of the test notebook, from which metrics.json is made when the run is done
         self.scored_file, self.metrics_file = self.path / "scored.json", self.path / "metrics.json"
+        self.baselines_file, self.baselines_arrays = self.path / "baselines.json", self.path / "baselines.npz"
         self.log_file, self.error_file = self.path / "log.txt", self.path / "error.txt"
 
     @classmethod

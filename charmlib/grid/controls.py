@@ -1,6 +1,6 @@
 """Three controls of a parameter file in one call: shuffled labels, the view position alone, the plain network."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import pandas as pd
 
 from charmlib.data.dataset import open_dataset
 from charmlib.evaluation.compare import compare, verdict
+from charmlib.evaluation.groups import column_scores
 from charmlib.evaluation.intervals import bootstrap, interval, mean_of_defined
 from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.runs import RunFolder
@@ -95,15 +96,3 @@ def _view_alone(params: dict) -> list[dict]:
     return [{"control": "view position alone", "test AUC": mean_auc(labels, scores, data.index.findings), "test AUC low": low,
              "test AUC high": high, "split": split_label(data.split.record()), "images": part["images"],
              "patients": part["patients"], "positive share": part["positive_share"]}]
-
-
-def column_scores(train_values: Sequence, train_labels, test_values: Sequence) -> np.ndarray:
-    """Scores (n_test, n_classes) from one column alone, such as the view position: each value scores the share of
-    positives that it has in the training part. A value not seen there scores the class's prevalence."""
-    train_values = np.asarray(train_values, dtype=str)
-    labels = np.asarray(train_labels, dtype=np.float64)
-    with np.errstate(invalid="ignore"):
-        overall = np.nanmean(labels, axis=0)
-        share = {value: np.nanmean(labels[train_values == value], axis=0) for value in np.unique(train_values)}
-    scores = np.array([share.get(value, overall) for value in np.asarray(test_values, dtype=str)])
-    return np.where(np.isnan(scores), overall, scores)

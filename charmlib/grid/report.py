@@ -166,3 +166,16 @@ def shown_board(board: pd.DataFrame) -> pd.DataFrame:
     return shown.replace("undefined", "").rename(columns={
         "valid_mean_auc": "valid AUC", "test_mean_auc": "test AUC (95 %)", "diff_first": "difference to the first (95 %)",
         "overhead_seconds": "overhead"})
+
+
+def board_text(board: pd.DataFrame) -> str:
+    """A leaderboard for a terminal."""
+    listed, apart = parted(board)
+    lines = [*board_notes(listed), shown_board(listed).to_string(index=False)] if len(listed) else []
+    if board["same_as_first"].eq(True).any():
+        lines.append("= cannot be told from the first at 5 %, corrected for the number of cells (Holm)")
+    if (seeds := over_seeds(board)) is not None:
+        lines += ["", "over seeds (of training, on one test part):", with_intervals(seeds, 4).to_string(index=False)]
+    if len(apart):
+        lines += ["", *board_notes(apart), shown_apart(apart).to_string(index=False)]
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from charmlib.evaluation.combine import mean_ensemble
 from charmlib.evaluation.compare import MEAN, aligned, compare, verdict
+from charmlib.evaluation.groups import column_scores
 from charmlib.evaluation.intervals import bootstrap
 from charmlib.evaluation.leaks import LeakError, refuse_leaks, split_of
 from charmlib.evaluation.operating import choose_thresholds
@@ -17,7 +18,6 @@ from charmlib.evaluation.runs import Predictions, RunFolder, chosen_on_validatio
 from charmlib.evaluation.score import evaluate_ensemble, evaluate_run, thresholds_at
 from charmlib.evaluation.tables import class_table, operating_table, point_note, run_table, split_note, with_intervals
 from charmlib.files import write_json
-from charmlib.grid.controls import column_scores
 from charmlib.viz.walk import Walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import yaml
 
-from charmlib.cli import _board_text
 from charmlib.evaluation.compare import MEAN, compare
 from charmlib.evaluation.leaks import LeakError
 from charmlib.evaluation.runs import RunFolder
@@ -16,7 +15,7 @@ from charmlib.grid import leaderboard, run_grid
 from charmlib.grid.board import _values_that_act, over_seeds
 from charmlib.grid.cells import GridError
 from charmlib.grid.controls import run_controls
-from charmlib.grid.report import board_notes, shown_board, write_report
+from charmlib.grid.report import board_notes, board_text, shown_board, write_report
 from charmlib.params import ParameterError, resolve
 from tests.conftest import TINY
 
@@ -108,7 +107,7 @@ def test_a_cell_without_validation_is_listed_apart_and_never_ranked(make_run, sk
     assert "Classes of best" in page and "Classes of apart" not in page
     ranking, apart = page.split("Without a validation part")
     assert "<td>apart" not in ranking and "<td>apart</td>" in apart and "no validation: apart" in apart
-    said = _board_text(board)
+    said = board_text(board)
     assert said.index("best_seed=0") < said.index("no validation: apart") < said.rindex("apart") and "NaN" not in said
 
 
@@ -127,7 +126,7 @@ def test_a_board_of_nothing_but_cells_without_validation_has_no_first(make_run):
     page = write_report(folder, board).read_text()
     assert "No cell is ranked." in page and "Classes of one" in page and "ranked first" not in page
     assert page.count("class='scroll board'") == 1 and "class='scroll first board'" not in page
-    assert "one, two trained on the validation patients" in _board_text(board)
+    assert "one, two trained on the validation patients" in board_text(board)
 
 
 def test_an_unfinished_cell_of_another_call_is_listed_without_its_values(make_run):

@@ -17,14 +17,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from charmlib.cli import _board_text
 from charmlib.data.dataset import LABELS, PICTURES, WEIGHTS, digests, open_dataset
 from charmlib.files import write_json
 from charmlib.grid import board, bring, leaderboard, lease, merge_grids, run_grid, runner
 from charmlib.grid.bring import bring_cell, remove_cell
 from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.cluster import Means, local_cluster
-from charmlib.grid.report import write_report
+from charmlib.grid.report import board_text, write_report
 from charmlib.param_sources import read_yaml
 from charmlib.params import ParameterError, resolve
 from charmlib.session import own_temporary_folder
@@ -204,7 +203,7 @@ def test_a_damaged_cell_is_named_with_file_and_reason_and_the_others_are_shown(s
     found = leaderboard(shard).set_index("cell")
     assert found.loc["s1", "status"] == board.DAMAGED and str(shard / "s1") in found.loc["s1", "reason"]
     assert found.loc["s2", "status"] == "done" and found.loc["s2", "rank"] == 1 and pd.isna(found.loc["s1", "rank"])
-    assert "s1 damaged: " + found.loc["s1", "reason"] in _board_text(found.reset_index())
+    assert "s1 damaged: " + found.loc["s1", "reason"] in board_text(found.reset_index())
 
 
 def test_a_report_is_written_beside_a_damaged_cell_and_names_it(shard):
@@ -224,9 +223,9 @@ def test_metrics_that_lack_something_are_damaged(shard, key):
 def test_why_a_cell_failed_is_on_the_board(shard):
     (shard / "s1/metrics.json").unlink()
     (shard / "s1/error.txt").write_text("Traceback (most recent call last):\n  ...\nValueError: no such column\n")
-    assert "s1 failed: ValueError: no such column" in _board_text(leaderboard(shard))
+    assert "s1 failed: ValueError: no such column" in board_text(leaderboard(shard))
     (shard / "s1/error.txt").write_text("was stopped from outside (SIGTERM), twice without getting further\n\nits log:")
-    assert "s1 failed: was stopped from outside (SIGTERM), twice" in _board_text(leaderboard(shard))
+    assert "s1 failed: was stopped from outside (SIGTERM), twice" in board_text(leaderboard(shard))
 
 
 # -- other data under the same names ------------------------------------------------------------------------------------

@@ -58,12 +58,12 @@ def keep(cell: RunFolder, target: Path) -> None:
     """Write a finished cell's predictions by configuration, and what they were made with."""
     test, name = cell.test, cell.path.name.partition("_split=")[0]
     logits = {name: test.logits}
-    if (file := cell.path / "baselines.npz").is_file():
+    if (file := cell.baselines_arrays).is_file():
         with np.load(file, allow_pickle=False) as found:
             at = {image: i for i, image in enumerate(found["test_ids"].tolist())}
             order = [at[image] for image in test.ids.tolist()]
             logits |= {f"{name}, {key.removeprefix('test_')}": found[key][order] for key in found.files
-                       if key.startswith("test_") and key != "test_ids"}
+                       if key.startswith("test_") and key not in ("test_ids", "test_patients", "test_labels", "test_run")}
     target.mkdir(parents=True, exist_ok=True)
     write_arrays(target / f"{cell.path.name}.npz", ids=test.ids, patients=test.patients, labels=test.labels.astype(np.float16),
                  view=test.about.get("view", np.full(len(test.ids), "")), classes=np.array(test.classes),

@@ -80,7 +80,7 @@ def other_memories(cell: Path) -> dict[str, Predictions]:
         return [torch.cat(part) for part in zip(*found)]
 
     def memory(rows, keys, blocks):
-        other = VotingBank(keys.shape[1], bank.slot_labels.shape[1], size=len(rows), k=bank.k, weight=bank.weight,
+        other = VotingBank(keys.shape[1], bank.slot_labels.shape[1], size=len(rows), k=bank.k, weight=bank.weight.item(),
                            temperature=bank.temperature, ridge=bank.ridge, blocks=blocks).eval()
         other.slots.copy_(keys)
         other.slot_labels.copy_(labels[rows])

@@ -209,8 +209,8 @@ class BankEvidence:
         found = pd.DataFrame({"slot": top.tolist(), "similarity": self.bank.similarity(seen["keys"], top[None])[0].tolist(),
                               "contribution": votes[top].tolist()})
         share = float(votes[top].abs().sum() / votes.abs().sum().clamp(min=1e-30))
-        return (found.merge(self.table(), on="slot")[list(VOTED)],
-                {"head": head[0, c].item(), "prior": prior[c].item(), "votes": votes.sum().item()}, share)
+        parts = {"head": head[0, c], "prior": prior[c], "votes": votes.sum()}
+        return found.merge(self.table(), on="slot")[list(VOTED)], {k: v.item() + 0.0 for k, v in parts.items()}, share  # no -0
 
     def _retrieved(self, query: torch.Tensor, ids: torch.Tensor) -> pd.DataFrame:
         """The table of an :class:`Explanation` of a bank of features."""

@@ -11,7 +11,7 @@ from charmlib.viz.style import heading, readable, styled
 SLOTS = 5
 """Number of retrieved images that fit beside the query."""
 
-_CAPTION = 0.95
+_CAPTION = 1.2
 """Height of a caption in inches."""
 
 
@@ -37,16 +37,16 @@ def plot_explanation(cases, *, note: str = ""):
         axis.axis("off")
     for row, case in zip(axes, cases):
         likely = "\n".join(f"{readable(name)} {p:.2f}" for name, p in case.top[:2])
-        terms = "".join(f"\n{name} {value:+.2f}" if name == "votes" else f" {name} {value:+.2f}"
-                        for name, value in case.parts.items())
-        logit = f"\n{readable(case.finding)} ={terms}, {case.share:.1%} shown" if terms else ""
+        logit = "\n{}: logit {:+.2f} =\nhead {head:+.2f}, prior {prior:+.2f},\nvotes {votes:+.2f} ({:.1%} shown)".format(
+            readable(case.finding), sum(case.parts.values()), case.share, **case.parts) if case.parts else ""
         _image(row[0], case.pixels,
                f"{case.image}, {case.part or 'in no part'}\n{_lines(case.labels)}\npredicted: {likely}{logit}")
         for axis, pixels, (_, slot) in zip(row[1:], case.retrieved, case.table.head(SLOTS).iterrows()):
             labels = _lines(str(slot["labels"]).split("|"))
-            last = f"contribution {slot['contribution']:+.4f}" if case.parts else f"weight {slot['weight']:.3f}"
+            last = f"contribution {slot['contribution']:+.3f}" if case.parts else f"weight {slot['weight']:.3f}"
             _image(axis, pixels, f"{slot['image']}\n{labels}\nsimilarity {slot['similarity']:.3f}\n{last}")
-    told = "the training images with the largest contributions to the logit" if any(case.parts for case in cases) else (
+    told = ("the slots with the largest contributions to the finding's logit, and in brackets their share of all absolute "
+            "contributions") if any(case.parts for case in cases) else (
         f"the {SLOTS} most similar of the {slots} training images that the memory retrieved" if slots > SLOTS else
         "the training images that the memory retrieved")
     return heading(figure, "", ". ".join(filter(None, [

@@ -228,9 +228,9 @@ def test_an_explanation_refuses_a_class_that_is_none_and_its_picture_has_signs_a
     words = " ".join(" ".join(t.get_text() for t in figure.findobj(plt.Text)).split())
     plt.close(figure)
     for case in cases:
-        assert all(f"contribution {x:+.4f}" in words for x in case.table["contribution"])
-        assert f"Mass = head {case.parts['head']:+.2f} prior {case.parts['prior']:+.2f} votes" in words
-        assert f"{case.share:.1%} shown" in words
+        assert all(f"contribution {x:+.3f}" in words for x in case.table["contribution"])
+        assert f"Mass: logit {sum(case.parts.values()):+.2f} = head {case.parts['head']:+.2f}, prior" in words
+        assert f"votes {case.parts['votes']:+.2f} ({case.share:.1%} shown)" in words
     assert "largest contributions" in words and "weight" not in words and "retrieved" not in words
     run.net.bank.weight.fill_(0)
     silent = run.bank.explain(run.bank.cases(1)[0])

@@ -140,7 +140,9 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
     Param("network", "keys", str, "scales",
           "what voting slots are compared by: trunk maps at strides 4, 8 and 16, or the feature z", ("scales", "features"),
           **_VOTES),
-    Param("network", "vote_weight", float, 0.5, "share of the bank's votes in the logits", low=0, high=1, **_VOTES),
+    Param("network", "vote_weight", float, 0.5,
+          "share of the bank's votes in the logits; -1 chooses among 0, 0.1 to 1 by the log loss on the validation part",
+          low=-1, high=1, **_VOTES),
     Param("network", "vote_temperature", float, 0.8,
           "temperature of the voting kernel; small values let only similar slots vote", low=1e-3, **_VOTES),
     Param("network", "vote_ridge", float, 3.0, "ridge penalty of the voting regression; large values rely less on single slots",
@@ -317,6 +319,11 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
         f"parameter 'patience': {out['patience']} looks at the validation part, and valid_fraction 0 leaves none; "
         "say patience: 0.":
             out["valid_fraction"] == 0 and out["patience"],
+        f"parameter 'vote_weight': {out['vote_weight']:g} is neither -1 (chosen on the validation part) nor in 0 to 1.":
+            -1 < out["vote_weight"] < 0,
+        "parameter 'vote_weight': -1 is chosen on the validation part, and valid_fraction 0 leaves none; say vote_weight: 0.5, "
+        "or a valid_fraction above 0.":
+            out["valid_fraction"] == 0 and out["vote_weight"] == -1 and not missing_need("vote_weight", out),
         "parameter 'classes': 'own' needs 'csv', the table that holds your labels.": out["classes"] == "own" and not out["csv"]}
     if found := [words for words, wrong in contradictions.items() if wrong]:
         raise ParameterError(found[0])

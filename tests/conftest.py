@@ -106,7 +106,7 @@ def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int
     write_json(folder / "model.json", {
         "format": FORMAT, "classes": data.classes, "normal_class": data.index.normal_class, "arch": params["arch"],
         "params": {**params, "split_hash": data.split.hash}, "norm": {"mean": [0.5] * 3, "std": [0.5] * 3}, "stage1_lr": None,
-        "data": source, "sha256": "", **chosen})
+        "vote_weight": None, "data": source, "sha256": "", **chosen})
     train = prevalence(data.labels[data.rows("train")], data.classes)
     validated = score_part(valid, data.classes)[0] if data.split.has_valid else None
     test, samples = score_part(parts["test"], data.classes, prevalence=train, **chosen)

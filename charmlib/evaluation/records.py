@@ -15,8 +15,8 @@ METRICS = "cell:text hash:text? params.labels:text params.seed:count data.name:t
           "test.calibration:mapping seconds.train:number seconds.score:number seconds.overhead:number? device:text " \
           "precision:text versions.torch:text versions.charmlib:text quick_check:flag"
 CARD = "format:count classes:list normal_class:text arch:text params.split_hash:text norm.mean:list norm.std:list " \
-       "thresholds:mapping chosen_on:mapping temperature:number? stage1_lr:number? data.name:text data.drawn:flag " \
-       "data.scale:list? sha256:text"
+       "thresholds:mapping chosen_on:mapping temperature:number? vote_weight:number? stage1_lr:number? data.name:text " \
+       "data.drawn:flag data.scale:list? sha256:text"
 """Keys, with dots between those inside one another, and the kinds of their values; ``?`` allows null."""
 
 
@@ -65,6 +65,7 @@ def check_card(card: Mapping) -> None:
             ("norm must be three means and three positive deviations", all(len(v) == 3 and all(_is(x, "number") for x in v)
              for v in norm.values()) and min(norm["std"]) > 0),
             ("temperature must be above 0", card["temperature"] is None or card["temperature"] > 0),
+            ("vote_weight must be in 0 to 1", card["vote_weight"] is None or 0 <= card["vote_weight"] <= 1),
             ("scale must be two numbers", scale is None or (len(scale) == 2 and all(_is(x, "number") for x in scale)))):
         if not right:
             raise ValueError(wrong)

@@ -131,12 +131,13 @@ class CharmNet(nn.Module):
         return self.read(x)[0]
 
     def read(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, C), and by name: ``final`` (B, D, H, W), the last map after attention; ``z`` (B, D); ``keys`` (B, K) of
-        a voting bank."""
+        """Logits (B, C), and by name: ``final`` (B, D, H, W), the last map after attention; ``z`` (B, D); with a voting bank
+        ``keys`` (B, K) and the logits ``head`` (B, C) that it blends with votes."""
         z, keys, attended = self._encode(x)
         seen = {"final": attended, "z": z}
         if keys is not None:
-            return self.bank(keys, self.head(z)), {**seen, "keys": keys}
+            seen |= {"keys": keys, "head": self.head(z)}
+            return self.bank(keys, seen["head"]), seen
         return self.head(z) if self.bank is None else self.bank(z, self.head), seen
 
     def start_at(self, log_odds: Tensor) -> None:

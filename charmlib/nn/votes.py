@@ -13,6 +13,8 @@ FLOOR = 0.003
 """Added to the variance of each class in the bank, which limits the votes of classes with few positive slots."""
 RATE, RAREST = 0.01, 1e-4
 """Step size of the running class prevalence, and the lower bound of that prevalence in the prior."""
+CHOOSE, UNCHOSEN, WEIGHTS = -1, 0.5, tuple(i / 10 for i in range(11))
+"""The weight that asks for a choice, the weight until it is made, and the weights to choose among."""
 
 
 class VotingBank(RareMemoryBank):
@@ -46,9 +48,10 @@ class VotingBank(RareMemoryBank):
     features, classes, size, threshold, strategy, rule, bank_momentum
         As in :class:`RareMemoryBank`; ``features`` is K, the length of a key.
     k : int
-        Slots that :meth:`retrieve` returns, 1 or more. All slots vote.
+        Slots that an explanation shows, 1 or more. All slots vote.
     weight : float
-        Weight of the votes, 0 to 1.
+        Weight of the votes, 0 to 1; or -1: 0.5, until training chooses it on the validation part. The buffer ``weight``, a
+        0-dim float32, holds the one in use, so that a checkpoint carries it.
     temperature : float
         Temperature of the kernel, above 0. Small values restrict the votes to similar slots.
     ridge : float
@@ -69,10 +72,12 @@ class VotingBank(RareMemoryBank):
         self.blocks = list(blocks) or [features]
         if sum(self.blocks) != features:
             raise ValueError(f"blocks {self.blocks} have {sum(self.blocks)} features in total, the keys have {features}")
-        if not 0 <= weight <= 1 or temperature <= 0 or ridge <= 0:
-            raise ValueError(f"expected weight in [0, 1], temperature and ridge above 0, got weight={weight}, "
+        self.chooses = weight == CHOOSE
+        if not (self.chooses or 0 <= weight <= 1) or temperature <= 0 or ridge <= 0:
+            raise ValueError(f"expected weight in [0, 1] or -1, temperature and ridge above 0, got weight={weight}, "
                              f"temperature={temperature}, ridge={ridge}")
-        self.weight, self.temperature, self.ridge = weight, temperature, ridge
+        self.temperature, self.ridge = temperature, ridge
+        self.register_buffer("weight", torch.tensor(UNCHOSEN if self.chooses else weight, dtype=torch.float32))
         self.register_buffer("coefficients", torch.zeros(size, classes))
         self.register_buffer("shares", torch.zeros(classes))
 
@@ -89,8 +94,11 @@ class VotingBank(RareMemoryBank):
                     self.write(keys, ids, labels, logits)
                 return logits
             votes, fitted = self.votes(keys, ids)
-            prior = torch.logit(self.shares.clamp(RAREST, 1 - RAREST))
-            return torch.where(fitted, torch.lerp(logits.float(), prior + votes, self.weight), logits.float())
+            return torch.where(fitted, torch.lerp(logits.float(), self.prior() + votes, self.weight), logits.float())
+
+    def prior(self) -> Tensor:
+        """Log odds (C,) of the class prevalence in recent batches."""
+        return torch.logit(self.shares.clamp(RAREST, 1 - RAREST))
 
     @torch.no_grad()
     def write(self, z: Tensor, ids: Tensor | None = None, labels: Tensor | None = None, logits: Tensor | None = None) -> None:
@@ -105,10 +113,22 @@ class VotingBank(RareMemoryBank):
     @torch.no_grad()
     def votes(self, keys: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Votes ``e`` (B, C) of keys (B, K) in logits, and the fitted classes (C,) bool. An image's own slot is excluded."""
+        return self.kernels(keys, ids) @ self.coefficients, self.coefficients.any(0)
+
+    @torch.no_grad()
+    def contributions(self, keys: Tensor, logits: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The terms whose sum is :meth:`forward` in eval mode, of keys (B, K) and the head's logits (B, C).
+
+        Returns the head's part (B, C), the prior's (C,), and the signed contribution of each slot (B, N, C), in logits: 0 for
+        an image's own slot and for empty ones.
+        """
+        weight = self.weight * self.coefficients.any(0)  # (C,)
+        return (1 - weight) * logits, weight * self.prior(), weight * self.coefficients * self.kernels(keys, ids)[:, :, None]
+
+    def kernels(self, keys: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Kernel values (B, N) of keys (B, K) and slots, 0 for an image's own slot."""
         kernel = self.kernel(self.directions(keys) @ self.directions(self.slots).T)
-        if ids is not None:
-            kernel = kernel.masked_fill((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None], 0.0)
-        return kernel @ self.coefficients, self.coefficients.any(0)
+        return kernel if ids is None else kernel.masked_fill((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None], 0.0)
 
     def kernel(self, similarity: Tensor) -> Tensor:
         """Similarities in [-1, 1] -> kernel values in (0, 1], of the same shape."""
@@ -159,16 +179,6 @@ class VotingBank(RareMemoryBank):
             self.solve()
         return self
 
-    @torch.no_grad()
-    def retrieve(self, keys: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The k slots most similar to each key (B, K).
-
-        Returns slot indices (B, k), the most similar first and -1 where fewer than k slots are eligible; kernel values (B, k),
-        0 for index -1; and labels (B, k, C), int8 with -1 where unknown.
-        """
-        index, valid, best = self.nearest(self.directions(keys) @ self.directions(self.slots).T, ids)
-        return index.masked_fill(~valid, -1), self.kernel(best) * valid, self.slot_labels[index]
-
     def directions(self, keys: Tensor) -> Tensor:
         """Centred keys (n, K), scaled so that their dot products are the mean cosines of the blocks."""
         mean = self.slots.sum(0) / self.filled.clamp(min=1)  # empty slots are 0
@@ -187,5 +197,5 @@ class VotingBank(RareMemoryBank):
         self.slots.index_copy_(0, slots, keys.float())
 
     def extra_repr(self) -> str:
-        return (f"{super().extra_repr()}, weight={self.weight}, temperature={self.temperature}, ridge={self.ridge}, "
+        return (f"{super().extra_repr()}, weight={self.weight:.6g}, temperature={self.temperature}, ridge={self.ridge}, "
                 f"blocks={self.blocks}")

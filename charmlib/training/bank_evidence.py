@@ -12,15 +12,16 @@ from charmlib.evaluation.metrics import prevalence
 from charmlib.evaluation.runs import kept_epoch
 from charmlib.files import reading, write_csv
 from charmlib.nih import NO_FINDING, PARTS
-from charmlib.nn import RareMemoryBank
+from charmlib.nn import RareMemoryBank, VotingBank
 from charmlib.training.recipes import batches
 
 COLUMNS = ("slot", "image", "patient", "labels", "similarity", "weight", "step")
+VOTED = tuple(name.replace("weight", "contribution") for name in COLUMNS)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """An image, the network's probabilities, and the slots that its memory bank retrieved.
+    """An image, the network's probabilities, and the slots that its memory bank retrieved, or whose votes count most.
 
     Attributes
     ----------
@@ -30,17 +31,25 @@ class Explanation:
         The image's own findings, ('No Finding',) without one; empty if no label is known.
     probabilities : dict
         Class -> probability, uncalibrated.
+    finding : str
+        The class that is explained.
     table : DataFrame
-        One row a retrieved slot, best first: ``slot``, ``image`` (file name of a training image), ``patient``, ``labels``
-        ('Effusion|Mass'), ``similarity``, ``weight`` and ``step``, the training batch that wrote it. A voting bank asks all
-        slots and names the k most similar, with the mean cosine of the keys and the weight (0 to 1) of their labels. For other
-        banks similarity is as ``bank_norm`` says, and weight is that of the feature, with the gate and before
-        ``normalize_retrieved``. One image may fill several slots.
+        One row a slot: ``slot``, ``image`` (file name of a training image), ``patient``, ``labels`` ('Effusion|Mass'),
+        ``similarity``, ``weight`` or ``contribution``, and ``step``, the training batch that wrote it. In a voting bank all
+        slots vote. The table has the k with the largest absolute contribution, the largest first; the contribution is what the
+        slot adds to the logit of ``finding``, signed, and similarity is the mean cosine of the keys. Other banks have the k
+        retrieved slots, the most similar first; similarity is as ``bank_norm`` says, and weight is that of the feature, with
+        the gate and before ``normalize_retrieved``. One image may fill several slots.
+    parts : dict
+        The terms of the logit of ``finding``: 'head', 'prior', and 'votes', the sum of the contributions of all slots. Empty
+        without a voting bank.
+    share : float
+        Share of the table in the sum of the absolute contributions of all slots, 0 to 1; 0 without votes.
     pixels, retrieved : arrays (S, S) and (k, S, S) uint8
         The image and those of the table as they are on disk; black if a slot's image is unknown. Banks of features hold what
         the network of the slot's step computed from the augmented image.
     note : str
-        Says if there is no bank, or an empty one.
+        Says if there is no bank, or an empty one; of votes, parts and share in words.
     """
 
     image: str
@@ -48,10 +57,13 @@ class Explanation:
     part: str
     labels: tuple[str, ...]
     probabilities: dict[str, float]
+    finding: str
     table: pd.DataFrame
     pixels: np.ndarray = field(repr=False)
     retrieved: np.ndarray = field(repr=False)
     note: str = ""
+    parts: dict[str, float] = field(default_factory=dict)
+    share: float = 0.0
 
     @property
     def top(self) -> list[tuple[str, float]]:
@@ -141,21 +153,24 @@ class BankEvidence:
         return list(chosen.values())[:count]
 
     @torch.no_grad()
-    def explain(self, image: str) -> Explanation:
+    def explain(self, image: str, finding: str = "") -> Explanation:
         """The slots that answer an image (its file name, of any part), in eval mode on the run's device, as scoring does.
 
-        A training image does not retrieve itself, as in training.
+        ``finding`` is the class whose logit the contributions of votes are to, by default the most probable finding. A training
+        image does not retrieve itself, as in training, and its slot does not vote.
 
         Raises
         ------
         ValueError
-            The data have no such image.
+            The data have no such image, or the run has no such class.
         """
         frame, data, net, device = self.data.index.frame, self.data, self.run.net.eval(), self.run.device
         row_of = dict(zip(frame["id"], range(len(frame))))
         if image not in row_of:
             raise ValueError(f"no image {image!r} in {data.index.root}: give a file name as its table has it, such as "
                              f"{frame['id'].iloc[0]!r}")
+        if finding not in ("", *data.classes):
+            raise ValueError(f"no class {finding!r} in {self.run.folder}: one of {', '.join(data.classes)}")
         row = row_of[image]
         pixels = np.asarray(data.images[row])
         mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (net.mean, net.std))
@@ -164,22 +179,41 @@ class BankEvidence:
             if self.bank is not None:
                 net.see(ids, None)
             logits, seen = net.read(grey_to_network(torch.from_numpy(pixels.copy())[None, None].to(device), mean, std))
-        table, note = pd.DataFrame(columns=list(COLUMNS)), "the network has no memory bank (use_bank is off)"
-        if self.bank is not None:
-            table = self._retrieved(seen["keys"] if "keys" in seen else seen["z"].float(), ids)
-            note = "the memory bank is empty: it did not answer" if table.empty else (
-                f"all {int(self.bank.filled):,} slots voted" if "keys" in seen else "")
+        probabilities = dict(zip(data.classes, torch.sigmoid(logits.float())[0].tolist()))
+        finding = finding or max(data.index.findings, key=probabilities.get)
+        table, note, votes = pd.DataFrame(columns=list(COLUMNS)), "the network has no memory bank (use_bank is off)", ()
+        if self.bank is not None and not self.bank.filled:
+            note = "the memory bank is empty: it did not answer"
+        elif isinstance(self.bank, VotingBank):
+            table, *votes = self._voted(seen, ids, list(data.classes).index(finding))
+            note = f"{finding}: logit {sum(votes[0].values()):+.3f} = " + ", ".join(
+                f"{name} {value:+.3f}" for name, value in votes[0].items()) + (
+                f" of all {int(self.bank.filled):,} slots; those shown make {votes[1]:.1%} of the absolute contributions")
+        elif self.bank is not None:
+            table, note = self._retrieved(seen["z"].float(), ids), ""
         retrieved = [np.zeros_like(pixels) if pd.isna(name) else np.asarray(data.images[row_of[name]])
                      for name in table["image"]]
         part = next((p for p in PARTS if row in data.split.rows(p)), "")
         labels = tuple(c for c, value in zip(data.classes, data.labels[row]) if value == 1) or (
             () if np.isnan(data.labels[row]).all() else (NO_FINDING,))
         return Explanation(image, str(frame["patient"].iloc[row]), part, labels,
-                           dict(zip(data.classes, torch.sigmoid(logits.float())[0].tolist())), table, pixels,
-                           np.stack(retrieved) if retrieved else np.empty((0, *pixels.shape), np.uint8), note)
+                           probabilities, finding, table, pixels,
+                           np.stack(retrieved) if retrieved else np.empty((0, *pixels.shape), np.uint8), note, *votes)
+
+    def _voted(self, seen: dict[str, torch.Tensor], ids: torch.Tensor, c: int) -> tuple[pd.DataFrame, dict[str, float], float]:
+        """Table, parts and share of an :class:`Explanation` of class c."""
+        head, prior, votes = self.bank.contributions(seen["keys"], seen["head"].float(), ids)
+        votes = votes[0, :, c].double()
+        top = votes.abs().topk(self.bank.k).indices
+        top = top[votes[top] != 0]  # without the image's own slot and empty ones
+        found = pd.DataFrame({"slot": top.tolist(), "similarity": self.bank.similarity(seen["keys"], top[None])[0].tolist(),
+                              "contribution": votes[top].tolist()})
+        share = float(votes[top].abs().sum() / votes.abs().sum().clamp(min=1e-30))
+        parts = {"head": head[0, c], "prior": prior[c], "votes": votes.sum()}
+        return found.merge(self.table(), on="slot")[list(VOTED)], {k: v.item() + 0.0 for k, v in parts.items()}, share  # no -0
 
     def _retrieved(self, query: torch.Tensor, ids: torch.Tensor) -> pd.DataFrame:
-        """The table of an :class:`Explanation`."""
+        """The table of an :class:`Explanation` of a bank of features."""
         index, weights, _ = self.bank.retrieve(query, ids)
         weights = weights if self.bank.gate is None else self.bank.gate * weights
         found = pd.DataFrame({"slot": index[0].tolist(), "similarity": self.bank.similarity(query, index)[0].tolist(),

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from charmlib.evaluation.runs import FORMAT, RunFolder
 from charmlib.files import reading, write_json, write_whole
 from charmlib.models.registry import Network, create
+from charmlib.nn import VotingBank
 from charmlib.nn.backbone import read_state_dict
 from charmlib.training.device import place
 
@@ -23,8 +24,8 @@ _DIGEST = 32  # bytes of a sha256
 def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, data: Mapping, normal_class: str = "",
                thresholds: Mapping | None = None, chosen_on: Mapping | None = None, temperature: float | None = None,
                stage1_lr: float | None = None) -> Path:
-    """Write ``model.safetensors`` and ``model.json`` (its sha256, classes, arch, parameters, norm, thresholds); returns the
-    former.
+    """Write ``model.safetensors`` and ``model.json`` (its sha256, classes, arch, parameters, norm, thresholds, weight of the
+    votes); returns the former.
 
     ``stage1_lr`` is the rate that stage 1 used (the finder's, where none was pinned). ``thresholds``, ``chosen_on`` and
     ``temperature`` are those of :func:`charmlib.evaluation.runs.chosen_on_validation`. ``data`` says what it was trained on
@@ -32,12 +33,14 @@ def save_model(net: Network, folder: str | Path, *, classes, params: Mapping, da
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    bank = getattr(net, "bank", None)
     state = {k: v.detach().to("cpu").contiguous() for k, v in net.state_dict().items()}
     write_whole(folder / "model.safetensors", lambda temporary: save_file(state, temporary))
     write_json(folder / "model.json", {
         "format": FORMAT, "classes": list(classes), "normal_class": normal_class, "arch": net.arch, "params": dict(params),
         "norm": {"mean": list(net.mean), "std": list(net.std)}, "thresholds": dict(thresholds or {}),
         "chosen_on": dict(chosen_on or {}), "temperature": temperature, "stage1_lr": stage1_lr, "data": data,
+        "vote_weight": round(bank.weight.item(), 7) if isinstance(bank, VotingBank) else None,  # digits of a float32
         "sha256": _sha256(folder / "model.safetensors")})
     return folder / "model.safetensors"
 

@@ -18,7 +18,7 @@ from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Tr
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
 
-FORMAT = 3
+FORMAT = 4
 
 
 class PhaseRunner:

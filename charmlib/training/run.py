@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from fastai.callback.core import Callback
 from fastcore.foundation import L
@@ -24,7 +25,8 @@ from charmlib.evaluation.runs import HISTORY, NUMBERS, RunFolder, about, chosen_
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_csv, write_json, write_text
 from charmlib.models.registry import Network, create
-from charmlib.nih import same_order
+from charmlib.nih import finding_columns, same_order
+from charmlib.nn.votes import WEIGHTS
 from charmlib.param_sources import changed, read_yaml
 from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, warmup_end, with_absolute_paths
 from charmlib.training.bank_evidence import BankEvidence
@@ -162,9 +164,10 @@ class Run:
         ``WandbCallback()`` or ``MixUp()``. They are no part of the run's settings: a run that goes on needs them again.
 
         Writes ``params.yaml`` and ``split.csv``; after each epoch ``history.csv``, ``bank_history.csv``, ``log.txt`` and
-        ``resume.pt``; at the end ``model.safetensors``, ``bank.csv`` (the bank's slots), and ``model.json`` with thresholds and
-        temperature, both chosen on the validation part. Without a validation part (``valid_fraction`` 0) each stage ends with
-        its last epoch's weights and nothing is chosen. ``resume=False`` first removes the files of an earlier run.
+        ``resume.pt``; at the end ``model.safetensors``, ``bank.csv`` (the bank's slots), and ``model.json`` with the weight of
+        the votes (if ``vote_weight`` is -1), thresholds and temperature, chosen in this order on the validation part. Without
+        one (``valid_fraction`` 0) each stage ends with its last epoch's weights and nothing is chosen. ``resume=False`` first
+        removes the files of an earlier run.
 
         Raises ValueError for a folder of a run with other settings; names them and the remedy.
         """
@@ -199,13 +202,30 @@ class Run:
         self.history = [{name: row[name] for name in HISTORY} for row in runner.run(plan, state, cbs)]
         with suppress(OSError):  # not empty: a callback has written there
             (self.folder / "fastai").rmdir()
-        logits, labels = self.logits("valid")
+        if getattr(self.bank.bank, "chooses", False):
+            self._choose_vote_weight()
+        logits, labels = self.logits("valid")  # thresholds and temperature are of the logits with that weight
         self.bank.write()
         save_model(self.net, folder.path, classes=self.data.classes, normal_class=self.data.index.normal_class,
                    params={**self.params, "split_hash": self.data.split.hash},
                    stage1_lr=self._rate, data=self._source(), **chosen_on_validation(labels, logits, self.data.classes))
         self.folder = RunFolder(folder.path)
         return self.history
+
+    def _choose_vote_weight(self) -> None:
+        """Give the votes the weight of :data:`charmlib.nn.votes.WEIGHTS` with the lowest mean log loss over the known labels of
+        findings in the validation part, the smallest of equals."""
+        columns, weight, ends = finding_columns(self.data.classes, self.data.index.normal_class), self.net.bank.weight, []
+        for end in (0, 1):  # the head alone, and prior and votes alone
+            weight.fill_(end)
+            logits, labels = (torch.from_numpy(values[:, columns]) for values in self.logits("valid"))
+            ends.append(logits)
+        known = ~torch.isnan(labels)
+        loss = {w: F.binary_cross_entropy_with_logits(torch.lerp(*ends, w)[known].double(), labels[known].double()).item()
+                for w in WEIGHTS}
+        weight.fill_(best := min(loss, key=loss.get))
+        self.log(f"vote_weight {best} chosen on the validation part: log loss {loss[0]:.6f} at 0, {loss[0.5]:.6f} at 0.5, "
+                 f"{loss[best]:.6f} at {best}")
 
     def _note_effective(self, total: int) -> None:
         """Log parameters that amount to another value in so few steps: a larger momentum would be the same run."""

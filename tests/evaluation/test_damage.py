@@ -70,7 +70,8 @@ def test_a_record_without_what_its_readers_need_is_refused_by_key(make_run, keys
     ({"classes": []}, "classes"), ({"norm": {"mean": [0.5], "std": [1.0]}}, "norm"),
     ({"norm": {"mean": [0.5] * 3, "std": [0.0] * 3}}, "norm"),
     ({"thresholds": {"youden": {"A": 0.5}}}, "thresholds"), ({"temperature": "1"}, "temperature"),
-    ({"temperature": -1.0}, "temperature"), ({"params": {}}, "split_hash"), ({"sha256": None}, "sha256")])
+    ({"temperature": -1.0}, "temperature"), ({"vote_weight": 1.5}, "vote_weight"), ({"vote_weight": -1}, "vote_weight"),
+    ({"params": {}}, "split_hash"), ({"sha256": None}, "sha256")])
 def test_a_card_of_other_kinds_or_ranges_is_refused(make_run, change, says):
     path = make_run("a") / "model.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -28,6 +28,22 @@ def filled(size=24, k=5, count=20, **options):
     return bank.eval()
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 0.77, 1.0])
+def test_a_weight_blends_as_the_formula_with_a_number_does_to_the_bit(weight):
+    bank, keys, logits = filled(weight=weight), torch.randn(37, 6), torch.randn(37, 3)
+    votes, _ = bank.votes(keys)
+    want = torch.lerp(logits, torch.logit(bank.shares.clamp(1e-4, 1 - 1e-4)) + votes, weight)
+    assert torch.equal(bank(keys, logits), want) and bank.weight.dtype == torch.float32 and bank.weight.ndim == 0
+
+
+def test_a_weight_to_be_chosen_starts_at_a_half_and_a_state_dict_carries_the_chosen():
+    bank, half, fixed = filled(weight=-1), filled(), filled(weight=0.3)
+    keys, logits = torch.randn(5, 6), torch.randn(5, 3)
+    assert bank.chooses and not fixed.chooses and torch.equal(bank(keys, logits), half(keys, logits))
+    bank.load_state_dict(fixed.state_dict())
+    assert torch.equal(bank(keys, logits), fixed(keys, logits)) and "weight=0.3," in repr(bank)
+
+
 def cosine(a, b):
     return a @ b / max(math.sqrt(a @ a), 1e-12) / max(math.sqrt(b @ b), 1e-12)
 
@@ -58,6 +74,34 @@ def by_hand(bank, key, image):
         a = np.linalg.inv(matrix + bank.ridge * np.eye(len(used))) @ target
         out.append(sum(a[j] * kernel(key.double().numpy(), j) for j in used if image < 0 or bank.slot_ids[j] != image))
     return out
+
+
+def test_contributions_are_signed_one_slot_after_the_other_and_their_sum_is_the_logit():
+    bank, logits = filled(weight=0.4), torch.randn(4, 3)
+    keys, ids = torch.randn(4, 6) * 2 + 3, torch.tensor([3, -1, 40, 19])
+    mean = bank.slots[:20].double().numpy().mean(0)
+    head, prior, each = bank.contributions(keys, logits, ids)
+    want = np.zeros((4, 24, 3))
+    for b, (key, image) in enumerate(zip(keys.double().numpy(), ids.tolist())):
+        for j in range(20):
+            if image < 0 or bank.slot_ids[j] != image:
+                kernel = math.exp((similar(bank, key, j, mean) - 1) / bank.temperature)
+                want[b, j] = 0.4 * bank.coefficients[j].numpy() * kernel
+    np.testing.assert_allclose(each, want, rtol=1e-4, atol=1e-6)
+    assert not each[0, 3].any() and not each[3, 19].any() and each[1, 3].all() and (each > 0).any() and (each < 0).any()
+    bank.expect(ids)
+    torch.testing.assert_close(head + prior + each.sum(1), bank(keys, logits), rtol=0, atol=1e-5)
+    torch.testing.assert_close(head, 0.6 * logits)
+    bank.coefficients[:, 1] = 0  # a class without votes has the head's logit
+    head, prior, each = bank.contributions(keys, logits, ids)
+    assert torch.equal(head[:, 1], logits[:, 1]) and prior[1] == 0 and not each[:, :, 1].any() and prior[2] != 0
+
+
+def test_a_positive_slot_alone_speaks_for_its_class_and_a_negative_one_against_it():
+    bank = VotingBank(2, 1, size=4)
+    bank.write(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.arange(2), torch.tensor([[1.0], [0.0]]))
+    _, _, each = bank.eval().contributions(torch.tensor([[1.0, 0.1]]), torch.zeros(1, 1))
+    assert each[0, 0, 0] > 0 > each[0, 1, 0] and each[0, 0, 0] > -each[0, 1, 0] and not each[0, 2:].any()
 
 
 @pytest.mark.parametrize("size", [24, 12])
@@ -177,7 +221,7 @@ def test_a_large_bank_costs_what_is_filled_and_one_that_cannot_fit_is_refused(mo
 
 
 def test_refusals():
-    for wrong in ({"weight": -1.0}, {"weight": 1.5}, {"temperature": 0.0}, {"ridge": 0.0},
+    for wrong in ({"weight": -0.5}, {"weight": 1.5}, {"temperature": 0.0}, {"ridge": 0.0},
                   {"blocks": (2, 2)}, {"k": 0}, {"strategy": "best"}):
         with pytest.raises(ValueError):
             VotingBank(6, 3, **{"size": 8, "k": 2, **wrong})

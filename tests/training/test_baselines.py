@@ -143,7 +143,7 @@ def test_a_run_with_a_voting_bank_gets_all_of_them(runs, record):
         np.testing.assert_array_equal(arrays["valid_labels"], a.valid.labels)
         np.testing.assert_allclose(arrays["test_two_seeds"], (a.test.logits + b.test.logits) / 2)
         run = Run.load(runs / "a")
-        run.net.bank.weight = 0.0
+        run.net.bank.weight.zero_()
         np.testing.assert_allclose(arrays["valid_head"], run.logits("valid")[0], atol=1e-5)
         views, labels = run.data.index.frame["view"].to_numpy(), run.data.labels
         train, test = run.data.rows("train"), run.data.rows("test")

@@ -10,7 +10,7 @@ import click
 
 from charmlib import __version__
 from charmlib.arguments import Folder, one_run, reading
-from charmlib.files import write_csv
+from charmlib.files import write_csv, write_whole
 from charmlib.session import entry_point
 
 _ASSIGN = click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter; pins a grid's axis.")
@@ -170,8 +170,8 @@ def score(run, assignments, **how):
     if not (how["out"] or os.access(run, os.W_OK)):
         raise click.UsageError(f"{run} is read-only: name a folder for the scores with --out")
     metrics, test = score_elsewhere(run, reading=reading(assignments), **how)
-    picture = str(Path(metrics["file"]).with_suffix("")) + "_roc.png"
-    plot_roc(test, title=metrics["cell"], note=split_note(metrics)).savefig(picture, dpi=150)
+    figure, picture = plot_roc(test, title=metrics["cell"], note=split_note(metrics)), f"{metrics['file'][:-5]}_roc.png"
+    write_whole(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     click.echo(f"{external_note(metrics)}\n\n{evaluation_text(metrics, test, how['point'])}\n\n{metrics['file']}\n{picture}")
 
 

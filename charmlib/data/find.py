@@ -108,6 +108,6 @@ def _by_end(paths, spell: Callable[[str], str], length: int) -> dict[str, list[s
     """Paths by their last ``length`` parts; shorter paths are left out."""
     out: dict[str, list[str]] = {}
     for path in paths:
-        if len(parts := path.rsplit("/", length)[-length:]) == length:
+        if len(parts := path.replace("\\", "/").rsplit("/", length)[-length:]) == length:
             out.setdefault(spell("/".join(parts)), []).append(path)
     return out

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import pandas as pd
 
@@ -31,7 +32,8 @@ COLUMNS = {what: tuple(names.split()) for what, names in {
     "finding": "finding label class diagnosis disease target",
     "reader": "radid readerid reader raterid rater annotatorid annotator radiologistid radiologist"}.items()}
 """What a column holds -> its names, in small letters and digits alone, the most telling first."""
-_PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+_PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_LARGEST = 2**30  # bytes that a packed table may unpack to; one of 400,000 images with 14 labels has some 5e7
 _EXCEL = "an Excel workbook: save it as CSV (UTF-8), with the ids as text"
 
 
@@ -78,7 +80,7 @@ def read_text(path: Path) -> str:
     try:
         source = _unzipped(path, source) if source.startswith(b"PK\3\4") else source
         for mark, unpack in _PACKED.items():
-            source = unpack(source) if source.startswith(mark) else source
+            source = _bounded(path, unpack(io.BytesIO(source))) if source.startswith(mark) else source
     except ValueError:
         raise
     except Exception as error:  # of the libraries' own classes; RuntimeError for a password
@@ -102,7 +104,14 @@ def _unzipped(path: Path, source: bytes) -> bytes:
         if len(names) != 1:
             raise ValueError(f"{path} is {_EXCEL}" if "[Content_Types].xml" in names else
                              f"{path} holds {len(names)} files ({', '.join(names[:3])} ...): unpack it and name one")
-        return archive.read(names[0])
+        return _bounded(path, archive.open(names[0]))
+
+
+def _bounded(path: Path, unpacked: IO[bytes]) -> bytes:
+    if len(content := unpacked.read(_LARGEST + 1)) > _LARGEST:
+        raise ValueError(f"{path} unpacks to more than {_LARGEST / 2**20:,.0f} MB, too much for a table: unpack it "
+                         "yourself if you trust it")
+    return content
 
 
 def read_table(path: Path) -> pd.DataFrame:

@@ -4,10 +4,14 @@ Papermill executes both notebooks here, in one kernel, so that a crash or a kill
 process holds the lease of the cell's folder; its exit status is a :class:`charmlib.grid.cells.Ended`.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from traitlets.config import Config
 
 import charmlib
 from charmlib import session
@@ -24,7 +29,7 @@ from charmlib.grid import lease
 from charmlib.grid.cells import NOTEBOOKS, CellFolder, Ended, declared
 from charmlib.param_sources import changed
 from charmlib.params import UNHASHED, coerce
-from charmlib.session import PARENT, die_with_parent, end_children
+from charmlib.session import PARENT, die_with_parent, end_children, own_temporary_folder
 
 _BETWEEN = "between"  # tag of the cell that deletes the train notebook's variables before the test notebook starts
 _CLEAR = """import matplotlib.pyplot
@@ -34,10 +39,11 @@ import gc
 _ = gc.collect()"""
 
 
-def run_cell(job: dict) -> None:
+def run_cell(job: dict, sockets: Path) -> None:
     """Execute train and test of a cell (id, hash, split, code, params, folder, notebooks, started) and write its metrics.
 
-    Both run in one kernel, cleared in between: a second start and a second import of torch cost as much as a short epoch.
+    Both run in one kernel, whose ``sockets`` lie in that folder, cleared in between: a second start and a second import of
+    torch cost as much as a short epoch.
     """
     from charmlib.evaluation.runs import finish
 
@@ -48,7 +54,7 @@ def run_cell(job: dict) -> None:
     params = {name: coerce(name, value, "cell") for name, value in job["params"].items()}
     params["run_dir"] = str(cell.path)
     wanted = {"train": params, "test": {name: params[name] for name in UNHASHED if name in params}}
-    _execute({notebooks / f"{name}.ipynb": wanted[name] for name in NOTEBOOKS}, cell)
+    _execute({notebooks / f"{name}.ipynb": wanted[name] for name in NOTEBOOKS}, cell, sockets)
     finish(cell.path, cell=job["id"], hash=job["hash"], code=job["code"], wall=spent + time.time() - job["started"])
     for file in (cell.identity_file, cell.alive_file):
         file.unlink(missing_ok=True)
@@ -75,7 +81,21 @@ def injected(notebook: Path, params: Mapping) -> dict[str, Any]:
     return given | ({"options": options} if options else {})
 
 
-def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder) -> None:
+def _sockets(cell: CellFolder) -> Path:
+    """A new folder of this user alone for the sockets of the cell's kernel: a port shows its outputs to every local user.
+
+    What a killed process of this cell left in it is removed.
+    """
+    with contextlib.suppress(OSError):  # another user made it
+        place = own_temporary_folder() / hashlib.sha256(os.fsencode(cell.path)).hexdigest()[:16]
+        if len(os.fsencode(place)) < 80:  # a socket's path has 103 bytes at most
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(mode=0o700)
+            return place
+    return Path(tempfile.mkdtemp(prefix="charm-", dir="/tmp"))
+
+
+def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder, sockets: Path) -> None:
     """Run both notebooks, each with its parameters, as one, and keep each as executed, also when it failed."""
     import papermill
 
@@ -88,7 +108,8 @@ def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder) -> None:
     write_text(source, nbformat.writes(joined))
     try:
         papermill.execute_notebook(*map(for_papermill, (source, cell.running_file)), cwd=str(cell.path),
-                                   progress_bar=False, log_output=False, start_timeout=180)
+                                   progress_bar=False, log_output=False, start_timeout=180, config=Config(
+                                       KernelManager={"transport": "ipc", "connection_file": str(sockets / "kernel.json")}))
     finally:
         source.unlink(missing_ok=True)
         _split(books, cell)
@@ -116,12 +137,13 @@ def main() -> int:
     job = json.load(sys.stdin)
     cell = CellFolder(job["folder"])
     try:
-        held = lease.take(cell)
+        held, sockets = lease.take(cell), _sockets(cell)
     except (lease.Busy, OSError) as problem:
         return _ended(problem)
 
     def leave(ended: Ended) -> None:
         end_children()
+        shutil.rmtree(sockets, ignore_errors=True)
         held.release()
         os._exit(ended)
 
@@ -133,7 +155,7 @@ def main() -> int:
         remove_temporaries(cell)
         cell.error_file.unlink(missing_ok=True)
         if not cell.done_as(job["hash"]):  # finished by another while this one waited for the lease
-            run_cell(job)
+            run_cell(job, sockets)
         return Ended.DONE
     except Exception as problem:
         ended = _ended(problem)
@@ -141,6 +163,7 @@ def main() -> int:
             write_text(cell.error_file, traceback.format_exc())
         return ended
     finally:
+        shutil.rmtree(sockets, ignore_errors=True)
         held.release()
 
 

@@ -76,12 +76,12 @@ class Means:
 class Cluster:
     """A Dask cluster as seats for cells: :meth:`seats` at once, each filled by :meth:`submit`.
 
-    ``devices`` are shared out among the workers; ``threads`` (0: all) and ``stagger`` (seconds between starts) go to each
-    cell; ``gpu`` says whether a cell takes a GPU resource or a whole worker.
+    ``devices`` are shared out among the workers; ``threads`` (0: all) go to each cell; ``gpu`` says whether a cell takes a GPU
+    resource or a whole worker.
     """
 
-    def __init__(self, client, *, devices=(), threads: int = 0, stagger: float = 0.0, gpu: bool = False):
-        self.client, self.devices, self.gpu, self.own = client, list(devices), gpu, {"threads": threads, "stagger": stagger}
+    def __init__(self, client, *, devices=(), threads: int = 0, gpu: bool = False):
+        self.client, self.devices, self.gpu, self.threads = client, list(devices), gpu, threads
 
     def offers(self) -> list[dict]:
         """The resources of each worker (``scheduler_info`` lists five workers only)."""
@@ -95,8 +95,9 @@ class Cluster:
     def submit(self, job: dict):
         """Start a cell; returns Dask's future."""
         # pure=False and no retries: whether a cell runs depends on its files, never on a cached key
-        return self.client.submit(work, job | self.own, self.devices, key=f"cell-{job['id']}-{uuid.uuid4().hex[:8]}",
-                                  pure=False, retries=0, resources={GPU: 1} if self.gpu else None)
+        key = f"cell-{job['id']}-{uuid.uuid4().hex[:8]}"
+        return self.client.submit(work, job | {"threads": self.threads}, self.devices, key=key, pure=False, retries=0,
+                                  resources={GPU: 1} if self.gpu else None)
 
 
 @contextlib.contextmanager
@@ -112,25 +113,27 @@ def local_cluster(means: Means, cells: int) -> Iterator[Cluster]:
 
     _quiet()
     count = min(means.at_once, cells)
-    several = {"threads": max(1, (os.cpu_count() or 1) // count), "stagger": 1.0} if count > 1 else {}
+    threads = max(1, (os.cpu_count() or 1) // count) if count > 1 else 0
     with (dask.config.set({"distributed.nanny.pre-spawn-environ": {}}),  # which :func:`work` takes out of the environment
           distributed.LocalCluster(n_workers=count, threads_per_worker=1, processes=False, protocol="inproc://",
                                    dashboard_address=None, scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
                                    silence_logs=logging.CRITICAL) as cluster,
           distributed.Client(cluster) as client):
         cluster.sync(close_pages)
-        yield Cluster(client, devices=gpus(), **several)
+        yield Cluster(client, devices=gpus(), threads=threads)
 
 
 @contextlib.contextmanager
-def given_cluster(means: Means, jobs: list[dict]) -> Iterator[Cluster]:
+def given_cluster(means: Means, jobs: list[dict], say: Callable[[str], None] = print) -> Iterator[Cluster]:
     """A Dask cluster that runs already, checked before anything runs on it.
 
     Raises GridError for no scheduler, no workers in time, none that offers a GPU, and workers that do not see the grid's folder
     or the data or have another charmlib or other notebooks; says which and the remedy.
     """
-    with connect(means) as client:
-        cluster, end = Cluster(client, gpu=not means.any_worker, stagger=1.0), time.monotonic() + means.wait_workers
+    with connect(means, say) as client:
+        cluster, end = Cluster(client, gpu=not means.any_worker), time.monotonic() + means.wait_workers
+        if not cluster.seats():
+            say(f"waiting for workers at {means.given}, at most {means.wait_workers:.0f} s (--wait-workers)")
         while not cluster.seats():  # a worker with a GPU may come after others
             if time.monotonic() > end:
                 count = len(cluster.offers())
@@ -146,10 +149,12 @@ def given_cluster(means: Means, jobs: list[dict]) -> Iterator[Cluster]:
         yield cluster
 
 
-def connect(means: Means):
+def connect(means: Means, say: Callable[[str], None] = print):
     """A client of the scheduler at an address, or of the one that a file names once it exists; GridError without one."""
     _quiet()
     file, end = means.scheduler_file, time.monotonic() + means.wait_workers
+    if file and not Path(file).is_file():
+        say(f"waiting for the file {file}, at most {means.wait_workers:.0f} s (--wait-workers)")
     while file and not Path(file).is_file():  # Dask would wait for it for ever
         if time.monotonic() > end:
             raise GridError(f"no file {file} (waited {means.wait_workers:.0f} s, --wait-workers): start the cluster with `dask "

@@ -61,11 +61,9 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
     if dry_run:
         _tell_plan(part, folder, means, say)
         return pd.DataFrame()
-    if not os.access(existing(folder), os.W_OK):
-        raise GridError(f"{existing(folder)} cannot be written to: name another --out (an earlier session's read-only output "
-                        "goes into --continue-from)")
+    _refuse_locked(folder, " (an earlier session's read-only output goes into --continue-from)")
     if means.given:  # refused here if it is not there, since decoding the images may take an hour
-        connect(means).close()
+        connect(means, say).close()
     bring_earlier(grid, folder, continue_from, say=say)
     run_cells(part, folder, books, means, whole=grid, say=say)
     board = leaderboard(folder, grid)
@@ -91,6 +89,7 @@ def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | 
     folder = Path(out or Path("runs") / path.stem).resolve()
     if (folder / "grid.yaml").is_file():
         raise GridError(f"{folder} is the folder of a grid, whose cells a run there would hide: name another --out")
+    _refuse_locked(folder)
     cell = read_cell(path, assignments, folder.name)
     grid = Grid(folder.parent.name, path, (cell,), given=tuple(cell.axes))
     run_cells(grid, folder.parent, find_notebooks(notebooks), Means(rerun_changed=rerun_changed), say=say)
@@ -127,7 +126,7 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
     if not jobs:
         return
     refuse_without_space(grid.cells, folder, means.at_once, say=say)
-    cluster = given_cluster(means, jobs) if means.given else local_cluster(means, len(jobs))
+    cluster = given_cluster(means, jobs, say) if means.given else local_cluster(means, len(jobs))
     with handling(signal.SIGTERM, _terminate), cluster as seats:
         Schedule(grid.cells, jobs, folder, seats, budget=means.budget, refresh=refresh, say=say).run()
 
@@ -138,6 +137,12 @@ class Terminated(KeyboardInterrupt):
 
 def _terminate(*_):
     raise Terminated
+
+
+def _refuse_locked(folder: Path, more: str = "") -> None:
+    place = existing(folder)
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise GridError(f"{place} {'cannot be written to' if place.is_dir() else 'is a file'}: name another --out{more}")
 
 
 def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:

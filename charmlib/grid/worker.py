@@ -13,15 +13,13 @@ from pathlib import Path
 
 import dask
 import distributed
-import filelock
 
-from charmlib.files import LEASE, lock
+from charmlib.files import LEASE
 from charmlib.grid import lease
 from charmlib.grid.cells import CellFolder, Ended, GridError, code_hash, find_notebooks, notebook_code
-from charmlib.session import DEADLINE, SCORING, end_children, own_temporary_folder, with_this_package
+from charmlib.session import DEADLINE, SCORING, end_children, with_this_package
 
 _LOOK = 0.25  # seconds between two looks at a cell's process
-_TURN = 30.0  # seconds that a start waits for the others of this machine
 _POLITE = 10.0  # seconds that a process gets to end by itself
 _FIRST_SIGN = 120.0  # seconds that a kernel may take to start on a busy machine, whatever the limit for hung cells is
 WRAP_UP = 8.0  # seconds between the end of training and the deadline, for writing the notebook as far as it got
@@ -42,21 +40,12 @@ def work(job: dict, devices: Sequence[str]) -> tuple[Ended, str]:
                         "all machines")
     job = {**job, "notebooks": str(books), "started": time.time()}
     with tempfile.TemporaryFile("w+") as errors:
-        with contextlib.ExitStack() as turn:  # kernels that start at once race for ports
-            try:
-                turn.enter_context(lock(own_temporary_folder() / "start.lock", timeout=_TURN))
-            except (filelock.Timeout, OSError) as problem:  # of a stopped process; or another user made that folder
-                cell = CellFolder(job["folder"])
-                cell.path.mkdir(parents=True, exist_ok=True)
-                with open(cell.log_file, "a") as log:
-                    log.write(f"started without waiting for other starts on this machine: {problem}\n")
-            child = subprocess.Popen([sys.executable, "-m", "charmlib.grid.cell_process"], stdin=subprocess.PIPE,
-                                     stdout=subprocess.DEVNULL, stderr=errors, text=True, env=environment,
-                                     start_new_session=True)  # the runner answers Ctrl-C at the terminal
-            with contextlib.suppress(BrokenPipeError):  # it was killed already; _watch sees that
-                json.dump(job, child.stdin)
-                child.stdin.close()
-            time.sleep(job["stagger"])
+        child = subprocess.Popen([sys.executable, "-m", "charmlib.grid.cell_process"], stdin=subprocess.PIPE,
+                                 stdout=subprocess.DEVNULL, stderr=errors, text=True, env=environment,
+                                 start_new_session=True)  # the runner answers Ctrl-C at the terminal
+        with contextlib.suppress(BrokenPipeError):  # it was killed already; _watch sees that
+            json.dump(job, child.stdin)
+            child.stdin.close()
         try:
             ended = _watch(child, job)
         finally:

@@ -19,6 +19,7 @@ def table(root, names, files=(), **how):
 @pytest.mark.parametrize(("name", "file"), [
     ("x{}.png", "a/x{}.PNG"), ("X{}.PNG", "x{}.png"), ("x{}", "x{}.jpg"), ("x{}", "deep/er/x{}.jpeg"), ("x{}.dcm", "x{}.png"),
     ("x{}.dicom", "x{}.webp"), ("x{}.jpg", "x{}.png"), ("1.2.840.{}", "1.2.840.{}.png"), ("images\\x{}.png", "images/x{}.png"),
+    ("a\\x{}.png", "im/a\\x{}.png"), ("a/x{}", "a\\x{}.png"),
     ("C:\\data\\images\\x{}.png", "images/x{}.png"), ("/content/drive/x{}.png", "y/x{}.png"), ("./x{}.png", "x{}.png"),
     (unicodedata.normalize("NFC", "radiografía_{}.png"), unicodedata.normalize("NFD", "radiografía_{}.png")),
     (unicodedata.normalize("NFD", "ñ{}"), unicodedata.normalize("NFC", "ñ{}.png")), ("a/b/x{}.jpg", "b/x{}.JPG"),

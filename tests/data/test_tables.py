@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 
+from charmlib.data import tables
 from charmlib.data.index import read_index
 from charmlib.data.splits import SplitError, make_split
 from charmlib.data.tables import read_table, read_text
@@ -55,6 +56,16 @@ def test_row_names_as_r_writes_them_are_no_column(tmp_path):
 def test_what_is_no_table_is_refused_by_name(tmp_path, source, why):
     with pytest.raises(ValueError, match=rf"mine\.csv.*{why}"):
         read_index(**own(tmp_path, source, ["a.png"]))
+
+
+@pytest.mark.parametrize("packed", [lambda b: gzip.compress(b, mtime=0), bz2.compress, lzma.compress, zipped])
+def test_a_table_that_unpacks_without_end_is_refused(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(tables, "_LARGEST", 10**6)
+    (tmp_path / "mine.csv").write_bytes(packed(b"image,A\n" + b"\n" * 10**6))
+    with pytest.raises(ValueError, match=r"mine\.csv unpacks to more than 1 MB.*unpack it yourself"):
+        read_text(tmp_path / "mine.csv")
+    (tmp_path / "mine.csv").write_bytes(packed(b"x" * 10**6))
+    assert read_text(tmp_path / "mine.csv") == "x" * 10**6
 
 
 def test_a_workbook_is_refused_without_a_reader(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,12 @@ from charmlib.data.dataset import LABELS, PICTURES, WEIGHTS, digests, open_datas
 from charmlib.files import write_json
 from charmlib.grid import board, bring, leaderboard, lease, merge_grids, run_grid, runner
 from charmlib.grid.bring import bring_cell, remove_cell
+from charmlib.grid.cell_process import _sockets
 from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.cluster import Means, local_cluster
 from charmlib.grid.report import board_text, write_report
 from charmlib.param_sources import read_yaml
 from charmlib.params import ParameterError, resolve
-from charmlib.session import own_temporary_folder
 from kaggle_setup.state import load_state
 from tests.conftest import TINY, _finished_run
 from tests.grid.conftest import ROOT, light_notebooks, small_grid
@@ -321,18 +322,54 @@ def test_nothing_of_the_local_cluster_listens(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_cell_starts_in_a_folder_of_any_name_and_where_another_start_hangs(phantoms, tmp_path, make_run, monkeypatch):
-    from charmlib.files import lock
-    from charmlib.grid import worker
+def test_a_cell_runs_in_a_folder_of_any_name_and_shows_its_outputs_on_no_port(phantoms, tmp_path, make_run, monkeypatch):
+    """Whoever connects to a kernel's port reads all that it prints; a folder keeps other users out."""
+    look = ("import stat; from ipykernel.connect import get_connection_file\n"
+            "file = Path(get_connection_file())\n"
+            "write_json(Path(run_dir) / 'kernel.json', {'mode': stat.S_IMODE(file.parent.stat().st_mode), 'file': str(file), "
+            "**json.loads(file.read_text())})\n")
+    # another user was quicker
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / f"charmlib-{os.getuid()}").write_text("")
+    books, out = tmp_path / "books {x}", tmp_path / "a {b} $c 'd' \"e\" \n f"
+    light_notebooks(books, make_run("finished"), pace=0.1, first="import json; from pathlib import Path\n"
+                    f"from charmlib.files import write_json\n{look}")
+    found = run_grid(small_grid(tmp_path / "grid", phantoms, k=[1]), out=out, notebooks=books, say=lambda line: None)
+    assert found["status"].tolist() == ["done"] and (out / "k1/train.ipynb").is_file()
+    kernel = json.loads((out / "k1/kernel.json").read_text())
+    assert kernel["transport"] == "ipc" and kernel["ip"] == kernel["file"].replace(".json", "-ipc")
+    assert kernel["mode"] & 0o077 == 0 and not Path(kernel["file"]).parent.exists()
 
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(worker, "_TURN", 0.1)
-    books, said = light_notebooks(tmp_path / "books {x}", make_run("finished"), pace=0.1), []
-    out = tmp_path / "a {b} $c"
-    with lock(own_temporary_folder() / "start.lock"):
-        found = run_grid(small_grid(tmp_path / "grid", phantoms, k=[1]), out=out, notebooks=books, say=said.append)
-    assert found["status"].tolist() == ["done"] and (out / "k1/train.ipynb").is_file(), said
-    assert any("started without waiting for other starts on this machine" in line for line in said)
+
+def test_sockets_of_a_killed_cell_go_with_its_next_start(tmp_path, monkeypatch):
+    short = Path(tempfile.mkdtemp(dir="/tmp"))
+    monkeypatch.setattr("tempfile.tempdir", str(short))
+    try:
+        place, other = _sockets(CellFolder(tmp_path / "a")), _sockets(CellFolder(tmp_path / "b"))
+        assert place != other and short in place.parents and place.stat().st_mode & 0o777 == 0o700
+        (place / "kernel-ipc-1").touch()
+        assert _sockets(CellFolder(tmp_path / "a")) == place and not list(place.iterdir())
+        long = short / ("x" * 60)
+        long.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(long))
+        place = _sockets(CellFolder(tmp_path / "a"))
+        assert len(os.fsencode(place)) < 80 and place.stat().st_mode & 0o777 == 0o700
+        place.rmdir()
+    finally:
+        shutil.rmtree(short)
+
+
+@pytest.mark.parametrize("made", [run_grid, runner.run_single])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_image_is_read(phantoms, tmp_path, monkeypatch, made):
+    path = small_grid(tmp_path, phantoms, k=[1])
+    path = path if made is run_grid else path.with_name("base.yaml")
+    monkeypatch.setattr(runner, "open_dataset", lambda params: pytest.fail("images were read"))
+    (tmp_path / "file").touch()
+    with pytest.raises(GridError, match="file is a file: name another --out"):
+        made(path, out=tmp_path / "file/run")
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    with pytest.raises(GridError, match=f"{tmp_path} cannot be written to: name another --out"):
+        made(path, out=tmp_path / "new/run")
 
 
 def test_a_lease_outlives_steps_of_the_clock(tmp_path, monkeypatch):

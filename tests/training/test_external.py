@@ -48,8 +48,12 @@ def test_a_run_is_scored_on_another_table(tiny, other, tmp_path):
     folder = RunFolder(run.folder)
     finish(folder)
     before = folder.predictions_file.read_bytes(), folder.metrics_file.read_bytes()
+    (folder / "scores").mkdir()
+    (folder / "scores/elsewhere_other_roc.png").write_text("old")
+    os.link(folder / "scores/elsewhere_other_roc.png", tmp_path / "old.png")
     done = CliRunner().invoke(cli, ["score", str(folder), "--data-root", str(other), "--csv", "other.csv"])
     assert done.exit_code == 0, done.output
+    assert (tmp_path / "old.png").read_text() == "old"  # replaced as a whole: no reader meets half a picture
     for words in ("Effusion = Pleural Effusion", "the run without a counterpart, not scored: Atelectasis", "Lung Opacity",
                   "80 test images", "without No Finding", "view AP", "WARNING"):
         assert words in done.output
@@ -58,7 +62,7 @@ def test_a_run_is_scored_on_another_table(tiny, other, tmp_path):
     found = json.loads((folder / "scores/elsewhere_other.json").read_text())
     assert found["classes"] == ["Cardiomegaly", "Effusion", "No Finding"] == list(found["matched"])
     assert found["unmatched"]["data"] == ["Lung Opacity"] and found["seen"] > 0 and found["split"]["name"] == "whole table"
-    assert (folder / "scores/elsewhere_other_roc.png").is_file()
+    assert (folder / "scores/elsewhere_other_roc.png").read_bytes().startswith(b"\x89PNG")
     with np.load(folder / "scores/elsewhere_other.npz") as file:
         labels, logits = file["test_labels"], file["test_logits"]
         files = [next(other.rglob(str(name))) for name in file["test_ids"][:4]]

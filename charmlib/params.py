@@ -57,6 +57,7 @@ _MOMENTUM = {**_CHARM, "needs": {"use_momentum": (True,)}}
 _BANK = {**_CHARM, "needs": {"use_bank": (True,)}}
 _VOTES = {**_CHARM, "needs": {"answer": ("votes",)}}
 _FEATURES = {**_CHARM, "needs": {"answer": ("features",)}}
+_LAYERS, _CSRA = ({**_CHARM, "needs": {"head": forms}} for forms in (("charm", "standard"), ("csra",)))
 _STAGE1 = {"needs": {"stage1_frozen_epochs|stage1_epochs": ABOVE_0}}
 _STAGE2 = {"needs": {"stage2_epochs": ABOVE_0}}
 
@@ -164,8 +165,17 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
           needs={"strategy": ("statistical",)}, **_CHARM),
     Param("network", "adjust", float, 0.0, "the last bias starts at this share of the classes' log-odds; 1 is the prevalence",
           low=0, high=2, **_CHARM),
-    Param("network", "dropout", float, 0.3, "dropout rate of the head", low=0, high=0.99, **_CHARM),
-    Param("network", "hidden", int, 512, "hidden width of the head", low=1, **_CHARM),
+    Param("network", "head", str, "charm",
+          "classifier: CHARM's, the standard one of long-tail recipes, or csra, which weighs the positions of the map for each "
+          "class", ("charm", "standard", "csra"), **_CHARM),
+    Param("network", "dropout", float, 0.3, "dropout rate of the head", low=0, high=0.99, **_LAYERS),
+    Param("network", "hidden", int, 512, "hidden width of the head", low=1, **_LAYERS),
+    Param("network", "csra_lambda", float, 0.1, "share of the attended score; 0 is average pooling", low=0, **_CSRA),
+    Param("network", "csra_heads", int, 1, "number of heads, with the temperatures of the paper", (1, 2, 4, 6, 8), **_CSRA),
+    Param("network", "csra_attention", str, "scores", "what positions are weighed by: class scores, or a layer of its own",
+          ("scores", "own"), **_CSRA),
+    Param("network", "drop_path", float, 0.0, "stochastic depth of a timm backbone; 0 is timm's default", low=0, high=0.9,
+          **_CHARM),
     # training
     Param("training", "stage1_images", str, "findings", "images of stage 1: those with a finding, or all", ("findings", "all"),
           **_STAGE1),
@@ -269,6 +279,8 @@ def _number(p: Param, value) -> int | float:
         raise ValueError(f"{value!r} is not a whole number.")
     if not p.low <= number <= p.high:
         raise ValueError(f"{p.type(number)!r} is outside {p.low:g} to {p.high:g}.")
+    if p.choices and number not in p.choices:
+        raise ValueError(f"{p.type(number)!r} is none of {', '.join(map(str, p.choices))}.")
     return p.type(number)
 
 
@@ -304,6 +316,11 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
             out["use_bank"] and out["answer"] == "features" and out["k"] > out["bank_size"],
         f"parameter 'arch': {out['arch']!r} is none of {', '.join(ARCHS)}, nor timm:NAME.{nearest(out['arch'], ARCHS)}":
             out["arch"] not in ARCHS and not out["arch"].startswith("timm:"),
+        f"parameter 'drop_path': {out['drop_path']:g} is for timm models, not for torchvision's {out['arch']}; say "
+        "drop_path: 0, or arch: timm:NAME.": out["drop_path"] and not out["arch"].startswith("timm:"),
+        "parameter 'head': csra reads a map, and the momentum branch and answer features add to a pooled feature; say "
+        "use_momentum: false and answer: votes, or head: charm.":
+            out["head"] == "csra" and (out["use_momentum"] or (out["use_bank"] and out["answer"] == "features")),
         f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, or norm: half for "
         "inputs in [-1, 1].":
             out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"),

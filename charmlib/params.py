@@ -51,7 +51,7 @@ class Param:
 
 
 ABOVE_0 = "above 0"
-LOSSES = ("bce", "focal", "asl", "asl_published")
+LOSSES = ("bce", "focal", "asl", "asl_published", "ldam", "db")
 _CHARM = {"of": ("charm",)}
 _MOMENTUM = {**_CHARM, "needs": {"use_momentum": (True,)}}
 _BANK = {**_CHARM, "needs": {"use_bank": (True,)}}

@@ -54,6 +54,8 @@ class CharmNet(nn.Module):
     attention, momentum, momentum_warmup, momentum_batch_norms, k, threshold, bank_size, strategy, rule, retrieval, bank_norm,
     normalize_retrieved, bank_momentum, vote_weight, vote_temperature, vote_ridge, dropout, hidden
         See the parts.
+    ldam_scale : float
+        The head's output is multiplied by it, in training and in scoring; see :class:`charmlib.nn.LDAMLoss`.
     grad_checkpointing : bool
         Training keeps few activations of trunk and final block and computes the others again in the backward pass: less
         memory, more time, the same bits. An attribute of the same name, which may be changed at any time.
@@ -71,10 +73,11 @@ class CharmNet(nn.Module):
                  bank_size: int = 3072, strategy: str = "balanced", rule: str = "rare", answer: str = "votes",
                  keys: str = "scales", vote_weight: float = 0.5, vote_temperature: float = 0.8, vote_ridge: float = 3.0,
                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
-                 bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512, grad_checkpointing: bool = False):
+                 bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512, ldam_scale: float = 1.0,
+                 grad_checkpointing: bool = False):
         super().__init__()
         backbone = split_backbone(arch, weights)
-        self.grad_checkpointing = grad_checkpointing
+        self.grad_checkpointing, self.ldam_scale = grad_checkpointing, ldam_scale
         self.arch, self.classes, self.features = arch, classes, backbone.features
         scales = {"imagenet": IMAGENET, "half": HALF, "auto": (backbone.mean, backbone.std)}
         if norm not in scales:
@@ -136,13 +139,18 @@ class CharmNet(nn.Module):
         z, keys, attended = self._encode(x)
         seen = {"final": attended, "z": z}
         if keys is not None:
-            seen |= {"keys": keys, "head": self.head(z)}
+            seen |= {"keys": keys, "head": self.classify(z)}
             return self.bank(keys, seen["head"]), seen
-        return self.head(z) if self.bank is None else self.bank(z, self.head), seen
+        return self.classify(z) if self.bank is None else self.bank(z, self.classify), seen
+
+    def classify(self, z: Tensor) -> Tensor:
+        """The head's logits (B, C), times ``ldam_scale``."""
+        logits = self.head(z)
+        return logits if self.ldam_scale == 1 else logits.float() * self.ldam_scale
 
     def start_at(self, log_odds: Tensor) -> None:
         """Before training: the last bias (C,) of the head; see :meth:`charmlib.nn.ClassifierHead.start_at`."""
-        self.head.start_at(log_odds)
+        self.head.start_at(log_odds / self.ldam_scale)
 
     def enter(self, bank_momentum: float) -> None:
         """Before a phase: the bank's momentum from here on."""

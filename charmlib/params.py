@@ -10,11 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from charmlib.param_rows import ABOVE_0, LOSSES, ROWS, SAMPLERS, Param, warmup_end
-
-__all__ = ["ARCHS", "DEFAULTS", "LOSSES", "PARAMS", "READING", "SAMPLERS", "UNHASHED", "Param", "ParameterError", "add_rows",
-           "changes", "coerce", "effective", "missing_need", "nearest", "need_text", "no_effect", "resolve", "warmup_end",
-           "with_absolute_paths"]
+from charmlib.param_rows import ABOVE_0, ROWS, Param
 
 
 class ParameterError(ValueError):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from charmlib.params import SAMPLERS
+from charmlib.param_rows import SAMPLERS
 
 
 def expected_draws(labels: np.ndarray, sampler: str, *, threshold: float = 0.01,

@@ -4,20 +4,12 @@ from charmlib.nn.attention import FilterAttention, MultiScaleAttention, make_att
 from charmlib.nn.backbone import Backbone, split_backbone
 from charmlib.nn.bank import RareMemoryBank
 from charmlib.nn.head import ClassifierHead
-from charmlib.nn.losses import (
-    AsymmetricLoss,
-    BCELoss,
-    DistributionBalancedLoss,
-    FocalLoss,
-    LDAMLoss,
-    class_weights,
-    make_loss,
-)
+from charmlib.nn.losses import AsymmetricLoss, BCELoss, DistributionBalancedLoss, FocalLoss, LDAMLoss, make_loss
 from charmlib.nn.momentum import MomentumEncoder
 from charmlib.nn.recompute import recompute
 from charmlib.nn.scales import find_scales
 from charmlib.nn.votes import VotingBank
 
 __all__ = ["AsymmetricLoss", "BCELoss", "Backbone", "ClassifierHead", "DistributionBalancedLoss", "FilterAttention",
-           "FocalLoss", "LDAMLoss", "MomentumEncoder", "MultiScaleAttention", "RareMemoryBank", "VotingBank", "class_weights",
-           "find_scales", "make_attention", "make_loss", "recompute", "split_backbone"]
+           "FocalLoss", "LDAMLoss", "MomentumEncoder", "MultiScaleAttention", "RareMemoryBank", "VotingBank", "find_scales",
+           "make_attention", "make_loss", "recompute", "split_backbone"]

@@ -12,10 +12,10 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import norm_types
 from fastcore.basics import store_attr
+from torch import Tensor
 
 from charmlib import session
 from charmlib.data.loaders import GreyToNetwork, grey_to_network
-from charmlib.data.sampling import prior_shift, shares
 from charmlib.evaluation.runs import HISTORY, RunFolder, monitored, number
 from charmlib.files import write_whole
 from charmlib.nih import finding_columns
@@ -115,16 +115,17 @@ class Trains(Callback):
 
 
 class LossMode(Callback):
-    """Puts the loss into training and eval mode with the network (class weights and the prior of a sample act in training mode
-    only), and lets class weights act from a share ``weight_from`` of the epochs on, in [0, 1].
+    """Puts the loss into training and eval mode with the network: class weights and the prior of a sample act in training mode
+    only. Class weights act from a share ``weight_from`` of the epochs on, in [0, 1].
 
-    A stage of several phases says in ``before`` and ``epochs`` how many epochs it had before this fit and has in all.
+    A stage of several phases says in ``before`` and ``epochs`` how many epochs it had before this fit and has in all. With
+    uneven draws, ``shares`` (C,) are the images' own of each class, which a voting bank gets after each epoch of training.
     """
 
     order = -5
 
-    def __init__(self, weight_from: float = 0.0):
-        self.weight_from, self.before, self.epochs = weight_from, 0, 0
+    def __init__(self, weight_from: float = 0.0, shares: Tensor | None = None):
+        self.weight_from, self.shares, self.before, self.epochs = weight_from, shares, 0, 0
 
     def before_train(self):
         if isinstance(self.loss_func, MultiLabelLoss):
@@ -132,36 +133,13 @@ class LossMode(Callback):
             first = self.weight_from * (self.epochs or self.n_epoch)
             self.loss_func.weighted = self.epoch + self.before >= first - 1e-6
 
+    def after_train(self):
+        if self.shares is not None and isinstance(bank := getattr(self.model, "bank", None), VotingBank):
+            bank.shares.copy_(self.shares)
+
     def before_validate(self):
         if isinstance(self.loss_func, MultiLabelLoss):
             self.loss_func.eval()
-
-
-class KeepPrior(Callback):
-    """With uneven draws, keeps the network's logits at the log-odds of the images' own prior.
-
-    The loss adds the prior of the sample in training mode (:func:`charmlib.data.sampling.prior_shift`), so that the saved
-    network needs no correction. A voting bank's ``shares`` are set to those of the images after each epoch of training.
-    """
-
-    order = -4
-
-    def __init__(self, labels: np.ndarray, expected: np.ndarray):
-        self.shift, self.shares = (torch.from_numpy(a).float() for a in (prior_shift(labels, expected), shares(labels)))
-
-    def before_fit(self):
-        """Raises ValueError for a loss that is none of :mod:`charmlib.nn.losses`."""
-        if not isinstance(self.loss_func, MultiLabelLoss):
-            raise ValueError(f"loss {type(self.loss_func).__name__} cannot take the prior of a sample: name a loss of "
-                             "charmlib.nn.losses, or sampler natural")
-        self.loss_func.shift, self.shares = (tensor.to(self.dls.device) for tensor in (self.shift, self.shares))
-
-    def after_fit(self):
-        self.loss_func.shift = None
-
-    def after_train(self):
-        if isinstance(bank := getattr(self.model, "bank", None), VotingBank):
-            bank.shares.copy_(self.shares)
 
 
 class SeedEpoch(Callback):

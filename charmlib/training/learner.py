@@ -14,10 +14,11 @@ from fastcore.meta import delegates
 
 from charmlib import session
 from charmlib.data.loaders import ChestDataLoaders, GreyToNetwork
+from charmlib.data.sampling import prior_shift, shares
 from charmlib.models.charm import CharmNet
 from charmlib.models.registry import Network, keywords
 from charmlib.nn.losses import MultiLabelLoss, make_loss
-from charmlib.training.callbacks import KeepPrior, LossMode, NetworkHooks, SeedEpoch
+from charmlib.training.callbacks import LossMode, NetworkHooks, SeedEpoch
 from charmlib.training.device import pick_precision, place
 from charmlib.training.no_wait import AdamW, HalfPrecision, MeanAP, MeanAUC, record_on_device
 
@@ -59,8 +60,8 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     Raises
     ------
     ValueError
-        Network and loaders differ in their number of classes, or in normalisation; or an unknown optimizer; or a loss that
-        cannot take the prior of a sample (:class:`charmlib.training.callbacks.KeepPrior`).
+        Network and loaders differ in their number of classes, or in normalisation; or an unknown optimizer; or uneven
+        draws with a loss other than those of :mod:`charmlib.nn.losses`.
     """
     of_network, of_loss = keywords(CharmNet, kwargs), keywords(make_loss, kwargs)
     of_learner = {name: value for name, value in kwargs.items() if name not in {**of_network, **of_loss}}
@@ -80,10 +81,15 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
         of_loss |= {"counts": (labels == 1).sum(0), "images": (~np.isnan(labels)).sum(0), "names": dls.vocab,
                     "ldam_scale": getattr(net, "ldam_scale", 1.0)}
         loss = make_loss(loss, **of_loss)
-    if dls.train.expected is not None and getattr(loss, "weights", None) is not None:
-        warnings.warn("class weights and uneven draws of images both raise rare classes, and multiply", stacklevel=2)
-    sample = [] if dls.train.expected is None else [KeepPrior(labels, dls.train.expected)]
-    callbacks = [NetworkHooks(), LossMode(weight_from), *sample, Callback(after_batch=lambda _: session.alive()), *cbs,
+    own = None  # shares of the classes, as the loss adds the prior of uneven draws in training
+    if dls.train.expected is not None:
+        if not isinstance(loss, MultiLabelLoss):
+            raise ValueError(f"loss {type(loss).__name__} cannot take the prior of uneven draws: name a loss of "
+                             "charmlib.nn.losses, or sampler natural")
+        if loss.weights is not None:
+            warnings.warn("class weights and uneven draws of images both raise rare classes, and multiply", stacklevel=2)
+        loss.shift, own = (torch.from_numpy(a).float() for a in (prior_shift(labels, dls.train.expected), shares(labels)))
+    callbacks = [NetworkHooks(), LossMode(weight_from, own), Callback(after_batch=lambda _: session.alive()), *cbs,
                  *([] if seed is None else [SeedEpoch(seed)]),
                  *([HalfPrecision()] if pick_precision(precision, device) == "fp16" else [])]
     return record_on_device(Learner(

@@ -28,8 +28,9 @@ from charmlib.models.registry import Network, create, keywords
 from charmlib.nih import finding_columns, same_order
 from charmlib.nn.losses import make_loss
 from charmlib.nn.votes import WEIGHTS
+from charmlib.param_rows import warmup_end
 from charmlib.param_sources import changed, read_yaml
-from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, warmup_end, with_absolute_paths
+from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, with_absolute_paths
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from charmlib.nn import AsymmetricLoss, BCELoss, DistributionBalancedLoss, FocalLoss, LDAMLoss, class_weights
+from charmlib.nn import AsymmetricLoss, BCELoss, DistributionBalancedLoss, FocalLoss, LDAMLoss
 from charmlib.nn import make_loss as make
-from charmlib.params import LOSSES
+from charmlib.nn.losses import class_weights
+from charmlib.param_rows import LOSSES
 
 COUNTS = torch.tensor([1, 2, 4, 8, 16, 30, 60, 90, 120, 150, 200, 300, 500, 900.0])  # of 1,000 images
 IMAGES = torch.full((14,), 1000.0)

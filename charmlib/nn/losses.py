@@ -183,12 +183,10 @@ class DistributionBalancedLoss(MultiLabelLoss):
         L+ = w softplus(-u),                   L- = w softplus(scale u) / scale
         and with focal gamma                   times balance (1 - p_t)^gamma, p_t = sigmoid(u) or sigmoid(-scale u)
 
-    The defaults are those for COCO. The authors' code adds nu to the logits in place and so changes the network's output; here
-    a sum is taken. hieuphamha19/CXR_LT has another loss of this name: neither r nor negative tolerance, and the largest margin
-    for common classes.
-
-    An image without a positive has infinite r, thus w = 1 + alpha. On the NIH set 58 % of the images are such, so that without
-    ``class_aware`` draws this is nearly the focal loss. ``alpha=0.5, beta=0, scale=1, kappa=0, gamma=0`` is BCE.
+    The defaults are those for COCO; ``alpha=0.5, beta=0, scale=1, kappa=0, gamma=0`` is BCE. The authors' code adds nu to the
+    logits in place, which changes the network's output. hieuphamha19/CXR_LT has another loss of this name: neither r nor
+    negative tolerance, and the largest margin for common classes. An image without a positive has w = 1 + alpha; in the NIH set
+    58 % are such, so that without ``class_aware`` draws this is nearly the focal loss.
 
     Parameters
     ----------

@@ -204,6 +204,25 @@ def test_the_balanced_loss_against_the_formula(options, batch):
     torch.testing.assert_close(loss(logits, targets).double(), slow_balanced(loss, logits, targets), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"mu": 0.3, "scale": 5.0}, {"gamma": 0.5}])
+def test_the_gradient_of_the_balanced_loss_against_differences_of_the_formula(options, batch):
+    logits, targets = batch[0].double().requires_grad_(), batch[1]
+    targets[0] = 0
+    loss, h = DistributionBalancedLoss(COUNTS, IMAGES, **options, reduction="sum"), 1e-4
+    loss(logits, targets).backward()
+    up, down = (slow_balanced(loss, logits.detach() + step, targets) for step in (h, -h))
+    torch.testing.assert_close(logits.grad, (up - down) / (2 * h), rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_of_ldam_against_the_formula(batch):
+    """sigmoid(s (z - y m)) - y by the logits s z."""
+    z, y = batch
+    logits, loss = (30 * z).requires_grad_(), LDAMLoss(COUNTS, 0.5, 30.0, reduction="sum")
+    loss(logits, y).backward()
+    margins = 0.5 * (COUNTS[0] / COUNTS) ** 0.25
+    torch.testing.assert_close(logits.grad, torch.sigmoid(30 * (z - y * margins)) - y, rtol=1e-4, atol=1e-6)
+
+
 def test_the_balanced_loss_leaves_the_logits_as_they_are(batch):
     before = batch[0].clone()
     make_loss("db")(*batch)

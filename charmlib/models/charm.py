@@ -67,6 +67,8 @@ class CharmNet(nn.Module):
         See the parts.
     head, dropout, hidden, csra_lambda, csra_heads, csra_attention
         See :func:`charmlib.nn.make_head`.
+    ldam_scale : float
+        The head's output is multiplied by it, in training and in scoring; see :class:`charmlib.nn.LDAMLoss`.
     grad_checkpointing : bool
         Training keeps few activations of trunk and final block and computes the others again in the backward pass: less
         memory, more time, the same bits. An attribute of the same name, which may be changed at any time.
@@ -87,13 +89,13 @@ class CharmNet(nn.Module):
                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
                  bank_momentum: float = 0.9, head: str = "charm", dropout: float = 0.3, hidden: int = 512,
                  csra_lambda: float = 0.1, csra_heads: int = 1, csra_attention: str = "scores", drop_path: float = 0.0,
-                 grad_checkpointing: bool = False):
+                 ldam_scale: float = 1.0, grad_checkpointing: bool = False):
         super().__init__()
         if head == "csra" and (use_momentum or (use_bank and answer == "features")):
             raise ValueError("head csra reads a map, and the momentum branch and answer 'features' add to a pooled feature; "
                              "switch them off, or say head='charm'")
         backbone = split_backbone(arch, weights, drop_path)
-        self.grad_checkpointing = grad_checkpointing
+        self.grad_checkpointing, self.ldam_scale = grad_checkpointing, ldam_scale
         self.arch, self.classes, self.features = arch, classes, backbone.features
         scales = {"imagenet": IMAGENET, "half": HALF, "auto": (backbone.mean, backbone.std)}
         if norm not in scales:
@@ -151,13 +153,18 @@ class CharmNet(nn.Module):
         read = encoded.map if isinstance(self.head, CSRAHead) else encoded.z
         seen = {"final": encoded.map, "z": encoded.z}
         if encoded.keys is not None:
-            seen |= {"keys": encoded.keys, "head": self.head(read)}
+            seen |= {"keys": encoded.keys, "head": self.classify(read)}
             return self.bank(encoded.keys, seen["head"]), seen
-        return self.head(read) if self.bank is None else self.bank(read, self.head), seen
+        return self.classify(read) if self.bank is None else self.bank(read, self.classify), seen
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The head's logits (B, C) of what it reads, times ``ldam_scale``."""
+        logits = self.head(features)
+        return logits if self.ldam_scale == 1 else logits.float() * self.ldam_scale
 
     def start_at(self, log_odds: Tensor) -> None:
         """Before training: the last bias (C,) of the head; see :meth:`charmlib.nn.ClassifierHead.start_at`."""
-        self.head.start_at(log_odds)
+        self.head.start_at(log_odds / self.ldam_scale)
 
     def enter(self, bank_momentum: float) -> None:
         """Before a phase: the bank's momentum from here on."""

@@ -131,7 +131,7 @@ def cell_source(names: Iterable[str] | None = None) -> str:
         if p.group != group:
             lines.append(("" if group is None else "\n") + f"# {p.group}")
             group = p.group
-        allowed = f": {', '.join(p.choices)}{f', {p.also}' if p.also else ''}" if p.choices else ""
+        allowed = f": {', '.join(map(str, p.choices))}{f', {p.also}' if p.also else ''}" if p.choices else ""
         lines.append(f"{p.name}: {p.type.__name__} = {p.default!r}  # {p.reason}{allowed}")
     if names is None:
         lines.append("options: dict = {}  # any other parameter by name; `python -m charmlib params` lists them")

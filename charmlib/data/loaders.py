@@ -28,6 +28,7 @@ from torch import Tensor
 
 from charmlib.data.dataset import ChestData
 from charmlib.data.images import read_grey
+from charmlib.data.sampling import draw, expected_draws
 from charmlib.nih import NO_FINDING, PARTS
 
 READ_AHEAD = 2  # batches that are read while the network computes
@@ -117,15 +118,20 @@ class ChestDL(TfmdDL):
     """A fastai loader that reads whole batches.
 
     ``ids`` are the rows of the last batch, (B,) int64 on the device; -1 for images from outside the data set. Shuffling draws
-    from torch's generator, so that one seed fixes order and augmentation together.
+    from torch's generator, so that one seed fixes order and augmentation together. ``expected`` are the mean draws of each
+    image in a shuffled epoch (:func:`charmlib.data.sampling.expected_draws`); None takes each once.
     """
 
-    def __init__(self, dataset: ChestImages, bs: int = 64, shuffle: bool = False, num_workers: int = 0, **kwargs):
+    def __init__(self, dataset: ChestImages, bs: int = 64, shuffle: bool = False, num_workers: int = 0,
+                 expected: np.ndarray | None = None, **kwargs):
         # no worker processes: reading is one copy from memory, which a thread does ahead
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **{**kwargs, "pin_memory": False})
         self._n_inp, self._types, self.ids = 1, {tuple: [TensorImage, TensorMultiCategory]}, None
+        self.expected = expected
 
     def shuffle_fn(self, idxs):
+        if self.expected is not None:
+            return draw(self.expected, lambda n: torch.rand(n, dtype=torch.float64).numpy()).tolist()
         return [idxs[i] for i in torch.randperm(len(idxs)).tolist()]
 
     def create_batches(self, samps):
@@ -274,16 +280,17 @@ class ChestDataLoaders(DataLoaders):
 
 def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = False,
                       mean: Sequence[float] = imagenet_stats[0], std: Sequence[float] = imagenet_stats[1],
-                      degrees: float = 10.0, flip: float = 0.5, preload: bool = False, device=None,
-                      path: str | Path = ".") -> ChestDataLoaders:
+                      degrees: float = 10.0, flip: float = 0.5, sampler: str = "natural", repeat_threshold: float = 0.01,
+                      preload: bool = False, device=None, path: str | Path = ".") -> ChestDataLoaders:
     """fastai DataLoaders ``[train, valid, test]`` over a :class:`ChestData`.
 
     The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one. With ``findings_only``
     (stage 1), training and validation take only images with a finding. The test part is always complete. The validation loader
     of a split without a validation part gives no batch. ``mean`` and ``std`` (3,) are the normalisation that the network
     expects for RGB in [0, 1]. ``degrees`` and ``flip`` augment the training part, and any part in fastai's ``tta``
-    (:class:`FlipRotate`). ``preload`` holds the
-    training images as uint8 on the device (50 KB an image at 224 pixels); see :meth:`ChestImages.preload`.
+    (:class:`FlipRotate`). ``sampler`` 'class_aware' or 'repeat' draws the training images unevenly
+    (:mod:`charmlib.data.sampling`, ``repeat_threshold`` is its ``threshold``). ``preload`` holds the training images as uint8
+    on the device (50 KB an image at 224 pixels); see :meth:`ChestImages.preload`.
 
     Raises ValueError for a part without images or fewer than two training images.
     """
@@ -299,9 +306,10 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
                               note=data.source if data.index.drawn else "")
         if train and preload:
             dataset.preload(device)
+        expected = expected_draws(data.labels[rows], sampler, threshold=repeat_threshold, names=data.classes) if train else None
         augment = [FlipRotate(degrees, flip)] if degrees or flip else []
         loaders.append(ChestDL(dataset, bs=min(bs, len(rows)) or bs, shuffle=train, drop_last=train, device=device,
-                               after_batch=[GreyToNetwork(mean, std), *augment]))
+                               expected=expected, after_batch=[GreyToNetwork(mean, std), *augment]))
     dls = ChestDataLoaders(*loaders, path=path, device=device)
     dls.normal_class = data.index.normal_class
     return dls

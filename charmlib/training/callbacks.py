@@ -12,12 +12,14 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import norm_types
 from fastcore.basics import store_attr
+from torch import Tensor
 
 from charmlib import session
 from charmlib.data.loaders import GreyToNetwork, grey_to_network
-from charmlib.evaluation.runs import HISTORY, RunFolder, number
+from charmlib.evaluation.runs import HISTORY, RunFolder, monitored, number
 from charmlib.files import write_whole
 from charmlib.nih import finding_columns
+from charmlib.nn.losses import MultiLabelLoss
 from charmlib.nn.votes import VotingBank
 from charmlib.training.recipes import Phase
 
@@ -112,6 +114,34 @@ class Trains(Callback):
                 part.train(name in self.parts)
 
 
+class LossMode(Callback):
+    """Puts the loss into training and eval mode with the network: class weights and the prior of a sample act in training mode
+    only. Class weights act from a share ``weight_from`` of the epochs on, in [0, 1].
+
+    A stage of several phases says in ``before`` and ``epochs`` how many epochs it had before this fit and has in all. With
+    uneven draws, ``shares`` (C,) are the images' own of each class, which a voting bank gets after each epoch of training.
+    """
+
+    order = -5
+
+    def __init__(self, weight_from: float = 0.0, shares: Tensor | None = None):
+        self.weight_from, self.shares, self.before, self.epochs = weight_from, shares, 0, 0
+
+    def before_train(self):
+        if isinstance(self.loss_func, MultiLabelLoss):
+            self.loss_func.train()
+            first = self.weight_from * (self.epochs or self.n_epoch)
+            self.loss_func.weighted = self.epoch + self.before >= first - 1e-6
+
+    def after_train(self):
+        if self.shares is not None and isinstance(bank := getattr(self.model, "bank", None), VotingBank):
+            bank.shares.copy_(self.shares)
+
+    def before_validate(self):
+        if isinstance(self.loss_func, MultiLabelLoss):
+            self.loss_func.eval()
+
+
 class SeedEpoch(Callback):
     """Derives every epoch's randomness (order, augmentation, dropout) from the seed, the phase and the epoch alone: a resumed
     run draws the numbers of an uninterrupted one without stored generator states."""
@@ -135,10 +165,10 @@ def seed_everything(*parts) -> int:
 
 
 class EpochRecord(Callback):
-    """One row of the history an epoch: losses, validation AUC, learning rate, seconds, filled slots and share stored.
+    """One row of the history an epoch: losses, validation AUC and AP, learning rate, seconds, filled slots and share stored.
 
     The training loss is the mean over the epoch's batches: a resumed run could not repeat fastai's smoothed one. Skipped
-    epochs before ``start`` get no row. Without a validation part its two figures are NaN.
+    epochs before ``start`` get no row. Without a validation part its three figures are NaN.
 
     A row also holds ``bank_labels`` for ``bank_history.csv``: class -> number of slots, ``no_finding`` last; empty without a
     bank.
@@ -165,7 +195,7 @@ class EpochRecord(Callback):
         row = {"stage": self.stage, "epoch": self.epoch + self.before + 1,
                "train_loss": torch.stack(self.losses).mean().item() if self.losses else float("nan"),
                "valid_loss": number(values["valid_loss"]), "valid_auc": number(values.get("mean_auc")),
-               "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,
+               "valid_ap": number(values.get("mean_ap")), "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,
                "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": "", "bank_labels": {}}
         if (bank := getattr(self.model, "bank", None)) is not None:
             classes = list(self.dls.vocab)
@@ -220,7 +250,7 @@ class KeepProgress(Callback):
             return
         self.kept = len(self.learn.epoch_record.rows)
         row = self.learn.epoch_record.rows[-1]
-        value = -row["valid_auc"] if self.monitor == "valid_auc" else row["valid_loss"]
+        value = monitored(row, self.monitor or "valid_loss")
         self.best["waited"] += 1
         if self.monitor is None or value < self.best["mark"] - self.phase.min_delta:
             self.best.update(mark=value, waited=0)

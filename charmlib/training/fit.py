@@ -18,7 +18,7 @@ from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Tr
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
 
-FORMAT = 4
+FORMAT = 5
 
 
 class PhaseRunner:
@@ -77,7 +77,9 @@ class PhaseRunner:
                 learner.opt.load_state_dict(resumed["opt"])
             if not (resumed and resumed["over"]):
                 session.stop_unless(longest, phase.name)
-                longest = self._fit(learner, phase, epochs_before(plan, phase), resumed or {"epochs": 0, "scaler": None}, cbs)
+                before = learner.loss_mode.before = epochs_before(plan, phase)
+                learner.loss_mode.epochs = sum(p.epochs for p in plan if p.stage == phase.stage)
+                longest = self._fit(learner, phase, before, resumed or {"epochs": 0, "scaler": None}, cbs)
             if i + 1 == len(plan) or plan[i + 1].stage != phase.stage:
                 fill(self.net, self.best["state"], "the best epoch")
         return self.history

@@ -14,7 +14,8 @@ from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, Metric, Recorder
 from fastai.optimizer import OptimWrapper
 from torch import Tensor
 
-from charmlib.evaluation.metrics import mean_auc
+from charmlib.evaluation.metrics import ap_by_class, mean_auc
+from charmlib.nih import finding_columns
 
 
 class _Fused(torch.optim.AdamW):
@@ -128,7 +129,21 @@ class MeanAUC(Metric):
         if not self.logits:
             return float("nan")
         labels, logits = (torch.cat(parts).float().cpu().numpy() for parts in (self.labels, self.logits))
+        return self.mean(labels, logits)
+
+    def mean(self, labels, logits) -> float:
         return mean_auc(labels, logits, self.classes, self.normal_class)
+
+
+class MeanAP(MeanAUC):
+    """Mean average precision over the findings on a whole validation part."""
+
+    name = "mean_ap"
+
+    def mean(self, labels, logits) -> float:
+        found = list(ap_by_class(labels, logits, self.classes).values())
+        defined = [found[c] for c in finding_columns(self.classes, self.normal_class) if found[c] == found[c]]
+        return sum(defined) / len(defined) if defined else float("nan")  # the AUC has warned of the others
 
 
 class Progress(ProgressCallback):

@@ -17,7 +17,7 @@ class Phase:
     - ``epochs``: the most epochs; ``batch``: images a batch.
     - ``lr``: learning rate; a slice runs from the first parameter group to the last.
     - ``images``: 'all' training and validation images, or those with 'findings'.
-    - ``loss``: see :func:`charmlib.nn.make_loss`.
+    - ``loss``: see :func:`charmlib.nn.make_loss`; ``sampler``: see :func:`charmlib.data.sampling.expected_draws`.
     - ``trains``: names of the network's parts that train; empty for all.
     - ``train_norms``: whether the norm layers of frozen parts keep learning, as after fastai's ``freeze()``. False freezes
       those parts entirely: they stay in eval mode.
@@ -34,6 +34,7 @@ class Phase:
     batch: int
     images: str = "all"
     loss: str = "bce"
+    sampler: str = "natural"
     trains: tuple[str, ...] = ()
     train_norms: bool = True
     cycle: Mapping[str, float] = field(default_factory=dict)
@@ -67,14 +68,14 @@ def two_stages(params: Mapping, rate: float) -> list[Phase]:
     """
     watched = {name: params[name] for name in ("patience", "min_delta", "save_delta")}
     first = {"stage": "1", "batch": params["stage1_batch"], "images": params["stage1_images"], "loss": params["stage1_loss"],
-             "sets": {"bank_momentum": params["bank_momentum"]}}
+             "sampler": params["stage1_sampler"], "sets": {"bank_momentum": params["bank_momentum"]}}
     whole = slice(rate / 2 / 100, rate / 2) if params["weights"] != "none" else rate
     return [
         Phase("stage1_frozen", epochs=params["stage1_frozen_epochs"], lr=slice(rate), cycle={"pct_start": 0.99},
               trains=() if params["one_group"] else ("head",), save_delta=params["save_delta"], **first),
         Phase("stage1", epochs=params["stage1_epochs"], lr=whole, cycle={"pct_start": 0.3, "div": 5.0}, **watched, **first),
         Phase("stage2", "2", params["stage2_epochs"], slice(params["stage2_lr_min"], params["stage2_lr_max"]),
-              params["stage2_batch"], loss=params["stage2_loss"], **watched,
+              params["stage2_batch"], loss=params["stage2_loss"], sampler=params["stage2_sampler"], **watched,
               sets={"bank_momentum": params["stage2_bank_momentum"]}),
     ]
 

@@ -24,11 +24,13 @@ from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.runs import HISTORY, NUMBERS, RunFolder, about, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_csv, write_json, write_text
-from charmlib.models.registry import Network, create
+from charmlib.models.registry import Network, create, keywords
 from charmlib.nih import finding_columns, same_order
+from charmlib.nn.losses import make_loss
 from charmlib.nn.votes import WEIGHTS
+from charmlib.param_rows import warmup_end
 from charmlib.param_sources import changed, read_yaml
-from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, warmup_end, with_absolute_paths
+from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, with_absolute_paths
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
@@ -122,7 +124,8 @@ class Run:
         """fastai DataLoaders of a phase; of the first by default."""
         phase = phase or self.phase()
         return chest_dataloaders(self.data, bs=phase.batch, findings_only=phase.images == "findings", mean=self.net.mean,
-                                 std=self.net.std, preload=self.params["preload"], device=self.device, path=self.folder.path)
+                                 std=self.net.std, sampler=phase.sampler, repeat_threshold=self.params["repeat_threshold"],
+                                 preload=self.params["preload"], device=self.device, path=self.folder.path)
 
     def learner(self, phase: Phase | None = None):
         """A fastai Learner around the run's network, with loss and loaders of a phase; of the first by default.
@@ -135,7 +138,8 @@ class Run:
         path = self.folder / "fastai"  # CSVLogger's history.csv is another file than the run's
         path.mkdir(parents=True, exist_ok=True)
         return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
-                             **{name: self.params[name] for name in ("optimizer", "one_group", "weight_decay")}, path=path)
+                             **{name: self.params[name] for name in ("optimizer", "one_group", "weight_decay", "weight_from")},
+                             **keywords(make_loss, self.params), path=path)
 
     def find_lr(self, *, plot: bool = False) -> float:
         """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder.

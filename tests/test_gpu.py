@@ -43,6 +43,21 @@ def test_training_never_waits(phantoms, tmp_path, precision, preload):
     assert learn.model.momentum.updates.item() > 0 and learn.model.bank.filled.item() == 16
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_uneven_draws_margins_and_class_weights_never_wait(phantoms, tmp_path, precision):
+    data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0.2)
+    dls = chest_dataloaders(data, bs=16, mean=HALF, std=HALF, device="cuda", path=tmp_path, sampler="class_aware")
+    with pytest.warns(UserWarning, match="multiply"):
+        learn = charm_learner(dls, seed=1, path=tmp_path, precision=precision, loss="ldam", ldam_scale=30.0,
+                              class_weight="effective", weight_from=0.5, **NET)
+    try:
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-3, cbs=NoWaits())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+
+
 def test_batches_and_scores_are_the_cpus(phantoms, tmp_path):
     data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0.2)
     seen = []

@@ -8,6 +8,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,15 @@ _STAGE1 = {"needs": {"stage1_frozen_epochs|stage1_epochs": ABOVE_0}}
 _STAGE2 = {"needs": {"stage2_epochs": ABOVE_0}}
 
 
-def warmup_end(momentum: float, params: Mapping, steps: int | None) -> float:
-    """The largest momentum that an encoder with warm-up reaches in so many steps: ``min(m, steps / (9 + steps))``.
+WARMUPS = {"momentum": "momentum_warmup", "average": "average_warmup"}  # decays, and what says whether each rises to its value
+
+
+def warmup_end(momentum: float, params: Mapping, steps: int | None, of: str = "momentum") -> float:
+    """The largest decay that a warm-up reaches in so many steps: ``min(m, steps / (9 + steps))``; ``of`` is in WARMUPS.
 
     See :class:`charmlib.nn.MomentumEncoder`; m = 0.99, 0.999 and 0.9999 are reached after 890, 8,990 and 89,990 steps.
     """
-    return momentum if steps is None or not params["momentum_warmup"] else min(momentum, steps / (9 + steps))
+    return momentum if steps is None or not params[WARMUPS[of]] else min(momentum, steps / (9 + steps))
 
 
 def _share_used(fraction: float, params: Mapping, steps: int | None) -> float:
@@ -187,6 +191,11 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
           "AdamW; or fastai's Adam, with beta2 0.99, epsilon 1e-5 and no decay of norms and biases", ("adamw", "fastai")),
     Param("training", "one_group", bool, False,
           "one parameter group as in the published code: nothing is frozen, and all layers have the head's rate"),
+    Param("training", "average", float, 0.0,
+          "decay of a running mean of the weights that is scored and saved; 0 scores the last weights, 1 takes all steps alike",
+          low=0, high=1, effective=partial(warmup_end, of="average")),
+    Param("training", "average_warmup", bool, False, "whether the decay of that mean starts at 0.1 and rises to average",
+          needs={"average": ABOVE_0}),
     Param("training", "weight_decay", float, 0.01, "decoupled weight decay", low=0),
     Param("training", "patience", int, 5, "epochs without improvement before a stage ends; 0 never ends it early", low=0),
     Param("training", "min_delta", float, 0.0, "smallest improvement that patience counts; 0.001 in the published code",

@@ -84,12 +84,17 @@ class PhaseRunner:
 
     def _fit(self, learner: Learner, phase: Phase, before: int, state: dict, cbs: Sequence) -> float:
         """Train a phase from a state on; returns the seconds of its longest epoch with a margin."""
+        mean = getattr(learner, "average_weights", None)  # of the weights; a phase that is over has it in the network
+        if mean is not None:
+            mean.resumed = state.get("average")
+
         def save(epochs: int, over: bool) -> None:
             scaler = getattr(learner, "scaler", None)
+            raw, average = ({}, None) if mean is None or over else mean.state()
             save_resume(self.path, {
                 "format": FORMAT, "identity": self.identity, "phase": phase.name, "epochs": epochs, "over": over,
-                "model": self.net.state_dict(), "opt": learner.opt.state_dict(), "best": self.best,
-                "scaler": scaler and scaler.state_dict(), "rate": self.rate, "history": self.history})
+                "model": {**self.net.state_dict(), **raw}, "average": average, "opt": learner.opt.state_dict(),
+                "best": self.best, "scaler": scaler and scaler.state_dict(), "rate": self.rate, "history": self.history})
 
         start = state["epochs"]
 

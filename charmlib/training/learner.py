@@ -15,6 +15,7 @@ from charmlib.data.loaders import ChestDataLoaders, GreyToNetwork
 from charmlib.models.charm import CharmNet
 from charmlib.models.registry import Network, keywords
 from charmlib.nn.losses import MultiLabelLoss, make_loss
+from charmlib.training.average import AverageWeights
 from charmlib.training.callbacks import NetworkHooks, SeedEpoch
 from charmlib.training.device import pick_precision, place
 from charmlib.training.no_wait import AdamW, HalfPrecision, MeanAUC, record_on_device
@@ -25,8 +26,8 @@ OPTIMIZERS = {"adamw": AdamW, "fastai": partial(AdamW, betas=(0.9, 0.99), eps=1e
 @delegates(CharmNet.__init__, but=["classes"])
 def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net: Network | None = None,
                   loss: str | MultiLabelLoss = "bce", optimizer: str = "adamw", one_group: bool = False,
-                  weight_decay: float = 0.01, precision: str = "auto", seed: int | None = None,
-                  path: str | Path | None = None, cbs: Sequence = (), **kwargs) -> Learner:
+                  weight_decay: float = 0.01, average: float = 0.0, average_warmup: bool = False, precision: str = "auto",
+                  seed: int | None = None, path: str | Path | None = None, cbs: Sequence = (), **kwargs) -> Learner:
     """A Learner whose ``lr_find``, ``fine_tune``, ``fit_one_cycle``, ``show_results`` and callbacks are fastai's own.
 
     >>> learn = charm_learner(dls, 'efficientnet_v2_s', bank_size=4096, vote_weight=0.5)           # doctest: +SKIP
@@ -44,6 +45,9 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
         AdamW, or fastai's Adam: beta2 0.99, epsilon 1e-5, no decay of norm layers and biases.
     one_group : bool
         One parameter group instead of the network's own: ``freeze`` and slices of rates then do nothing.
+    average, average_warmup
+        If above 0, the decay of a running mean of the weights that is validated, and left in the network, and whether it has a
+        warm-up; see :class:`charmlib.training.average.AverageWeights`.
     precision : {'auto', 'fp16', 'fp32'}
         'auto' is fp16 on a GPU.
     seed : int
@@ -70,6 +74,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     device = torch.device(dls.device)
     callbacks = [NetworkHooks(), Callback(after_batch=lambda _: session.alive()), *cbs,
                  *([] if seed is None else [SeedEpoch(seed)]),
+                 *([AverageWeights(average, average_warmup)] if average else []),
                  *([HalfPrecision()] if pick_precision(precision, device) == "fp16" else [])]
     return record_on_device(Learner(
         dls, place(net, device), loss_func=make_loss(loss) if isinstance(loss, str) else loss,

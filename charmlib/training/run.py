@@ -28,7 +28,7 @@ from charmlib.models.registry import Network, create
 from charmlib.nih import finding_columns, same_order
 from charmlib.nn.votes import WEIGHTS
 from charmlib.param_sources import changed, read_yaml
-from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, warmup_end, with_absolute_paths
+from charmlib.params import UNHASHED, WARMUPS, effective, missing_need, no_effect, resolve, with_absolute_paths
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
@@ -37,6 +37,8 @@ from charmlib.training.fit import PhaseRunner
 from charmlib.training.learner import charm_learner
 from charmlib.training.machine import device_name, peak_memory_mb, versions
 from charmlib.training.recipes import Phase, phases, steps
+
+OF_LEARNER = ("optimizer", "one_group", "weight_decay", "average", "average_warmup")  # parameters that charm_learner takes
 
 
 class Run:
@@ -135,7 +137,7 @@ class Run:
         path = self.folder / "fastai"  # CSVLogger's history.csv is another file than the run's
         path.mkdir(parents=True, exist_ok=True)
         return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
-                             **{name: self.params[name] for name in ("optimizer", "one_group", "weight_decay")}, path=path)
+                             **{name: self.params[name] for name in OF_LEARNER}, path=path)
 
     def find_lr(self, *, plot: bool = False) -> float:
         """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder.
@@ -231,7 +233,7 @@ class Run:
         """Log parameters that amount to another value in so few steps: a larger momentum would be the same run."""
         acts = effective(self.params, total)
         for name, value in self.params.items():
-            if PARAMS[name].effective is warmup_end and acts[name] not in (None, value):
+            if name in WARMUPS and acts[name] not in (None, value):
                 self.log(f"note: in at most {total} steps the warm-up reaches {name} {acts[name]:.5f} and not {value:g}: any "
                          "larger value gives the same run")
 

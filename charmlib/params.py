@@ -182,13 +182,20 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
     Param("training", "stage1_loss", str, "bce", "loss of stage 1", LOSSES, **_STAGE1),
     Param("training", "stage2_epochs", int, 5, "epochs of stage 2, all images, one cycle", low=0, shown=True),
     Param("training", "stage2_batch", int, 128, "batch size of stage 2 and of scoring", low=2, shown=True),
+    Param("training", "stage2_frozen", bool, False, "stage 2 trains the head alone; norm statistics stay, too", **_STAGE2),
     Param("training", "stage2_lr_min", float, 2e-5, "learning rate of the first layers in stage 2", low=0, shown=True,
-          **_STAGE2),
+          needs={**_STAGE2["needs"], "stage2_frozen": (False,)}),
     Param("training", "stage2_lr_max", float, 8e-5, "learning rate of the head in stage 2", low=0, shown=True, **_STAGE2),
     Param("training", "stage2_loss", str, "asl", "loss of stage 2; asl_published as CHARM's code computes it", LOSSES,
           **_STAGE2),
     Param("training", "optimizer", str, "adamw",
-          "AdamW; or fastai's Adam, with beta2 0.99, epsilon 1e-5 and no decay of norms and biases", ("adamw", "fastai")),
+          "AdamW; SGD with momentum 0.9; or fastai's Adam: beta2 0.99, epsilon 1e-5, no decay of norms and biases",
+          ("adamw", "sgd", "fastai")),
+    Param("training", "schedule", str, "one_cycle",
+          "learning rate of a phase: one cycle; or a tenth after 1/2 and 3/4 of it, or after each epoch without improvement",
+          ("one_cycle", "steps", "plateau")),
+    Param("training", "clip_norm", float, 0.0, "largest norm of the gradients; longer ones are scaled to it; 0 is no clipping",
+          low=0),
     Param("training", "one_group", bool, False,
           "one parameter group as in the published code: nothing is frozen, and all layers have the head's rate"),
     Param("training", "average", float, 0.0,
@@ -196,7 +203,7 @@ PARAMS: dict[str, Param] = {p.name: p for p in [
           low=0, high=1, effective=partial(warmup_end, of="average")),
     Param("training", "average_warmup", bool, False, "whether the decay of that mean starts at 0.1 and rises to average",
           needs={"average": ABOVE_0}),
-    Param("training", "weight_decay", float, 0.01, "decoupled weight decay", low=0),
+    Param("training", "weight_decay", float, 0.01, "decoupled weight decay; an L2 penalty with sgd", low=0),
     Param("training", "patience", int, 5, "epochs without improvement before a stage ends; 0 never ends it early", low=0),
     Param("training", "min_delta", float, 0.0, "smallest improvement that patience counts; 0.001 in the published code",
           low=0, needs={"patience": ABOVE_0}),
@@ -316,6 +323,10 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
         f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, or norm: half for "
         "inputs in [-1, 1].":
             out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"),
+        "parameters 'stage2_frozen' and 'one_group' contradict each other: one_group freezes nothing; switch one off.":
+            out["stage2_frozen"] and out["one_group"] and out["stage2_epochs"] > 0,
+        "parameter 'schedule': plateau looks at the validation part, and valid_fraction 0 leaves none; say schedule: steps.":
+            out["valid_fraction"] == 0 and out["schedule"] == "plateau",
         "parameters 'grad_checkpointing' and 'compile' cannot be used together; switch one off.":
             out["grad_checkpointing"] and out["compile"],
         "parameter 'rule': 'angle' has no running mean of norms; with strategy statistical say rare or published.":
@@ -361,7 +372,7 @@ def missing_need(name: str, params: Mapping[str, Any]) -> str:
 
 def need_text(others: str, values) -> str:
     """A condition of :class:`Param` in words: ``'answer: votes or features'``."""
-    wanted = values if values == ABOVE_0 else " or ".join(str(v).lower() if v is True else str(v) for v in values)
+    wanted = values if values == ABOVE_0 else " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
     return f"{others.replace('|', ' or ')}: {wanted}"
 
 
@@ -378,26 +389,6 @@ def no_effect(needs: Mapping[str, str]) -> str:
     """One line on the parameters without effect among ``needs`` (name -> its :func:`missing_need`); empty if all have one."""
     named = {need: ", ".join(name for name in needs if needs[name] == need) for need in needs.values() if need}
     return f"without effect: {'; '.join(f'{names} (needs {need})' for need, names in named.items())}" if named else ""
-
-
-def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with the files and folders that they name as absolute paths, ``~`` expanded.
-
-    Raises ParameterError for a weight file, a list or a folder of lists that is not there.
-    """
-    out = dict(params)
-    for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient")), ("never_test", ("",))):
-        if out[name] not in words and not (name == "split" and out[name].startswith("fold:")):
-            path = Path(out[name]).expanduser()
-            if not path.exists():
-                wanted = ", ".join([*filter(None, words), "an existing path"])
-                raise ParameterError(f"parameter '{name}': nothing at {path}; wanted {wanted}.")
-            out[name] = str(path.resolve())
-    for name in ("csv", "cache_dir", "run_dir"):
-        path = Path(out.get(name) or "").expanduser()
-        if out.get(name) and (name != "csv" or path.exists()):  # a csv may also be relative to data_root
-            out[name] = str(path.resolve())
-    return out
 
 
 import charmlib.systems  # noqa: E402  (adds the rows of systems, and so needs the table)

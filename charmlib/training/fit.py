@@ -14,7 +14,7 @@ from charmlib import session
 from charmlib.evaluation.metrics import NotFinite
 from charmlib.files import Damaged
 from charmlib.params import PARAMS
-from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Trains
+from charmlib.training.callbacks import EpochRecord, FallingRate, KeepProgress, SeedEpoch, Trains
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
 
@@ -70,7 +70,7 @@ class PhaseRunner:
             if phase.sets:
                 self.net.enter(**phase.sets)
             Trains(phase.trains, phase.train_norms).apply(learner)
-            self.best["waited"] = 0
+            self.best |= {"waited": 0, "values": []}
             if resumed:
                 self.best = resumed["best"]
                 fill(self.net, resumed["model"], str(self.path))
@@ -109,7 +109,11 @@ class PhaseRunner:
         rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"
         try:
             with learner.no_logging(), learner.removed_cbs(() if self.bars else learner._grab_cbs(ProgressCallback)):
-                learner.fit_one_cycle(phase.epochs, phase.lr, cbs=callbacks, start_epoch=start, **phase.cycle)
+                if phase.schedule == "one_cycle":
+                    learner.fit_one_cycle(phase.epochs, phase.lr, cbs=callbacks, start_epoch=start, **phase.cycle)
+                else:
+                    learner.fit(phase.epochs, phase.lr, cbs=[*callbacks, FallingRate(phase.schedule, self.best["values"])],
+                                start_epoch=start)
         except NotFinite as error:
             raise ValueError(f"training diverged in {phase.name} (the network's outputs are not finite): lower {rates}, now "
                              f"{phase.lr}") from error

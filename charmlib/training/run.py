@@ -27,8 +27,8 @@ from charmlib.files import write_csv, write_json, write_text
 from charmlib.models.registry import Network, create
 from charmlib.nih import finding_columns, same_order
 from charmlib.nn.votes import WEIGHTS
-from charmlib.param_sources import changed, read_yaml
-from charmlib.params import UNHASHED, WARMUPS, effective, missing_need, no_effect, resolve, with_absolute_paths
+from charmlib.param_sources import changed, read_yaml, with_absolute_paths
+from charmlib.params import UNHASHED, WARMUPS, effective, missing_need, no_effect, resolve
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
@@ -38,7 +38,7 @@ from charmlib.training.learner import charm_learner
 from charmlib.training.machine import device_name, peak_memory_mb, versions
 from charmlib.training.recipes import Phase, phases, steps
 
-OF_LEARNER = ("optimizer", "one_group", "weight_decay", "average", "average_warmup")  # parameters that charm_learner takes
+OF_LEARNER = ("optimizer", "one_group", "weight_decay", "average", "average_warmup", "clip_norm")  # for charm_learner
 
 
 class Run:

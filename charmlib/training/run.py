@@ -124,7 +124,8 @@ class Run:
         """fastai DataLoaders of a phase; of the first by default."""
         phase = phase or self.phase()
         return chest_dataloaders(self.data, bs=phase.batch, findings_only=phase.images == "findings", mean=self.net.mean,
-                                 std=self.net.std, preload=self.params["preload"], device=self.device, path=self.folder.path)
+                                 std=self.net.std, augment=self.params["augment"], preload=self.params["preload"],
+                                 device=self.device, path=self.folder.path)
 
     def learner(self, phase: Phase | None = None):
         """A fastai Learner around the run's network, with loss and loaders of a phase; of the first by default.

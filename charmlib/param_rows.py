@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -52,12 +53,15 @@ _STAGE1 = {"needs": {"stage1_frozen_epochs|stage1_epochs": ABOVE_0}}
 _STAGE2 = {"needs": {"stage2_epochs": ABOVE_0}}
 
 
-def warmup_end(momentum: float, params: Mapping, steps: int | None) -> float:
-    """The largest momentum that an encoder with warm-up reaches in so many steps: ``min(m, steps / (9 + steps))``.
+WARMUPS = {"momentum": "momentum_warmup", "average": "average_warmup"}  # decays, and what says whether each rises to its value
+
+
+def warmup_end(momentum: float, params: Mapping, steps: int | None, of: str = "momentum") -> float:
+    """The largest decay that a warm-up reaches in so many steps: ``min(m, steps / (9 + steps))``; ``of`` is in WARMUPS.
 
     See :class:`charmlib.nn.MomentumEncoder`; m = 0.99, 0.999 and 0.9999 are reached after 890, 8,990 and 89,990 steps.
     """
-    return momentum if steps is None or not params["momentum_warmup"] else min(momentum, steps / (9 + steps))
+    return momentum if steps is None or not params[WARMUPS[of]] else min(momentum, steps / (9 + steps))
 
 
 def _share_used(fraction: float, params: Mapping, steps: int | None) -> float:
@@ -179,8 +183,9 @@ ROWS: tuple[Param, ...] = (
           **_STAGE1),
     Param("training", "stage2_epochs", int, 5, "epochs of stage 2, all images, one cycle", low=0, shown=True),
     Param("training", "stage2_batch", int, 128, "batch size of stage 2 and of scoring", low=2, shown=True),
+    Param("training", "stage2_frozen", bool, False, "stage 2 trains the head alone; norm statistics stay, too", **_STAGE2),
     Param("training", "stage2_lr_min", float, 2e-5, "learning rate of the first layers in stage 2", low=0, shown=True,
-          **_STAGE2),
+          needs={**_STAGE2["needs"], "stage2_frozen": (False,)}),
     Param("training", "stage2_lr_max", float, 8e-5, "learning rate of the head in stage 2", low=0, shown=True, **_STAGE2),
     Param("training", "stage2_loss", str, "asl", "loss of stage 2; asl_published as CHARM's code computes it", LOSSES,
           **_STAGE2),
@@ -201,10 +206,24 @@ ROWS: tuple[Param, ...] = (
     Param("training", "ldam_scale", float, 1.0, "what the head's output is multiplied by where a stage has loss ldam; 30 as "
           "published", low=1e-3, high=1000, of=("charm",), **_LDAM),
     Param("training", "optimizer", str, "adamw",
-          "AdamW; or fastai's Adam, with beta2 0.99, epsilon 1e-5 and no decay of norms and biases", ("adamw", "fastai")),
+          "AdamW; SGD with momentum 0.9; or fastai's Adam: beta2 0.99, epsilon 1e-5, no decay of norms and biases",
+          ("adamw", "sgd", "fastai")),
+    Param("training", "schedule", str, "one_cycle",
+          "learning rate of a phase: one cycle; or a tenth after 1/2 and 3/4 of it, or after each epoch without improvement",
+          ("one_cycle", "steps", "plateau")),
+    Param("training", "clip_norm", float, 0.0, "largest norm of the gradients; longer ones are scaled to it; 0 is no clipping",
+          low=0),
     Param("training", "one_group", bool, False,
           "one parameter group as in the published code: nothing is frozen, and all layers have the head's rate"),
-    Param("training", "weight_decay", float, 0.01, "decoupled weight decay", low=0),
+    Param("training", "augment", str, "light",
+          "flip and turn; standard adds shift, zoom, brightness and contrast, strong also CLAHE, noise and holes",
+          ("light", "standard", "strong")),
+    Param("training", "average", float, 0.0,
+          "decay of a running mean of the weights that is scored and saved; 0 scores the last weights, 1 takes all steps alike",
+          low=0, high=1, effective=partial(warmup_end, of="average")),
+    Param("training", "average_warmup", bool, False, "whether the decay of that mean starts at 0.1 and rises to average",
+          needs={"average": ABOVE_0}),
+    Param("training", "weight_decay", float, 0.01, "decoupled weight decay; an L2 penalty with sgd", low=0),
     Param("training", "patience", int, 5, "epochs without improvement before a stage ends; 0 never ends it early", low=0),
     Param("training", "min_delta", float, 0.0, "smallest improvement that patience counts; 0.001 in the published code",
           low=0, needs={"patience": ABOVE_0}),

@@ -180,3 +180,23 @@ def refuse_unknown(namespace: Mapping[str, Any]) -> None:
 def changed(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters whose value is not the declared default."""
     return {name: value for name, value in params.items() if value != DEFAULTS.get(name)}
+
+
+def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with the files and folders that they name as absolute paths, ``~`` expanded.
+
+    Raises ParameterError for a weight file, a list or a folder of lists that is not there.
+    """
+    out = dict(params)
+    for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient")), ("never_test", ("",))):
+        if out[name] not in words and not (name == "split" and out[name].startswith("fold:")):
+            path = Path(out[name]).expanduser()
+            if not path.exists():
+                wanted = ", ".join([*filter(None, words), "an existing path"])
+                raise ParameterError(f"parameter '{name}': nothing at {path}; wanted {wanted}.")
+            out[name] = str(path.resolve())
+    for name in ("csv", "cache_dir", "run_dir"):
+        path = Path(out.get(name) or "").expanduser()
+        if out.get(name) and (name != "csv" or path.exists()):  # a csv may also be relative to data_root
+            out[name] = str(path.resolve())
+    return out

@@ -126,6 +126,10 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
         f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, or norm: half for "
         "inputs in [-1, 1].":
             out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"),
+        "parameters 'stage2_frozen' and 'one_group' contradict each other: one_group freezes nothing; switch one off.":
+            out["stage2_frozen"] and out["one_group"] and out["stage2_epochs"] > 0,
+        "parameter 'schedule': plateau looks at the validation part, and valid_fraction 0 leaves none; say schedule: steps.":
+            out["valid_fraction"] == 0 and out["schedule"] == "plateau",
         "parameters 'grad_checkpointing' and 'compile' cannot be used together; switch one off.":
             out["grad_checkpointing"] and out["compile"],
         "parameter 'rule': 'angle' has no running mean of norms; with strategy statistical say rare or published.":
@@ -171,7 +175,7 @@ def missing_need(name: str, params: Mapping[str, Any]) -> str:
 
 def need_text(others: str, values) -> str:
     """A condition of :class:`Param` in words: ``'answer: votes or features'``."""
-    wanted = values if values == ABOVE_0 else " or ".join(str(v).lower() if v is True else str(v) for v in values)
+    wanted = values if values == ABOVE_0 else " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
     return f"{others.replace('|', ' or ')}: {wanted}"
 
 
@@ -188,26 +192,6 @@ def no_effect(needs: Mapping[str, str]) -> str:
     """One line on the parameters without effect among ``needs`` (name -> its :func:`missing_need`); empty if all have one."""
     named = {need: ", ".join(name for name in needs if needs[name] == need) for need in needs.values() if need}
     return f"without effect: {'; '.join(f'{names} (needs {need})' for need, names in named.items())}" if named else ""
-
-
-def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with the files and folders that they name as absolute paths, ``~`` expanded.
-
-    Raises ParameterError for a weight file, a list or a folder of lists that is not there.
-    """
-    out = dict(params)
-    for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient")), ("never_test", ("",))):
-        if out[name] not in words and not (name == "split" and out[name].startswith("fold:")):
-            path = Path(out[name]).expanduser()
-            if not path.exists():
-                wanted = ", ".join([*filter(None, words), "an existing path"])
-                raise ParameterError(f"parameter '{name}': nothing at {path}; wanted {wanted}.")
-            out[name] = str(path.resolve())
-    for name in ("csv", "cache_dir", "run_dir"):
-        path = Path(out.get(name) or "").expanduser()
-        if out.get(name) and (name != "csv" or path.exists()):  # a csv may also be relative to data_root
-            out[name] = str(path.resolve())
-    return out
 
 
 import charmlib.systems  # noqa: E402  (adds the rows of systems, and so needs the table)

@@ -58,7 +58,7 @@ def test_contradictions_are_refused():
 
 
 def test_what_a_run_names_is_absolute_and_there(tmp_path, monkeypatch):
-    from charmlib.params import with_absolute_paths
+    from charmlib.param_sources import with_absolute_paths
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pt").touch()

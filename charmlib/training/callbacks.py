@@ -1,6 +1,7 @@
 """Small fastai callbacks, each with one job."""
 
 import hashlib
+import math
 import random
 import time
 from functools import partial
@@ -214,10 +215,10 @@ class KeepProgress(Callback):
     fastai's ``SaveModelCallback`` keeps weights in files that it loads with pickles allowed.
 
     ``best`` is changed in place: ``value`` and ``state`` (weights on the CPU) of the kept epoch, ``mark`` (the value that
-    patience compares with) and ``waited`` (epochs since). ``phase`` says the patience and the smallest improvements. ``save``
-    gets the number of finished epochs and whether the phase is over, after the epoch's other callbacks. ``monitor`` None keeps
-    the last epoch, and epochs before ``start`` are skipped. ``scale`` is the state of a resumed phase's gradient scaler, since
-    each fit starts with a new one.
+    patience compares with), ``waited`` (epochs since) and ``values`` (of all epochs of the phase; small is good). ``phase``
+    says the patience and the smallest improvements. ``save`` gets the number of finished epochs and whether the phase is over,
+    after the epoch's other callbacks. ``monitor`` None keeps the last epoch, and epochs before ``start`` are skipped. ``scale``
+    is the state of a resumed phase's gradient scaler, since each fit starts with a new one.
 
     Raises
     ------
@@ -252,6 +253,7 @@ class KeepProgress(Callback):
         row = self.learn.epoch_record.rows[-1]
         value = monitored(row, self.monitor or "valid_loss")
         self.best["waited"] += 1
+        self.best["values"].append(value)
         if self.monitor is None or value < self.best["mark"] - self.phase.min_delta:
             self.best.update(mark=value, waited=0)
         if self.monitor is None or value < self.best["value"] - self.phase.save_delta:
@@ -268,6 +270,28 @@ class KeepProgress(Callback):
             session.stop_unless(self.longest, "the next epoch")
         if stop and not ended:
             raise CancelFitException
+
+
+class FallingRate(Callback):
+    """Divides the learning rates of a fit by 10, once or more, at the start of an epoch; momentum stays.
+
+    'steps': after half and after three quarters of the epochs (the shares of ResNet's schedule on CIFAR, arXiv 1512.03385).
+    'plateau': after each epoch without a new best among ``values``, the list that :class:`KeepProgress` fills; so does
+    fastai's ``ReduceLROnPlateau`` with its defaults, which does nothing to a torch optimizer in fastai's ``OptimWrapper``.
+
+    Both follow from the epoch and the history alone, so that a resumed run has the same rates.
+    """
+
+    def __init__(self, schedule: str, values: list[float]):
+        store_attr()
+
+    def before_fit(self):
+        self.rates = [group["lr"] for group in self.opt.hypers]
+
+    def before_epoch(self):
+        falls = sum(self.epoch >= share * self.n_epoch for share in (0.5, 0.75)) if self.schedule == "steps" else \
+            sum(not v < min((u for u in self.values[:i] if u == u), default=math.inf) for i, v in enumerate(self.values))
+        self.opt.set_hyper("lr", [rate / 10**falls for rate in self.rates])
 
 
 def write_history(folder: RunFolder, rows: list[dict]) -> None:

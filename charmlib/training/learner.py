@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from fastai.callback import schedule as _schedule  # noqa: F401  (patches lr_find, fine_tune and fit_one_cycle into Learner)
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastcore.meta import delegates
 
@@ -18,18 +19,20 @@ from charmlib.data.sampling import prior_shift, shares
 from charmlib.models.charm import CharmNet
 from charmlib.models.registry import Network, keywords
 from charmlib.nn.losses import MultiLabelLoss, make_loss
+from charmlib.training.average import AverageWeights
 from charmlib.training.callbacks import LossMode, NetworkHooks, SeedEpoch
 from charmlib.training.device import pick_precision, place
-from charmlib.training.no_wait import AdamW, HalfPrecision, MeanAP, MeanAUC, record_on_device
+from charmlib.training.no_wait import SGD, AdamW, HalfPrecision, MeanAP, MeanAUC, record_on_device
 
-OPTIMIZERS = {"adamw": AdamW, "fastai": partial(AdamW, betas=(0.9, 0.99), eps=1e-5)}
+OPTIMIZERS = {"adamw": AdamW, "sgd": SGD, "fastai": partial(AdamW, betas=(0.9, 0.99), eps=1e-5)}
 
 
 @delegates(CharmNet.__init__, but=["classes"])
 def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net: Network | None = None,
                   loss: str | MultiLabelLoss = "bce", weight_from: float = 0.0, optimizer: str = "adamw",
-                  one_group: bool = False, weight_decay: float = 0.01, precision: str = "auto", seed: int | None = None,
-                  path: str | Path | None = None, cbs: Sequence = (), **kwargs) -> Learner:
+                  one_group: bool = False, weight_decay: float = 0.01, average: float = 0.0, average_warmup: bool = False,
+                  clip_norm: float = 0.0, precision: str = "auto", seed: int | None = None, path: str | Path | None = None,
+                  cbs: Sequence = (), **kwargs) -> Learner:
     """A Learner whose ``lr_find``, ``fine_tune``, ``fit_one_cycle``, ``show_results`` and callbacks are fastai's own.
 
     >>> learn = charm_learner(dls, 'efficientnet_v2_s', bank_size=4096, vote_weight=0.5)           # doctest: +SKIP
@@ -46,10 +49,15 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     weight_from : float
         Share of the epochs of a fit before class weights act; 0.8 is deferred re-weighting (Cao et al., NeurIPS 2019), whose
         fall of the learning rate is the end of ``fit_one_cycle``. Validation losses have no class weights.
-    optimizer : {'adamw', 'fastai'}
-        AdamW, or fastai's Adam: beta2 0.99, epsilon 1e-5, no decay of norm layers and biases.
+    optimizer : {'adamw', 'sgd', 'fastai'}
+        AdamW; SGD with momentum 0.9; or fastai's Adam: beta2 0.99, epsilon 1e-5, no decay of norm layers and biases.
     one_group : bool
         One parameter group instead of the network's own: ``freeze`` and slices of rates then do nothing.
+    average, average_warmup
+        If above 0, the decay of a running mean of the weights that is validated, and left in the network, and whether it has a
+        warm-up; see :class:`charmlib.training.average.AverageWeights`.
+    clip_norm : float
+        If above 0, longer gradients are scaled to this Euclidean norm (fastai's ``GradientClip``).
     precision : {'auto', 'fp16', 'fp32'}
         'auto' is fp16 on a GPU.
     seed : int
@@ -91,9 +99,11 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
         loss.shift, own = (torch.from_numpy(a).float() for a in (prior_shift(labels, dls.train.expected), shares(labels)))
     callbacks = [NetworkHooks(), LossMode(weight_from, own), Callback(after_batch=lambda _: session.alive()), *cbs,
                  *([] if seed is None else [SeedEpoch(seed)]),
+                 *([AverageWeights(average, average_warmup)] if average else []),
+                 *([GradientClip(clip_norm)] if clip_norm else []),
                  *([HalfPrecision()] if pick_precision(precision, device) == "fp16" else [])]
     return record_on_device(Learner(
         dls, place(net, device), loss_func=loss, opt_func=OPTIMIZERS[optimizer], wd=weight_decay,
         splitter=lambda net: [sum(net.parameter_groups(), [])] if one_group else net.parameter_groups(),
         metrics=[MeanAUC(dls.vocab, dls.normal_class), MeanAP(dls.vocab, dls.normal_class)], cbs=callbacks, path=path,
-        model_dir=".", **{"wd_bn_bias": optimizer == "adamw", **of_learner}))
+        model_dir=".", **{"wd_bn_bias": optimizer != "fastai", **of_learner}))

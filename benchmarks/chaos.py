@@ -2,11 +2,11 @@
 
     python -m benchmarks.chaos
 
-Twelve cells on drawn phantoms, two at once, run twice: undisturbed, and with kills. SIGKILL goes to the runner,
-the cells' papermill processes and their kernels, at random moments of stage 1, stage 2, scoring or writing a file.
-When the runner has ended, the same command is started again. At the end both leaderboards must be equal except for times, and
-every cell's ``metrics.json`` and predictions must have the same bits. Keeps ``results/chaos.log`` (a line per kill) and
-``results/chaos.json``.
+Twelve cells on drawn phantoms, two at once, run twice: undisturbed, and with kills. Six have a bank of features, six one that
+votes. SIGKILL goes to the runner, the cells' papermill processes and their kernels, at random moments of stage 1, stage 2,
+scoring or writing a file. When the runner has ended, the same command is started again. At the end both leaderboards must be
+equal except for times, and every cell's ``metrics.json`` and predictions must have the same bits. Keeps ``results/chaos.log``
+(a line per kill) and ``results/chaos.json``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ RESULTS = Path(__file__).parent / "results"
 SETTINGS = {"image_size": 32, "arch": "timm:test_resnet", "weights": "none", "norm": "half", "bank_size": 64, "hidden": 16,
             "stage1_frozen_epochs": 1, "stage1_epochs": 3, "stage2_epochs": 3, "stage1_lr": 1e-3, "stage1_batch": 8,
             "stage2_batch": 8, "valid_fraction": 0.2, "use_momentum": True, "answer": "features", "strategy": "rarity"}
-AXES = {"momentum": [0.9, 0.99], "k": [1, 2, 3], "threshold": [0.1, 0.2]}
+AXES = {"momentum": [0.9, 0.99], "k": [1, 2, 3]}
+VOTES = {"answer": "votes", "strategy": "balanced", "use_momentum": False, "vote_weight": [-1, 0.3, 0.7], "seed": [1, 2]}
 PHASES = ("stage 1", "stage 2", "scoring", "writing")
 VICTIMS = {"runner": None, "papermill": "charmlib.grid.cell_process", "kernel": "ipykernel"}
 
@@ -157,7 +158,8 @@ def main() -> None:
         folder = Path(place)
         data = make_phantoms(folder / "phantoms", images=600, size=32)
         (folder / "base.yaml").write_text(yaml.safe_dump({**SETTINGS, "data_root": str(data)}))
-        (folder / "grid_chaos.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "axes": AXES}, sort_keys=False))
+        (folder / "grid_chaos.yaml").write_text(yaml.safe_dump(
+            {"base": "base.yaml", "axes": AXES, "cells": [{"name": "votes", **VOTES}]}, sort_keys=False))
         command = [sys.executable, "-m", "charmlib", "grid", "run", str(folder / "grid_chaos.yaml"), "--workers", "2", "--out"]
         start = time.monotonic()
         subprocess.run([*command, str(folder / "quiet")], check=True, stdout=subprocess.DEVNULL)
@@ -172,7 +174,7 @@ def main() -> None:
         counts = {phase: {victim: chaos.kills[victim, phase] for victim in VICTIMS} for phase in PHASES}
         write_json(RESULTS / "chaos.json", {"cells": 12, "kills": counts, "starts": chaos.starts, "equal": not wrong,
                                             "quiet_seconds": round(quiet_seconds, 1), "chaos_seconds": round(took, 1),
-                                            "seed": given.seed, "settings": SETTINGS, "axes": AXES})
+                                            "seed": given.seed, "settings": SETTINGS, "axes": AXES, "votes": VOTES})
         print(json.dumps(counts, indent=1))
         if wrong or sum(chaos.kills.values()) < given.kills:
             raise SystemExit("the grid did not survive, or was killed too rarely; see results/chaos.log")

@@ -129,7 +129,7 @@ def test_this_environment_is_the_end_that_it_is_taken_for():
 
 def test_everything_imported_is_required():
     names = {"sklearn": "scikit_learn", "PIL": "pillow", "yaml": "pyyaml"}
-    brought = {"scipy", "IPython", "fastcore"}  # by scikit-learn, ipykernel and fastai
+    brought = {"scipy", "IPython", "traitlets", "fastcore"}  # by scikit-learn, ipykernel and fastai
     # extras ('dicom', Voilà's server), a stand-in for a newer kornia_rs, the official client: who lacks them is told
     asked_for = {"pydicom", "cv2", "kaggle", "jupyter_server"}
     found = set()

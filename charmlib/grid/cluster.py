@@ -114,7 +114,8 @@ def local_cluster(means: Means, cells: int) -> Iterator[Cluster]:
     _quiet()
     count = min(means.at_once, cells)
     threads = max(1, (os.cpu_count() or 1) // count) if count > 1 else 0
-    with (dask.config.set({"distributed.nanny.pre-spawn-environ": {}}),  # which :func:`work` takes out of the environment
+    # a machine that slept hears no heartbeat of its own workers; :func:`work` takes the other out of the environment
+    with (dask.config.set({"distributed.scheduler.worker-ttl": None, "distributed.nanny.pre-spawn-environ": {}}),
           distributed.LocalCluster(n_workers=count, threads_per_worker=1, processes=False, protocol="inproc://",
                                    dashboard_address=None, scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
                                    silence_logs=logging.CRITICAL) as cluster,

@@ -56,7 +56,8 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def cell_id(values: Mapping[str, Any]) -> str:
     """``m0.99_k5_t0.2`` for the three axes of CHARM, ``name=value`` for others, joined by ``_``."""
-    texts = {name: re.sub(r"[^\w.+-]", "-", str(value)).strip("-") for name, value in values.items()}
+    texts = {name: re.sub(r"[^\w.+-]", "-", value).strip("-") if isinstance(value, str) else str(value)
+             for name, value in values.items()}
     short = [f"{letter}{texts[name]}" for name, letter in _SHORT.items() if name in texts]
     return "_".join(short + [f"{name}={text}" for name, text in texts.items() if name not in _SHORT]) or "base"
 

@@ -203,7 +203,7 @@ def test_a_machine_that_is_cut_off_never_runs_a_cell_twice_at_once(light, cluste
 
 def test_a_worker_with_a_gpu_may_come_behind_others(monkeypatch):
     found = [[{}], [{}, {"GPU": 1}]]
-    monkeypatch.setattr("charmlib.grid.cluster.connect", lambda means: contextlib.nullcontext())
+    monkeypatch.setattr("charmlib.grid.cluster.connect", lambda *given: contextlib.nullcontext())
     monkeypatch.setattr("charmlib.grid.cluster._refuse_strangers", lambda client, jobs: None)
     monkeypatch.setattr("charmlib.grid.cluster.Cluster.offers", lambda self: found.pop(0) if len(found) > 1 else found[0])
     with given_cluster(Means(scheduler="tcp://there", wait_workers=5), []) as seats:

@@ -30,6 +30,7 @@ def test_the_name_of_a_cell():
     assert cell_id({"threshold": 0.2, "k": 5, "momentum": 0.99}) == "m0.99_k5_t0.2"
     assert cell_id({"momentum": 0.99, "seed": 1, "stage2_lr_min": 2e-5}) == "m0.99_seed=1_stage2_lr_min=2e-05"
     assert "/" not in cell_id({"weights": "/a/b.pt"})
+    assert cell_id({"vote_weight": -1.0}) != cell_id({"vote_weight": 1.0})
 
 
 def test_assignments_pin_replace_and_override(tmp_path):

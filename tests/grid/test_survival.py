@@ -216,6 +216,21 @@ def test_a_zombie_writes_nothing_once_its_lease_is_lost(light):
     assert len(starts) == 2 and epochs_done(cell) == 12 + 1
 
 
+def test_a_grid_goes_on_when_its_machine_wakes(light, monkeypatch):
+    """Dask drops workers that were silent for five minutes (here: a second), its own process's too."""
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL", "1s")
+    runner = light("-p", "stage1_epochs=6", k=[1], pace=1.0, background=True)
+    wait_for(lambda: epochs_done(light.out / "k1") >= 1, runner=runner)
+    everyone = [runner, *runner.children(recursive=True)]
+    for process in everyone:
+        process.suspend()
+    time.sleep(6)
+    for process in everyone:
+        process.resume()
+    assert runner.wait(60) == 0, light.out.with_suffix(".log").read_text()
+    assert sum(line.startswith("start") for line in (light.out / "k1/log.txt").read_text().splitlines()) == 1
+
+
 def test_a_machine_that_slept_loses_its_lease_after_a_while(tmp_path, monkeypatch):
     """A lease of another machine holds while it is renewed, and no longer than its patience after that."""
     mine = lease.take(tmp_path)

@@ -56,14 +56,14 @@ runs/explore64/explore.txt: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.explore $(SHARED)/nih64 runs/explore64
 
 regime64: runs/explore64/explore.txt
-	for part in 1 2; do $(BIN)/python -m charmlib grid run params/grid_nih64_regime$$part.yaml --out runs/regime64_$$part --workers 2 \
-		$(REAL) -p split=runs/explore64 && cp runs/regime64_$$part/leaderboard.csv benchmarks/results/nih64_regime$$part.csv; done
+	set -e; for part in 1 2; do $(BIN)/python -m charmlib grid run params/grid_nih64_regime$$part.yaml --out runs/regime64_$$part --workers 2 \
+		$(REAL) -p split=runs/explore64; cp runs/regime64_$$part/leaderboard.csv benchmarks/results/nih64_regime$$part.csv; done
 
 SEEDS ?= [85, 1, 2]
 parts64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64_parts.yaml --out runs/nih64_parts --workers 2 \
 		$(REAL) -p never_test=benchmarks/explore64.txt -p "seed=$(SEEDS)"
-	for run in runs/nih64_parts/*_seed=*; do $(BIN)/python -m charmlib baselines $$run; done
+	set -e; for run in runs/nih64_parts/*_seed=*; do $(BIN)/python -m charmlib baselines $$run; done
 	$(BIN)/python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
 
 memaug64: $(VENV)/.installed

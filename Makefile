@@ -85,7 +85,7 @@ explore: $(VENV)/.installed
 	$(PIP) install -q -c kaggle_setup/constraints-latest.txt -e '.[explore]'
 	$(BIN)/python -m charmlib explore $(RUNS)
 
-# brings the notebooks' parameters cells up to date after a change of charmlib/params.py
+# brings the notebooks' parameters cells up to date after a change of charmlib/param_rows.py
 parameters: $(VENV)/.installed
 	$(BIN)/python -m charmlib params --write notebooks/prepare.ipynb --write notebooks/train.ipynb \
 		--write notebooks/test.ipynb

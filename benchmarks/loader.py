@@ -23,9 +23,10 @@ from fastai.vision.core import imagenet_stats
 from PIL import Image
 
 from benchmarks.measure import median_ratio, save
+from charmlib.data.augment import Augment
 from charmlib.data.cache import open_images
 from charmlib.data.images import open_grey
-from charmlib.data.loaders import ChestDL, ChestImages, FlipRotate, GreyToNetwork
+from charmlib.data.loaders import ChestDL, ChestImages, GreyToNetwork
 from charmlib.training.device import pick_device
 from charmlib.training.run import peak_memory_mb
 
@@ -96,7 +97,7 @@ def main() -> None:
             rates["build"].append(len(ids) / (time.perf_counter() - start))
             data = ChestImages(cache, np.zeros((len(ids), 14), np.float32), np.arange(len(ids)), [str(c) for c in range(14)],
                                train=True)
-            turned = [FlipRotate(), GreyToNetwork(*imagenet_stats)]
+            turned = [Augment(), GreyToNetwork(*imagenet_stats)]
             for name, transforms in (("uint8", []), ("float", turned)):
                 loader = ChestDL(data, bs=args.batch, shuffle=True, drop_last=True, after_batch=transforms, device=device)
                 epoch(loader, device)

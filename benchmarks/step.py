@@ -25,8 +25,9 @@ from fastai.vision.core import imagenet_stats
 
 from benchmarks.loops import PARTS, BareLoop, network
 from benchmarks.measure import save
+from charmlib.data.augment import Augment
 from charmlib.data.cache import open_images
-from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, FlipRotate, GreyToNetwork
+from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork
 from charmlib.nn import MultiScaleAttention, RareMemoryBank
 from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner
@@ -80,7 +81,7 @@ def loaders(folder: Path, work: Path, size: int, batch: int, steps: int, device:
     labels = (np.random.default_rng(0).random((count, 14)) < 0.1).astype(np.float32)
     part = ChestImages(cache, labels, np.arange(count), [str(c) for c in range(14)], train=True)
     scale = GreyToNetwork(*imagenet_stats)
-    train = ChestDL(part, bs=batch, shuffle=True, drop_last=True, after_batch=[FlipRotate(), scale], device=device)
+    train = ChestDL(part, bs=batch, shuffle=True, drop_last=True, after_batch=[Augment(), scale], device=device)
     few = ChestImages(cache, labels, np.arange(batch), part.classes)
     valid = ChestDL(few, bs=batch, after_batch=[scale], device=device)
     return ChestDataLoaders(train, valid, device=device)

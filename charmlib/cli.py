@@ -376,7 +376,7 @@ def params(notebooks):
 
     for p in () if notebooks else PARAMS.values():
         needs = [*([f"system: {' or '.join(p.of)}"] if p.of else []), *(need_text(*need) for need in p.needs.items())]
-        allowed = f" [{', '.join(p.choices)}{f', {p.also}' if p.also else ''}]" if p.choices else ""
+        allowed = f" [{', '.join(map(str, p.choices))}{f', {p.also}' if p.also else ''}]" if p.choices else ""
         click.echo(f"{p.name}: {p.type.__name__} = {p.default!r}  # {p.reason}{allowed}"
                    + (f"; needs {', '.join(needs)}" if needs else ""))
     for path in notebooks:

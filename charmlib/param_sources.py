@@ -131,7 +131,7 @@ def cell_source(names: Iterable[str] | None = None) -> str:
         if p.group != group:
             lines.append(("" if group is None else "\n") + f"# {p.group}")
             group = p.group
-        allowed = f": {', '.join(p.choices)}{f', {p.also}' if p.also else ''}" if p.choices else ""
+        allowed = f": {', '.join(map(str, p.choices))}{f', {p.also}' if p.also else ''}" if p.choices else ""
         lines.append(f"{p.name}: {p.type.__name__} = {p.default!r}  # {p.reason}{allowed}")
     if names is None:
         lines.append("options: dict = {}  # any other parameter by name; `python -m charmlib params` lists them")
@@ -180,3 +180,23 @@ def refuse_unknown(namespace: Mapping[str, Any]) -> None:
 def changed(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters whose value is not the declared default."""
     return {name: value for name, value in params.items() if value != DEFAULTS.get(name)}
+
+
+def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with the files and folders that they name as absolute paths, ``~`` expanded.
+
+    Raises ParameterError for a weight file, a list or a folder of lists that is not there.
+    """
+    out = dict(params)
+    for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient")), ("never_test", ("",))):
+        if out[name] not in words and not (name == "split" and out[name].startswith("fold:")):
+            path = Path(out[name]).expanduser()
+            if not path.exists():
+                wanted = ", ".join([*filter(None, words), "an existing path"])
+                raise ParameterError(f"parameter '{name}': nothing at {path}; wanted {wanted}.")
+            out[name] = str(path.resolve())
+    for name in ("csv", "cache_dir", "run_dir"):
+        path = Path(out.get(name) or "").expanduser()
+        if out.get(name) and (name != "csv" or path.exists()):  # a csv may also be relative to data_root
+            out[name] = str(path.resolve())
+    return out

@@ -1,4 +1,4 @@
-"""The table of parameters: name, type, default, allowed values, meaning, the systems it is for, and what it depends on.
+"""The table of parameters (:mod:`charmlib.param_rows`), and what checks values against it.
 
 All sources of parameters (:mod:`charmlib.param_sources`) go through :func:`resolve`. It coerces values to the declared type
 and refuses unknown names, naming the nearest valid one. Nothing here imports torch.
@@ -6,10 +6,11 @@ and refuses unknown names, naming the nearest valid one. Nothing here imports to
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from charmlib.param_rows import ABOVE_0, ROWS, Param
 
 
 class ParameterError(ValueError):
@@ -19,196 +20,7 @@ class ParameterError(ValueError):
         super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-500:]}")
 
 
-@dataclass(frozen=True)
-class Param:
-    """One row of the table.
-
-    - ``choices``: the only allowed values; ``also`` describes free values besides them.
-    - ``low``, ``high``: the allowed range of a number.
-    - ``of``: the systems that have this parameter; all systems if empty.
-    - ``needs``: other parameters and their values under which this one has an effect: ``{'answer': ('votes',)}``. The names of
-      several joined by ``|`` ask for one of them; :data:`ABOVE_0` stands for any positive number.
-    - ``effective``: (value, params, steps) -> the value that it amounts to; two values of one effective value give the same
-      run. ``steps`` is the number of training steps, None where it is not known.
-    - ``shown``: whether the train notebook's parameters cell has a line for it; the others go through its ``options``.
-    - ``hashed``: False for parameters that say where and how a run happens: they stay out of a cell's hash.
-    """
-
-    group: str
-    name: str
-    type: type
-    default: Any
-    reason: str
-    choices: tuple = ()
-    also: str = ""
-    low: float = -math.inf
-    high: float = math.inf
-    of: tuple[str, ...] = ()
-    needs: Mapping[str, Any] = field(default_factory=dict)
-    effective: Callable[[Any, Mapping, int | None], Any] | None = None
-    shown: bool = False
-    hashed: bool = True
-
-
-ABOVE_0 = "above 0"
-LOSSES = ("bce", "focal", "asl", "asl_published")
-_CHARM = {"of": ("charm",)}
-_MOMENTUM = {**_CHARM, "needs": {"use_momentum": (True,)}}
-_BANK = {**_CHARM, "needs": {"use_bank": (True,)}}
-_VOTES = {**_CHARM, "needs": {"answer": ("votes",)}}
-_FEATURES = {**_CHARM, "needs": {"answer": ("features",)}}
-_STAGE1 = {"needs": {"stage1_frozen_epochs|stage1_epochs": ABOVE_0}}
-_STAGE2 = {"needs": {"stage2_epochs": ABOVE_0}}
-
-
-def warmup_end(momentum: float, params: Mapping, steps: int | None) -> float:
-    """The largest momentum that an encoder with warm-up reaches in so many steps: ``min(m, steps / (9 + steps))``.
-
-    See :class:`charmlib.nn.MomentumEncoder`; m = 0.99, 0.999 and 0.9999 are reached after 890, 8,990 and 89,990 steps.
-    """
-    return momentum if steps is None or not params["momentum_warmup"] else min(momentum, steps / (9 + steps))
-
-
-def _share_used(fraction: float, params: Mapping, steps: int | None) -> float:
-    """Random splits and lists have their own validation part, which only 0 removes."""
-    drawn = params["split"] == "official" or params["split"].startswith("fold:")
-    return fraction if drawn else float(fraction > 0)
-
-
-PARAMS: dict[str, Param] = {p.name: p for p in [
-    # data
-    Param("data", "data_root", str, "",
-          "folder of the images and CSVs; empty searches Kaggle's mounts and ./data, else draws phantoms", shown=True,
-          hashed=False),
-    Param("data", "classes", str, "nih14", "the 14 NIH findings, 'No Finding' as a 15th class, or the classes of `csv`",
-          ("nih14", "nih15", "own"), shown=True),
-    Param("data", "csv", str, "", "a label table of your own; empty finds the NIH table", shown=True),
-    Param("data", "normal_class", str, "", "the class that means no finding; empty knows 'No Finding', 'Normal' and the like"),
-    Param("data", "blank", str, "auto", "meaning of a blank among 0 and 1; auto is 0 in tables like CheXpert's, else unknown",
-          ("auto", "unknown", "0", "1")),
-    Param("data", "uncertain", str, "auto", "what the label -1 means; auto is unknown", ("auto", "unknown", "0", "1")),
-    Param("data", "patients", str, "", "the column of the patients; empty finds one; none counts each image as a patient"),
-    Param("data", "labels", str, "real", "shuffled is a control that must score 0.5 and is never ranked", ("real", "shuffled")),
-    Param("data", "split", str, "official",
-          "official lists, random by patient, a fold of a cross-validation, or a folder with train/valid/test.txt",
-          ("official", "patient"), also="fold:I/N or a folder", shown=True),
-    Param("data", "never_test", str, "", "a list of patients, one a line, who are in no test part of split fold:I/N",
-          hashed=False),
-    Param("data", "valid_fraction", float, 0.1, "share of the train_val patients used for validation; 0 trains on all of them",
-          low=0, high=0.5, effective=_share_used),
-    Param("data", "image_size", int, 224, "pixels a side; the published runs use 224", low=16, high=1024, shown=True),
-    Param("data", "aspect", str, "stretch", "images that are not square: stretch, pad with black, or crop the centre",
-          ("stretch", "pad", "crop")),
-    Param("data", "contrast", str, "none", "contrast of the images: as they are, or adaptive histogram equalisation",
-          ("none", "clahe")),
-    Param("data", "cache_dir", str, "", "folder of the decoded images; empty is a scratch folder of this machine",
-          hashed=False),
-    Param("data", "limit", int, 0, "0 is all images; N images a part is a quick check, never ranked", low=0,
-          shown=True),
-    # network
-    Param("network", "system", str, "charm", "which network and recipe: charm, which is also MemAug and the plain network",
-          shown=True),
-    Param("network", "arch", str, "efficientnet_v2_s", "a torchvision name, or timm:NAME", shown=True),
-    Param("network", "weights", str, "imagenet", "initial weights of the backbone", ("imagenet", "none"), also="a file",
-          shown=True),
-    Param("network", "norm", str, "auto", "input normalisation; auto follows the weights, half is the range -1 to 1",
-          ("auto", "imagenet", "half")),
-    Param("network", "use_momentum", bool, False, "momentum encoder of CHARM; no gain in our measurements", **_CHARM),
-    Param("network", "use_attention", bool, False, "multi-scale attention of CHARM; lowers the AUC in short training",
-          **_CHARM),
-    Param("network", "use_bank", bool, True, "memory bank of CHARM and MemAug", **_CHARM),
-    Param("network", "attention", str, "layers",
-          "parameters of the attention: four convolutions, or the one 5x5 filter that they amount to", ("layers", "filter"),
-          needs={"use_attention": (True,)}, **_CHARM),
-    Param("network", "momentum", float, 0.99, "momentum m of the momentum encoder", low=0, high=1, shown=True,
-          effective=warmup_end, **_MOMENTUM),
-    Param("network", "momentum_warmup", bool, True, "whether m starts at 0.1 and rises to momentum", **_MOMENTUM),
-    Param("network", "momentum_before_step", bool, False, "update the momentum encoder before each optimizer step",
-          **_MOMENTUM),
-    Param("network", "momentum_batch_norms", bool, False,
-          "norms of the momentum branch use the batch's statistics in training, not averages", **_MOMENTUM),
-    Param("network", "k", int, 5, "number of retrieved slots, 2 to 5 in the paper", low=1, shown=True, **_FEATURES),
-    Param("network", "threshold", float, 0.2,
-          "rarity above which a feature is stored (below, for rule published); share of the batch for ranked scores", low=0,
-          shown=True, needs={"strategy": ("rarity", "statistical", "entropy", "diversity", "hybrid")}, **_CHARM),
-    Param("network", "bank_size", int, 3072, "number of slots; 512 in the paper", low=1, high=65536, shown=True, **_BANK),
-    Param("network", "strategy", str, "balanced", "score by which the bank selects images; rarity in the paper",
-          ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard", "balanced"), **_BANK),
-    Param("network", "answer", str, "votes",
-          "what slots contribute: votes of their labels, or features added to the query as in the paper", ("votes", "features"),
-          **_BANK),
-    Param("network", "keys", str, "scales",
-          "what voting slots are compared by: trunk maps at strides 4, 8 and 16, or the feature z", ("scales", "features"),
-          **_VOTES),
-    Param("network", "vote_weight", float, 0.5,
-          "share of the bank's votes in the logits; -1 chooses among 0, 0.1 to 1 by the log loss on the validation part",
-          low=-1, high=1, **_VOTES),
-    Param("network", "vote_temperature", float, 0.8,
-          "temperature of the voting kernel; small values let only similar slots vote", low=1e-3, **_VOTES),
-    Param("network", "vote_ridge", float, 3.0, "ridge penalty of the voting regression; large values rely less on single slots",
-          low=1e-3, **_VOTES),
-    Param("network", "rule", str, "rare",
-          "rare stores rare features, published the common ones as the code does, angle compares directions",
-          ("rare", "published", "angle"), needs={"strategy": ("rarity", "statistical", "hybrid")}, **_CHARM),
-    Param("network", "retrieval", str, "softmax",
-          "weights of retrieved slots: softmax of the cosines, raw cosines, gated with a learned scalar from 0, or published, "
-          "raw cosines of a bank that stores a batch before it retrieves", ("softmax", "cosine", "gated", "published"),
-          **_FEATURES),
-    Param("network", "bank_norm", str, "both", "which side is scaled to unit length before the dot product",
-          ("both", "query", "memory", "none"), **_FEATURES),
-    Param("network", "normalize_retrieved", bool, False, "scale the retrieved feature to the query's length",
-          **_FEATURES),
-    Param("network", "bank_momentum", float, 0.9, "momentum of the running mean in strategy statistical, stage 1", low=0,
-          high=1, needs={"strategy": ("statistical",)}, **_CHARM),
-    Param("network", "stage2_bank_momentum", float, 0.9999, "the same in stage 2", low=0, high=1,
-          needs={"strategy": ("statistical",)}, **_CHARM),
-    Param("network", "adjust", float, 0.0, "the last bias starts at this share of the classes' log-odds; 1 is the prevalence",
-          low=0, high=2, **_CHARM),
-    Param("network", "dropout", float, 0.3, "dropout rate of the head", low=0, high=0.99, **_CHARM),
-    Param("network", "hidden", int, 512, "hidden width of the head", low=1, **_CHARM),
-    # training
-    Param("training", "stage1_images", str, "findings", "images of stage 1: those with a finding, or all", ("findings", "all"),
-          **_STAGE1),
-    Param("training", "stage1_frozen_epochs", int, 3, "epochs of stage 1 that train the head alone", low=0, shown=True),
-    Param("training", "stage1_epochs", int, 20, "largest number of further epochs of stage 1, whole network", low=0,
-          shown=True),
-    Param("training", "stage1_batch", int, 64, "batch size of stage 1", low=2, shown=True, **_STAGE1),
-    Param("training", "stage1_lr", float, 0.0, "learning rate of stage 1; 0 runs the learning-rate finder, grids pin a number",
-          low=0, shown=True, **_STAGE1),
-    Param("training", "stage1_loss", str, "bce", "loss of stage 1", LOSSES, **_STAGE1),
-    Param("training", "stage2_epochs", int, 5, "epochs of stage 2, all images, one cycle", low=0, shown=True),
-    Param("training", "stage2_batch", int, 128, "batch size of stage 2 and of scoring", low=2, shown=True),
-    Param("training", "stage2_lr_min", float, 2e-5, "learning rate of the first layers in stage 2", low=0, shown=True,
-          **_STAGE2),
-    Param("training", "stage2_lr_max", float, 8e-5, "learning rate of the head in stage 2", low=0, shown=True, **_STAGE2),
-    Param("training", "stage2_loss", str, "asl", "loss of stage 2; asl_published as CHARM's code computes it", LOSSES,
-          **_STAGE2),
-    Param("training", "optimizer", str, "adamw",
-          "AdamW; or fastai's Adam, with beta2 0.99, epsilon 1e-5 and no decay of norms and biases", ("adamw", "fastai")),
-    Param("training", "one_group", bool, False,
-          "one parameter group as in the published code: nothing is frozen, and all layers have the head's rate"),
-    Param("training", "weight_decay", float, 0.01, "decoupled weight decay", low=0),
-    Param("training", "patience", int, 5, "epochs without improvement before a stage ends; 0 never ends it early", low=0),
-    Param("training", "min_delta", float, 0.0, "smallest improvement that patience counts; 0.001 in the published code",
-          low=0, needs={"patience": ABOVE_0}),
-    Param("training", "save_delta", float, 0.0, "smallest improvement that replaces the kept epoch; 0.0001 as published",
-          low=0, needs={"valid_fraction": ABOVE_0}),
-    Param("training", "monitor", str, "valid_loss", "validation figure for early stopping and the best checkpoint",
-          ("valid_loss", "valid_auc"), needs={"valid_fraction": ABOVE_0}),
-    # run
-    Param("run", "run_dir", str, "runs/notebook", "folder of this run's files", shown=True, hashed=False),
-    Param("run", "seed", int, 85, "seed of all randomness; 85 in the paper", low=0, shown=True),
-    Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
-    Param("run", "workers", int, 2, "processes that decode images for the cache", low=0, hashed=False),
-    Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU, 50 KB an image at 224 pixels",
-          hashed=False),
-    Param("run", "grad_checkpointing", bool, False,
-          "recompute activations in the backward pass: less GPU memory, same result, slower", hashed=False),
-    Param("run", "compile", bool, False, "torch.compile of the backbone; needs sm_70 or newer (T4), so no P100"),
-    Param("run", "device", str, "auto", "auto takes the GPU if this torch has kernels for it", ("auto", "cpu", "cuda"),
-          hashed=False),
-    Param("run", "resume", bool, True, "continue from the last finished epoch in run_dir", hashed=False),
-]}
+PARAMS: dict[str, Param] = {p.name: p for p in ROWS}
 DEFAULTS: dict[str, Any] = {name: p.default for name, p in PARAMS.items()}
 READING = ("classes", "csv", "normal_class", "blank", "uncertain", "patients")  # they say how a table is read
 UNHASHED = tuple(name for name, p in PARAMS.items() if not p.hashed)  # they say where and how a run happens
@@ -269,6 +81,8 @@ def _number(p: Param, value) -> int | float:
         raise ValueError(f"{value!r} is not a whole number.")
     if not p.low <= number <= p.high:
         raise ValueError(f"{p.type(number)!r} is outside {p.low:g} to {p.high:g}.")
+    if p.choices and number not in p.choices:
+        raise ValueError(f"{p.type(number)!r} is none of {', '.join(map(str, p.choices))}.")
     return p.type(number)
 
 
@@ -304,9 +118,18 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
             out["use_bank"] and out["answer"] == "features" and out["k"] > out["bank_size"],
         f"parameter 'arch': {out['arch']!r} is none of {', '.join(ARCHS)}, nor timm:NAME.{nearest(out['arch'], ARCHS)}":
             out["arch"] not in ARCHS and not out["arch"].startswith("timm:"),
+        f"parameter 'drop_path': {out['drop_path']:g} is for timm models, not for torchvision's {out['arch']}; say "
+        "drop_path: 0, or arch: timm:NAME.": out["drop_path"] and not out["arch"].startswith("timm:"),
+        "parameter 'head': csra reads a map, and the momentum branch and answer features add to a pooled feature; say "
+        "use_momentum: false and answer: votes, or head: charm.":
+            out["head"] == "csra" and (out["use_momentum"] or (out["use_bank"] and out["answer"] == "features")),
         f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, or norm: half for "
         "inputs in [-1, 1].":
             out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"),
+        "parameters 'stage2_frozen' and 'one_group' contradict each other: one_group freezes nothing; switch one off.":
+            out["stage2_frozen"] and out["one_group"] and out["stage2_epochs"] > 0,
+        "parameter 'schedule': plateau looks at the validation part, and valid_fraction 0 leaves none; say schedule: steps.":
+            out["valid_fraction"] == 0 and out["schedule"] == "plateau",
         "parameters 'grad_checkpointing' and 'compile' cannot be used together; switch one off.":
             out["grad_checkpointing"] and out["compile"],
         "parameter 'rule': 'angle' has no running mean of norms; with strategy statistical say rare or published.":
@@ -345,14 +168,14 @@ def missing_need(name: str, params: Mapping[str, Any]) -> str:
         deeper = [missing_need(other, params) for other in names]
         if all(deeper):
             return deeper[0]
-        if not any(params[n] > 0 if values == ABOVE_0 else params[n] in values for n in names):
+        if not any(params[n] > 0 if values == ABOVE_0 else params[n] in values for n, off in zip(names, deeper) if not off):
             return need_text(others, values)
     return ""
 
 
 def need_text(others: str, values) -> str:
     """A condition of :class:`Param` in words: ``'answer: votes or features'``."""
-    wanted = values if values == ABOVE_0 else " or ".join(str(v).lower() if v is True else str(v) for v in values)
+    wanted = values if values == ABOVE_0 else " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
     return f"{others.replace('|', ' or ')}: {wanted}"
 
 
@@ -369,26 +192,6 @@ def no_effect(needs: Mapping[str, str]) -> str:
     """One line on the parameters without effect among ``needs`` (name -> its :func:`missing_need`); empty if all have one."""
     named = {need: ", ".join(name for name in needs if needs[name] == need) for need in needs.values() if need}
     return f"without effect: {'; '.join(f'{names} (needs {need})' for need, names in named.items())}" if named else ""
-
-
-def with_absolute_paths(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with the files and folders that they name as absolute paths, ``~`` expanded.
-
-    Raises ParameterError for a weight file, a list or a folder of lists that is not there.
-    """
-    out = dict(params)
-    for name, words in (("weights", ("imagenet", "none")), ("split", ("official", "patient")), ("never_test", ("",))):
-        if out[name] not in words and not (name == "split" and out[name].startswith("fold:")):
-            path = Path(out[name]).expanduser()
-            if not path.exists():
-                wanted = ", ".join([*filter(None, words), "an existing path"])
-                raise ParameterError(f"parameter '{name}': nothing at {path}; wanted {wanted}.")
-            out[name] = str(path.resolve())
-    for name in ("csv", "cache_dir", "run_dir"):
-        path = Path(out.get(name) or "").expanduser()
-        if out.get(name) and (name != "csv" or path.exists()):  # a csv may also be relative to data_root
-            out[name] = str(path.resolve())
-    return out
 
 
 import charmlib.systems  # noqa: E402  (adds the rows of systems, and so needs the table)

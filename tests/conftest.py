@@ -117,8 +117,8 @@ def _finished_run(folder: Path, data_root: str, *, skill: float = 1.0, seed: int
         "images": data.train_images(), "train_prevalence": train, "valid": validated, "test": test, "bank": None,
         "seconds": {"train": 1.0, "score": 1.0, "overhead": 1.0}, "device": "cpu", "precision": "fp32",
         "versions": {"torch": "0", "charmlib": "0"}, "quick_check": bool(params["limit"])})
-    (folder / "history.csv").write_text("stage,epoch,train_loss,valid_loss,valid_auc,lr,seconds,bank_filled,bank_accepted\n"
-                                        "1,0,0.5,0.5,0.6,0.001,1.0,,\n2,0,0.4,0.4,0.7,0.001,1.0,,\n")
+    (folder / "history.csv").write_text("stage,epoch,train_loss,valid_loss,valid_auc,valid_ap,lr,seconds,bank_filled,"
+                                        "bank_accepted\n1,0,0.5,0.5,0.6,0.3,0.001,1.0,,\n2,0,0.4,0.4,0.7,0.4,0.001,1.0,,\n")
     if split_csv:
         data.split.frame(data.index).to_csv(folder / "split.csv", index=False)
     return folder

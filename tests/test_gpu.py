@@ -15,11 +15,11 @@ from tests.training.conftest import HALF, NET
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: fp16, pinned loading and waits on a real device")
 
 
-def learner(phantoms, tmp_path, precision="fp16", **options):
+def learner(phantoms, tmp_path, precision="fp16", training=None, **options):
     data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0.2)
     dls = chest_dataloaders(data, bs=16, mean=HALF, std=HALF, device="cuda", path=tmp_path, **options)
     torch.manual_seed(0)
-    return charm_learner(dls, seed=1, path=tmp_path, precision=precision, **NET)
+    return charm_learner(dls, seed=1, path=tmp_path, precision=precision, **NET, **training or {})
 
 
 class NoWaits(Callback):
@@ -41,6 +41,34 @@ def test_training_never_waits(phantoms, tmp_path, precision, preload):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert learn.model.momentum.updates.item() > 0 and learn.model.bank.filled.item() == 16
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_uneven_draws_margins_and_class_weights_never_wait(phantoms, tmp_path, precision):
+    data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0.2)
+    dls = chest_dataloaders(data, bs=16, mean=HALF, std=HALF, device="cuda", path=tmp_path, sampler="class_aware")
+    with pytest.warns(UserWarning, match="multiply"):
+        learn = charm_learner(dls, seed=1, path=tmp_path, precision=precision, loss="ldam", ldam_scale=30.0,
+                              class_weight="effective", weight_from=0.5, **NET)
+    try:
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-3, cbs=NoWaits())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("training", [{"average": 0.9}, {"average": 0.9, "average_warmup": True, "optimizer": "sgd",
+                                                         "clip_norm": 1}])
+def test_training_with_an_average_sgd_clipping_and_strong_augmentation_never_waits(phantoms, tmp_path, precision, training):
+    learn = learner(phantoms, tmp_path, precision, training, augment="strong")
+    try:
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-3, cbs=NoWaits())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
 
 
 def test_batches_and_scores_are_the_cpus(phantoms, tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parents[1]
-GROUND = {"nih", "params", "param_sources", "systems", "session", "files", "gpu_support"}
-ALLOWED = {"nn": {"nn"}, "models": {"models", "nn", "systems"}, "data": {"data"} | GROUND,
+GROUND = {"nih", "params", "param_rows", "param_sources", "systems", "session", "files", "gpu_support"}
+ALLOWED = {"nn": {"nn"}, "models": {"models", "nn", "params", "systems"}, "data": {"data"} | GROUND,
            "evaluation": {"evaluation"} | GROUND, "viz": {"viz", "data", "evaluation"} | GROUND,
            "grid": {"grid", "data", "evaluation", "viz"} | GROUND,
            "training": {"training", "models", "nn", "data", "evaluation", "viz"} | GROUND,

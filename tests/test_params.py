@@ -25,7 +25,7 @@ def test_values_are_coerced_by_type(name, given, wanted):
     ("k", 2.5, "whole number"), ("k", True, "true or false"), ("k", "three", "not a number"), ("k", 0, "outside"),
     ("momentum", 1.5, "outside"), ("momentum", "nan", "not finite"), ("use_bank", 1, "not true or false"),
     ("rule", "rarest", "Did you mean 'rare'"), ("split", "oficial", "Did you mean 'official'"),
-    ("treshold", 0.1, "Did you mean 'threshold'"), ("arch", 3, "not text")])
+    ("csra_heads", 3, "3 is none of 1, 2, 4, 6, 8"), ("treshold", 0.1, "Did you mean 'threshold'"), ("arch", 3, "not text")])
 def test_refusals_name_the_value_and_the_remedy(name, given, says):
     with pytest.raises(ParameterError, match=says) as error:
         coerce(name, given, "somewhere.yaml")
@@ -47,12 +47,18 @@ def test_contradictions_are_refused():
         resolve({"classes": "own"})
     with pytest.raises(ParameterError, match="'retrieval': published .* strategy hard needs; say cosine"):
         resolve({"answer": "features", "retrieval": "published", "strategy": "hard"})
+    with pytest.raises(ParameterError, match="'drop_path': 0.2 is for timm models, not for torchvision's resnet18; say"):
+        resolve({"arch": "resnet18", "drop_path": 0.2})
+    for pooled in ({"use_momentum": True}, {"answer": "features"}):
+        with pytest.raises(ParameterError, match="'head': csra reads a map.*say use_momentum: false and answer: votes"):
+            resolve({"head": "csra", **pooled})
+    assert resolve({"head": "csra", "use_bank": False, "answer": "features"})["head"] == "csra"  # no bank, no answer
     with pytest.raises(ParameterError, match="nothing would be trained"):
         phases(resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0, "stage2_epochs": 0}))
 
 
 def test_what_a_run_names_is_absolute_and_there(tmp_path, monkeypatch):
-    from charmlib.params import with_absolute_paths
+    from charmlib.param_sources import with_absolute_paths
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pt").touch()
@@ -124,6 +130,9 @@ def test_a_parameter_says_what_would_give_it_an_effect():
         "dropout": ""}
     assert no_effect({name: missing_need(name, resolve()) for name in ("k", "retrieval", "momentum", "seed")}) == \
         "without effect: k, retrieval (needs answer: features); momentum (needs use_momentum: true)"
+    assert {n: missing_need(n, resolve({"head": "csra"})) for n in ("csra_heads", "hidden", "dropout")} == {
+        "csra_heads": "", "hidden": "head: charm or standard", "dropout": "head: charm or standard"}
+    assert missing_need("csra_lambda", resolve()) == "head: csra"
     assert missing_need("stage2_loss", resolve({"stage2_epochs": 0})) == "stage2_epochs: above 0"
     assert missing_need("stage1_lr", resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0})) == \
         "stage1_frozen_epochs or stage1_epochs: above 0"

@@ -65,7 +65,7 @@ def test_the_real_backbone_transfers(shared):
 
     def features(dl):
         with torch.no_grad():
-            pairs = [(net.encode(x.as_subclass(torch.Tensor))[0], y) for x, y in dl]
+            pairs = [(net.encode(x.as_subclass(torch.Tensor)).z, y) for x, y in dl]
         return torch.cat([p[0] for p in pairs]).numpy(), torch.cat([p[1] for p in pairs]).numpy()
 
     train = dls.train.new(shuffle=False, drop_last=False, after_batch=dls.valid.after_batch)

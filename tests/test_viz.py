@@ -185,12 +185,13 @@ def test_dollars_in_a_data_set_are_no_mathematics(phantoms):
 
 def history(epochs=((1, 4), (2, 3)), best=(2, 1)):
     rows = [{"stage": stage, "epoch": epoch, "train_loss": 1.0, "valid_loss": 0.5 + abs(epoch - kept), "valid_auc": epoch / 9,
-             "lr": 0.1, "seconds": 1.0, "bank_filled": 4, "bank_accepted": 0.5}
+             "valid_ap": 1 / epoch,              "lr": 0.1, "seconds": 1.0, "bank_filled": 4, "bank_accepted": 0.5}
             for (stage, count), kept in zip(epochs, best) for epoch in range(1, count + 1)]
     return pd.DataFrame(rows)
 
 
 @pytest.mark.parametrize("monitor, changes, kept", [("valid_loss", {}, [2, 5]), ("valid_auc", {}, [4, 7]),
+                                                    ("valid_ap", {}, [1, 5]),
                                                     ("valid_loss", {"valid_loss": np.nan, "valid_auc": np.nan}, [4, 7])])
 def test_curves_mark_the_kept_epochs_and_count_as_the_history_does(monitor, changes, kept):
     from charmlib.viz.history import plot_history

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import MultiCategory, Transform
 from fastai.learner import replacing_yield
@@ -26,8 +25,10 @@ from fastcore.basics import detuplify
 from PIL import Image
 from torch import Tensor
 
+from charmlib.data.augment import Augment
 from charmlib.data.dataset import ChestData
 from charmlib.data.images import read_grey
+from charmlib.data.sampling import draw, expected_draws
 from charmlib.nih import NO_FINDING, PARTS
 
 READ_AHEAD = 2  # batches that are read while the network computes
@@ -117,15 +118,20 @@ class ChestDL(TfmdDL):
     """A fastai loader that reads whole batches.
 
     ``ids`` are the rows of the last batch, (B,) int64 on the device; -1 for images from outside the data set. Shuffling draws
-    from torch's generator, so that one seed fixes order and augmentation together.
+    from torch's generator, so that one seed fixes order and augmentation together. ``expected`` are the mean draws of each
+    image in a shuffled epoch (:func:`charmlib.data.sampling.expected_draws`); None takes each once.
     """
 
-    def __init__(self, dataset: ChestImages, bs: int = 64, shuffle: bool = False, num_workers: int = 0, **kwargs):
+    def __init__(self, dataset: ChestImages, bs: int = 64, shuffle: bool = False, num_workers: int = 0,
+                 expected: np.ndarray | None = None, **kwargs):
         # no worker processes: reading is one copy from memory, which a thread does ahead
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **{**kwargs, "pin_memory": False})
         self._n_inp, self._types, self.ids = 1, {tuple: [TensorImage, TensorMultiCategory]}, None
+        self.expected = expected
 
     def shuffle_fn(self, idxs):
+        if self.expected is not None:
+            return draw(self.expected, lambda n: torch.rand(n, dtype=torch.float64).numpy()).tolist()
         return [idxs[i] for i in torch.randperm(len(idxs)).tolist()]
 
     def create_batches(self, samps):
@@ -171,40 +177,6 @@ class ChestDL(TfmdDL):
 
     def _names(self, row) -> list[str]:
         return list(self.dataset.decode((None, row))[1]) or [NO_FINDING if (row == row).any() else "labels unknown"]
-
-
-class FlipRotate(Transform):
-    """Training (and fastai's ``tta``) only: a flip with probability ``flip`` and a rotation by up to ``degrees``, drawn for
-    each image.
-
-    Rotated-in corners repeat the border. It runs before the expansion to three channels, so that one channel is rotated.
-    Angles are drawn on the CPU, so that a run is the same on every device.
-    """
-
-    order = split_idx = 0
-
-    def __init__(self, degrees: float = 10.0, flip: float = 0.5, **kwargs):
-        super().__init__(**kwargs)
-        self.degrees, self.flip = degrees, flip
-
-    def encodes(self, x: TensorImage):
-        flip = (torch.rand(len(x)) < self.flip).float() * -2 + 1
-        angle = (torch.rand(len(x)) * 2 - 1) * math.radians(self.degrees)
-        return TensorImage(flip_rotate(x.as_subclass(Tensor).float(), flip, angle))
-
-
-def flip_rotate(x: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
-    """Images (B, C, S, S), mirrored where ``flip`` (B,) is -1 and rotated by ``angle`` (B,) radians, bilinear."""
-    size = x.shape[-1]
-    c, s = torch.cos(angle), torch.sin(angle)
-    turns = torch.stack([c * flip, -s, s * flip, c])  # (4, B)
-    turns = (turns.pin_memory() if x.is_cuda else turns).to(x.device, x.dtype, non_blocking=True)[:, :, None, None]
-    at = (torch.arange(size, device=x.device, dtype=x.dtype) * 2 + 1) / size - 1  # pixel centres in [-1, 1]
-    along, down = turns * at, turns * at[:, None]  # (4, B, 1, S) and (4, B, S, 1)
-    grid = torch.empty((len(x), size, size, 2), device=x.device, dtype=x.dtype)
-    torch.add(along[0], down[1], out=grid[..., 0])
-    torch.add(along[2], down[3], out=grid[..., 1])
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 class GreyToNetwork(Transform):
@@ -274,16 +246,18 @@ class ChestDataLoaders(DataLoaders):
 
 def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = False,
                       mean: Sequence[float] = imagenet_stats[0], std: Sequence[float] = imagenet_stats[1],
-                      degrees: float = 10.0, flip: float = 0.5, preload: bool = False, device=None,
+                      augment: str = "light", degrees: float = 10.0, flip: float = 0.5, sampler: str = "natural",
+                      repeat_threshold: float = 0.01, preload: bool = False, device=None,
                       path: str | Path = ".") -> ChestDataLoaders:
     """fastai DataLoaders ``[train, valid, test]`` over a :class:`ChestData`.
 
     The last, smaller batch of a training epoch is dropped (batch norm), unless it is the only one. With ``findings_only``
     (stage 1), training and validation take only images with a finding. The test part is always complete. The validation loader
     of a split without a validation part gives no batch. ``mean`` and ``std`` (3,) are the normalisation that the network
-    expects for RGB in [0, 1]. ``degrees`` and ``flip`` augment the training part, and any part in fastai's ``tta``
-    (:class:`FlipRotate`). ``preload`` holds the
-    training images as uint8 on the device (50 KB an image at 224 pixels); see :meth:`ChestImages.preload`.
+    expects for RGB in [0, 1]. ``augment``, ``degrees`` and ``flip`` augment the training part, and any part in fastai's ``tta``
+    (:class:`charmlib.data.augment.Augment`). ``sampler`` 'class_aware' or 'repeat' draws the training images unevenly
+    (:mod:`charmlib.data.sampling`, ``repeat_threshold`` is its ``threshold``). ``preload`` holds the training images as uint8
+    on the device (50 KB an image at 224 pixels); see :meth:`ChestImages.preload`.
 
     Raises ValueError for a part without images or fewer than two training images.
     """
@@ -299,9 +273,10 @@ def chest_dataloaders(data: ChestData, *, bs: int = 64, findings_only: bool = Fa
                               note=data.source if data.index.drawn else "")
         if train and preload:
             dataset.preload(device)
-        augment = [FlipRotate(degrees, flip)] if degrees or flip else []
+        expected = expected_draws(data.labels[rows], sampler, threshold=repeat_threshold, names=data.classes) if train else None
+        change = [Augment(augment, degrees, flip)] if degrees or flip or augment != "light" else []
         loaders.append(ChestDL(dataset, bs=min(bs, len(rows)) or bs, shuffle=train, drop_last=train, device=device,
-                               after_batch=[GreyToNetwork(mean, std), *augment]))
+                               expected=expected, after_batch=[GreyToNetwork(mean, std), *change]))
     dls = ChestDataLoaders(*loaders, path=path, device=device)
     dls.normal_class = data.index.normal_class
     return dls

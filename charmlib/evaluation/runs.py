@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = 5
 """Of ``model.json`` and ``metrics.json``; files of another number are refused."""
-NUMBERS = ("train_loss", "valid_loss", "valid_auc", "lr", "seconds")
+NUMBERS = ("train_loss", "valid_loss", "valid_auc", "valid_ap", "lr", "seconds")
 HISTORY = ("stage", "epoch", *NUMBERS, "bank_filled", "bank_accepted")
 """Columns of ``history.csv``, and those that are numbers or empty."""
 ARRAYS, ABOUT = ("ids", "patients", "labels", "logits"), ("view", "sex", "age")
@@ -296,10 +296,15 @@ def number(value: float | None, otherwise: float = float("nan")) -> float:
     return otherwise if value is None or value != value else float(value)
 
 
+def monitored(row: Mapping, monitor: str) -> float:
+    """The figure of an epoch whose smallest value is the best: 'valid_loss', or minus 'valid_auc' or 'valid_ap'."""
+    return number(row[monitor]) if monitor == "valid_loss" else -number(row[monitor])
+
+
 def kept_epoch(rows: Sequence[Mapping], monitor: str) -> int:
-    """Position of the kept epoch among the rows of ``history.csv`` of one stage: the best by 'valid_loss' or 'valid_auc', the
-    last without a validation part."""
-    values = [-number(row["valid_auc"]) if monitor == "valid_auc" else number(row["valid_loss"]) for row in rows]
+    """Position of the kept epoch among the rows of ``history.csv`` of one stage: the best by 'valid_loss', 'valid_auc' or
+    'valid_ap', the last without a validation part."""
+    values = [monitored(row, monitor) for row in rows]
     return min((i for i, value in enumerate(values) if value == value), key=values.__getitem__, default=len(values) - 1)
 
 

@@ -24,8 +24,8 @@ from charmlib.grid.cluster import Means, connect, given_cluster, handling, local
 from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
 from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell, refuse_dead_axes, remarks
-from charmlib.param_sources import find_file, read_yaml
-from charmlib.params import READING, changes, with_absolute_paths
+from charmlib.param_sources import find_file, read_yaml, with_absolute_paths
+from charmlib.params import READING, changes
 
 _DATA = (*READING, "data_root", "labels", "split", "never_test", "valid_fraction", "limit", "image_size", "aspect", "contrast",
          "cache_dir", "workers")

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from charmlib import param_sources
 from charmlib.param_sources import find_file, load_params, parse_assignments, parse_yaml, read_params, read_yaml
-from charmlib.params import ParameterError, coerce, effective, missing_need, nearest, no_effect, resolve, with_absolute_paths
+from charmlib.params import ParameterError, coerce, effective, missing_need, nearest, no_effect, resolve
 from charmlib.training.recipes import phases, steps
 
 KEYS = ("name", "base", "axes", "cells")
@@ -199,7 +200,7 @@ def read_cell(path: str | Path, assignments: Iterable[str] = (), id_: str = "") 
 
 def _resolved(*layers: Mapping, sources: tuple[str, ...]) -> dict[str, Any]:
     params = resolve(*layers, sources=sources)
-    with_absolute_paths(params)  # refuses missing files
+    param_sources.with_absolute_paths(params)  # refuses missing files
     phases(params)  # refuses parameters that would train nothing
     del params["run_dir"]
     return params

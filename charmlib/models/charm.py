@@ -2,15 +2,26 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from charmlib.nn import ClassifierHead, MomentumEncoder, RareMemoryBank, VotingBank, make_attention, recompute, split_backbone
+from charmlib.nn import MomentumEncoder, RareMemoryBank, VotingBank, make_attention, recompute, split_backbone
 from charmlib.nn.backbone import HALF, IMAGENET
+from charmlib.nn.head import CSRAHead, make_head
 from charmlib.nn.scales import GRID, cells, find_scales, maps_of
 
 ANSWERS, KEYS = ("votes", "features"), ("scales", "features")
+
+
+class Encoded(NamedTuple):
+    """What a network saw in images: the last ``map`` after attention (B, D, H, W), the fused feature ``z`` (B, D), and the
+    ``keys`` (B, K) of a voting bank, which carry no gradient; None without one."""
+
+    map: Tensor
+    z: Tensor
+    keys: Tensor | None
 
 
 class CharmNet(nn.Module):
@@ -25,8 +36,8 @@ class CharmNet(nn.Module):
         logits = head(z), and the bank's    answer 'votes', in eval mode: its slots vote with their labels
                  head(z + bank's answer)    answer 'features', as published; head(z) without the bank
 
-    With all three switched off this is the plain network; with the bank alone and ``answer='features'`` it is MemAug. It works
-    in any loop::
+    A head 'csra' reads the map q * attention(q) in place of z. With all three switched off this is the plain network; with the
+    bank alone and ``answer='features'`` it is MemAug. It works in any loop::
 
         net.see(ids, labels)       # which images the batch holds; without it a voting bank stays empty
         loss(net(x), y).backward(); optimizer.step()
@@ -37,7 +48,7 @@ class CharmNet(nn.Module):
 
     Parameters
     ----------
-    arch, weights : str
+    arch, weights, drop_path
         See :func:`charmlib.nn.split_backbone`.
     classes : int
         C.
@@ -52,8 +63,12 @@ class CharmNet(nn.Module):
     momentum_before_step : bool
         As in the published code, each forward pass of training updates the momentum encoder, and ``follow`` does nothing.
     attention, momentum, momentum_warmup, momentum_batch_norms, k, threshold, bank_size, strategy, rule, retrieval, bank_norm,
-    normalize_retrieved, bank_momentum, vote_weight, vote_temperature, vote_ridge, dropout, hidden
+    normalize_retrieved, bank_momentum, vote_weight, vote_temperature, vote_ridge
         See the parts.
+    head, dropout, hidden, csra_lambda, csra_heads, csra_attention
+        See :func:`charmlib.nn.make_head`.
+    ldam_scale : float
+        The head's output is multiplied by it, in training and in scoring; see :class:`charmlib.nn.LDAMLoss`.
     grad_checkpointing : bool
         Training keeps few activations of trunk and final block and computes the others again in the backward pass: less
         memory, more time, the same bits. An attribute of the same name, which may be changed at any time.
@@ -61,7 +76,8 @@ class CharmNet(nn.Module):
     Raises
     ------
     ValueError
-        ``norm='auto'`` with a weight file, which cannot tell; or a parameter that a part refuses.
+        ``norm='auto'`` with a weight file, which cannot tell; head 'csra' with the momentum branch or ``answer='features'``,
+        whose features have no positions; or a parameter that a part refuses.
     """
 
     def __init__(self, arch: str = "efficientnet_v2_s", classes: int = 14, *, weights: str | Path = "imagenet",
@@ -71,10 +87,15 @@ class CharmNet(nn.Module):
                  bank_size: int = 3072, strategy: str = "balanced", rule: str = "rare", answer: str = "votes",
                  keys: str = "scales", vote_weight: float = 0.5, vote_temperature: float = 0.8, vote_ridge: float = 3.0,
                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
-                 bank_momentum: float = 0.9, dropout: float = 0.3, hidden: int = 512, grad_checkpointing: bool = False):
+                 bank_momentum: float = 0.9, head: str = "charm", dropout: float = 0.3, hidden: int = 512,
+                 csra_lambda: float = 0.1, csra_heads: int = 1, csra_attention: str = "scores", drop_path: float = 0.0,
+                 ldam_scale: float = 1.0, grad_checkpointing: bool = False):
         super().__init__()
-        backbone = split_backbone(arch, weights)
-        self.grad_checkpointing = grad_checkpointing
+        if head == "csra" and (use_momentum or (use_bank and answer == "features")):
+            raise ValueError("head csra reads a map, and the momentum branch and answer 'features' add to a pooled feature; "
+                             "switch them off, or say head='charm'")
+        backbone = split_backbone(arch, weights, drop_path)
+        self.grad_checkpointing, self.ldam_scale = grad_checkpointing, ldam_scale
         self.arch, self.classes, self.features = arch, classes, backbone.features
         scales = {"imagenet": IMAGENET, "half": HALF, "auto": (backbone.mean, backbone.std)}
         if norm not in scales:
@@ -102,16 +123,11 @@ class CharmNet(nn.Module):
             blocks = [GRID * GRID * width for width in channels] or [self.features]
             self.bank = VotingBank(sum(blocks), classes, blocks=blocks, weight=vote_weight, temperature=vote_temperature,
                                    ridge=vote_ridge, **common)
-        self.head = ClassifierHead(self.features, classes, hidden=hidden, dropout=dropout)
+        self.head = make_head(head, self.features, classes, hidden=hidden, dropout=dropout, csra_lambda=csra_lambda,
+                              csra_heads=csra_heads, csra_attention=csra_attention)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Normalised images (B, 3, H, W) -> fused features z (B, D), and the keys (B, K) of a voting bank; None without one.
-
-        Keys carry no gradient.
-        """
-        return self._encode(x)[:2]
-
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def encode(self, x: Tensor) -> Encoded:
+        """Normalised images (B, 3, H, W) -> map, fused features and keys."""
         again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         run = recompute if again else nn.Module.__call__
         shared, maps = maps_of(self.trunk, self.ends, x, run) if self.ends else (run(self.trunk, x), [])
@@ -123,8 +139,8 @@ class CharmNet(nn.Module):
             if self.training and self.momentum_before_step:
                 self.momentum.update(self.final)
         if not isinstance(self.bank, VotingBank):
-            return z, None, attended
-        return z, cells([m.detach() for m in maps]) if maps else z.detach().float(), attended
+            return Encoded(attended, z, None)
+        return Encoded(attended, z, cells([m.detach() for m in maps]) if maps else z.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> logits (B, C)."""
@@ -133,16 +149,22 @@ class CharmNet(nn.Module):
     def read(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, C), and by name: ``final`` (B, D, H, W), the last map after attention; ``z`` (B, D); with a voting bank
         ``keys`` (B, K) and the logits ``head`` (B, C) that it blends with votes."""
-        z, keys, attended = self._encode(x)
-        seen = {"final": attended, "z": z}
-        if keys is not None:
-            seen |= {"keys": keys, "head": self.head(z)}
-            return self.bank(keys, seen["head"]), seen
-        return self.head(z) if self.bank is None else self.bank(z, self.head), seen
+        encoded = self.encode(x)
+        read = encoded.map if isinstance(self.head, CSRAHead) else encoded.z
+        seen = {"final": encoded.map, "z": encoded.z}
+        if encoded.keys is not None:
+            seen |= {"keys": encoded.keys, "head": self.classify(read)}
+            return self.bank(encoded.keys, seen["head"]), seen
+        return self.classify(read) if self.bank is None else self.bank(read, self.classify), seen
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The head's logits (B, C) of what it reads, times ``ldam_scale``."""
+        logits = self.head(features)
+        return logits if self.ldam_scale == 1 else logits.float() * self.ldam_scale
 
     def start_at(self, log_odds: Tensor) -> None:
         """Before training: the last bias (C,) of the head; see :meth:`charmlib.nn.ClassifierHead.start_at`."""
-        self.head.start_at(log_odds)
+        self.head.start_at(log_odds / self.ldam_scale)
 
     def enter(self, bank_momentum: float) -> None:
         """Before a phase: the bank's momentum from here on."""
@@ -178,7 +200,7 @@ class CharmNet(nn.Module):
         was = self.training
         self.eval()
         for some in torch.nonzero(self.bank.slot_ids >= 0).flatten().split(batch):
-            self.bank.renew(some, self.encode(images(self.bank.slot_ids[some]))[1])
+            self.bank.renew(some, self.encode(images(self.bank.slot_ids[some])).keys)
         self.bank.solve()
         self.train(was)
 

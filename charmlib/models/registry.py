@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from charmlib.params import missing_need
 from charmlib.systems import find, load
 
 
@@ -45,6 +46,8 @@ class Network(Protocol):
 
 def create(params: Mapping, classes: Sequence[str]) -> nn.Module:
     """The network that parameters describe, on the CPU."""
+    if missing_need("ldam_scale", params):
+        params = {**params, "ldam_scale": 1.0}
     make = load(find(params["system"]).network)
     return make(classes=len(classes), **keywords(make, params))
 

@@ -60,14 +60,18 @@ TORCHVISION = {
     "densenet121": (_densenet, 1024), "vgg16": (_vgg16, 512),
 }
 CLASSIFIERS = ("classifier.", "fc.", "head.")
+NORMS = ("norm_pre", "norm", "head.norm")
+"""Where timm models keep the norm between the last stage and the classifier."""
 
 
-def split_backbone(name: str, weights: str | Path = "imagenet") -> Backbone:
+def split_backbone(name: str, weights: str | Path = "imagenet", drop_path: float = 0.0) -> Backbone:
     """A named network, split into trunk and final block.
 
     The final block is ``features[-1]`` of EfficientNets and MobileNetV2, ``layer4`` of ResNets, the last dense block with norm
-    and ReLU of DenseNet-121, the conv5 block of VGG16, and the last stage of a timm model. timm models must offer their
-    stages in sequence (``features_only``) and give maps (B, D, H, W).
+    and ReLU of DenseNet-121, the conv5 block of VGG16, and the last stage of a timm model, with the norm that its pretrained
+    classifier was trained on (``head.norm`` of ConvNeXt, ConvNeXtV2, EdgeNeXt, RDNet, DaViT and MetaFormer, ``norm`` of CoAtNet
+    and MaxViT). timm applies some of these norms after pooling; here each is applied per position. timm models must offer
+    their stages in sequence (``features_only``) and give maps (B, D, H, W).
 
     Parameters
     ----------
@@ -76,21 +80,27 @@ def split_backbone(name: str, weights: str | Path = "imagenet") -> Backbone:
     weights : str or Path
         'imagenet', 'none' (random), or a .pt, .pth or .safetensors state dict of the whole network. The file must match in
         every layer but the classifier, which may have any number of classes.
+    drop_path : float
+        Stochastic depth of a timm model, in [0, 1): the rate of its last block, which grows linearly from 0 (Huang et al.,
+        ECCV 2016). 0 keeps timm's default.
 
     Raises
     ------
     ValueError
-        Unknown name; a timm model without a spatial map; a weight file that does not match (the message lists its keys).
+        Unknown name; a timm model without a spatial map; a weight file that does not match (the message lists its keys);
+        ``drop_path`` of a network without stochastic depth.
     FileNotFoundError
         Weights are neither cached nor downloadable; the message names the missing file and its folder.
     """
     weights = str(weights)
     if name.startswith("timm:"):
-        return _split_timm(name, weights)
+        return _split_timm(name, weights, drop_path)
     if name not in TORCHVISION:
         near = difflib.get_close_matches(name, TORCHVISION, n=1)
         raise ValueError(f"unknown arch '{name}'." + (f" Did you mean '{near[0]}'?" if near else "")
                          + f" Available are {', '.join(TORCHVISION)}, and timm:NAME.")
+    if drop_path:
+        raise ValueError(f"drop_path {drop_path:g} is for timm models, not for torchvision's {name}; say arch: timm:NAME")
     cut, features = TORCHVISION[name]
     state, mean, std = None, *IMAGENET
     if weights == "imagenet":
@@ -164,7 +174,8 @@ def _without_prefix(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> d
 
 def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], complaint: str) -> None:
     """Refuse a state with missing, unknown or misshapen keys compared with ``own``, classifiers excluded."""
-    own, state = ({k: v for k, v in each.items() if not k.startswith(CLASSIFIERS)} for each in (own, state))
+    own, state = ({k: v for k, v in each.items() if k.startswith(NORMS) or not k.startswith(CLASSIFIERS)}
+                  for each in (own, state))
     missing = sorted(k for k in own.keys() - state.keys() if not k.endswith("num_batches_tracked"))  # new in PyTorch 0.4.1
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
               for k in sorted(own.keys() & state.keys()) if own[k].shape != state[k].shape]
@@ -175,22 +186,30 @@ def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], complaint
         raise ValueError(f"{complaint}: {'; '.join(lines)}")
 
 
-def _split_timm(name: str, weights: str) -> Backbone:
+def _split_timm(name: str, weights: str, drop_path: float) -> Backbone:
     import timm
+    from timm.layers import DropPath
 
     short = name.removeprefix("timm:")
     if not timm.is_model(short):
         near = difflib.get_close_matches(short, timm.list_models(), n=1)
         raise ValueError(f"timm has no model '{short}'." + (f" Did you mean 'timm:{near[0]}'?" if near else ""))
-    options = {}
+    config, options = timm.get_pretrained_cfg(short), {}
     if weights == "imagenet":
         options = {"pretrained": True}
     elif weights != "none":
         state = {k.removeprefix("module."): v for k, v in read_state_dict(weights).items()}
         _check_fit(timm.create_model(short).state_dict(), state, f"{weights} does not fit {name}")
         options = {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
+    depth = {"drop_path_rate": drop_path} if drop_path else {}
     try:
-        net = timm.create_model(short, features_only=True, **options)
+        with torch.random.fork_rng(devices=[]):  # the second network leaves the random numbers of the first as they are
+            whole = timm.create_model(short, num_classes=0, **options)
+        net = timm.create_model(short, features_only=True, **options, **depth)
+    except TypeError as error:
+        if not drop_path:
+            raise
+        raise ValueError(f"{name} has no stochastic depth (timm: {error}); set drop_path: 0") from error
     except (AttributeError, NotImplementedError, RuntimeError, AssertionError) as error:
         if weights == "imagenet" and "pretrained" in str(error).lower():
             raise FileNotFoundError(f"timm has no ImageNet weights for {name}: {error}") from error
@@ -201,6 +220,10 @@ def _split_timm(name: str, weights: str) -> Backbone:
             f"{str(error).partition(chr(10))[0]}). Download the model's file elsewhere and set weights: "
             "/path/to/model.safetensors or weights: none") from error
 
+    if drop_path and not any(isinstance(m, DropPath) and m.drop_prob for m in net.modules()):
+        raise ValueError(f"{name} has no stochastic depth; set drop_path: 0")
+    if weights == "imagenet":
+        print(f"{name}: weights {config.tag or 'without a tag'}, licence {config.license or 'not stated'} (timm)", flush=True)
     named = OrderedDict((f"blocks_{n}" if child == "blocks" else child, part) for child, module in net.named_children()
                         for n, part in (module.named_children() if child == "blocks" else [(child, module)]))
     stages, marks = nn.Sequential(named), [f["module"].replace(".", "_") for f in net.feature_info.get_dicts()]
@@ -211,12 +234,25 @@ def _split_timm(name: str, weights: str) -> Backbone:
         if any(p.dim() > 1 for p in stages[cut:].parameters()):
             break
     with torch.no_grad():
-        shape = stages.eval()(torch.zeros(1, 3, 224, 224)).shape
-    stages.train()
+        last = stages.eval()(torch.zeros(1, 3, 224, 224))
     features = net.feature_info.channels()[-1]
-    if len(shape) != 4 or shape[1] != features:
-        raise ValueError(f"{name} gives features of shape {tuple(shape)}, expected (B, {features}, H, W): "
+    if last.dim() != 4 or last.shape[1] != features:
+        raise ValueError(f"{name} gives features of shape {tuple(last.shape)}, expected (B, {features}, H, W): "
                          "no spatial map to attend to")
-    config = timm.get_pretrained_cfg(short)
+    for norm in NORMS:
+        module = dict(whole.named_modules()).get(norm)
+        if norm not in named and module is not None and _takes(module, last):
+            stages.add_module(norm.replace(".", "_"), module)
+    stages.train()
     scale = IMAGENET if weights == "none" or config is None else (tuple(config.mean), tuple(config.std))
     return Backbone(name, stages[:cut], stages[cut:], features, *(scale if weights in ("imagenet", "none") else (None, None)))
+
+
+def _takes(norm: nn.Module, features: Tensor) -> bool:
+    """Whether a norm has weights for a map (1, D, H, W) of channels first; one behind a hidden layer has another width."""
+    try:
+        with torch.no_grad():
+            return any(p.numel() == features.shape[1] for p in norm.parameters()) \
+                and norm.eval()(features).shape == features.shape
+    except RuntimeError:
+        return False

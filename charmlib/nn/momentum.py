@@ -1,10 +1,31 @@
-"""The momentum encoder of CHARM-Xray."""
+"""The momentum encoder of CHARM-Xray, and the running mean of weights that it shares with ``average``."""
 
 import copy
+from collections.abc import Mapping
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+
+@torch.no_grad()
+def follow(slow: Mapping[str, Tensor], fast: Mapping[str, Tensor], weight: Tensor) -> None:
+    """``slow <- (1 - weight) slow + weight fast`` in place for each name of ``slow``; integers are copied.
+
+    ``weight`` is a 0-dim tensor on the device in [0, 1]. No value is read from the device.
+    """
+    if floats := [name for name, value in slow.items() if value.is_floating_point()]:
+        averages = [slow[name] for name in floats]
+        torch._foreach_mul_(averages, 1 - weight)
+        torch._foreach_add_(averages, torch._foreach_mul([fast[name].detach() for name in floats], weight))
+    if whole := list(slow.keys() - set(floats)):  # batch counters of norm layers, unused in eval mode
+        torch._foreach_copy_([slow[name] for name in whole], [fast[name] for name in whole])
+
+
+def warm_up(momentum: float, updates: Tensor) -> Tensor:
+    """``min(momentum, (1 + t) / (10 + t))`` with t, the 0-dim number of earlier ``updates``."""
+    t = updates.to(torch.float32)
+    return torch.clamp((1 + t) / (10 + t), max=momentum)
 
 
 class MomentumEncoder(nn.Module):
@@ -58,8 +79,7 @@ class MomentumEncoder(nn.Module):
         """m_t of the next update, a 0-dim tensor on the module's device."""
         if not self.warmup:
             return torch.full((), self.momentum, device=self.updates.device)
-        t = self.updates.to(torch.float32)
-        return torch.clamp((1 + t) / (10 + t), max=self.momentum)
+        return warm_up(self.momentum, self.updates)
 
     @torch.no_grad()
     def update(self, source: nn.Module, skipped: Tensor | None = None) -> None:
@@ -73,13 +93,7 @@ class MomentumEncoder(nn.Module):
         weight = (1 - self.current_momentum()) * made  # 0-dim
         mine, theirs = (dict((*net.named_parameters(), *(() if self.batch_norms else net.named_buffers())))
                         for net in (self.encoder, source))
-        slow = [name for name, value in mine.items() if value.is_floating_point()]
-        if slow:
-            averages = [mine[name] for name in slow]
-            torch._foreach_mul_(averages, 1 - weight)
-            torch._foreach_add_(averages, torch._foreach_mul([theirs[name].detach() for name in slow], weight))
-        if whole := list(mine.keys() - set(slow)):  # batch counters of norm layers, unused in eval mode
-            torch._foreach_copy_([mine[name] for name in whole], [theirs[name] for name in whole])
+        follow(mine, theirs, weight)
         self.updates += made
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """Small fastai callbacks, each with one job."""
 
 import hashlib
+import math
 import random
 import time
 from functools import partial
@@ -12,12 +13,14 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import norm_types
 from fastcore.basics import store_attr
+from torch import Tensor
 
 from charmlib import session
 from charmlib.data.loaders import GreyToNetwork, grey_to_network
-from charmlib.evaluation.runs import HISTORY, RunFolder, number
+from charmlib.evaluation.runs import HISTORY, RunFolder, monitored, number
 from charmlib.files import write_whole
 from charmlib.nih import finding_columns
+from charmlib.nn.losses import MultiLabelLoss
 from charmlib.nn.votes import VotingBank
 from charmlib.training.recipes import Phase
 
@@ -112,6 +115,34 @@ class Trains(Callback):
                 part.train(name in self.parts)
 
 
+class LossMode(Callback):
+    """Puts the loss into training and eval mode with the network: class weights and the prior of a sample act in training mode
+    only. Class weights act from a share ``weight_from`` of the epochs on, in [0, 1].
+
+    A stage of several phases says in ``before`` and ``epochs`` how many epochs it had before this fit and has in all. With
+    uneven draws, ``shares`` (C,) are the images' own of each class, which a voting bank gets after each epoch of training.
+    """
+
+    order = -5
+
+    def __init__(self, weight_from: float = 0.0, shares: Tensor | None = None):
+        self.weight_from, self.shares, self.before, self.epochs = weight_from, shares, 0, 0
+
+    def before_train(self):
+        if isinstance(self.loss_func, MultiLabelLoss):
+            self.loss_func.train()
+            first = self.weight_from * (self.epochs or self.n_epoch)
+            self.loss_func.weighted = self.epoch + self.before >= first - 1e-6
+
+    def after_train(self):
+        if self.shares is not None and isinstance(bank := getattr(self.model, "bank", None), VotingBank):
+            bank.shares.copy_(self.shares)
+
+    def before_validate(self):
+        if isinstance(self.loss_func, MultiLabelLoss):
+            self.loss_func.eval()
+
+
 class SeedEpoch(Callback):
     """Derives every epoch's randomness (order, augmentation, dropout) from the seed, the phase and the epoch alone: a resumed
     run draws the numbers of an uninterrupted one without stored generator states."""
@@ -135,10 +166,10 @@ def seed_everything(*parts) -> int:
 
 
 class EpochRecord(Callback):
-    """One row of the history an epoch: losses, validation AUC, learning rate, seconds, filled slots and share stored.
+    """One row of the history an epoch: losses, validation AUC and AP, learning rate, seconds, filled slots and share stored.
 
     The training loss is the mean over the epoch's batches: a resumed run could not repeat fastai's smoothed one. Skipped
-    epochs before ``start`` get no row. Without a validation part its two figures are NaN.
+    epochs before ``start`` get no row. Without a validation part its three figures are NaN.
 
     A row also holds ``bank_labels`` for ``bank_history.csv``: class -> number of slots, ``no_finding`` last; empty without a
     bank.
@@ -165,7 +196,7 @@ class EpochRecord(Callback):
         row = {"stage": self.stage, "epoch": self.epoch + self.before + 1,
                "train_loss": torch.stack(self.losses).mean().item() if self.losses else float("nan"),
                "valid_loss": number(values["valid_loss"]), "valid_auc": number(values.get("mean_auc")),
-               "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,
+               "valid_ap": number(values.get("mean_ap")), "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,
                "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": "", "bank_labels": {}}
         if (bank := getattr(self.model, "bank", None)) is not None:
             classes = list(self.dls.vocab)
@@ -184,10 +215,10 @@ class KeepProgress(Callback):
     fastai's ``SaveModelCallback`` keeps weights in files that it loads with pickles allowed.
 
     ``best`` is changed in place: ``value`` and ``state`` (weights on the CPU) of the kept epoch, ``mark`` (the value that
-    patience compares with) and ``waited`` (epochs since). ``phase`` says the patience and the smallest improvements. ``save``
-    gets the number of finished epochs and whether the phase is over, after the epoch's other callbacks. ``monitor`` None keeps
-    the last epoch, and epochs before ``start`` are skipped. ``scale`` is the state of a resumed phase's gradient scaler, since
-    each fit starts with a new one.
+    patience compares with), ``waited`` (epochs since) and ``values`` (of all epochs of the phase; small is good). ``phase``
+    says the patience and the smallest improvements. ``save`` gets the number of finished epochs and whether the phase is over,
+    after the epoch's other callbacks. ``monitor`` None keeps the last epoch, and epochs before ``start`` are skipped. ``scale``
+    is the state of a resumed phase's gradient scaler, since each fit starts with a new one.
 
     Raises
     ------
@@ -220,8 +251,9 @@ class KeepProgress(Callback):
             return
         self.kept = len(self.learn.epoch_record.rows)
         row = self.learn.epoch_record.rows[-1]
-        value = -row["valid_auc"] if self.monitor == "valid_auc" else row["valid_loss"]
+        value = monitored(row, self.monitor or "valid_loss")
         self.best["waited"] += 1
+        self.best["values"].append(value)
         if self.monitor is None or value < self.best["mark"] - self.phase.min_delta:
             self.best.update(mark=value, waited=0)
         if self.monitor is None or value < self.best["value"] - self.phase.save_delta:
@@ -238,6 +270,28 @@ class KeepProgress(Callback):
             session.stop_unless(self.longest, "the next epoch")
         if stop and not ended:
             raise CancelFitException
+
+
+class FallingRate(Callback):
+    """Divides the learning rates of a fit by 10, once or more, at the start of an epoch; momentum stays.
+
+    'steps': after half and after three quarters of the epochs (the shares of ResNet's schedule on CIFAR, arXiv 1512.03385).
+    'plateau': after each epoch without a new best among ``values``, the list that :class:`KeepProgress` fills; so does
+    fastai's ``ReduceLROnPlateau`` with its defaults, which does nothing to a torch optimizer in fastai's ``OptimWrapper``.
+
+    Both follow from the epoch and the history alone, so that a resumed run has the same rates.
+    """
+
+    def __init__(self, schedule: str, values: list[float]):
+        store_attr()
+
+    def before_fit(self):
+        self.rates = [group["lr"] for group in self.opt.hypers]
+
+    def before_epoch(self):
+        falls = sum(self.epoch >= share * self.n_epoch for share in (0.5, 0.75)) if self.schedule == "steps" else \
+            sum(not v < min((u for u in self.values[:i] if u == u), default=math.inf) for i, v in enumerate(self.values))
+        self.opt.set_hyper("lr", [rate / 10**falls for rate in self.rates])
 
 
 def write_history(folder: RunFolder, rows: list[dict]) -> None:

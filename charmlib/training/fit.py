@@ -14,11 +14,11 @@ from charmlib import session
 from charmlib.evaluation.metrics import NotFinite
 from charmlib.files import Damaged
 from charmlib.params import PARAMS
-from charmlib.training.callbacks import EpochRecord, KeepProgress, SeedEpoch, Trains
+from charmlib.training.callbacks import EpochRecord, FallingRate, KeepProgress, SeedEpoch, Trains
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
 
-FORMAT = 4
+FORMAT = 6
 
 
 class PhaseRunner:
@@ -70,26 +70,33 @@ class PhaseRunner:
             if phase.sets:
                 self.net.enter(**phase.sets)
             Trains(phase.trains, phase.train_norms).apply(learner)
-            self.best["waited"] = 0
+            self.best |= {"waited": 0, "values": []}
             if resumed:
                 self.best = resumed["best"]
                 fill(self.net, resumed["model"], str(self.path))
                 learner.opt.load_state_dict(resumed["opt"])
             if not (resumed and resumed["over"]):
                 session.stop_unless(longest, phase.name)
-                longest = self._fit(learner, phase, epochs_before(plan, phase), resumed or {"epochs": 0, "scaler": None}, cbs)
+                before = learner.loss_mode.before = epochs_before(plan, phase)
+                learner.loss_mode.epochs = sum(p.epochs for p in plan if p.stage == phase.stage)
+                longest = self._fit(learner, phase, before, resumed or {"epochs": 0, "scaler": None}, cbs)
             if i + 1 == len(plan) or plan[i + 1].stage != phase.stage:
                 fill(self.net, self.best["state"], "the best epoch")
         return self.history
 
     def _fit(self, learner: Learner, phase: Phase, before: int, state: dict, cbs: Sequence) -> float:
         """Train a phase from a state on; returns the seconds of its longest epoch with a margin."""
+        mean = getattr(learner, "average_weights", None)  # of the weights; a phase that is over has it in the network
+        if mean is not None:
+            mean.resumed = state.get("average")
+
         def save(epochs: int, over: bool) -> None:
             scaler = getattr(learner, "scaler", None)
+            raw, average = ({}, None) if mean is None or over else mean.state()
             save_resume(self.path, {
                 "format": FORMAT, "identity": self.identity, "phase": phase.name, "epochs": epochs, "over": over,
-                "model": self.net.state_dict(), "opt": learner.opt.state_dict(), "best": self.best,
-                "scaler": scaler and scaler.state_dict(), "rate": self.rate, "history": self.history})
+                "model": {**self.net.state_dict(), **raw}, "average": average, "opt": learner.opt.state_dict(),
+                "best": self.best, "scaler": scaler and scaler.state_dict(), "rate": self.rate, "history": self.history})
 
         start = state["epochs"]
 
@@ -104,7 +111,11 @@ class PhaseRunner:
         rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"
         try:
             with learner.no_logging(), learner.removed_cbs(() if self.bars else learner._grab_cbs(ProgressCallback)):
-                learner.fit_one_cycle(phase.epochs, phase.lr, cbs=callbacks, start_epoch=start, **phase.cycle)
+                if phase.schedule == "one_cycle":
+                    learner.fit_one_cycle(phase.epochs, phase.lr, cbs=callbacks, start_epoch=start, **phase.cycle)
+                else:
+                    learner.fit(phase.epochs, phase.lr, cbs=[*callbacks, FallingRate(phase.schedule, self.best["values"])],
+                                start_epoch=start)
         except NotFinite as error:
             raise ValueError(f"training diverged in {phase.name} (the network's outputs are not finite): lower {rates}, now "
                              f"{phase.lr}") from error

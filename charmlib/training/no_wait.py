@@ -14,10 +14,11 @@ from fastai.learner import AvgLoss, AvgSmoothLoss, Learner, Metric, Recorder
 from fastai.optimizer import OptimWrapper
 from torch import Tensor
 
-from charmlib.evaluation.metrics import mean_auc
+from charmlib.evaluation.metrics import ap_by_class, mean_auc
+from charmlib.nih import finding_columns
 
 
-class _Fused(torch.optim.AdamW):
+class _Verdict:
     """Keeps the gradient scaler's verdict on a fused step: ``skipped``, a tensor that is 1 if gradients overflowed."""
 
     skipped: Tensor | None = None
@@ -25,6 +26,18 @@ class _Fused(torch.optim.AdamW):
     def step(self, closure=None):
         found = getattr(self, "found_inf", None)  # there during a scaler's step only
         self.skipped = None if found is None else found.clone()
+        return super().step(closure)
+
+
+class _AdamW(_Verdict, torch.optim.AdamW):
+    pass
+
+
+class _SGD(_Verdict, torch.optim.SGD):
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if self.state[p].get("momentum_buffer") is None:  # of a first step that is skipped, torch keeps what memory held
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return super().step(closure)
 
 
@@ -37,9 +50,10 @@ class AdamW(OptimWrapper):
     """
 
     scaler: torch.amp.GradScaler | None = None
+    of_torch = _AdamW
 
     def __init__(self, params, lr: float = 1e-3, **kwargs):
-        super().__init__(params, _Fused, lr=lr, fused=True, **kwargs)
+        super().__init__(params, self.of_torch, lr=lr, fused=True, **kwargs)
 
     @property
     def hypers(self) -> list[dict]:
@@ -60,6 +74,15 @@ class AdamW(OptimWrapper):
             self.opt.step() if self.scaler is None else self.scaler.step(self.opt)
         finally:
             self.opt.param_groups = groups
+
+
+class SGD(AdamW):
+    """torch's SGD in the same way: ``momentum`` 0.9 unless a schedule sets it, and weight decay as a gradient."""
+
+    of_torch = _SGD
+
+    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.9, **kwargs):
+        super().__init__(params, lr, momentum=momentum, **kwargs)
 
 
 class HalfPrecision(MixedPrecision):
@@ -128,7 +151,21 @@ class MeanAUC(Metric):
         if not self.logits:
             return float("nan")
         labels, logits = (torch.cat(parts).float().cpu().numpy() for parts in (self.labels, self.logits))
+        return self.mean(labels, logits)
+
+    def mean(self, labels, logits) -> float:
         return mean_auc(labels, logits, self.classes, self.normal_class)
+
+
+class MeanAP(MeanAUC):
+    """Mean average precision over the findings on a whole validation part."""
+
+    name = "mean_ap"
+
+    def mean(self, labels, logits) -> float:
+        found = list(ap_by_class(labels, logits, self.classes).values())
+        defined = [found[c] for c in finding_columns(self.classes, self.normal_class) if found[c] == found[c]]
+        return sum(defined) / len(defined) if defined else float("nan")  # the AUC has warned of the others
 
 
 class Progress(ProgressCallback):

@@ -10,18 +10,19 @@ from charmlib.systems import find, load
 
 @dataclass(frozen=True)
 class Phase:
-    """One call of fastai's ``fit_one_cycle``.
+    """One call of fastai's ``fit_one_cycle``, or of its ``fit`` with another schedule.
 
     - ``name``: unique in its recipe.
     - ``stage``: successive phases of one stage share loaders, optimizer and best epoch; a column of ``history.csv``.
     - ``epochs``: the most epochs; ``batch``: images a batch.
     - ``lr``: learning rate; a slice runs from the first parameter group to the last.
     - ``images``: 'all' training and validation images, or those with 'findings'.
-    - ``loss``: see :func:`charmlib.nn.make_loss`.
+    - ``loss``: see :func:`charmlib.nn.make_loss`; ``sampler``: see :func:`charmlib.data.sampling.expected_draws`.
     - ``trains``: names of the network's parts that train; empty for all.
     - ``train_norms``: whether the norm layers of frozen parts keep learning, as after fastai's ``freeze()``. False freezes
       those parts entirely: they stay in eval mode.
-    - ``cycle``: further arguments of ``fit_one_cycle``.
+    - ``schedule``: the learning rate within the phase, a choice of the parameter ``schedule``.
+    - ``cycle``: further arguments of ``fit_one_cycle``, for ``one_cycle`` alone.
     - ``patience``: epochs without improvement after which the phase ends; 0 never ends it early.
     - ``min_delta``, ``save_delta``: the smallest improvements for patience, and to replace the kept epoch.
     - ``sets``: handed to the network's ``enter`` before the phase.
@@ -34,8 +35,10 @@ class Phase:
     batch: int
     images: str = "all"
     loss: str = "bce"
+    sampler: str = "natural"
     trains: tuple[str, ...] = ()
     train_norms: bool = True
+    schedule: str = "one_cycle"
     cycle: Mapping[str, float] = field(default_factory=dict)
     patience: int = 0
     min_delta: float = 0.0
@@ -63,18 +66,21 @@ def two_stages(params: Mapping, rate: float) -> list[Phase]:
 
     Stage 1 trains the head alone, then the whole network at half the rate, the first layers at a hundredth of it. Without
     pretrained weights the whole network trains at the full rate. Stage 2 runs from ``stage2_lr_min`` (first layers) to
-    ``stage2_lr_max`` (head). With ``one_group`` all layers train throughout, at the head's rates.
+    ``stage2_lr_max`` (head). With ``stage2_frozen`` trunk and final block stay to the bit, and the head goes on from stage 1
+    (cRT, arXiv 1910.09217, draws it anew). With ``one_group`` all layers train throughout, at the head's rates.
     """
-    watched = {name: params[name] for name in ("patience", "min_delta", "save_delta")}
+    watched = {name: params[name] for name in ("patience", "min_delta", "save_delta", "schedule")}
     first = {"stage": "1", "batch": params["stage1_batch"], "images": params["stage1_images"], "loss": params["stage1_loss"],
-             "sets": {"bank_momentum": params["bank_momentum"]}}
+             "sampler": params["stage1_sampler"], "sets": {"bank_momentum": params["bank_momentum"]}}
     whole = slice(rate / 2 / 100, rate / 2) if params["weights"] != "none" else rate
     return [
         Phase("stage1_frozen", epochs=params["stage1_frozen_epochs"], lr=slice(rate), cycle={"pct_start": 0.99},
-              trains=() if params["one_group"] else ("head",), save_delta=params["save_delta"], **first),
+              trains=() if params["one_group"] else ("head",), save_delta=params["save_delta"],
+              schedule=params["schedule"], **first),
         Phase("stage1", epochs=params["stage1_epochs"], lr=whole, cycle={"pct_start": 0.3, "div": 5.0}, **watched, **first),
         Phase("stage2", "2", params["stage2_epochs"], slice(params["stage2_lr_min"], params["stage2_lr_max"]),
-              params["stage2_batch"], loss=params["stage2_loss"], **watched,
+              params["stage2_batch"], loss=params["stage2_loss"], sampler=params["stage2_sampler"], **watched,
+              trains=("head",) if params["stage2_frozen"] else (), train_norms=not params["stage2_frozen"],
               sets={"bank_momentum": params["stage2_bank_momentum"]}),
     ]
 

@@ -24,11 +24,13 @@ from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.runs import HISTORY, NUMBERS, RunFolder, about, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_csv, write_json, write_text
-from charmlib.models.registry import Network, create
+from charmlib.models.registry import Network, create, keywords
 from charmlib.nih import finding_columns, same_order
+from charmlib.nn.losses import make_loss
 from charmlib.nn.votes import WEIGHTS
-from charmlib.param_sources import changed, read_yaml
-from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve, warmup_end, with_absolute_paths
+from charmlib.param_rows import WARMUPS
+from charmlib.param_sources import changed, read_yaml, with_absolute_paths
+from charmlib.params import UNHASHED, effective, missing_need, no_effect, resolve
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
@@ -37,6 +39,9 @@ from charmlib.training.fit import PhaseRunner
 from charmlib.training.learner import charm_learner
 from charmlib.training.machine import device_name, peak_memory_mb, versions
 from charmlib.training.recipes import Phase, phases, steps
+
+# for charm_learner
+OF_LEARNER = ("optimizer", "one_group", "weight_decay", "weight_from", "average", "average_warmup", "clip_norm")
 
 
 class Run:
@@ -122,7 +127,9 @@ class Run:
         """fastai DataLoaders of a phase; of the first by default."""
         phase = phase or self.phase()
         return chest_dataloaders(self.data, bs=phase.batch, findings_only=phase.images == "findings", mean=self.net.mean,
-                                 std=self.net.std, preload=self.params["preload"], device=self.device, path=self.folder.path)
+                                 std=self.net.std, augment=self.params["augment"], sampler=phase.sampler,
+                                 repeat_threshold=self.params["repeat_threshold"], preload=self.params["preload"],
+                                 device=self.device, path=self.folder.path)
 
     def learner(self, phase: Phase | None = None):
         """A fastai Learner around the run's network, with loss and loaders of a phase; of the first by default.
@@ -135,7 +142,7 @@ class Run:
         path = self.folder / "fastai"  # CSVLogger's history.csv is another file than the run's
         path.mkdir(parents=True, exist_ok=True)
         return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
-                             **{name: self.params[name] for name in ("optimizer", "one_group", "weight_decay")}, path=path)
+                             **{name: self.params[name] for name in OF_LEARNER}, **keywords(make_loss, self.params), path=path)
 
     def find_lr(self, *, plot: bool = False) -> float:
         """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder.
@@ -231,7 +238,7 @@ class Run:
         """Log parameters that amount to another value in so few steps: a larger momentum would be the same run."""
         acts = effective(self.params, total)
         for name, value in self.params.items():
-            if PARAMS[name].effective is warmup_end and acts[name] not in (None, value):
+            if name in WARMUPS and acts[name] not in (None, value):
                 self.log(f"note: in at most {total} steps the warm-up reaches {name} {acts[name]:.5f} and not {value:g}: any "
                          "larger value gives the same run")
 

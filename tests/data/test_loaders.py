@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from charmlib.data.augment import Augment
 from charmlib.data.dataset import open_dataset
-from charmlib.data.loaders import FlipRotate, GreyToNetwork, chest_dataloaders, flip_rotate
+from charmlib.data.loaders import GreyToNetwork, chest_dataloaders
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -47,7 +48,7 @@ def test_training_batches_equal_turning_three_channels_after_scaling(data):
     """The slow twin expands and scales first, then turns each channel."""
     from fastai.torch_core import TensorImage
 
-    scale, turn = GreyToNetwork(MEAN, STD), FlipRotate()
+    scale, turn = GreyToNetwork(MEAN, STD), Augment()
     grey = TensorImage(torch.from_numpy(data.images[np.arange(8)][:, None]))
     torch.manual_seed(3)
     fast = scale.encodes(turn.encodes(grey))
@@ -57,7 +58,7 @@ def test_training_batches_equal_turning_three_channels_after_scaling(data):
     assert fast.shape == slow.shape == (8, 3, 32, 32) and fast.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
     order = [type(t) for t in loaders(data).train.after_batch.fs]
-    assert order == [FlipRotate, GreyToNetwork]  # one channel is turned, not three
+    assert order == [Augment, GreyToNetwork]  # one channel is turned, not three
 
 
 def test_preloaded_batches_are_the_same(data):
@@ -137,33 +138,6 @@ def test_stage_1_takes_only_images_with_a_finding_but_tests_on_all(data):
     assert finding[dls.train.dataset.rows].all() and finding[dls.valid.dataset.rows].all()
     assert len(dls.test.dataset) == data.split.counts["test"]["images"]
     assert len(dls.train.dataset) == finding[data.rows("train")].sum()
-
-
-def test_flip_and_rotation_against_torchvision():
-    from torchvision.transforms.functional import InterpolationMode, hflip, rotate
-
-    x = torch.nn.functional.interpolate(torch.rand(3, 1, 8, 8), 64, mode="bicubic")
-    flips, angles = torch.tensor([1.0, -1.0, -1.0]), torch.tensor([0.0, 0.0, 0.15])
-    got = flip_rotate(x, flips, angles)
-    torch.testing.assert_close(got[0], x[0], atol=1e-5, rtol=0)  # no flip, no angle: the identity
-    torch.testing.assert_close(got[1], hflip(x[1]), atol=1e-5, rtol=0)
-    want = rotate(hflip(x[2]), np.degrees(0.15), InterpolationMode.BILINEAR)
-    middle = slice(16, 48)
-    error = (got[2][:, middle, middle] - want[:, middle, middle]).abs().mean()
-    other = (got[2][:, middle, middle] - rotate(hflip(x[2]), -np.degrees(0.15), InterpolationMode.BILINEAR)
-             [:, middle, middle]).abs().mean()
-    assert min(error, other) < 0.01
-    twice = flip_rotate(flip_rotate(x, -torch.ones(3), torch.zeros(3)), -torch.ones(3), torch.zeros(3))
-    torch.testing.assert_close(twice, x, atol=1e-4, rtol=0)
-
-
-def test_the_grid_of_a_turn_is_torchs_affine_grid():
-    x, flip, angle = torch.rand(5, 2, 24, 24), torch.tensor([1.0, -1, 1, -1, 1]), torch.tensor([0.0, 0.0, 0.17, -0.1, 0.05])
-    c, s, zero = torch.cos(angle), torch.sin(angle), torch.zeros(5)
-    theta = torch.stack([torch.stack([c * flip, -s, zero], 1), torch.stack([s * flip, c, zero], 1)], 1)
-    grid = torch.nn.functional.affine_grid(theta, list(x.shape), align_corners=False)
-    want = torch.nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    torch.testing.assert_close(flip_rotate(x, flip, angle), want, rtol=1e-4, atol=1e-5)
 
 
 def test_validation_is_not_augmented(data):

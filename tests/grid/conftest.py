@@ -39,8 +39,8 @@ while epochs < stage1_epochs:
     time.sleep(PACE)
     session.alive()
     epochs += 1
-    rows = "".join(f"1,{i},0.5,0.5,0.6,0.001,{PACE},,\\n" for i in range(epochs))
-    head = "stage,epoch,train_loss,valid_loss,valid_auc,lr,seconds,bank_filled,bank_accepted\\n"
+    rows = "".join(f"1,{i},0.5,0.5,0.6,0.3,0.001,{PACE},,\\n" for i in range(epochs))
+    head = "stage,epoch,train_loss,valid_loss,valid_auc,valid_ap,lr,seconds,bank_filled,bank_accepted\\n"
     write_text(folder / "history.csv", head + rows)
     write_text(folder / "resume.pt", str(epochs))
     with open(folder / "log.txt", "a") as log:

@@ -83,7 +83,7 @@ def test_an_epoch_of_all_images_is_no_measure_of_one_of_the_findings(tmp_path, p
     grid = load_grid(small_grid(tmp_path, phantoms, stage1_images=["findings", "all"]))
     for cell, seconds in zip(grid.cells, (2.0, 5.0)):
         (tmp_path / "out" / cell.id).mkdir(parents=True)
-        (tmp_path / "out" / cell.id / "history.csv").write_text(f"{','.join(HISTORY)}\n1,1,,,,,{seconds},,\n")
+        (tmp_path / "out" / cell.id / "history.csv").write_text(f"{','.join(HISTORY)}\n1,1,,,,,,{seconds},,\n")
     pace = paces(tmp_path / "out", grid.cells)
     assert [pace[cell.id].epoch("stage1") for cell in grid.cells] == [2.0, 5.0]
 

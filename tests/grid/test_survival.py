@@ -286,7 +286,7 @@ def test_time_between_sessions_is_not_a_cells_overhead(tmp_path):
     from charmlib.grid.cell_process import _spent
 
     (tmp_path / "cell.json").write_text(json.dumps({"hash": "h", "spent": 5.0, "started": time.time() - 50000}))
-    (tmp_path / "history.csv").write_text(f"{','.join(HISTORY)}\n1,1,,,,,20.0,,\n1,2,,,,,22.0,,\n")
+    (tmp_path / "history.csv").write_text(f"{','.join(HISTORY)}\n1,1,,,,,,20.0,,\n1,2,,,,,,22.0,,\n")
     assert _spent(CellFolder(tmp_path), "h") == 42.0
     (tmp_path / ".alive").touch()
     os.utime(tmp_path / ".alive", (time.time() - 49000, time.time() - 49000))

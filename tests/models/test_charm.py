@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torchvision
 
 from charmlib.models import CharmNet
 from charmlib.nn.votes import RAREST
@@ -99,7 +100,7 @@ def test_votes_are_added_in_eval_mode_only_by_keys_of_three_scales():
     torch.testing.assert_close(got, net.head(net.final(net.trunk(x)).mean((2, 3))), rtol=1e-4, atol=1e-4)
     assert net.bank.filled.item() == 8
     net.eval()
-    z, keys = net.encode(x)
+    _, z, keys = net.encode(x)
     blocks = list(net.trunk)
     maps = [torch.nn.functional.adaptive_avg_pool2d(torch.nn.Sequential(*blocks[:end])(x), 2).flatten(1) for end in net.ends]
     torch.testing.assert_close(keys, torch.cat(maps, 1))
@@ -116,3 +117,78 @@ def test_votes_are_added_in_eval_mode_only_by_keys_of_three_scales():
 def test_other_answers_and_keys_are_refused(wrong):
     with pytest.raises(ValueError, match="answer must be one of votes, features"):
         make(**wrong)
+
+
+PLAIN = {"use_momentum": False, "use_attention": False}
+
+
+def test_encode_names_what_it_gives():
+    net, x = make(**PLAIN).eval(), torch.randn(3, 3, 64, 64)
+    encoded = net.encode(x)
+    assert torch.equal(encoded.map, net.final(net.trunk(x))) and torch.equal(encoded.z, encoded.map.mean((2, 3)))
+    assert encoded.keys.shape == (3, sum(net.bank.blocks)) and make(**PLAIN, use_bank=False).encode(x).keys is None
+
+
+@pytest.mark.parametrize("attended", [False, True])
+def test_a_csra_head_reads_the_map_and_votes_are_added_to_it(attended):
+    net = make(use_momentum=False, use_attention=attended, head="csra", csra_heads=2)
+    x, y = torch.randn(8, 3, 64, 64), (torch.rand(8, 5) < 0.5).float()
+    net.bank.expect(torch.arange(8), y)
+    net.train()(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    net.eval()
+    q = net.final(net.trunk(x))
+    head = net.head(q * net.attention(q) if attended else q)
+    logits, seen = net.read(x)
+    torch.testing.assert_close(seen["head"], head)
+    _, _, keys = net.encode(x)
+    votes, heard = net.bank.votes(keys)
+    torch.testing.assert_close(logits, torch.where(heard, (head + net.bank.prior() + votes) / 2, head))
+    assert heard.any() and not torch.equal(logits, head)
+    alone = make(use_momentum=False, use_attention=attended, head="csra", use_bank=False).eval()
+    q = alone.final(alone.trunk(x))
+    torch.testing.assert_close(alone(x), alone.head(q * alone.attention(q) if attended else q))
+
+
+def test_other_heads_train_in_the_head_group_and_a_bare_loop():
+    for head in ("standard", "csra"):
+        net = make(**PLAIN, use_bank=False, head=head)
+        assert {id(p) for p in net.head.parameters()} == {id(p) for p in net.parameter_groups()[-1]}
+        x = torch.randn(8, 3, 32, 32)
+        y = torch.stack([(x.mean((1, 2, 3)) > 0).float()] * 5, 1)
+        optimizer, losses = torch.optim.AdamW(net.parameters(), 3e-3), []
+        for _ in range(30):
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(net(x), y)
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0], head
+
+
+@pytest.mark.parametrize("pooled", [{"use_momentum": True}, {"answer": "features"}])
+def test_csra_is_refused_where_features_have_no_positions(pooled):
+    with pytest.raises(ValueError, match="csra reads a map"):
+        make(**{**PLAIN, "head": "csra", **pooled})
+
+
+def test_half_precision_csra():
+    net = make(**PLAIN, head="csra", csra_heads=8, use_bank=False).train()
+    x = torch.randn(4, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(x)
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits.float(), net(x), atol=0.2, rtol=0.1)
+
+
+def test_the_default_head_and_backbone_draw_the_random_numbers_that_they_always_drew():
+    """Stored runs of torchvision's backbones can be repeated: the layers written out, in the order in which they are made."""
+    torch.manual_seed(0)
+    net = CharmNet("resnet18", 5, weights="none", use_bank=False)
+    torch.manual_seed(0)
+    body = torchvision.models.resnet18(weights=None)
+    head = torch.nn.Sequential(torch.nn.BatchNorm1d(512), torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Dropout(0.3),
+                               torch.nn.Linear(512, 5))
+    want = {f"head.{name}": value for name, value in head.state_dict().items()}
+    want |= {f"{'final' if 'layer4' in name else 'trunk'}.{name.removeprefix('layer4.')}": value
+             for name, value in body.state_dict().items() if not name.startswith("fc.")}
+    got = net.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(value, want[name]) for name, value in got.items())

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from charmlib.nn import ClassifierHead, FilterAttention, MultiScaleAttention, make_attention
+from charmlib.nn import ClassifierHead, CSRAHead, FilterAttention, MultiScaleAttention, StandardHead, make_attention, make_head
+from charmlib.nn.head import TEMPERATURES
 
 
 def test_attention_is_the_written_formula():
@@ -106,3 +107,113 @@ def test_the_head_drops_its_hidden_units_in_training_only():
     assert (units == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
     torch.testing.assert_close(units[units != 0].unique(), torch.tensor([1 / 0.7]))
     assert (head.eval()(torch.randn(8, 4)) == 1).all()
+
+
+def test_the_standard_heads_layers_and_its_two_dropouts():
+    head = StandardHead(10, 14, hidden=6, dropout=0.25)
+    assert [type(m).__name__ for m in head] == ["BatchNorm1d", "Dropout", "Linear", "ReLU", "BatchNorm1d", "Dropout", "Linear"]
+    assert [m.p for m in head if isinstance(m, torch.nn.Dropout)] == [0.25, 0.25]
+    z = torch.randn(4, 10)
+    head.eval()
+    plain = z @ head[2].weight.T + head[2].bias  # fresh norms change nothing but for their epsilon
+    torch.testing.assert_close(head(z), plain.relu() @ head[6].weight.T + head[6].bias, rtol=1e-4, atol=1e-4)
+
+
+def csra(heads=1, attention="scores", lam=0.4, features=6, classes=5):
+    torch.manual_seed(0)
+    head = CSRAHead(features, classes, lam=lam, heads=heads, attention=attention).double()
+    with torch.no_grad():
+        head.bias.normal_()
+    return head, torch.randn(3, features, 4, 2, dtype=torch.float64)
+
+
+def slow(head, x, temperature=None):
+    """Position by position, class by class, head by head; also the largest share of any position."""
+    out = torch.zeros(len(x), head.classes, dtype=x.dtype)
+    for b, image in enumerate(x):
+        places = image.flatten(1).T  # (H * W, D)
+        for c in range(head.classes):
+            for h, t in enumerate(TEMPERATURES[head.heads]):
+                m = head.scores.weight[h * head.classes + c].flatten()
+                s = torch.stack([place @ m / m.norm() for place in places])
+                a = s
+                if head.own is not None:
+                    own = head.own.weight[h * head.classes + c].flatten()
+                    a = torch.stack([place @ own for place in places]) + head.own.bias[h * head.classes + c]
+                share = torch.exp((t if temperature is None else temperature) * a)
+                share = share / share.sum()
+                out[b, c] += s.sum() / len(s) + head.lam * (share * s).sum()
+    return out + head.bias
+
+
+@pytest.mark.parametrize("heads", list(TEMPERATURES))
+@pytest.mark.parametrize("attention", ["scores", "own"])
+def test_csra_is_the_written_formula(heads, attention):
+    head, x = csra(heads, attention)
+    torch.testing.assert_close(head(x), slow(head, x))
+
+
+def test_csra_with_lambda_0_is_average_pooling_then_a_linear_layer():
+    head, x = csra(lam=0.0)
+    weight = F.normalize(head.scores.weight.flatten(1))
+    torch.testing.assert_close(head(x), F.linear(x.mean((2, 3)), weight, head.bias))
+
+
+@pytest.mark.parametrize("attention", ["scores", "own"])
+def test_csra_where_no_position_stands_out_adds_lambda_times_the_mean(attention):
+    """A temperature of 0, or the same feature at every position: the bias stays outside the residual sum."""
+    head, x = csra(attention=attention)
+    weight = F.normalize(head.scores.weight.flatten(1))
+    want = (1 + head.lam) * F.linear(x.mean((2, 3)), weight) + head.bias
+    torch.testing.assert_close(head(x.mean((2, 3), keepdim=True).expand_as(x)), want)
+    assert not torch.allclose(head(x), want)
+    head.temperatures.zero_()
+    torch.testing.assert_close(head(x), want)
+
+
+def test_csra_at_99_is_the_mean_and_lambda_times_the_largest_score():
+    head, x = csra()
+    head.temperatures.fill_(99)
+    scores = torch.einsum("bdhw,cd->bchw", x, F.normalize(head.scores.weight.flatten(1))).flatten(2)
+    short = (scores.mean(2) + head.lam * scores.amax(2) + head.bias - head(x)) / head.lam
+    assert (short >= 0).all() and (short <= torch.log(torch.tensor(8.0)) / 99).all()
+
+
+def test_csra_heads_are_summed_and_each_has_its_temperature():
+    head, x = csra(4)
+    total = head.bias.clone()
+    for h, t in enumerate(TEMPERATURES[4]):
+        one, _ = csra()
+        with torch.no_grad():
+            one.scores.weight.copy_(head.scores.weight[5 * h:5 * h + 5]), one.bias.zero_(), one.temperatures.fill_(t)
+        total = total + one(x)
+    torch.testing.assert_close(head(x), total)
+    assert head.state_dict().keys() == {"scores.weight", "bias"}
+
+
+@pytest.mark.parametrize("attention", ["scores", "own"])
+def test_csra_gradients(attention):
+    head, x = csra(2, attention, features=3, classes=2)
+    parameters = dict(head.named_parameters())
+    assert torch.autograd.gradcheck(lambda x, *p: torch.func.functional_call(head, dict(zip(parameters, p)), (x,)),
+                                    (x[:2, :, :2].requires_grad_(), *parameters.values()))
+
+
+def test_every_head_starts_at_given_log_odds():
+    start = torch.linspace(-6, -1, 5)
+    for form in ("charm", "standard", "csra"):
+        head = make_head(form, 8, 5, hidden=4).eval()
+        head.start_at(start)
+        nothing = torch.zeros(2, 8, 3, 3) if form == "csra" else torch.zeros(2, 8)
+        with torch.no_grad():
+            if form != "csra":
+                head[-1].weight.zero_()
+            torch.testing.assert_close(head(nothing), start.expand(2, 5))
+
+
+@pytest.mark.parametrize("wrong", [{"csra_heads": 3}, {"csra_attention": "other"}, {"csra_lambda": -0.1}])
+def test_unknown_heads_are_refused(wrong):
+    with pytest.raises(ValueError, match="csra_heads of 1, 2, 4, 6, 8, csra_attention of scores, own and csra_lambda"):
+        make_head("csra", 8, 5, **wrong)
+    with pytest.raises(ValueError, match="charm, standard, csra, got 'crsa'"):
+        make_head("crsa", 8, 5)

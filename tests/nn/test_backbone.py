@@ -46,6 +46,95 @@ def test_timm_models(name):
     assert any(p.dim() > 1 for p in parts.final.parameters())
 
 
+@pytest.mark.parametrize("name, norm, pooled", [
+    ("test_convnext", "head.norm", True), ("convnextv2_atto", "head.norm", True), ("edgenext_xx_small", "head.norm", True),
+    ("convnext_tiny_hnf", "norm_pre", False), ("test_efficientnet", "", False), ("test_resnet", "", False),
+    ("resnetv2_50", "norm", False), ("inception_next_atto", "", False)])
+def test_a_timm_model_keeps_the_norm_before_its_classifier(tmp_path, name, norm, pooled):
+    """Its features equal what timm's classifier sees: on one position, and on any map if timm's norm precedes the pool."""
+    import timm
+
+    whole = timm.create_model(name, num_classes=3).eval()
+    for p in (p for n, p in whole.named_parameters() if norm and n.startswith(norm)):  # as if trained
+        torch.nn.init.uniform_(p, 0.5, 2)
+    torch.save(whole.state_dict(), tmp_path / "w.pt")
+    parts = split_backbone(f"timm:{name}", tmp_path / "w.pt")
+    kept = [n for n, _ in parts.final.named_children() if "norm" in n]
+    assert kept == ([norm.replace(".", "_")] if norm else [])
+    if norm:
+        x = torch.randn(2, 3, *([32, 32] if pooled else [64, 96]))
+        with torch.no_grad():
+            got = parts.final.eval()(parts.trunk.eval()(x))
+            want = whole.forward_head(whole.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(got.mean((2, 3)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_norm_leaves_the_random_numbers_where_they_were():
+    import timm
+
+    torch.manual_seed(0)
+    split_backbone("timm:test_convnext", "none")
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    timm.create_model("test_convnext", features_only=True)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_a_timm_file_brings_its_last_norm_or_is_refused(tmp_path):
+    import timm
+
+    net = timm.create_model("test_convnext", num_classes=3)
+    with torch.no_grad():
+        net.head.norm.weight.uniform_(0.5, 2), net.head.norm.bias.normal_()
+    torch.save(net.state_dict(), tmp_path / "t.pt")
+    norm = split_backbone("timm:test_convnext", tmp_path / "t.pt").final.head_norm
+    assert torch.equal(norm.weight, net.head.norm.weight) and torch.equal(norm.bias, net.head.norm.bias)
+    torch.save({k: v for k, v in net.state_dict().items() if not k.startswith("head.")}, tmp_path / "without.pt")
+    with pytest.raises(ValueError, match=r"without\.pt.*2 missing: head\.norm\.bias, head\.norm\.weight"):
+        split_backbone("timm:test_convnext", tmp_path / "without.pt")
+
+
+def test_pretrained_timm_weights_bring_norm_and_licence(tmp_path, monkeypatch, capsys):
+    """timm finds its weights at a local place, as it would in its cache."""
+    import timm
+
+    net = timm.create_model("test_convnext")
+    with torch.no_grad():
+        net.head.norm.weight.uniform_(0.5, 2)
+    torch.save(net.state_dict(), tmp_path / "cached.pt")
+    find = timm.models._builder._resolve_pretrained_source
+    monkeypatch.setattr(timm.models._builder, "_resolve_pretrained_source",
+                        lambda config: find({**config, "file": str(tmp_path / "cached.pt")}))
+    parts = split_backbone("timm:test_convnext", "imagenet")
+    assert torch.equal(parts.final.head_norm.weight, net.head.norm.weight)
+    assert capsys.readouterr().out == "timm:test_convnext: weights r160_in1k, licence apache-2.0 (timm)\n"
+    split_backbone("timm:test_convnext", "none")
+    assert capsys.readouterr().out == ""
+
+
+def test_drop_path_reaches_the_blocks_and_acts_in_training_only():
+    from timm.layers import DropPath
+
+    torch.manual_seed(0)
+    deep = split_backbone("timm:convnextv2_atto", "none", drop_path=0.5)
+    torch.manual_seed(0)
+    plain = split_backbone("timm:convnextv2_atto", "none")
+    rates = [m.drop_prob for part in (deep.trunk, deep.final) for m in part.modules() if isinstance(m, DropPath)]
+    assert rates == sorted(rates) and rates[-1] == pytest.approx(0.5)
+    assert not any(isinstance(m, DropPath) and m.drop_prob for m in plain.final.modules())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(deep.final.eval()(deep.trunk.eval()(x)), plain.final.eval()(plain.trunk.eval()(x)))
+        deep.trunk.train(), deep.final.train()
+        assert not torch.equal(deep.final(deep.trunk(x)), deep.final(deep.trunk(x)))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm:vgg11"])
+def test_drop_path_without_stochastic_depth_is_refused(name):
+    with pytest.raises(ValueError, match=r"drop_path.*timm:NAME|no stochastic depth.*drop_path: 0"):
+        split_backbone(name, "none", drop_path=0.1)
+
+
 def test_unknown_and_unfit_names_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'efficientnet_v2_s'"):
         split_backbone("efficientnetv2_s", "none")

@@ -38,7 +38,7 @@ def test_slots_similarities_and_weights_by_hand(run, norm):
     row = run.data.index.frame.index[run.data.index.frame["id"] == image][0]
     x, _ = run.dataloaders(run.phase("stage2")).test_dl([run.data.index.frame.loc[row, "path"]]).one_batch()
     with torch.no_grad():
-        z = run.net.eval().encode(x.as_subclass(torch.Tensor))[0][0].double().numpy()
+        z = run.net.eval().encode(x.as_subclass(torch.Tensor)).z[0].double().numpy()
     slots = run.net.bank.slots[:run.net.bank.filled].double().numpy()
     a = z / np.linalg.norm(z) if norm in ("both", "query") else z
     similar = [a @ (s / np.linalg.norm(s) if norm in ("both", "memory") else s) for s in slots]

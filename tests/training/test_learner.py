@@ -17,8 +17,8 @@ def test_fastais_own_methods_work(learn, phantoms):
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(1, 1e-3, freeze_epochs=1)
         learn.fit_one_cycle(1, slice(1e-5, 1e-3))
-        loss, auc = learn.validate()
-        assert np.isfinite(loss) and 0 < auc < 1
+        loss, auc, ap = learn.validate()
+        assert np.isfinite(loss) and 0 < auc < 1 and 0 < ap < 1
         logits, labels = learn.get_preds()
         assert logits.shape == labels.shape and logits.min() >= 0 and logits.max() <= 1  # the loss's activation
         learn.show_results(max_n=2)

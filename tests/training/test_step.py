@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from charmlib import Run, charm_learner
-from charmlib.evaluation.metrics import mean_auc
+from charmlib.evaluation.metrics import ap_by_class, mean_auc, mean_over_classes
 from charmlib.param_sources import load_params
 from charmlib.training.device import compile_backbone, place
 from charmlib.training.no_wait import AdamW, HalfPrecision
@@ -131,19 +131,22 @@ def test_loss_and_auc_are_fastais(learn):
         def before_epoch(self):
             self.loss = AvgLoss()
             self.auc = AccumMetric(lambda scores, labels: mean_auc(labels, scores), flatten=False, to_np=True)
-            self.loss.reset(), self.auc.reset()
+            self.ap = AccumMetric(lambda scores, labels: mean_over_classes(ap_by_class(labels, scores)), flatten=False,
+                                  to_np=True)
+            self.loss.reset(), self.auc.reset(), self.ap.reset()
 
         def after_batch(self):
-            for metric in (self.smooth,) if self.training else (self.loss, self.auc):
+            for metric in (self.smooth,) if self.training else (self.loss, self.auc, self.ap):
                 metric.accumulate(self.learn)
 
     both = Both()
     with learn.no_bar(), learn.no_logging():
         learn.fit(2, 1e-3, cbs=both)
-    train, valid, auc = learn.recorder.values[-1]
+    train, valid, auc, ap = learn.recorder.values[-1]
     assert train == pytest.approx(float(both.smooth.value), rel=1e-6)
     assert valid == pytest.approx(float(both.loss.value), rel=1e-6)
     assert auc == pytest.approx(both.auc.value, abs=1e-9) and 0 < auc < 1
+    assert ap == pytest.approx(both.ap.value, abs=1e-9) and 0 < ap < 1
 
 
 def test_fused_adamw_is_adamw():
@@ -174,8 +177,8 @@ def test_the_optimizer_fastai_is_fastais_adam_without_decay_of_norms_and_biases(
     assert type(mine.opt) is AdamW and type(theirs.opt) is not AdamW
     for (name, a), b in zip(mine.model.named_parameters(), theirs.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
-    with pytest.raises(ValueError, match="optimizer must be one of adamw, fastai, got 'sgd'"):
-        charm_learner(learn.dls, net=learn.model, optimizer="sgd")
+    with pytest.raises(ValueError, match="optimizer must be one of adamw, sgd, fastai, got 'adam'"):
+        charm_learner(learn.dls, net=learn.model, optimizer="adam")
 
 
 def test_a_step_whose_gradients_overflow_changes_neither_weights_nor_branch_and_halves_the_scale(learn):
@@ -214,7 +217,7 @@ def test_half_precision_before_the_first_fit(learn):
     """A new Learner has no optimizer yet."""
     learn.add_cb(HalfPrecision())
     with learn.no_bar(), learn.no_logging():
-        loss, auc = learn.validate()
+        loss, auc, _ = learn.validate()
         scores, labels = learn.get_preds()
     assert np.isfinite(loss) and 0 < auc < 1 and scores.shape == labels.shape
 

@@ -46,7 +46,7 @@ def test_before_each_validation_slots_hold_what_scoring_sees(tiny):
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (run.net.mean, run.net.std))
     grey = torch.from_numpy(run.data.images.take(ids.numpy(), axis=0).copy())[:, None]
     with torch.no_grad():
-        _, keys = run.net.eval().encode(grey_to_network(grey, mean, std))
+        keys = run.net.eval().encode(grey_to_network(grey, mean, std)).keys
     torch.testing.assert_close(bank.slots[:bank.filled], keys, rtol=1e-4, atol=1e-5)
     before = copy.deepcopy(bank.state_dict())
     bank.slots.add_(1.0)
@@ -195,7 +195,7 @@ def test_head_prior_and_every_slots_contribution_by_hand(chosen, finding):
         x = grey_to_network(torch.from_numpy(np.asarray(run.data.images[row]).copy())[None, None], *scale)
         run.net.see(torch.tensor([row]), None)
         with torch.no_grad():
-            logits, (z, key) = run.net(x)[0], run.net.encode(x)
+            logits, (_, z, key) = run.net(x)[0], run.net.encode(x)
             head = run.net.head(z)[0]
         shown = {name: p for name, p in told.probabilities.items() if name != "No Finding"}
         assert told.finding == (finding or max(shown, key=shown.get)) in classes

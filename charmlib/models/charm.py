@@ -198,6 +198,7 @@ class CharmNet(nn.Module):
         if not isinstance(self.bank, VotingBank) or not (self.bank.slot_ids >= 0).any():
             return
         was = self.training
+        self.bank.training = False  # eval() would solve a bank that trained, which follows below
         self.eval()
         for some in torch.nonzero(self.bank.slot_ids >= 0).flatten().split(batch):
             self.bank.renew(some, self.encode(images(self.bank.slot_ids[some])).keys)

@@ -37,8 +37,8 @@ class VotingBank(RareMemoryBank):
     Similarities are cosines of keys, centred by the mean of the slots. Keys may consist of blocks, such as the scales of
     :class:`charmlib.models.CharmNet`. The cosines of the blocks are averaged, so that wide and narrow blocks weigh the same.
 
-    The regression is solved by :meth:`solve`, and at each change from training to eval mode. It needs three times N^2 floats
-    of temporary memory and N^3 / 3 multiplications for N filled slots.
+    The regression is solved by :meth:`solve`, and at a change from training to eval mode if slots were written since. It needs
+    N^2 floats of temporary memory and N^3 / 3 multiplications for N filled slots.
 
     Differs from the published papers, whose slots contribute features (:class:`RareMemoryBank`). The combination of a label
     cache and a trained head follows Tip-Adapter (Zhang et al., ECCV 2022).
@@ -80,6 +80,7 @@ class VotingBank(RareMemoryBank):
         self.register_buffer("weight", torch.tensor(UNCHOSEN if self.chooses else weight, dtype=torch.float32))
         self.register_buffer("coefficients", torch.zeros(size, classes))
         self.register_buffer("shares", torch.zeros(classes))
+        self._solved, self._directions = None, (None, None)  # the writes when last solved; those of the kept directions
 
     def forward(self, keys: Tensor, logits: Tensor) -> Tensor:
         """Keys (B, K) and logits (B, C) -> logits (B, C): with votes in eval mode; unchanged in training mode, which writes.
@@ -127,7 +128,7 @@ class VotingBank(RareMemoryBank):
 
     def kernels(self, keys: Tensor, ids: Tensor | None = None) -> Tensor:
         """Kernel values (B, N) of keys (B, K) and slots, 0 for an image's own slot."""
-        kernel = self.kernel(self.directions(keys) @ self.directions(self.slots).T)
+        kernel = self.kernel(self.directions(keys) @ self.slot_directions().T)
         return kernel if ids is None else kernel.masked_fill((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None], 0.0)
 
     def kernel(self, similarity: Tensor) -> Tensor:
@@ -151,12 +152,17 @@ class VotingBank(RareMemoryBank):
             base = ((labels == 1) * known).sum(0) / known.sum(0).clamp(min=1)
             rest = (labels - base) * known / (base * (1 - base) + FLOOR)
             slots = self.directions(self.slots[:filled])
-            matrix = self.kernel(slots @ slots.T)
+            # the matrix is large: its factor takes its place, column by column as LAPACK has it
+            matrix = (slots @ slots.T).sub_(1).div_(self.temperature).exp_().mT
             matrix.diagonal().add_(self.ridge)
             # cholesky_ex does not wait for the GPU; coefficients are 0 if rounding makes the factorisation fail
-            factor, failed = torch.linalg.cholesky_ex(matrix)
+            failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+            torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
             self.coefficients.zero_()
-            self.coefficients[:filled] = torch.where(failed == 0, torch.cholesky_solve(rest, factor), 0.0)
+            half = torch.linalg.solve_triangular(matrix, rest, upper=False)  # cholesky_solve copies the factor
+            solution = torch.linalg.solve_triangular(matrix.mT, half, upper=True)
+            self.coefficients[:filled] = torch.where(failed == 0, solution, 0.0)
+        self._solved = self._written()
 
     def refuse(self, filled: int) -> None:
         """Refuse a regression over so many slots that does not fit in memory.
@@ -166,7 +172,7 @@ class VotingBank(RareMemoryBank):
         MemoryError
             Names the gigabytes needed and free, and the remedy.
         """
-        device, needed = self.slots.device, 12 * filled**2
+        device, needed = self.slots.device, 5 * filled**2  # the matrix, and some space to work
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if needed > free:
             raise MemoryError(f"the votes of {filled:,} slots need {needed / 1e9:.1f} GB to be solved, {free / 1e9:.1f} GB are "
@@ -175,9 +181,21 @@ class VotingBank(RareMemoryBank):
     def train(self, mode: bool = True):
         ends = self.training and not mode
         super().train(mode)
-        if ends:
+        if ends and self._solved != self._written():
             self.solve()
         return self
+
+    def _written(self) -> tuple:
+        """Changes whenever slots, labels or their number do: torch counts the writes to a tensor."""
+        return tuple((id(store), store._version) for store in (self.slots, self.slot_labels, self.filled))
+
+    def slot_directions(self) -> Tensor:
+        """:meth:`directions` of all slots (N, K); in eval mode they are kept until slots are written."""
+        if self.training or torch.is_inference(self.slots):
+            return self.directions(self.slots)
+        if self._directions[0] != (written := self._written()):
+            self._directions = written, self.directions(self.slots)
+        return self._directions[1]
 
     def directions(self, keys: Tensor) -> Tensor:
         """Centred keys (n, K), scaled so that their dot products are the mean cosines of the blocks."""
@@ -188,7 +206,7 @@ class VotingBank(RareMemoryBank):
     @torch.no_grad()
     def similarity(self, z: Tensor, index: Tensor) -> Tensor:
         """Mean cosines (B, k) of keys (B, K) and slots of index (B, k), in [-1, 1]; NaN for index -1."""
-        slots = self.directions(self.slots)[index.clamp(min=0)]  # (B, k, K)
+        slots = self.slot_directions()[index.clamp(min=0)]  # (B, k, K)
         return torch.einsum("bd,bkd->bk", self.directions(z), slots).masked_fill(index < 0, torch.nan)
 
     @torch.no_grad()

@@ -183,6 +183,38 @@ def test_training_and_back_solves_again():
     assert not torch.equal(bank.eval().coefficients, before)
 
 
+def test_what_is_solved_is_not_solved_again_and_kept_directions_are_of_todays_slots(monkeypatch):
+    bank, solved = filled(), []
+    keys, another = torch.randn(5, 6), filled(ridge=5.0).state_dict()
+    first = bank.votes(keys)[0]
+    assert torch.equal(bank.slot_directions(), bank.directions(bank.slots)) and bank.slot_directions() is bank.slot_directions()
+    solve = VotingBank.solve
+    monkeypatch.setattr(VotingBank, "solve", lambda self: (solved.append(1), solve(self)))
+    bank.train().eval()
+    assert not solved and torch.equal(bank.votes(keys)[0], first)
+    for change in (lambda: bank.slots.mul_(1.5), lambda: bank.slot_labels.neg_(), lambda: bank.filled.sub_(1),
+                   lambda: bank.load_state_dict(another), lambda: bank._buffers.update(slots=bank.slots.clone())):
+        before = len(solved)
+        bank.train()
+        change()
+        bank.eval()
+        assert len(solved) == before + 1 and torch.equal(bank.slot_directions(), bank.directions(bank.slots))
+    other = copy.deepcopy(bank)
+    other.slots.mul_(2)
+    assert not torch.equal(other.slot_directions(), bank.slot_directions())
+
+
+def test_the_factor_takes_the_place_of_the_matrix():
+    bank = filled(size=600, count=600)
+    slots = bank.directions(bank.slots)
+    matrix = bank.kernel(slots @ slots.T) + bank.ridge * torch.eye(600)
+    labels = bank.slot_labels.float()
+    known = (labels >= 0).float()
+    base = ((labels == 1) * known).sum(0) / known.sum(0)
+    want = torch.linalg.solve(matrix.double(), ((labels - base) * known / (base * (1 - base) + FLOOR)).double())
+    torch.testing.assert_close(bank.coefficients.double(), want, rtol=1e-4, atol=1e-4)
+
+
 def test_eval_is_frozen_and_state_dict_carries_all():
     bank = filled()
     before = copy.deepcopy(bank.state_dict())
@@ -215,7 +247,7 @@ def test_a_large_bank_costs_what_is_filled_and_one_that_cannot_fit_is_refused(mo
         bank.eval()
     torch.testing.assert_close(large.coefficients[:42], small.coefficients[:42], rtol=1e-4, atol=1e-5)
     assert not large.coefficients[42:].any()
-    with pytest.raises(MemoryError, match=r"65,536 slots need 51\.5 GB .* GB are free: lower bank_size"):
+    with pytest.raises(MemoryError, match=r"65,536 slots need 21\.5 GB .* GB are free: lower bank_size"):
         monkeypatch.setattr(votes.psutil, "virtual_memory", lambda: SimpleNamespace(available=16e9))
         large.refuse(65536)
 

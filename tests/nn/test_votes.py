@@ -200,7 +200,7 @@ def test_what_is_solved_is_not_solved_again_and_kept_directions_are_of_todays_sl
         bank.eval()
         assert len(solved) == before + 1 and torch.equal(bank.slot_directions(), bank.directions(bank.slots))
     other = copy.deepcopy(bank)
-    other.slots.mul_(2)
+    other.slots[0].mul_(-2)
     assert not torch.equal(other.slot_directions(), bank.slot_directions())
 
 

@@ -143,20 +143,30 @@ def test_everything_imported_is_required():
     assert {canonicalize_name(names.get(n, n)) for n in third} <= listed("requirements.txt").keys(), third
 
 
-def test_the_readmes_files_and_commands_are_there():
-    text = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_pages_files_links_and_commands_are_there(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
     for path in re.findall(r"`((?:params|notebooks|benchmarks|kaggle_setup)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
     for target in re.findall(r"\bmake ([\w-]+)(?=`|\n| )", "\n".join(re.findall(r"```.*?```|`[^`]*`", text, re.S))):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
-    for package, line in re.findall(r"^python -m (charmlib|kaggle_setup) (.+?)(?: \\)?$", text, re.M):
+    for package, line in re.findall(r"^(?:    )?python -m (charmlib|kaggle_setup) (.+?)(?: \\)?$", text, re.M):
         words = line.split()
         command = words[:2] if words[0] == "grid" else words[:1]
         done = subprocess.run([sys.executable, "-m", package, *command, "--help"], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, line
         options = set(re.findall(r"(?<!\S)(--[\w-]+)", line))
         assert options <= set(re.findall(r"--[\w-]+", done.stdout)), line
-    assert "research use only" in text.lower()
+
+
+def test_the_readme_is_short_and_says_what_it_is_for():
+    text = (ROOT / "README.md").read_text()
+    assert "research use only" in text.lower() and len(text.splitlines()) <= 150
 
 
 @pytest.mark.slow

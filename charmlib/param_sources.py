@@ -12,7 +12,7 @@ import yaml
 from charmlib.params import DEFAULTS, PARAMS, ParameterError, coerce, nearest
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # libyaml, where it is, is ten times as fast
     """Plain YAML in which each key of a mapping stands once."""
 
     def construct_mapping(self, node, deep=False):

@@ -110,7 +110,7 @@ def mean_auc_difference(first: RunFolder, second: RunFolder) -> intervals.Interv
         pair = aligned(*(run.test.of(found) for run, found in zip((first, second), names)))
     except ValueError:
         return intervals.interval(intervals.mean_of_defined(drawn[1]) - intervals.mean_of_defined(drawn[0]))
-    one, two = (list(auc_by_class(p.labels, p.logits, p.classes).values()) for p in pair)
+    one, two = ([few.auc(p.labels, p.logits, c) for c in range(len(p.classes))] for p in pair)
     differences = drawn[1] - drawn[0]
     return few.mean_interval(differences, np.subtract(two, one), class_differences(pair, "auc", differences), -1)
 

@@ -135,8 +135,9 @@ ROWS: tuple[Param, ...] = (
     Param("network", "keys", str, "scales",
           "what voting slots are compared by: trunk maps at strides 4, 8 and 16, or the feature z", ("scales", "features"),
           **_VOTES),
-    Param("network", "vote_weight", float, 0.5,
-          "share of the bank's votes in the logits; -1 chooses among 0, 0.1 to 1 by the log loss on the validation part",
+    Param("network", "vote_weight", float, -1.0,
+          "share of the bank's votes in the logits; -1 chooses among 0, 0.1 to 1 by the log loss on the validation part, and "
+          "is 0.5 without one",
           low=-1, high=1, **_VOTES),
     Param("network", "vote_temperature", float, 0.8,
           "temperature of the voting kernel; small values let only similar slots vote", low=1e-3, **_VOTES),
@@ -187,7 +188,7 @@ ROWS: tuple[Param, ...] = (
     Param("training", "stage2_lr_min", float, 2e-5, "learning rate of the first layers in stage 2", low=0, shown=True,
           needs={**_STAGE2["needs"], "stage2_frozen": (False,)}),
     Param("training", "stage2_lr_max", float, 8e-5, "learning rate of the head in stage 2", low=0, shown=True, **_STAGE2),
-    Param("training", "stage2_loss", str, "asl", "loss of stage 2; asl_published as CHARM's code computes it", LOSSES,
+    Param("training", "stage2_loss", str, "bce", "loss of stage 2; asl as in the paper, asl_published as CHARM's code computes it", LOSSES,
           **_STAGE2),
     Param("training", "stage1_sampler", str, "natural", "which images an epoch of stage 1 draws: each once, classes equally "
           "often, or rare ones repeated", SAMPLERS, **_STAGE1),

@@ -144,9 +144,6 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
             out["valid_fraction"] == 0 and out["patience"],
         f"parameter 'vote_weight': {out['vote_weight']:g} is neither -1 (chosen on the validation part) nor in 0 to 1.":
             -1 < out["vote_weight"] < 0,
-        "parameter 'vote_weight': -1 is chosen on the validation part, and valid_fraction 0 leaves none; say vote_weight: 0.5, "
-        "or a valid_fraction above 0.":
-            out["valid_fraction"] == 0 and out["vote_weight"] == -1 and not missing_need("vote_weight", out),
         "parameter 'classes': 'own' needs 'csv', the table that holds your labels.": out["classes"] == "own" and not out["csv"]}
     if found := [words for words, wrong in contradictions.items() if wrong]:
         raise ParameterError(found[0])

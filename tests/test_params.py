@@ -156,7 +156,7 @@ def test_two_settings_of_one_effect_are_one_run():
     assert effective(resolve({"k": 3})) == effective(resolve({"k": 4, "run_dir": "x", "workers": 7}))
 
 
-def test_the_weight_of_votes_is_a_share_or_chosen_where_there_is_a_validation_part():
+def test_the_weight_of_votes_is_a_share_or_chosen():
     assert [resolve({"vote_weight": w})["vote_weight"] for w in ("-1", -1, 0, 1)] == [-1, -1, 0, 1]
     for wrong in (-0.5, -1e-3, -0.999):
         with pytest.raises(ParameterError, match=rf"'vote_weight': {wrong:g} is neither -1 .* nor in 0 to 1"):
@@ -164,11 +164,6 @@ def test_the_weight_of_votes_is_a_share_or_chosen_where_there_is_a_validation_pa
     for wrong in (-2, 1.1):
         with pytest.raises(ParameterError, match="'vote_weight'.*outside -1 to 1"):
             resolve({"vote_weight": wrong})
-    none = {"vote_weight": -1, "valid_fraction": 0, "patience": 0}
-    with pytest.raises(ParameterError, match=r"'vote_weight': -1 is chosen on the validation part.*say vote_weight: 0\.5"):
-        resolve(none)
-    for without in ({"use_bank": False}, {"answer": "features"}):  # nothing votes
-        resolve(none, without)
 
 
 def test_a_notebook_gives_shown_names_options_and_no_others():

@@ -85,7 +85,7 @@ class CharmNet(nn.Module):
                  attention: str = "layers", momentum: float = 0.99, momentum_warmup: bool = True,
                  momentum_before_step: bool = False, momentum_batch_norms: bool = False, k: int = 5, threshold: float = 0.2,
                  bank_size: int = 3072, strategy: str = "balanced", rule: str = "rare", answer: str = "votes",
-                 keys: str = "scales", vote_weight: float = 0.5, vote_temperature: float = 0.8, vote_ridge: float = 3.0,
+                 keys: str = "scales", vote_weight: float = -1.0, vote_temperature: float = 0.8, vote_ridge: float = 3.0,
                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
                  bank_momentum: float = 0.9, head: str = "charm", dropout: float = 0.3, hidden: int = 512,
                  csra_lambda: float = 0.1, csra_heads: int = 1, csra_attention: str = "scores", drop_path: float = 0.0,

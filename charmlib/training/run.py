@@ -209,7 +209,7 @@ class Run:
         self.history = [{name: row[name] for name in HISTORY} for row in runner.run(plan, state, cbs)]
         with suppress(OSError):  # not empty: a callback has written there
             (self.folder / "fastai").rmdir()
-        if getattr(self.bank.bank, "chooses", False):
+        if getattr(self.bank.bank, "chooses", False) and self.data.split.has_valid:
             self._choose_vote_weight()
         logits, labels = self.logits("valid")  # thresholds and temperature are of the logits with that weight
         self.bank.write()

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import norm
 
 from charmlib.evaluation.compare import compare, holm, p_of
-from charmlib.evaluation.few import FEW, patients_with, values_of_positives, widened, widened_difference
+from charmlib.evaluation.few import FEW, auc, patients_with, values_of_positives, widened, widened_difference
 from charmlib.evaluation.intervals import Interval, bootstrap, interval
 from charmlib.evaluation.metrics import ap_by_class, auc_by_class
 from charmlib.evaluation.operating import at_thresholds
@@ -96,3 +96,13 @@ def test_differences_of_a_board_are_corrected_for_their_number():
     assert holm([0.01, 0.04, 0.03, 0.5]).tolist() == pytest.approx([0.04, 0.09, 0.09, 0.5])  # Holm 1979; R's p.adjust
     assert p_of(0.2, (0.0, 0.3)) == pytest.approx(0.05) == p_of(-0.2, (-0.4, 0.0))
     assert p_of(0.2, (0.1, 0.3)) < 0.001 and p_of(0.0, (0.0, 0.0)) == 1 and p_of(0.1, (0.1, 0.1)) == 0
+
+
+def test_the_auc_by_ranks_is_scikit_learns():
+    generator = np.random.default_rng(0)
+    labels = (generator.random((300, 3)) < [0.4, 0.05, 0.0]).astype(np.float32)
+    labels[generator.random(labels.shape) < 0.1] = np.nan
+    logits = generator.normal(size=labels.shape).round(1)  # with ties
+    want = auc_by_class(labels, logits, list("abc"))
+    np.testing.assert_allclose([auc(labels, logits, c) for c in range(3)], list(want.values()), rtol=1e-12)
+    assert np.isnan(auc(labels, logits, 2))

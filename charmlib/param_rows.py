@@ -188,7 +188,7 @@ ROWS: tuple[Param, ...] = (
     Param("training", "stage2_lr_min", float, 2e-5, "learning rate of the first layers in stage 2", low=0, shown=True,
           needs={**_STAGE2["needs"], "stage2_frozen": (False,)}),
     Param("training", "stage2_lr_max", float, 8e-5, "learning rate of the head in stage 2", low=0, shown=True, **_STAGE2),
-    Param("training", "stage2_loss", str, "bce", "loss of stage 2; asl as in the paper, asl_published as CHARM's code computes it", LOSSES,
+    Param("training", "stage2_loss", str, "bce", "loss of stage 2; asl as in the paper, asl_published as in the code", LOSSES,
           **_STAGE2),
     Param("training", "stage1_sampler", str, "natural", "which images an epoch of stage 1 draws: each once, classes equally "
           "often, or rare ones repeated", SAMPLERS, **_STAGE1),

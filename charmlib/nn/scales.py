@@ -20,8 +20,15 @@ def find_scales(trunk: nn.Module) -> tuple[list[int], list[int]]:
     A trunk without maps (B, C, H, W) at these strides, or other than a plain ``nn.Sequential``, counts as a whole. The result
     is then the index of its last block and its output channels.
     """
+    last, whole = ends_of(trunk)
+    found = [last[stride] for stride in STRIDES if stride in last] or [whole]
+    return [end for end, _ in found], [channels for _, channels in found]
+
+
+def ends_of(trunk: nn.Module) -> tuple[dict[int, tuple[int, int]], tuple[int, int]]:
+    """Index (from 1) and channels of the last block at each stride, by stride; and of the last block of all."""
     blocks = list(trunk.children()) if type(trunk) is nn.Sequential else [trunk]
-    last: dict[int, tuple[int, int]] = {}  # stride -> index, channels
+    last: dict[int, tuple[int, int]] = {}
     was = {module: module.training for module in trunk.modules()}
     trunk.eval()
     with torch.no_grad():
@@ -33,8 +40,7 @@ def find_scales(trunk: nn.Module) -> tuple[list[int], list[int]]:
                 last[round(_PROBE / x.shape[-1])] = i, x.shape[1]
     for module, mode in was.items():
         module.training = mode
-    found = [last[stride] for stride in STRIDES if stride in last] or [(len(blocks), x.shape[1])]
-    return [end for end, _ in found], [channels for _, channels in found]
+    return last, (len(blocks), x.shape[1])
 
 
 def maps_of(trunk: nn.Module, ends: list[int], x: Tensor,

@@ -1,0 +1,78 @@
+"""Grad-CAM beside class activation maps, finite differences, and a network whose answer is known."""
+
+import copy
+import time
+
+import pytest
+import torch
+
+from charmlib.models import CharmNet
+from charmlib.nn.heat import grad_cam
+
+TINY = {"arch": "timm:test_resnet", "classes": 3, "weights": "none", "norm": "half", "head": "standard"}
+
+
+def network(**changes):
+    torch.manual_seed(0)
+    return CharmNet(**{**TINY, **changes})
+
+
+def test_behind_pooling_and_a_linear_head_it_is_the_class_activation_map():
+    net, x = network(use_bank=False), torch.randn(4, 3, 64, 64)
+    net.head = torch.nn.Linear(net.features, 3)
+    net.classify = net.head
+    found = grad_cam(net, x, [2, 0])
+    with torch.no_grad():
+        f = net.eval().final(net.trunk(x))
+        want = torch.einsum("kc,bchw->kbhw", net.head.weight[[2, 0]], f).relu() / (f.shape[2] * f.shape[3])
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize("changes", [{"use_bank": False}, {}, {"use_attention": True, "use_momentum": True, "head": "charm"},
+                                     {"head": "csra"}], ids=["plain", "votes", "parts", "csra"])
+def test_weights_are_the_slopes_of_the_heads_logit(changes, stride):
+    """Beside a twin that lets autograd run through the whole network from the same map."""
+    net, x = network(**changes), torch.randn(2, 3, 64, 64)
+    before = copy.deepcopy(net.state_dict())
+    found = grad_cam(net, x, [1], stride)
+    kept, maps = net.eval(), []
+    part = dict(net.named_children())["final"] if stride == 32 else None
+    target = part or next(block for block in reversed(net.trunk) if block is not None and _stride(net, block, x) == stride)
+    hook = target.register_forward_hook(lambda _, __, out: maps.append(out))
+    logits, seen = kept.read(x)
+    hook.remove()
+    slope, = torch.autograd.grad(seen.get("head", logits)[:, 1].sum(), maps[0])
+    want = (slope.mean((2, 3), keepdim=True) * maps[0]).sum(1).relu()
+    torch.testing.assert_close(found[0], want, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and found.shape[-1] == 64 // stride
+
+
+def _stride(net, block, x):
+    for each in net.trunk:
+        x = each(x)
+        if each is block:
+            return 64 // x.shape[-1]
+
+
+def test_the_network_is_left_as_it_was_and_gradients_stay_empty():
+    net = network().train()
+    net.final.requires_grad_(False)
+    names = {name: p.requires_grad for name, p in net.named_parameters()}
+    with pytest.raises(ValueError, match=r"test_resnet has maps at the strides .*32, not at 5"):
+        grad_cam(net, torch.randn(2, 3, 64, 64), [0], 5)
+    grad_cam(net, torch.randn(2, 3, 64, 64), [0])
+    assert net.training and {name: p.requires_grad for name, p in net.named_parameters()} == names
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_it_costs_little_more_than_scoring():
+    net, x = network(arch="mobilenet_v2", use_bank=False).eval(), torch.randn(16, 3, 96, 96)
+    seconds = {"score": [], "heat": []}
+    for _ in range(5):
+        for name, run in (("score", lambda: net(x)), ("heat", lambda: grad_cam(net, x, [0]))):
+            start = time.process_time()
+            with torch.no_grad():
+                run()
+            seconds[name].append(time.process_time() - start)
+    assert min(seconds["heat"]) < 1.5 * min(seconds["score"])

@@ -22,7 +22,7 @@ _AROUND = np.ones((3, 3), int)  # cells that touch at a corner are one region
 
 def hits(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """(n,): the share of a map's largest cells whose centre lies in the box, 0 or 1 without ties."""
-    n, h, w = maps.shape
+    h, w = maps.shape[1:]
     x, y = (np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h
     x0, y0, x1, y1 = boxes.T[:, :, None]
     inside = ((y >= y0) & (y <= y1))[:, :, None] & ((x >= x0) & (x <= x1))[:, None, :]

@@ -141,7 +141,8 @@ def test_the_scale_acts_only_with_a_stage_that_has_the_loss(tiny):
                          ids=["alone", "with_average"])
 def test_a_killed_run_with_uneven_draws_and_late_weights_ends_in_the_same_bits_and_loads(tiny, tmp_path, monkeypatch, more):
     options = {"stage1_sampler": "repeat", "repeat_threshold": 0.1, "stage2_sampler": "class_aware", "class_weight": "sqrt",
-               "weight_from": 0.6, "stage2_loss": "ldam", "ldam_scale": 30.0, "monitor": "valid_ap", **more}
+               "weight_from": 0.6, "stage2_loss": "ldam", "ldam_scale": 30.0, "monitor": "valid_ap", "vote_weight": 0.5,
+               **more}
     whole = Run.open(tiny, **options, run_dir=str(tmp_path / "whole"))
     history = whole.train()
     for saves in (2, 2):  # inside stage 1, and in stage 2

@@ -302,7 +302,7 @@ def test_early_stopping_and_the_best_epoch(tiny, monkeypatch):
 
     monkeypatch.setattr(EpochRecord, "after_epoch", row)
     monkeypatch.setattr(KeepProgress, "after_epoch", keep)
-    run = Run.open(tiny, stage2_epochs=6, patience=2)
+    run = Run.open(tiny, stage2_epochs=6, patience=2, vote_weight=0.5)  # chosen, it would differ from the epoch's
     history = run.train()
     assert [r["valid_loss"] for r in history] == [9, 9, 9, 5, 3, 4, 4]
     assert [r["stage"] for r in history] == ["1"] * 3 + ["2"] * 4
@@ -343,13 +343,14 @@ def test_small_improvements_count_as_little_as_with_fastais_callbacks(tiny, monk
 
     monkeypatch.setattr(EpochRecord, "after_epoch", row)
     run = Run.open(tiny, stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=len(losses), patience=2, min_delta=0.3,
-                   save_delta=0.08)
+                   save_delta=0.08, vote_weight=0.5)
     assert len(run.train()) == ended
     assert all(torch.equal(value, states[saved][name]) for name, value in run.net.state_dict().items())
 
 
 def test_the_epoch_of_the_highest_auc_stays_where_the_auc_is_monitored(tiny):
-    run = Run.open(tiny, monitor="valid_auc", stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=4, stage2_lr_max=1e-2)
+    run = Run.open(tiny, monitor="valid_auc", stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=4, stage2_lr_max=1e-2,
+                   vote_weight=0.5)
     aucs = [row["valid_auc"] for row in run.train()]
     logits, labels = run.logits("valid")
     assert mean_auc(labels, logits, run.data.classes) == pytest.approx(max(aucs), abs=1e-9) and min(aucs) < max(aucs) - 1e-3

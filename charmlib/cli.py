@@ -261,6 +261,42 @@ def predict(run, paths, out, **how):
 
 
 @cli.command()
+@click.argument("run", type=_RUN)
+@click.argument("paths", nargs=-1, required=True, type=_PATH, metavar="PATH...")
+@click.option("--finding", default="", help="The class whose evidence is shown [default: the most probable finding].")
+@click.option("--stride", default=32, show_default=True, type=click.Choice([4, 8, 16, 32]), help="Pixels a cell of the map.")
+@click.option("--out", type=_FOLDER, default=Path("explained"), show_default=True)
+@_DEVICE
+def explain(run, paths, out, **how):
+    """Where RUN sees a finding in radiographs: a heat map (Grad-CAM) and the terms of the logit, as PNG and JSON a picture."""
+    from charmlib.data.radiograph import NotARadiograph, find_radiographs
+    from charmlib.files import readable, write_json
+    from charmlib.training import heat, predict
+    from charmlib.viz.heat import plot_heat
+
+    run, refused = one_run(run), []
+    click.echo(origin := predict.origin(run))
+    out.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(find_radiographs(paths)):
+        try:
+            found = heat.explain_picture(run, path, **how)
+        except NotARadiograph as error:
+            refused.append(readable(error))
+            continue
+        name, p = f"{number:03}_{readable(path.stem)}", found["probabilities"][found["finding"]]
+        terms = ", ".join(f"{term} {value:+.2f}" for term, value in found["parts"].items())
+        words = f"{readable(path.name)}: {found['finding']} {p:.1%}, logit {found['logit']:+.2f}" + (
+            f" = {terms}; the map is of the head alone" if terms else "")
+        figure = plot_heat(found.pop("pixels"), found["heat"], found["finding"], note=f"{words}. {origin}")
+        write_whole(out / f"{name}.png", lambda temporary, figure=figure: figure.savefig(temporary, format="png", dpi=130))
+        write_json(out / f"{name}.json", found)
+        click.echo(f"{out / name}.png: {words}")
+    if refused:
+        click.echo("\n".join(f"refused: {line}" for line in refused), err=True)
+        sys.exit(2)
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, type=_RUN, metavar="[RUN]...")
 @click.option("--data-root", default="", help="Where the images are [default: as each run's parameters say].")
 @click.option("--port", default=8866, show_default=True, type=click.IntRange(1, 65535))

@@ -166,7 +166,7 @@ def test_a_run_that_ended_before_the_choice_chooses_the_same(chosen, tiny):
 def test_an_earlier_checkpoint_is_refused_by_its_format(chosen, tmp_path):
     text = Path(chosen, "model.json").read_text()
     (tmp_path / "model.json").write_text(re.sub(r'"format": \d+', '"format": 4', text))
-    with pytest.raises(ValueError, match=r"model\.json: format 4, this charmlib reads 5"):
+    with pytest.raises(ValueError, match=r"model\.json: format 4, this charmlib reads 6"):
         _ = RunFolder(tmp_path).card
 
 

@@ -1,0 +1,109 @@
+"""Heat maps of a run: for its own images, beside the boxes of a data set, and for pictures from elsewhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from charmlib.data.boxes import FILE, read_boxes
+from charmlib.data.loaders import ChestDL, ChestImages, GreyToNetwork, grey_to_network
+from charmlib.data.radiograph import read_radiograph
+from charmlib.evaluation.boxes import check_boxes
+from charmlib.models.registry import create
+from charmlib.nn.heat import grad_cam
+from charmlib.training.callbacks import seed_everything
+from charmlib.training.checkpoint import load_model
+from charmlib.training.device import pick_device, place
+from charmlib.training.run import Run
+
+
+def heat_of(run: Run, rows: Sequence[int], classes: Sequence[int], *, stride: int = 32, net: torch.nn.Module | None = None
+            ) -> np.ndarray:
+    """Grad-CAM (n_classes, n, h, w) float32 of the images of some rows; see :func:`charmlib.nn.heat.grad_cam`.
+
+    ``net`` is read in place of the run's own network.
+    """
+    images = ChestImages(run.data.images, run.data.labels, np.asarray(rows), run.data.classes)
+    loader = ChestDL(images, bs=min(64, len(images)), device=run.device,
+                     after_batch=[GreyToNetwork(run.net.mean, run.net.std)])
+    maps = [grad_cam(net or run.net, x.as_subclass(torch.Tensor), classes, stride).cpu() for x, _ in loader]
+    return torch.cat(maps, 1).numpy()
+
+
+def random_head(run: Run) -> torch.nn.Module:
+    """The run's network with a head as it was before training."""
+    net, _ = load_model(run.folder, run.device)
+    seed_everything(run.params["seed"], "weights")
+    net.head.load_state_dict(create({**run.params, "weights": "none", "norm": "half"}, run.data.classes).head.state_dict())
+    return place(net, run.device)
+
+
+def boxed(run: Run, parts: Sequence[str] = ("test",)) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """The boxes on a run's images of some parts, their patients, and a line for each row that the list's reader left out.
+
+    Raises FileNotFoundError for a data set without ``BBox_List_2017.csv``.
+    """
+    index = run.data.index
+    path = next((p for p in (index.root / FILE, index.table.parent / FILE) if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{index.root} has no {FILE}: only the NIH set has boxes")
+    table, left = read_boxes(path, index.frame["id"].tolist(), run.data.labels, run.data.classes)
+    table = table[table["row"].isin(np.concatenate([run.data.rows(part) for part in parts]))].reset_index(drop=True)
+    return table, index.frame["patient"].to_numpy(str)[table["row"]], left
+
+
+def maps_of_boxes(run: Run, table: pd.DataFrame, *, stride: int = 32) -> dict[str, np.ndarray]:
+    """For each box the map (n, h, w) of its finding, and two controls: the mean map of the other boxed findings, and the map of
+    a network with a random head."""
+    names = sorted(set(table["finding"]), key=run.data.classes.index)
+    classes, which = [run.data.classes.index(name) for name in names], table["finding"].map(names.index).to_numpy()
+    rows, where = np.unique(table["row"], return_inverse=True)
+    heat = heat_of(run, rows, classes, stride=stride)
+    own, others = heat[which, where], [[c for c in range(len(names)) if c != w] for w in which]
+    return {"map": own, "another finding's map": np.stack([heat[other, i].mean(0) for other, i in zip(others, where)]),
+            "random head": heat_of(run, rows, classes, stride=stride, net=random_head(run))[which, where]}
+
+
+def box_check(run: Run, *, stride: int = 32, tau: float = 0.7) -> pd.DataFrame:
+    """The run's maps on its boxed test images beside four controls: :func:`charmlib.evaluation.boxes.check_boxes`.
+
+    Raises FileNotFoundError for a data set without boxes, and ValueError if fewer than two findings have boxes there.
+    """
+    table, patients, _ = boxed(run)
+    if (count := table["finding"].nunique()) < 2:
+        raise ValueError(f"the test part of {run.folder} has boxes of {count} findings, wanted at least two")
+    return check_boxes(maps_of_boxes(run, table, stride=stride), table, patients, tau=tau)
+
+
+def explain_picture(folder: str | Path, path: str | Path, *, finding: str = "", stride: int = 32, device: str = "auto") -> dict:
+    """One picture's probabilities, and the heat map of one finding: the given one, or the most probable.
+
+    Returns a mapping: file, finding, probabilities (class -> uncalibrated probability), logit, ``parts`` (its terms head, prior
+    and votes; empty without a voting bank), stride, ``heat`` (h, w), and ``pixels`` (S, S) uint8 as the network saw them.
+
+    Raises as :func:`charmlib.data.radiograph.read_radiograph` and :func:`charmlib.training.checkpoint.load_model`, and
+    ValueError for an unknown finding or a stride without a map.
+    """
+    device = pick_device(device)
+    net, card = load_model(folder, device)
+    classes, params = card["classes"], card["params"]
+    if finding not in ("", *classes):
+        raise ValueError(f"no class {finding!r} in {folder}: one of {', '.join(classes)}")
+    pixels = read_radiograph(path, params["image_size"], params["aspect"], scale=card["data"]["scale"],
+                             contrast=params["contrast"])
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (net.mean, net.std))
+    x = grey_to_network(torch.from_numpy(pixels.copy())[None, None].to(device), mean, std)
+    with torch.no_grad():
+        logits, seen = net.read(x)
+    probabilities = dict(zip(classes, torch.sigmoid(logits.float())[0].tolist()))
+    finding = finding or max((c for c in classes if c != card["normal_class"]), key=probabilities.get)
+    c, bank = classes.index(finding), getattr(net, "bank", None)
+    parts = {}
+    if "keys" in seen and int(bank.filled):
+        head, prior, votes = bank.contributions(seen["keys"], seen["head"].float())
+        parts = {"head": head[0, c].item(), "prior": prior[c].item(), "votes": votes[0, :, c].double().sum().item()}
+    heat = grad_cam(net, x, [c], stride)[0, 0].cpu().numpy()
+    return {"file": str(path), "finding": finding, "probabilities": probabilities, "logit": logits[0, c].item(), "parts": parts,
+            "stride": stride, "heat": heat, "pixels": pixels}

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import label
 
-from charmlib.data.boxes import CORNERS
 from charmlib.evaluation.intervals import RESAMPLES, SEED, draws, interval
 
 IOU, IOBB = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), (0.1, 0.25, 0.5)
@@ -82,19 +81,19 @@ def constant_guess(boxes: np.ndarray, findings: Sequence[str], patients: Sequenc
     return maps, found
 
 
-def check_boxes(maps: Mapping[str, np.ndarray], table: pd.DataFrame, patients: Sequence[str], *, tau: float = 0.7,
-                resamples: int = RESAMPLES, seed: int = SEED) -> pd.DataFrame:
+def check_boxes(maps: Mapping[str, np.ndarray], boxes: np.ndarray, findings: Sequence[str], patients: Sequence[str], *,
+                tau: float = 0.7, resamples: int = RESAMPLES, seed: int = SEED) -> pd.DataFrame:
     """Hit rate, mean IoU and shares of boxes above each threshold, by finding and in the mean over findings.
 
-    ``maps`` are methods by name, each (n, h, w), with a map for each row of ``table`` (:func:`charmlib.data.boxes.read_boxes`).
-    Two guesses without the image stand beside them: 'constant box', :func:`constant_guess`, and 'centre', the middle half of
+    ``maps`` are methods by name, each (n, h, w), a map for each of the ``boxes`` (n, 4), with finding and patient (n,). Two
+    guesses without the image stand beside them: 'constant box', :func:`constant_guess`, and 'centre', the middle half of
     the picture. ``ceiling`` is the mean of the largest possible IoU on the map's grid.
 
     Returns a row a method and finding: method, finding, boxes, patients, :data:`MEASURES`, ceiling; and for hit and IoU the
     limits of their 95 % intervals over patients and, for methods after the first, the paired difference of the first less this
     method with its limits (``hit_less``, ``hit_less_low``, ...).
     """
-    boxes, findings = table[CORNERS].to_numpy(float), table["finding"].to_numpy(str)
+    findings = np.asarray(findings)
     names, who = np.unique(np.asarray(patients), return_inverse=True)
     weights = np.concatenate(list(draws(len(names), resamples, seed, 64)), 1)[who]  # (n, resamples)
     values = {name: _values(hits(heat, boxes), boxes_of(heat, tau), boxes) for name, heat in maps.items()}

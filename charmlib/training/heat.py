@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from charmlib.data.boxes import FILE, read_boxes
+from charmlib.data.boxes import CORNERS, FILE, read_boxes
 from charmlib.data.loaders import ChestDL, ChestImages, GreyToNetwork, grey_to_network
 from charmlib.data.radiograph import read_radiograph
 from charmlib.evaluation.boxes import check_boxes
@@ -74,7 +74,8 @@ def box_check(run: Run, *, stride: int = 32, tau: float = 0.7) -> pd.DataFrame:
     table, patients, _ = boxed(run)
     if (count := table["finding"].nunique()) < 2:
         raise ValueError(f"the test part of {run.folder} has boxes of {count} findings, wanted at least two")
-    return check_boxes(maps_of_boxes(run, table, stride=stride), table, patients, tau=tau)
+    return check_boxes(maps_of_boxes(run, table, stride=stride), table[CORNERS].to_numpy(float), table["finding"], patients,
+                       tau=tau)
 
 
 def explain_picture(folder: str | Path, path: str | Path, *, finding: str = "", stride: int = 32, device: str = "auto") -> dict:

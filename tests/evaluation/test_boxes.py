@@ -1,7 +1,6 @@
 """Heat maps against boxes: known answers, slow twins, and the phantoms' exact boxes."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from charmlib.data.boxes import CORNERS, FILE, read_boxes
@@ -53,10 +52,9 @@ def test_a_constant_guess_never_sees_the_patient_itself():
 
 def test_true_maps_reach_the_ceiling_and_others_do_not():
     boxes = (drawn(60) * 16).round() / 16
-    table = pd.DataFrame({"row": range(60), "id": range(60), "finding": np.repeat(["a", "b", "c"], 20)}).join(
-        pd.DataFrame(boxes, columns=CORNERS))
     patients = np.arange(60) // 2
-    found = check_boxes({"true": masks(boxes, 16), "noise": rng_maps(60)}, table, patients, resamples=200)
+    found = check_boxes({"true": masks(boxes, 16), "noise": rng_maps(60)}, boxes, np.repeat(["a", "b", "c"], 20), patients,
+                        resamples=200)
     mean = found[found["finding"] == MEAN].set_index("method")
     assert mean.loc["true", ["hit", "iou", "ceiling", "iou>0.7", "iobb>0.5"]].tolist() == pytest.approx([1] * 5)
     assert mean.loc["noise", "hit"] < 0.3 and (mean.loc["noise", ["hit_less_low", "iou_less_low"]] > 0.5).all()

@@ -30,7 +30,7 @@ from charmlib.nn.losses import make_loss
 from charmlib.nn.votes import WEIGHTS
 from charmlib.param_rows import WARMUPS
 from charmlib.param_sources import changed, read_yaml, with_absolute_paths
-from charmlib.params import UNHASHED, effective, missing_need, no_effect, resolve
+from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
@@ -61,7 +61,8 @@ class Run:
         self.device, self.precision = device, precision
         self.folder, self.bank = RunFolder(params["run_dir"]), BankEvidence(self)
         self.history: list[dict] = []
-        self._rate = self.params["stage1_lr"] or None
+        no_stage1 = self.params["system"] in PARAMS["stage1_lr"].not_of
+        self._rate = self.params["stage2_lr_max"] if no_stage1 else self.params["stage1_lr"] or None
 
     @classmethod
     def open(cls, params: Mapping | None = None, **changes) -> "Run":
@@ -145,7 +146,8 @@ class Run:
                              **{name: self.params[name] for name in OF_LEARNER}, **keywords(make_loss, self.params), path=path)
 
     def find_lr(self, *, plot: bool = False) -> float:
-        """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder.
+        """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder. ``stage2_lr_max`` of a
+        system without stage 1.
 
         The finder restores network, bank and momentum encoder. A resumed run keeps its first rate.
         """

@@ -102,7 +102,7 @@ class TwoPathNet(nn.Module):
         A value outside its choices; a map or neck that the arch does not offer; 'cam' of a map that no layer reads.
     """
 
-    branches = tuple(BRANCHES.values())
+    branches = ("global", "local")
 
     def __init__(self, arch: str = "resnet50", classes: int = 14, *, weights: str | Path = "imagenet", norm: str = "auto",
                  local: str = "attention", heat: str = "mean", heat_stride: int = 32, tau: float = 0.7, connect: int = 8,

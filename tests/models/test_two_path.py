@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 
-from charmlib.data.loaders import GreyToNetwork
+from charmlib.data.loaders import grey_to_network
+from charmlib.files import Damaged
 from charmlib.models.two_path import LAST, TwoPathNet
 from charmlib.nn.region import crop, heat_map
 from charmlib.param_sources import load_params
@@ -99,7 +100,7 @@ def test_class_maps_of_a_neck_average_to_its_share_of_the_logits(neck, refine):
 
 @pytest.mark.parametrize("wrong, words", [({"local": "all"}, "local must be one of attention"), ({"pool": "sum"}, "pool must"),
                                           ({"heat": "cam", "heat_stride": 8}, "say heat_stride: 32, or neck: laterals"),
-                                          ({"arch": "timm:test_vit", "neck": "fpn"}, "")])
+                                          ({"arch": "timm:test_convnext2", "neck": "fpn"}, "say neck: none")])
 def test_values_outside_the_choices_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         make(**wrong)
@@ -151,7 +152,7 @@ def test_parameters_of_the_other_system_have_no_effect():
     for name in ("stage2_lr_min", "stage2_lr_max", "stage2_loss", "tau", "refine", "weights"):
         assert not missing_need(name, p), name
     assert missing_need("tau", resolve()) == "system: two_path" and not missing_need("stage2_lr_min", resolve())
-    assert missing_need("stage2_lr_min", resolve(stage2_epochs=0) if False else resolve({"stage2_epochs": 0})) == \
+    assert missing_need("stage2_lr_min", resolve({"stage2_epochs": 0})) == \
         "stage2_epochs: above 0"
     for wrong, words in (({"phase_batch": "3,x"}, "phase_batch: 32,16,16"), ({"global_epochs": 0, "local_epochs": 0,
                                                                               "fusion_epochs": 0}, "raise global_epochs")):
@@ -275,29 +276,39 @@ def test_each_preset_trains_and_is_scored_on_phantoms(phantoms, tmp_path, name, 
             table.loc["fusion", "mean AUC"] - table.loc["global", "mean AUC"])
 
 
-def test_the_stored_logits_are_the_networks(phantoms, tmp_path):
+def test_what_is_stored_and_shown_is_the_networks(phantoms, tmp_path):
     from charmlib.evaluation.branches import read_branches
+    from charmlib.training.looks import looks
+    from charmlib.viz.looks import plot_looks
 
     run = Run.open(TINY, data_root=str(phantoms), run_dir=str(tmp_path / "run"))
     run.train()
     run.score()
-    scale = GreyToNetwork(run.net.mean, run.net.std)
-    rows = run.data.rows("test")[:5]
-    from charmlib.data.loaders import grey_to_network
-
+    ids = run.data.index.frame["id"].tolist()
+    images = run.bank.cases(6)
+    rows = np.array([ids.index(image) for image in images])
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (run.net.mean, run.net.std))
+    pixels = run.data.images.take(rows)
     with torch.no_grad():
-        seen = run.net.eval().read(grey_to_network(torch.from_numpy(run.data.images.take(rows))[:, None], scale.mean,
-                                                   scale.std))[1]
+        seen = run.net.eval().read(grey_to_network(torch.from_numpy(pixels)[:, None], mean, std))[1]
     for name, one in read_branches(run.folder).items():
-        np.testing.assert_allclose(one.logits[:5], seen[name].numpy(), atol=1e-4)
-    looks = run.looks(6)
-    assert len(looks) == 6 and looks[0].heat.shape == (4, 4) and looks[0].crop.shape == (32, 32)
-    np.testing.assert_allclose([look.box for look in looks[:5]],
-                               run.net.read(_network(run, [run.index_of(look.image) for look in looks[:5]]))[1]["box"])
-
-
-def _network(run, rows):
-    from charmlib.data.loaders import grey_to_network
-
-    scale = GreyToNetwork(run.net.mean, run.net.std)
-    return grey_to_network(torch.from_numpy(run.data.images.take(np.asarray(rows)))[:, None], scale.mean, scale.std)
+        at = [one.ids.tolist().index(image) for image in images]
+        np.testing.assert_allclose(one.logits[at], seen[name].numpy(), atol=1e-4)
+    cases = looks(run, images)
+    assert [case.image for case in cases] == images and all((case.view == p).all() for case, p in zip(cases, pixels))
+    for i, case in enumerate(cases):
+        np.testing.assert_allclose(case.box, seen["box"][i])
+        np.testing.assert_allclose(case.heat, seen["heat"][i])
+        top, left, bottom, right = (round(32 * edge) for edge in case.box)
+        if bottom - top == right - left == 32:
+            assert (case.crop == case.view).all()
+    figure = plot_looks(cases)
+    assert len(figure.axes) == 18
+    boxes = [axis.patches[0].get_bbox() for axis in figure.axes[:6]]
+    np.testing.assert_allclose([[b.y0 + 0.5, b.x0 + 0.5, b.y1 + 0.5, b.x1 + 0.5] for b in boxes],
+                               32 * np.array([case.box for case in cases]), atol=1e-4)
+    with pytest.raises(ValueError, match="no image 'x.png'"):
+        looks(run, ["x.png"])
+    (tmp_path / "run/branches.npz").write_bytes(b"no")
+    with pytest.raises(Damaged, match="branches.npz.*score again"):
+        read_branches(run.folder)

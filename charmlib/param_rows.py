@@ -14,6 +14,7 @@ class Param:
     - ``choices``: the only allowed values; ``also`` describes free values besides them.
     - ``low``, ``high``: the allowed range of a number.
     - ``of``: the systems that have this parameter; all systems if empty.
+    - ``not_of``: the systems that do without it.
     - ``needs``: other parameters and their values under which this one has an effect: ``{'answer': ('votes',)}``. The names of
       several joined by ``|`` ask for one of them; :data:`ABOVE_0` stands for any positive number.
     - ``effective``: (value, params, steps) -> the value that it amounts to; two values of one effective value give the same
@@ -32,6 +33,7 @@ class Param:
     low: float = -math.inf
     high: float = math.inf
     of: tuple[str, ...] = ()
+    not_of: tuple[str, ...] = ()
     needs: Mapping[str, Any] = field(default_factory=dict)
     effective: Callable[[Any, Mapping, int | None], Any] | None = None
     shown: bool = False
@@ -49,8 +51,10 @@ _FEATURES = {**_CHARM, "needs": {"answer": ("features",)}}
 _ASL, _LDAM, _REPEAT = ({"needs": {f"stage1_{of}|stage2_{of}": (value,)}}
                         for of, value in (("loss", "asl"), ("loss", "ldam"), ("sampler", "repeat")))
 _LAYERS, _CSRA = ({**_CHARM, "needs": {"head": forms}} for forms in (("charm", "standard"), ("csra",)))
-_STAGE1 = {"needs": {"stage1_frozen_epochs|stage1_epochs": ABOVE_0}}
-_STAGE2 = {"needs": {"stage2_epochs": ABOVE_0}}
+_TWO = {"of": ("two_path",)}
+_REGION = {**_TWO, "needs": {"local": ("attention", "other")}}
+_STAGE1 = {"not_of": ("two_path",), "needs": {"stage1_frozen_epochs|stage1_epochs": ABOVE_0}}
+_STAGE2 = {"needs": {"stage2_epochs|global_epochs|local_epochs|fusion_epochs": ABOVE_0}}
 
 
 WARMUPS = {"momentum": "momentum_warmup", "average": "average_warmup"}  # decays, and what says whether each rises to its value
@@ -101,7 +105,7 @@ ROWS: tuple[Param, ...] = (
     Param("data", "limit", int, 0, "0 is all images; N images a part is a quick check, never ranked", low=0,
           shown=True),
     # network
-    Param("network", "system", str, "charm", "which network and recipe: charm, which is also MemAug and the plain network",
+    Param("network", "system", str, "charm", "which network and recipe: charm, also MemAug and the plain network; or two_path",
           shown=True),
     Param("network", "arch", str, "efficientnet_v2_s", "a torchvision name, or timm:NAME", shown=True),
     Param("network", "weights", str, "imagenet", "initial weights of the backbone", ("imagenet", "none"), also="a file",
@@ -159,11 +163,12 @@ ROWS: tuple[Param, ...] = (
     Param("network", "stage2_bank_momentum", float, 0.9999, "the same in stage 2", low=0, high=1,
           needs={"strategy": ("statistical",)}, **_CHARM),
     Param("network", "adjust", float, 0.0, "the last bias starts at this share of the classes' log-odds; 1 is the prevalence",
-          low=0, high=2, **_CHARM),
+          low=0, high=2, of=("charm", "two_path")),
     Param("network", "head", str, "charm",
-          "classifier: CHARM's, the standard one of long-tail recipes, or csra, which weighs the positions of the map for each "
-          "class", ("charm", "standard", "csra"), **_CHARM),
-    Param("network", "dropout", float, 0.3, "dropout rate of the head", low=0, high=0.99, **_LAYERS),
+          "classifier: CHARM's, the standard one of long-tail recipes, csra, which weighs the positions of the map for each "
+          "class, or one linear layer", ("charm", "standard", "csra", "linear"), **_CHARM),
+    Param("network", "dropout", float, 0.3, "dropout rate of the head", low=0, high=0.99, **_CHARM,
+          needs={"head": ("charm", "standard", "linear")}),
     Param("network", "hidden", int, 512, "hidden width of the head", low=1, **_LAYERS),
     Param("network", "csra_lambda", float, 0.1, "share of the attended score; 0 is average pooling", low=0, **_CSRA),
     Param("network", "csra_heads", int, 1, "number of heads, with the temperatures of the paper", (1, 2, 4, 6, 8), **_CSRA),
@@ -171,20 +176,57 @@ ROWS: tuple[Param, ...] = (
           ("scores", "own"), **_CSRA),
     Param("network", "drop_path", float, 0.0, "stochastic depth of a timm backbone; 0 is timm's default", low=0, high=0.9,
           **_CHARM),
+    Param("network", "refine", str, "none",
+          "attention behind the last blocks at strides 4, 8 and 16, or the levels of a neck: CBAM, or large kernels",
+          ("none", "cbam", "lka"), of=("charm", "two_path")),
+    Param("network", "refine_start", str, "identity", "where that attention starts", ("identity", "published"),
+          of=("charm", "two_path"), needs={"refine": ("cbam", "lka")}),
+    Param("network", "local", str, "attention",
+          "what the second path sees: where the first looks; or as controls the middle half, the whole, another image's box",
+          ("attention", "centre", "same", "other"), **_TWO),
+    Param("network", "heat", str, "mean",
+          "heat of the first path's map: mean or max of absolute values, or class maps weighed by probability",
+          ("mean", "max", "cam"), **_REGION),
+    Param("network", "heat_stride", int, 32, "stride of that map; at 64 pixels the last map has 2 x 2 cells", (8, 16, 32),
+          **_REGION),
+    Param("network", "tau", float, 0.7, "share of the heat's range above which cells are kept", low=0, high=1, **_REGION),
+    Param("network", "connect", int, 8, "cells of a region touch at sides (4), or also at corners", (4, 8), **_REGION),
+    Param("network", "input_size", int, 0,
+          "pixels a side of each path; 0 is the image's; a larger image gives crops detail of their own", low=0, high=1024,
+          **_TWO),
+    Param("network", "crop", int, 0, "pixels a side cut from the image, at random in training, else the centre; 0 is all of it",
+          low=0, high=1024, **_TWO),
+    Param("network", "neck", str, "none",
+          "how maps at strides 4 to 32 are read: the last alone, each by layers of its own, or in a feature pyramid",
+          ("none", "laterals", "fpn"), **_TWO),
+    Param("network", "pool", str, "avg", "pooling of the maps; max in AG-CNN", ("avg", "max"), **_TWO),
+    Param("network", "fusion", str, "linear", "what reads both paths: a linear layer, hidden layers, or the mean of the logits",
+          ("linear", "mlp", "mean"), **_TWO),
     # training
+    Param("training", "order", str, "g,l,f", "phases of the global path, the local path and the fusion, alone or jointly",
+          ("g,l,f", "glf", "gl,f", "g,lf", "g,l,glf"), **_TWO),
+    Param("training", "global_epochs", int, 10, "epochs of the global path; a joint phase has the most of its branches", low=0,
+          **_TWO),
+    Param("training", "local_epochs", int, 8, "epochs of the local path", low=0, **_TWO),
+    Param("training", "fusion_epochs", int, 5, "epochs of the fusion", low=0, **_TWO, needs={"fusion": ("linear", "mlp")}),
+    Param("training", "phase_batch", str, "",
+          "batches of the three, such as 32,16,16; a joint phase has the smallest; empty is stage2_batch", **_TWO),
     Param("training", "stage1_images", str, "findings", "images of stage 1: those with a finding, or all", ("findings", "all"),
           **_STAGE1),
-    Param("training", "stage1_frozen_epochs", int, 3, "epochs of stage 1 that train the head alone", low=0, shown=True),
+    Param("training", "stage1_frozen_epochs", int, 3, "epochs of stage 1 that train the head alone", low=0, shown=True,
+          not_of=("two_path",)),
     Param("training", "stage1_epochs", int, 20, "largest number of further epochs of stage 1, whole network", low=0,
-          shown=True),
+          shown=True, not_of=("two_path",)),
     Param("training", "stage1_batch", int, 64, "batch size of stage 1", low=2, shown=True, **_STAGE1),
     Param("training", "stage1_lr", float, 0.0, "learning rate of stage 1; 0 runs the learning-rate finder, grids pin a number",
           low=0, shown=True, **_STAGE1),
     Param("training", "stage1_loss", str, "bce", "loss of stage 1: db is distribution-balanced, ldam has margins", LOSSES,
           **_STAGE1),
-    Param("training", "stage2_epochs", int, 5, "epochs of stage 2, all images, one cycle", low=0, shown=True),
+    Param("training", "stage2_epochs", int, 5, "epochs of stage 2, all images, one cycle", low=0, shown=True,
+          not_of=("two_path",)),
     Param("training", "stage2_batch", int, 128, "batch size of stage 2 and of scoring", low=2, shown=True),
-    Param("training", "stage2_frozen", bool, False, "stage 2 trains the head alone; norm statistics stay, too", **_STAGE2),
+    Param("training", "stage2_frozen", bool, False, "stage 2 trains the head alone; norm statistics stay, too", **_STAGE2,
+          not_of=("two_path",)),
     Param("training", "stage2_lr_min", float, 2e-5, "learning rate of the first layers in stage 2", low=0, shown=True,
           needs={**_STAGE2["needs"], "stage2_frozen": (False,)}),
     Param("training", "stage2_lr_max", float, 8e-5, "learning rate of the head in stage 2", low=0, shown=True, **_STAGE2),
@@ -212,10 +254,13 @@ ROWS: tuple[Param, ...] = (
     Param("training", "schedule", str, "one_cycle",
           "learning rate of a phase: one cycle; or a tenth after 1/2 and 3/4 of it, or after each epoch without improvement",
           ("one_cycle", "steps", "plateau")),
+    Param("training", "warmup_epochs", int, 0, "first epochs of a phase, in which the learning rate rises from a tenth", low=0,
+          needs={"schedule": ("steps", "plateau")}),
     Param("training", "clip_norm", float, 0.0, "largest norm of the gradients; longer ones are scaled to it; 0 is no clipping",
           low=0),
     Param("training", "one_group", bool, False,
-          "one parameter group as in the published code: nothing is frozen, and all layers have the head's rate"),
+          "one parameter group as in the published code: nothing is frozen, and all layers have the head's rate",
+          not_of=("two_path",)),
     Param("training", "augment", str, "light",
           "flip and turn; standard adds shift, zoom, brightness and contrast, strong also CLAHE, noise and holes",
           ("light", "standard", "strong")),

@@ -26,7 +26,7 @@ READING = ("classes", "csv", "normal_class", "blank", "uncertain", "patients")  
 UNHASHED = tuple(name for name, p in PARAMS.items() if not p.hashed)  # they say where and how a run happens
 # The torchvision backbones; any other is named timm:NAME.
 ARCHS = ("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l", "efficientnet_b0", "efficientnet_b1", "mobilenet_v2",
-         "resnet18", "resnet50", "densenet121", "vgg16")
+         "resnet18", "resnet50", "densenet121", "vgg16", "vgg16_bn")
 
 
 def add_rows(rows: Iterable[Param]) -> None:
@@ -130,6 +130,12 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
             out["stage2_frozen"] and out["one_group"] and out["stage2_epochs"] > 0,
         "parameter 'schedule': plateau looks at the validation part, and valid_fraction 0 leaves none; say schedule: steps.":
             out["valid_fraction"] == 0 and out["schedule"] == "plateau",
+        f"parameter 'input_size': {out['input_size']} is more than the {out['crop'] or out['image_size']} pixels of the image; "
+        "lower it, or raise image_size or crop.": out["input_size"] > (out["crop"] or out["image_size"]),
+        f"parameter 'crop': {out['crop']} is more than image_size {out['image_size']}; lower it.":
+            out["crop"] > out["image_size"],
+        "parameter 'heat_stride': heat cam reads a map that the last layer reads; say heat_stride: 32, or neck: laterals.":
+            out["heat"] == "cam" and out["heat_stride"] != 32 and out["neck"] == "none",
         "parameters 'grad_checkpointing' and 'compile' cannot be used together; switch one off.":
             out["grad_checkpointing"] and out["compile"],
         "parameter 'rule': 'angle' has no running mean of norms; with strategy statistical say rare or published.":
@@ -158,15 +164,19 @@ def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 def missing_need(name: str, params: Mapping[str, Any]) -> str:
     """What would give a parameter an effect, such as ``'answer: features'``; empty if it has one."""
     p = PARAMS[name]
+    if params["system"] in p.not_of:
+        return f"another system than {params['system']}"
     if p.of and params["system"] not in p.of:
         return f"system: {' or '.join(p.of)}"
     for others, values in p.needs.items():
         names = others.split("|")
         deeper = [missing_need(other, params) for other in names]
         if all(deeper):
+            if all(params["system"] in PARAMS[n].not_of for n in names):
+                continue  # what a system does without asks for nothing
             return deeper[0]
         if not any(params[n] > 0 if values == ABOVE_0 else params[n] in values for n, off in zip(names, deeper) if not off):
-            return need_text(others, values)
+            return need_text("|".join(n for n, off in zip(names, deeper) if not off), values)
     return ""
 
 

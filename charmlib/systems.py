@@ -66,6 +66,7 @@ def load(reference: str) -> Callable:
 
 
 register(System("charm", "charmlib.models.charm:CharmNet", "charmlib.training.recipes:two_stages"))
+register(System("two_path", "charmlib.models.two_path:TwoPathNet", "charmlib.training.recipes:in_order"))
 for _module in filter(None, os.environ.get(MODULES, "").split(",")):
     try:
         import_module(_module.strip())

@@ -114,6 +114,7 @@ class RunFolder:
         self.resume_file, self.history_file = self.path / "resume.pt", self.path / "history.csv"
         self.bank_file, self.bank_history_file = self.path / "bank.csv", self.path / "bank_history.csv"
         self.predictions_file, self.resamples_file = self.path / "predictions.npz", self.path / "resamples.npz"
+        self.branches_file = self.path / "branches.npz"
         # the scores of the test notebook, from which metrics.json is made when the run is done
         self.scored_file, self.metrics_file = self.path / "scored.json", self.path / "metrics.json"
         self.baselines_file, self.baselines_arrays = self.path / "baselines.json", self.path / "baselines.npz"

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from charmlib.nn import MomentumEncoder, RareMemoryBank, VotingBank, make_attention, recompute, split_backbone
-from charmlib.nn.backbone import HALF, IMAGENET
 from charmlib.nn.head import CSRAHead, make_head
 from charmlib.nn.scales import GRID, cells, find_scales, maps_of
 
@@ -48,7 +47,7 @@ class CharmNet(nn.Module):
 
     Parameters
     ----------
-    arch, weights, drop_path
+    arch, weights, drop_path, refine, refine_start
         See :func:`charmlib.nn.split_backbone`.
     classes : int
         C.
@@ -89,21 +88,16 @@ class CharmNet(nn.Module):
                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
                  bank_momentum: float = 0.9, head: str = "charm", dropout: float = 0.3, hidden: int = 512,
                  csra_lambda: float = 0.1, csra_heads: int = 1, csra_attention: str = "scores", drop_path: float = 0.0,
-                 ldam_scale: float = 1.0, grad_checkpointing: bool = False):
+                 refine: str = "none", refine_start: str = "identity", ldam_scale: float = 1.0,
+                 grad_checkpointing: bool = False):
         super().__init__()
         if head == "csra" and (use_momentum or (use_bank and answer == "features")):
             raise ValueError("head csra reads a map, and the momentum branch and answer 'features' add to a pooled feature; "
                              "switch them off, or say head='charm'")
-        backbone = split_backbone(arch, weights, drop_path)
+        backbone = split_backbone(arch, weights, drop_path, refine=refine, refine_start=refine_start)
         self.grad_checkpointing, self.ldam_scale = grad_checkpointing, ldam_scale
         self.arch, self.classes, self.features = arch, classes, backbone.features
-        scales = {"imagenet": IMAGENET, "half": HALF, "auto": (backbone.mean, backbone.std)}
-        if norm not in scales:
-            raise ValueError(f"norm must be auto, imagenet or half, got {norm!r}")
-        self.mean, self.std = scales[norm]
-        if self.mean is None:
-            raise ValueError(f"norm 'auto' cannot know what {weights} was trained on: say norm: imagenet, or norm: half "
-                             "for inputs in [-1, 1]")
+        self.mean, self.std = backbone.scale(norm, weights)
         self.trunk, self.final = backbone.trunk, backbone.final
         self.momentum_before_step = momentum_before_step
         self.momentum = MomentumEncoder(self.final, momentum, warmup=momentum_warmup, batch_norms=momentum_batch_norms) \

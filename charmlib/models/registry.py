@@ -23,6 +23,9 @@ class Network(Protocol):
     - ``renew(images)`` after each epoch of training, before it is validated: a callable from ids (n,) to normalised images
       (n, 3, H, W).
 
+    Optional too are ``also``, logits (B, C) of the last training batch whose losses are added to that of ``forward``; and
+    ``branches``, names under which ``read`` gives logits, which the run's files keep.
+
     ``bank``, a :class:`charmlib.nn.RareMemoryBank` or None, is optional too: the run's files and pictures show what it holds.
     """
 

@@ -12,6 +12,9 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from charmlib.nn.refine import attach
+from charmlib.nn.scales import STRIDES
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -30,6 +33,16 @@ class Backbone:
     features: int
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+
+    def scale(self, norm: str, weights: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std for the parameter ``norm``: 'imagenet', 'half', or 'auto', which ValueError refuses for a file."""
+        scales = {"imagenet": IMAGENET, "half": HALF, "auto": (self.mean, self.std)}
+        if norm not in scales:
+            raise ValueError(f"norm must be auto, imagenet or half, got {norm!r}")
+        if scales[norm][0] is None:
+            raise ValueError(f"norm 'auto' cannot know what {weights} was trained on: say norm: imagenet, or norm: half "
+                             "for inputs in [-1, 1]")
+        return scales[norm]
 
 
 def _efficientnet(net):
@@ -52,26 +65,32 @@ def _vgg16(net):
     return net.features[:24], net.features[24:]  # conv5_1 to the last pool
 
 
+def _vgg16_bn(net):
+    return net.features[:34], net.features[34:]
+
+
 TORCHVISION = {
     "efficientnet_v2_s": (_efficientnet, 1280), "efficientnet_v2_m": (_efficientnet, 1280),
     "efficientnet_v2_l": (_efficientnet, 1280), "efficientnet_b0": (_efficientnet, 1280),
     "efficientnet_b1": (_efficientnet, 1280), "mobilenet_v2": (_efficientnet, 1280),
     "resnet18": (_resnet, 512), "resnet50": (_resnet, 2048),
     "densenet121": (_densenet, 1024), "vgg16": (_vgg16, 512),
+    "vgg16_bn": (_vgg16_bn, 512),
 }
 CLASSIFIERS = ("classifier.", "fc.", "head.")
 NORMS = ("norm_pre", "norm", "head.norm")
 """Where timm models keep the norm between the last stage and the classifier."""
 
 
-def split_backbone(name: str, weights: str | Path = "imagenet", drop_path: float = 0.0) -> Backbone:
+def split_backbone(name: str, weights: str | Path = "imagenet", drop_path: float = 0.0, *, refine: str = "none",
+                   refine_start: str = "identity") -> Backbone:
     """A named network, split into trunk and final block.
 
     The final block is ``features[-1]`` of EfficientNets and MobileNetV2, ``layer4`` of ResNets, the last dense block with norm
-    and ReLU of DenseNet-121, the conv5 block of VGG16, and the last stage of a timm model, with the norm that its pretrained
-    classifier was trained on (``head.norm`` of ConvNeXt, ConvNeXtV2, EdgeNeXt, RDNet, DaViT and MetaFormer, ``norm`` of CoAtNet
-    and MaxViT). timm applies some of these norms after pooling; here each is applied per position. timm models must offer
-    their stages in sequence (``features_only``) and give maps (B, D, H, W).
+    and ReLU of DenseNet-121, the conv5 block of VGG16 with or without batch norms, and the last stage of a timm model, with
+    the norm that its pretrained classifier was trained on (``head.norm`` of ConvNeXt, ConvNeXtV2, EdgeNeXt, RDNet, DaViT and
+    MetaFormer, ``norm`` of CoAtNet and MaxViT). timm applies some of these norms after pooling; here each is applied per
+    position. timm models must offer their stages in sequence (``features_only``) and give maps (B, D, H, W).
 
     Parameters
     ----------
@@ -83,16 +102,22 @@ def split_backbone(name: str, weights: str | Path = "imagenet", drop_path: float
     drop_path : float
         Stochastic depth of a timm model, in [0, 1): the rate of its last block, which grows linearly from 0 (Huang et al.,
         ECCV 2016). 0 keeps timm's default.
+    refine, refine_start
+        Attention behind the last blocks at strides 4, 8 and 16, new beside loaded weights: see :mod:`charmlib.nn.refine`.
 
     Raises
     ------
     ValueError
         Unknown name; a timm model without a spatial map; a weight file that does not match (the message lists its keys);
-        ``drop_path`` of a network without stochastic depth.
+        ``drop_path`` of a network without stochastic depth; ``refine`` of one without blocks at those strides in sequence.
     FileNotFoundError
         Weights are neither cached nor downloadable; the message names the missing file and its folder.
     """
     weights = str(weights)
+    if refine != "none":
+        backbone = split_backbone(name, weights, drop_path)
+        attach([backbone.trunk, backbone.final], STRIDES, refine, refine_start)
+        return backbone
     if name.startswith("timm:"):
         return _split_timm(name, weights, drop_path)
     if name not in TORCHVISION:

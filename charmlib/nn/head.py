@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FORMS, ATTENDS = ("charm", "standard", "csra"), ("scores", "own")
+FORMS, ATTENDS = ("charm", "standard", "csra", "linear"), ("scores", "own")
 TEMPERATURES = {1: (1,), 2: (1, 99), 4: (1, 2, 4, 99), 6: (1, 2, 3, 4, 5, 99), 8: (1, 2, 3, 4, 5, 6, 7, 99)}
 """Of the heads of :class:`CSRAHead`, by their number (Zhu & Wu 2021)."""
 
@@ -48,6 +48,13 @@ class StandardHead(_Layers):
             nn.Dropout(dropout),
             nn.Linear(hidden, classes),
         )
+
+
+class LinearHead(_Layers):
+    """Dropout, Linear to the classes: (B, D) -> logits (B, C)."""
+
+    def __init__(self, features: int, classes: int, *, dropout: float = 0.0):
+        super().__init__(nn.Dropout(dropout), nn.Linear(features, classes))
 
 
 class CSRAHead(nn.Module):
@@ -107,7 +114,8 @@ class CSRAHead(nn.Module):
 
 def make_head(form: str, features: int, classes: int, *, hidden: int = 512, dropout: float = 0.3, csra_lambda: float = 0.1,
               csra_heads: int = 1, csra_attention: str = "scores") -> nn.Module:
-    """:class:`ClassifierHead` for the form 'charm', :class:`StandardHead` for 'standard', :class:`CSRAHead` for 'csra'.
+    """:class:`ClassifierHead` for the form 'charm', :class:`StandardHead` for 'standard', :class:`CSRAHead` for 'csra', and
+    :class:`LinearHead` for 'linear'.
 
     Raises
     ------
@@ -118,4 +126,6 @@ def make_head(form: str, features: int, classes: int, *, hidden: int = 512, drop
         raise ValueError(f"head must be one of {', '.join(FORMS)}, got {form!r}")
     if form == "csra":
         return CSRAHead(features, classes, lam=csra_lambda, heads=csra_heads, attention=csra_attention)
+    if form == "linear":
+        return LinearHead(features, classes, dropout=dropout)
     return (ClassifierHead if form == "charm" else StandardHead)(features, classes, hidden=hidden, dropout=dropout)

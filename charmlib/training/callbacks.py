@@ -52,6 +52,11 @@ class NetworkHooks(Callback):
         if hasattr(self.model, "see") and ids is not None and len(ids) == len(self.xb[0]):
             self.model.see(ids, self.yb[0] if len(self.yb) else None)
 
+    def after_loss(self):
+        if others := self.training and getattr(self.model, "also", None):
+            self.learn.loss_grad = sum((self.loss_func(logits, *self.yb) for logits in others), self.learn.loss_grad)
+            self.learn.loss, self.model.also = self.loss_grad.clone(), []
+
     def before_backward(self):
         self.cancelled = False
 
@@ -279,10 +284,12 @@ class FallingRate(Callback):
     'plateau': after each epoch without a new best among ``values``, the list that :class:`KeepProgress` fills; so does
     fastai's ``ReduceLROnPlateau`` with its defaults, which does nothing to a torch optimizer in fastai's ``OptimWrapper``.
 
+    In the first ``warmup`` epochs the rates rise in even steps from a tenth.
+
     Both follow from the epoch and the history alone, so that a resumed run has the same rates.
     """
 
-    def __init__(self, schedule: str, values: list[float]):
+    def __init__(self, schedule: str, values: list[float], warmup: int = 0):
         store_attr()
 
     def before_fit(self):
@@ -291,7 +298,8 @@ class FallingRate(Callback):
     def before_epoch(self):
         falls = sum(self.epoch >= share * self.n_epoch for share in (0.5, 0.75)) if self.schedule == "steps" else \
             sum(not v < min((u for u in self.values[:i] if u == u), default=math.inf) for i, v in enumerate(self.values))
-        self.opt.set_hyper("lr", [rate / 10**falls for rate in self.rates])
+        share = min(1.0, 0.1 + 0.9 * self.epoch / self.warmup) if self.warmup else 1.0
+        self.opt.set_hyper("lr", [rate * share / 10**falls for rate in self.rates])
 
 
 def write_history(folder: RunFolder, rows: list[dict]) -> None:

@@ -114,7 +114,8 @@ class PhaseRunner:
                 if phase.schedule == "one_cycle":
                     learner.fit_one_cycle(phase.epochs, phase.lr, cbs=callbacks, start_epoch=start, **phase.cycle)
                 else:
-                    learner.fit(phase.epochs, phase.lr, cbs=[*callbacks, FallingRate(phase.schedule, self.best["values"])],
+                    learner.fit(phase.epochs, phase.lr, cbs=[*callbacks, FallingRate(
+                        phase.schedule, self.best["values"], phase.warmup)],
                                 start_epoch=start)
         except NotFinite as error:
             raise ValueError(f"training diverged in {phase.name} (the network's outputs are not finite): lower {rates}, now "

@@ -21,7 +21,7 @@ from charmlib.data.dataset import ChestData, digests, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
 from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
-from charmlib.evaluation.runs import HISTORY, NUMBERS, RunFolder, about, chosen_on_validation, save_predictions
+from charmlib.evaluation.runs import HISTORY, NUMBERS, RunFolder, about, chosen_on_validation, save_predictions, write_arrays
 from charmlib.evaluation.score import score_part
 from charmlib.files import write_csv, write_json, write_text
 from charmlib.models.registry import Network, create, keywords
@@ -30,7 +30,7 @@ from charmlib.nn.losses import make_loss
 from charmlib.nn.votes import WEIGHTS
 from charmlib.param_rows import WARMUPS
 from charmlib.param_sources import changed, read_yaml, with_absolute_paths
-from charmlib.params import UNHASHED, effective, missing_need, no_effect, resolve
+from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
@@ -61,7 +61,8 @@ class Run:
         self.device, self.precision = device, precision
         self.folder, self.bank = RunFolder(params["run_dir"]), BankEvidence(self)
         self.history: list[dict] = []
-        self._rate = self.params["stage1_lr"] or None
+        no_stage1 = self.params["system"] in PARAMS["stage1_lr"].not_of
+        self._rate = self.params["stage2_lr_max"] if no_stage1 else self.params["stage1_lr"] or None
 
     @classmethod
     def open(cls, params: Mapping | None = None, **changes) -> "Run":
@@ -145,7 +146,8 @@ class Run:
                              **{name: self.params[name] for name in OF_LEARNER}, **keywords(make_loss, self.params), path=path)
 
     def find_lr(self, *, plot: bool = False) -> float:
-        """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder.
+        """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder. ``stage2_lr_max`` of a
+        system without stage 1.
 
         The finder restores network, bank and momentum encoder. A resumed run keeps its first rate.
         """
@@ -187,7 +189,7 @@ class Run:
             return self.history
         if not self.params["resume"]:
             for file in (folder.resume_file, folder.card_file, folder.weights_file, folder.history_file, folder.bank_file,
-                         folder.bank_history_file, folder.predictions_file, folder.scored_file, folder.metrics_file):
+                         folder.bank_history_file, folder.predictions_file, folder.branches_file, folder.scored_file, folder.metrics_file):
                 file.unlink(missing_ok=True)
         if hasattr(self.bank.bank, "refuse"):
             self.bank.bank.refuse(min(self.bank.bank.size, len(self.data.rows("train"))))
@@ -296,23 +298,32 @@ class Run:
 
     # -- scoring ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def logits(self, part: str, rows=None) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels (n, C) float32 of a whole part, in the order of its rows (or of the given rows)."""
+        return self._read(part, rows)[:2]
+
+    @torch.no_grad()
+    def _read(self, part: str, rows=None, names: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Logits, labels, and by name further logits that the network's ``read`` gives."""
         data, rows = self.data, self.data.rows(part) if rows is None else rows
         if not len(rows):  # a split without a validation part
-            return np.empty((0, len(data.classes)), np.float32), np.empty((0, len(data.classes)), np.float32)
+            none = np.empty((0, len(data.classes)), np.float32)
+            return none, none, dict.fromkeys(names, none)
         images = ChestImages(data.images, data.labels, rows, data.classes)
         dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device,
                      after_batch=[GreyToNetwork(self.net.mean, self.net.std)])
         self.net.eval()
-        out, labels = [], []
+        out, labels, others = [], [], {name: [] for name in names}
         for x, y in dl:
             session.alive()
             with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
-                out.append(self.net(x.as_subclass(torch.Tensor)).float())
+                logits, seen = self.net.read(x.as_subclass(torch.Tensor))
+            out.append(logits.float())
+            for name in names:
+                others[name].append(seen[name].float())
             labels.append(y.as_subclass(torch.Tensor))
-        return torch.cat(out).cpu().numpy(), torch.cat(labels).cpu().numpy()  # one wait for the device, at the end
+        out, labels, *others = (torch.cat(found).cpu().numpy() for found in (out, labels, *others.values()))  # waits here alone
+        return out, labels, dict(zip(names, others))
 
     def quick_check(self, images: int = 100) -> float:
         """Mean ROC-AUC on so many random test images, to see that a checkpoint works; never a result."""
@@ -326,7 +337,8 @@ class Run:
         return score
 
     def score(self) -> dict:
-        """Score the whole validation and test parts; writes ``predictions.npz`` and returns the metrics.
+        """Score the whole validation and test parts; writes ``predictions.npz``, and ``branches.npz`` for a network with
+        branches; returns the metrics.
 
         Without a validation part its arrays are empty, ``valid`` of the metrics is None, and the test part has no operating
         points. :func:`charmlib.evaluation.runs.finish` turns the metrics into ``metrics.json``.
@@ -336,8 +348,13 @@ class Run:
         history = self.history or self._read_history()
         session.stop_unless(session.scoring_seconds(guess=max((row["seconds"] for row in history), default=0.0)), "scoring")
         start = time.monotonic()
-        parts = {part: about(self.data.index.frame.iloc[self.data.rows(part)])
-                 | dict(zip(("logits", "labels"), self.logits(part))) for part in ("valid", "test")}
+        parts, branches = {}, {}
+        for part in ("valid", "test"):
+            logits, labels, others = self._read(part, names=getattr(self.net, "branches", ()))
+            parts[part] = about(self.data.index.frame.iloc[self.data.rows(part)]) | {"logits": logits, "labels": labels}
+            branches |= {f"{part}_{name}": values for name, values in {"ids": parts[part]["ids"], **others}.items()}
+        if hasattr(self.net, "branches"):
+            write_arrays(self.folder.branches_file, **branches)
         normal = self.data.index.normal_class
         save_predictions(self.folder.predictions_file, parts, self.data.classes, normal)
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)

@@ -1,0 +1,85 @@
+"""Attention behind feature maps: CBAM, and large-kernel attention."""
+
+import torch
+from torch import Tensor, nn
+
+REFINES, STARTS = ("none", "cbam", "lka"), ("identity", "published")
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention (Woo et al., arXiv 1807.06521), timm's with biases as the authors have: (B, D, H, W) kept.
+
+    ``start='identity'`` returns the input to the bit at first: both gates start at a half, and the result is times 4. The
+    published start scales features to 0.2 to 0.3 of their size. The authors' code takes maximum before mean in the spatial
+    gate, so its weights fit with their two input channels swapped, and its norm has momentum 0.01, timm's 0.1.
+    """
+
+    def __init__(self, features: int, start: str = "identity"):
+        from timm.layers.cbam import CbamModule  # takes a second, which networks without it do without
+
+        super().__init__()
+        self.gates, self.scale = CbamModule(features, rd_ratio=1 / 16, mlp_bias=True), 4.0 if start == "identity" else 1.0
+        if start == "identity":
+            for p in (*self.gates.channel.fc2.parameters(), self.gates.spatial.conv.bn.weight):
+                nn.init.zeros_(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gates(x) * self.scale
+
+
+class LKA(nn.Module):
+    """Large-kernel attention (Guo et al., arXiv 2202.09741, equation 3): x * PW(DWD(DW(x))), (B, D, H, W) kept.
+
+    A depthwise 5 x 5, a depthwise 7 x 7 of dilation 3 and a 1 x 1 convolution, all with biases and without a sigmoid; each
+    position sees 23 x 23. The paper puts it between 1 x 1 convolutions, in a residual branch with a layer scale of 0.01.
+    ``start='identity'`` returns the input to the bit at first; torch's start, as published, passes about a tenth of its size.
+    """
+
+    def __init__(self, features: int, start: str = "identity"):
+        super().__init__()
+        self.near = nn.Conv2d(features, features, 5, padding=2, groups=features)
+        self.far = nn.Conv2d(features, features, 7, padding=9, dilation=3, groups=features)
+        self.point = nn.Conv2d(features, features, 1)
+        if start == "identity":
+            nn.init.zeros_(self.point.weight)
+            nn.init.ones_(self.point.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.point(self.far(self.near(x)))
+
+
+def make_refine(refine: str, features: int, start: str = "identity") -> nn.Module:
+    """:class:`CBAM`, :class:`LKA` or, for 'none', the identity; ValueError for another name. Draws no random numbers for it."""
+    if refine not in REFINES or start not in STARTS:
+        raise ValueError(f"refine must be one of {', '.join(REFINES)} and refine_start one of {', '.join(STARTS)}, got "
+                         f"{refine!r} and {start!r}")
+    return nn.Identity() if refine == "none" else (CBAM if refine == "cbam" else LKA)(features, start)
+
+
+def attach(parts: list[nn.Module], strides: tuple[int, ...], refine: str, start: str, side: int = 224) -> None:
+    """Put attention behind the last block at each stride of a network of ``nn.Sequential`` parts, in place.
+
+    For VGG16 these blocks are in front of the third, fourth and fifth pool. Parts of another kind are passed as a whole.
+
+    Raises
+    ------
+    ValueError
+        No block of the parts has one of the strides.
+    """
+    last, was = {}, [(m, m.training) for part in parts for m in part.modules()]
+    like = next(parts[0].parameters())
+    with torch.no_grad():
+        x = torch.zeros(1, 3, side, side, device=like.device, dtype=like.dtype)
+        for part in parts:
+            for name, block in part.eval().named_children() if type(part) is nn.Sequential else [("", part)]:
+                x = block(x)
+                if name and x.dim() == 4:
+                    last[round(side / x.shape[-1])] = part, name, x.shape[1]
+    for module, mode in was:
+        module.training = mode
+    found = [last[stride] for stride in strides if stride in last]
+    if not found:
+        raise ValueError(f"refine {refine} needs maps at strides {', '.join(map(str, strides))}, which this arch does not "
+                         "offer in sequence: say refine: none, or another arch")
+    for part, name, features in found:
+        setattr(part, name, nn.Sequential(getattr(part, name), make_refine(refine, features, start)))

@@ -281,7 +281,7 @@ ROWS: tuple[Param, ...] = (
     Param("run", "run_dir", str, "runs/notebook", "folder of this run's files", shown=True, hashed=False),
     Param("run", "seed", int, 85, "seed of all randomness; 85 in the paper", low=0, shown=True),
     Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
-    Param("run", "workers", int, 2, "processes that decode images for the cache", low=0, hashed=False),
+    Param("run", "workers", int, 0, "processes that decode images for the cache; 0 is one a core", low=0, hashed=False),
     Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU, 50 KB an image at 224 pixels",
           hashed=False),
     Param("run", "grad_checkpointing", bool, False,

@@ -195,7 +195,7 @@ def test_a_notebooks_parameters_are_brought_up_to_date(tmp_path):
         shutil.copy(ROOT / "notebooks" / path.name, path)
         book = nbformat.read(path, as_version=4)
         cell = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
-        right, cell.source = cell.source, cell.source.replace("workers: int = 2", "workers: int = 3")
+        right, cell.source = cell.source, cell.source.replace("workers: int = 0", "workers: int = 3")
         nbformat.write(book, path)
         assert charm("params", "--write", path).returncode == 0
         again = nbformat.read(path, as_version=4)

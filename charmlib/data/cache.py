@@ -1,5 +1,6 @@
 """Opening the image cache: searched for, checked, and built or repaired where that is needed."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from charmlib.data.paths import default_cache_dir, kaggle_caches, writable
 
 
 def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: str = "stretch", contrast: str = "none",
-                train: Callable[[], Sequence[int]] | None = None, cache_dir: str | Path = "", workers: int = 2,
+                train: Callable[[], Sequence[int]] | None = None, cache_dir: str | Path = "", workers: int = 0,
                 verify: bool = False, say: Callable[[str], None] | None = None) -> cache_file.ImageCache:
     """The cache that holds these images at this size, wherever it lies; built first if there is none.
 
@@ -34,13 +35,13 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
         Folder of caches, or one cache; '' is :func:`charmlib.data.paths.default_cache_dir`, which also replaces a read-only
         folder for new caches.
     workers : int
-        Processes that decode, or threads for few images.
+        Processes that decode, or threads for few images; 0 is one a core.
     verify : bool
         Check pixels and source file of every row, and decode those that changed again. Rows of missing files are kept.
     say : callable
         Receives messages; standard error by default.
     """
-    say = say or partial(print, file=sys.stderr, flush=True)
+    say, workers = say or partial(print, file=sys.stderr, flush=True), workers or os.cpu_count()
     request = cache_file.Request(ids, paths, size, aspect, contrast, train)
     cache, suspects = _find(request, cache_dir, say)
     home = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
@@ -49,9 +50,9 @@ def open_images(ids: Sequence[str], paths: Sequence[str], size: int, *, aspect: 
     if cache is None:
         if verify:
             say("no cache of these images yet: building it")
-        return build(request, home, max(1, workers), say)
+        return build(request, home, workers, say)
     suspects = range(len(ids)) if verify else suspects
-    return repair(request, cache, suspects, home, max(1, workers), say) if suspects else cache
+    return repair(request, cache, suspects, home, workers, say) if suspects else cache
 
 
 def content_of(folder: str | Path) -> dict:

@@ -15,7 +15,7 @@ def grad_cam(net: nn.Module, x: Tensor, classes: Sequence[int], stride: int = 32
     ``relu(sum_k w_k f_k)`` of the map f at a ``stride``, with the weights ``w_k``: the mean over positions of the slope of the
     logit along f_k. Stride 32 is the final block's output; smaller ones are the trunk's. Behind average pooling and a linear
     head it is the class activation map, divided by h w. The logit is the head's own: votes of a memory bank have no part in
-    it. The network is read in eval mode, without gradients of its weights, and left as it was.
+    it. Of two paths it is the first's, on the image as that path sees it. The network is read in eval mode, without gradients of its weights, and left as it was.
 
     Raises
     ------
@@ -28,9 +28,9 @@ def grad_cam(net: nn.Module, x: Tensor, classes: Sequence[int], stride: int = 32
         net.eval()
         for p in frozen:
             p.requires_grad_(False)
-        with _leaf(net, stride) as leaf, torch.enable_grad():
+        with _leaf(getattr(net, "global_path", net), stride) as leaf, torch.enable_grad():
             logits, seen = net.read(x)
-            logits, out = seen.get("head", logits), []
+            logits, out = seen.get("head", seen.get("global", logits)), []
             for c in classes:
                 slope, = torch.autograd.grad(logits[:, c].sum(), leaf.map, retain_graph=True)
                 out.append((slope.mean((2, 3), keepdim=True) * leaf.map).sum(1).relu().detach().float())
@@ -59,7 +59,7 @@ def _leaf(net: nn.Module, stride: int) -> Iterator[_Leaf]:
         ends, _ = ends_of(trunk)
         if stride not in ends or type(trunk) is not nn.Sequential:
             there = ", ".join(map(str, sorted({*ends, 32}))) if type(trunk) is nn.Sequential else "32"
-            raise ValueError(f"{getattr(net, 'arch', 'the network')} has maps at the strides {there}, not at {stride}")
+            raise ValueError(f"the network has maps at the strides {there}, not at {stride}")
         blocks, end = list(trunk), ends[stride][0] - 1
         net.trunk = nn.Sequential(*blocks[:end], nn.Sequential(blocks[end], leaf), *blocks[end + 1:])
     try:

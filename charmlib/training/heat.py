@@ -33,10 +33,12 @@ def heat_of(run: Run, rows: Sequence[int], classes: Sequence[int], *, stride: in
 
 
 def random_head(run: Run) -> torch.nn.Module:
-    """The run's network with a head as it was before training."""
+    """The run's network with a head (the first path's, of two) as it was before training."""
     net, _ = load_model(run.folder, run.device)
     seed_everything(run.params["seed"], "weights")
-    net.head.load_state_dict(create({**run.params, "weights": "none", "norm": "half"}, run.data.classes).head.state_dict())
+    fresh = create({**run.params, "weights": "none", "norm": "half"}, run.data.classes)
+    head, drawn = (getattr(each, "global_path", each).head for each in (net, fresh))
+    head.load_state_dict(drawn.state_dict())
     return place(net, run.device)
 
 

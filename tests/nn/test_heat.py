@@ -59,7 +59,7 @@ def test_the_network_is_left_as_it_was_and_gradients_stay_empty():
     net = network().train()
     net.final.requires_grad_(False)
     names = {name: p.requires_grad for name, p in net.named_parameters()}
-    with pytest.raises(ValueError, match=r"test_resnet has maps at the strides .*32, not at 5"):
+    with pytest.raises(ValueError, match=r"the network has maps at the strides .*32, not at 5"):
         grad_cam(net, torch.randn(2, 3, 64, 64), [0], 5)
     grad_cam(net, torch.randn(2, 3, 64, 64), [0])
     assert net.training and {name: p.requires_grad for name, p in net.named_parameters()} == names
@@ -76,3 +76,15 @@ def test_it_costs_little_more_than_scoring():
                 run()
             seconds[name].append(time.process_time() - start)
     assert min(seconds["heat"]) < 1.5 * min(seconds["score"])
+
+
+def test_of_two_paths_it_is_the_first():
+    from charmlib.models.two_path import TwoPathNet
+
+    torch.manual_seed(0)
+    net, x = TwoPathNet("timm:test_resnet", 3, weights="none", norm="half").eval(), torch.randn(2, 3, 64, 64)
+    path, weight = net.global_path, net.global_path.head[-1].weight
+    with torch.no_grad():
+        f = path.final(path.trunk(x))
+        want = torch.einsum("c,bchw->bhw", weight[1], f).relu() / (f.shape[2] * f.shape[3])
+    torch.testing.assert_close(grad_cam(net, x, [1])[0], want, rtol=1e-4, atol=1e-6)

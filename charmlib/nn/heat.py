@@ -15,7 +15,8 @@ def grad_cam(net: nn.Module, x: Tensor, classes: Sequence[int], stride: int = 32
     ``relu(sum_k w_k f_k)`` of the map f at a ``stride``, with the weights ``w_k``: the mean over positions of the slope of the
     logit along f_k. Stride 32 is the final block's output; smaller ones are the trunk's. Behind average pooling and a linear
     head it is the class activation map, divided by h w. The logit is the head's own: votes of a memory bank have no part in
-    it. Of two paths it is the first's, on the image as that path sees it. The network is read in eval mode, without gradients of its weights, and left as it was.
+    it. Of two paths it is the first's, on the image as that path sees it. The network is read in eval mode, without gradients
+    of its weights, and left as it was.
 
     Raises
     ------

@@ -183,8 +183,17 @@ def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, d
     _refuse_leaking_splits(splits)
     folder.mkdir(parents=True, exist_ok=True)
     for hash_, (_, frame) in splits.items():
-        write_csv(folder / ("split.csv" if len(splits) == 1 else f"split_{hash_}.csv"), frame)
+        several = len(splits) > 1 or _differs(folder / "split.csv", frame)  # an earlier call's cells need theirs
+        write_csv(folder / (f"split_{hash_}.csv" if several else "split.csv"), frame)
     return of_cell, images, seen
+
+
+def _differs(path: Path, frame: pd.DataFrame) -> bool:
+    """Whether a file holds another split; a damaged one holds none."""
+    try:
+        return not pd.read_csv(path, dtype=str).equals(frame.astype(str).reset_index(drop=True))
+    except (OSError, ValueError):
+        return False
 
 
 def _refuse_leaking_splits(splits: Mapping[str, tuple[str, pd.DataFrame]]) -> None:

@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 from charmlib.evaluation.runs import RunFolder
-from charmlib.grid import leaderboard, run_grid
+from charmlib.grid import leaderboard, run_grid, runner
 from charmlib.grid.cells import CellFolder, GridError, cell_hash, find_notebooks, notebook_code
 from charmlib.grid.cluster import Means, local_cluster
+from charmlib.grid.spec import load_grid
 from charmlib.grid.worker import child_environment
 from charmlib.params import ParameterError, resolve
 from tests.grid.conftest import CELLS, ROOT, small_grid
@@ -196,6 +197,21 @@ def test_a_quick_check_is_marked_and_never_ranked(phantoms, tmp_path):
     board = run_grid(path, ["limit=60"], out=tmp_path / "out", say=lambda line: None)
     assert board["status"].tolist() == ["quick check"] and board["rank"].isna().all()
     assert (tmp_path / "out/report.html").is_file()
+
+
+def test_a_call_for_one_fold_leaves_the_splits_of_earlier_calls(phantoms, tmp_path):
+    """A cross-validation that is run fold by fold needs every split: the board checks its cells for leaks."""
+    path, hashes = small_grid(tmp_path, phantoms, split=["fold:1/2", "fold:2/2"]), []
+    for fold in (1, 1, 2, 1, 2):
+        of_cell, *_ = runner._prepare(load_grid(path, [f"split=fold:{fold}/2"]), tmp_path / "out", lambda line: None)
+        hashes += of_cell.values()
+    assert len({*hashes}) == 2
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"split.csv", f"split_{hashes[2]}.csv"}
+    tested = [frozenset(frame["id"][frame["part"] == "test"]) for frame in map(pd.read_csv, (tmp_path / "out").iterdir())]
+    assert len({*tested}) == 2
+    (tmp_path / "out/split.csv").write_bytes(b"\xff\x00 no table")
+    runner._prepare(load_grid(path, ["split=fold:1/2"]), tmp_path / "out", lambda line: None)
+    assert len(pd.read_csv(tmp_path / "out/split.csv")) > 100
 
 
 @pytest.mark.slow

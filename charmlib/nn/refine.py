@@ -71,7 +71,8 @@ def attach(parts: list[nn.Module], strides: tuple[int, ...], refine: str, start:
     with torch.no_grad():
         x = torch.zeros(1, 3, side, side, device=like.device, dtype=like.dtype)
         for part in parts:
-            for name, block in part.eval().named_children() if type(part) is nn.Sequential else [("", part)]:
+            part.eval()
+            for name, block in part.named_children() if type(part) is nn.Sequential else [("", part)]:
                 x = block(x)
                 if name and x.dim() == 4:
                     last[round(side / x.shape[-1])] = part, name, x.shape[1]

@@ -12,9 +12,11 @@ from charmlib.nih import NO_FINDING
 
 @dataclass(frozen=True)
 class Look:
-    """An image, the first path's heat (h, w) or None without one, the box (top, left, bottom, right, as shares of the view), and
-    the pixels of view and crop, (S, S) uint8. ``labels`` are its findings; ``top`` the two likeliest classes of each branch
-    with their probabilities."""
+    """An image: what each path saw of it, (S, S) uint8, and why.
+
+    ``box`` holds top, left, bottom and right of the crop as shares of the view, ``heat`` (h, w) the first path's, None without
+    a heat map. ``labels`` are its findings, ``top`` the two likeliest classes of each branch with their probabilities.
+    """
 
     image: str
     labels: tuple[str, ...]

@@ -189,7 +189,8 @@ class Run:
             return self.history
         if not self.params["resume"]:
             for file in (folder.resume_file, folder.card_file, folder.weights_file, folder.history_file, folder.bank_file,
-                         folder.bank_history_file, folder.predictions_file, folder.branches_file, folder.scored_file, folder.metrics_file):
+                         folder.bank_history_file, folder.predictions_file, folder.branches_file, folder.scored_file,
+                         folder.metrics_file):
                 file.unlink(missing_ok=True)
         if hasattr(self.bank.bank, "refuse"):
             self.bank.bank.refuse(min(self.bank.bank.size, len(self.data.rows("train"))))
@@ -317,7 +318,8 @@ class Run:
         for x, y in dl:
             session.alive()
             with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
-                logits, seen = self.net.read(x.as_subclass(torch.Tensor))
+                x = x.as_subclass(torch.Tensor)
+                logits, seen = self.net.read(x) if names else (self.net(x), {})
             out.append(logits.float())
             for name in names:
                 others[name].append(seen[name].float())

@@ -162,7 +162,7 @@ ROWS: tuple[Param, ...] = (
     Param("network", "stage2_bank_momentum", float, 0.9999, "the same in stage 2", low=0, high=1,
           needs={"strategy": ("statistical",)}, **_CHARM),
     Param("network", "adjust", float, 0.0, "the last bias starts at this share of the classes' log-odds; 1 is the prevalence",
-          low=0, high=2, of=("charm", "two_path")),
+          low=0, high=2, **_CHARM),
     Param("network", "head", str, "charm",
           "classifier: CHARM's, the standard one of long-tail recipes, csra, which weighs the positions of the map for each "
           "class, or one linear layer", ("charm", "standard", "csra", "linear"), **_CHARM),

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from charmlib.nn.refine import attach
-from charmlib.nn.scales import STRIDES
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -116,7 +115,7 @@ def split_backbone(name: str, weights: str | Path = "imagenet", drop_path: float
     weights = str(weights)
     if refine != "none":
         backbone = split_backbone(name, weights, drop_path)
-        attach([backbone.trunk, backbone.final], STRIDES, refine, refine_start)
+        attach([backbone.trunk, backbone.final], refine, refine_start)
         return backbone
     if name.startswith("timm:"):
         return _split_timm(name, weights, drop_path)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from charmlib.nn.scales import STRIDES, find_scales
+
 REFINES, STARTS = ("none", "cbam", "lka"), ("identity", "published")
 
 
@@ -56,31 +58,14 @@ def make_refine(refine: str, features: int, start: str = "identity") -> nn.Modul
     return nn.Identity() if refine == "none" else (CBAM if refine == "cbam" else LKA)(features, start)
 
 
-def attach(parts: list[nn.Module], strides: tuple[int, ...], refine: str, start: str, side: int = 224) -> None:
-    """Put attention behind the last block at each stride of a network of ``nn.Sequential`` parts, in place.
-
-    For VGG16 these blocks are in front of the third, fourth and fifth pool. Parts of another kind are passed as a whole.
-
-    Raises
-    ------
-    ValueError
-        No block of the parts has one of the strides.
-    """
-    last, was = {}, [(m, m.training) for part in parts for m in part.modules()]
-    like = next(parts[0].parameters())
-    with torch.no_grad():
-        x = torch.zeros(1, 3, side, side, device=like.device, dtype=like.dtype)
-        for part in parts:
-            part.eval()
-            for name, block in part.named_children() if type(part) is nn.Sequential else [("", part)]:
-                x = block(x)
-                if name and x.dim() == 4:
-                    last[round(side / x.shape[-1])] = part, name, x.shape[1]
-    for module, mode in was:
-        module.training = mode
-    found = [last[stride] for stride in strides if stride in last]
-    if not found:
-        raise ValueError(f"refine {refine} needs maps at strides {', '.join(map(str, strides))}, which this arch does not "
-                         "offer in sequence: say refine: none, or another arch")
-    for part, name, features in found:
+def attach(parts: list[nn.Module], refine: str, start: str) -> None:
+    """Put attention behind the last blocks at strides 4, 8 and 16 of a network of ``nn.Sequential`` parts, in place; in VGG16
+    these are in front of its last three pools. ValueError if the parts do not offer such blocks."""
+    homes = [(part, name) for part in parts if type(part) is nn.Sequential for name in part._modules]
+    ends, widths = find_scales(nn.Sequential(*(getattr(part, name) for part, name in homes))) if homes else ([], [])
+    if len(ends) < len(STRIDES):
+        raise ValueError(f"refine {refine} needs maps at strides {', '.join(map(str, STRIDES))}, which this arch does not offer "
+                         "in sequence: say refine: none, or another arch")
+    for end, features in zip(ends, widths):
+        part, name = homes[end - 1]
         setattr(part, name, nn.Sequential(getattr(part, name), make_refine(refine, features, start)))

@@ -86,11 +86,3 @@ def crop(images: Tensor, box: Tensor, size: int) -> Tensor:
                          torch.stack([zero, bottom - top, bottom + top - 1], 1)], 1)
     grid = F.affine_grid(theta, [len(images), images.shape[1], size, size], align_corners=False)
     return F.grid_sample(images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def cut(images: Tensor, corners: Tensor, size: int) -> Tensor:
-    """Squares of ``size`` pixels of images (B, C, H, W) at ``corners`` (2, B) int64, their first rows and columns."""
-    at = torch.arange(size, device=images.device)
-    rows, columns = corners[:, :, None] + at  # (B, size) each
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

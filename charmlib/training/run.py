@@ -81,7 +81,7 @@ class Run:
         precision, data = pick_precision(p["precision"], device), open_dataset(p)
         seed_everything(p["seed"], "weights")
         net = place(create(p, data.classes), device)
-        if p["adjust"]:
+        if p["adjust"] and hasattr(net, "start_at"):
             net.start_at(torch.tensor(p["adjust"] * data.log_odds()))
         _refuse_small(net, p, device)
         if p["compile"]:

@@ -27,15 +27,14 @@ def plot_looks(cases, *, note: str = ""):
         if case.heat is None:
             middle.text(0.5, 0.5, "no heat map", ha="center", transform=middle.transAxes)
         else:
-            flat = case.heat.max() <= case.heat.min()
             middle.imshow(case.heat, cmap="viridis", extent=(-0.5, side - 0.5, side - 0.5, -0.5))
-            middle.set_title(f"heat, {case.heat.shape[0]} x {case.heat.shape[1]} cells" + (", flat" if flat else
-                             f"\n{case.heat.min():.2g} to {case.heat.max():.2g}"), fontsize=7)
+            middle.set_title(f"heat, {len(case.heat)} x {case.heat.shape[1]} cells\n{case.heat.min():.2g} to {case.heat.max():.2g}",
+                             fontsize=7)
         below.imshow(case.crop, cmap="gray", vmin=0, vmax=255)
         below.set_title(f"crop\nsecond path: {_likely(case, 'local')}\nboth: {_likely(case, 'fusion')}", fontsize=7)
     return heading(figure, "", ". ".join(filter(None, ["dashed: what the second path sees", note])))
 
 
 def _likely(case, branch: str) -> str:
-    name, chance = case.top[branch][0]
+    name, chance = case.top[branch]
     return f"{readable(name)} {chance:.2f}"

@@ -8,7 +8,7 @@ from scipy import ndimage
 from torch import nn
 
 from charmlib.nn import CBAM, LKA, Neck, make_refine, split_backbone
-from charmlib.nn.region import WHOLE, above, box_of, boxes, crop, cut, heat_map, largest_region
+from charmlib.nn.region import WHOLE, above, box_of, boxes, crop, heat_map, largest_region
 
 
 def slow_region(mask: np.ndarray, connect: int) -> np.ndarray:
@@ -93,12 +93,6 @@ def test_heat_maps_are_the_written_formulas():
         for c in range(4):
             slow[b] += torch.sigmoid(logits[b, c]) * sum(weight[c, d] * maps[b, d] for d in range(5))
     torch.testing.assert_close(heat_map(maps, "cam", weight, logits), slow)
-
-
-def test_cut_takes_the_pixels():
-    images, corners = torch.rand(3, 2, 9, 9), torch.tensor([[0, 4, 2], [1, 0, 4]])
-    slow = torch.stack([image[:, r:r + 5, c:c + 5] for image, r, c in zip(images, *corners.tolist())])
-    assert torch.equal(cut(images, corners, 5), slow)
 
 
 @pytest.mark.parametrize("refine", ["cbam", "lka"])
@@ -190,4 +184,4 @@ def test_a_backbone_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="refine lka needs maps at strides 4, 8, 16"):
         from charmlib.nn.refine import attach
 
-        attach([nn.Conv2d(3, 4, 3)], (4, 8, 16), "lka", "identity")
+        attach([nn.Conv2d(3, 4, 3)], "lka", "identity")

@@ -14,8 +14,7 @@ _FOLDER = Path(__file__).parent
 def published_results() -> pd.DataFrame:
     """system, split, metric, value and source of the results that ship with charmlib.
 
-    Split 'random, leaking' says that images or patients of the test part were trained or chosen on; such a figure stands beside
-    no run.
+    Images or patients of the test part of a split 'random, leaking' were trained or chosen on: it stands beside no run.
     """
     return pd.read_csv(_FOLDER / "published_results.csv")
 

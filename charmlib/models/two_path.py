@@ -89,10 +89,8 @@ class TwoPathNet(nn.Module):
         One layer that starts as the mean of both paths' logits, where published code starts at random; norms, 1024 and 512
         hidden units with dropout 0.5 and 0.3, as in public dual-path code; or that mean.
 
-    Raises
-    ------
-    ValueError
-        A value outside its choices; a map or neck that the arch does not offer; 'cam' of a map that no layer reads.
+    Raises ValueError for a value outside its choices, a map or neck that the arch does not offer, 'cam' of a map that no layer
+    reads.
     """
 
     branches = ("global", "local")
@@ -102,8 +100,8 @@ class TwoPathNet(nn.Module):
                  input_size: int = 0, crop: int = 0, neck: str = "none", refine: str = "none", refine_start: str = "identity",
                  pool: str = "avg", fusion: str = "linear", grad_checkpointing: bool = False):
         super().__init__()
-        for name, value, allowed in (("local", local, LOCALS), ("heat", heat, HEATS), ("neck", neck, NECKS),
-                                     ("pool", pool, POOLS), ("fusion", fusion, FUSIONS), ("connect", connect, CONNECT)):
+        for name, value, allowed in (("local", local, LOCALS), ("heat", heat, HEATS), ("neck", neck, NECKS), ("pool", pool, POOLS),
+                                     ("fusion", fusion, FUSIONS), ("connect", connect, CONNECT)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
         self.arch, self.classes, self.grad_checkpointing = arch, classes, grad_checkpointing
@@ -123,12 +121,11 @@ class TwoPathNet(nn.Module):
         self.also: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S) -> logits (B, C)."""
         return self.read(x)[0]
 
     def read(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, C), and by name: ``final`` (B, D, H, W) of the first path; logits ``global``, ``local`` and ``fusion``;
-        features ``z``; ``heat`` (B, h, w); ``box`` (B, 4); ``view`` and ``crop``, what the paths saw. In phase g the first's."""
+        """Logits (B, C), and by name: ``final`` (B, D, H, W) of the first path; logits ``global``, ``local``, ``fusion``;
+        ``z``; ``heat`` (B, h, w); ``box`` (B, 4); ``view`` and ``crop``, what the paths saw. In phase g the first's alone."""
         again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         run = recompute if again else nn.Module.__call__
         x = self._window(x)

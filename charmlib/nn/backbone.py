@@ -61,11 +61,8 @@ def _densenet(net):
 
 
 def _vgg16(net):
-    return net.features[:24], net.features[24:]  # conv5_1 to the last pool
-
-
-def _vgg16_bn(net):
-    return net.features[:34], net.features[34:]
+    cut = 24 if len(net.features) == 31 else 34  # with batch norms; the final block is conv5_1 to the last pool
+    return net.features[:cut], net.features[cut:]
 
 
 TORCHVISION = {
@@ -73,8 +70,7 @@ TORCHVISION = {
     "efficientnet_v2_l": (_efficientnet, 1280), "efficientnet_b0": (_efficientnet, 1280),
     "efficientnet_b1": (_efficientnet, 1280), "mobilenet_v2": (_efficientnet, 1280),
     "resnet18": (_resnet, 512), "resnet50": (_resnet, 2048),
-    "densenet121": (_densenet, 1024), "vgg16": (_vgg16, 512),
-    "vgg16_bn": (_vgg16_bn, 512),
+    "densenet121": (_densenet, 1024), "vgg16": (_vgg16, 512), "vgg16_bn": (_vgg16, 512),
 }
 CLASSIFIERS = ("classifier.", "fc.", "head.")
 NORMS = ("norm_pre", "norm", "head.norm")

@@ -1,6 +1,5 @@
 """Attention behind feature maps: CBAM, and large-kernel attention."""
 
-import torch
 from torch import Tensor, nn
 
 from charmlib.nn.scales import STRIDES, find_scales
@@ -11,9 +10,8 @@ REFINES, STARTS = ("none", "cbam", "lka"), ("identity", "published")
 class CBAM(nn.Module):
     """Convolutional block attention (Woo et al., arXiv 1807.06521), timm's with biases as the authors have: (B, D, H, W) kept.
 
-    ``start='identity'`` returns the input to the bit at first: both gates start at a half, and the result is times 4. The
-    published start scales features to 0.2 to 0.3 of their size. The authors' code takes maximum before mean in the spatial
-    gate, so its weights fit with their two input channels swapped, and its norm has momentum 0.01, timm's 0.1.
+    ``start='identity'`` returns the input to the bit at first: both gates are a half, and the result is times 4. The authors'
+    spatial gate takes maximum before mean, so its two input channels are swapped, and its norm has momentum 0.01, timm's 0.1.
     """
 
     def __init__(self, features: int, start: str = "identity"):
@@ -32,9 +30,8 @@ class CBAM(nn.Module):
 class LKA(nn.Module):
     """Large-kernel attention (Guo et al., arXiv 2202.09741, equation 3): x * PW(DWD(DW(x))), (B, D, H, W) kept.
 
-    A depthwise 5 x 5, a depthwise 7 x 7 of dilation 3 and a 1 x 1 convolution, all with biases and without a sigmoid; each
-    position sees 23 x 23. The paper puts it between 1 x 1 convolutions, in a residual branch with a layer scale of 0.01.
-    ``start='identity'`` returns the input to the bit at first; torch's start, as published, passes about a tenth of its size.
+    Depthwise 5 x 5, depthwise 7 x 7 of dilation 3, and 1 x 1, with biases, without a sigmoid. The paper puts it between 1 x 1
+    convolutions in a scaled residual branch. ``start='identity'`` returns the input to the bit at first.
     """
 
     def __init__(self, features: int, start: str = "identity"):
@@ -51,7 +48,7 @@ class LKA(nn.Module):
 
 
 def make_refine(refine: str, features: int, start: str = "identity") -> nn.Module:
-    """:class:`CBAM`, :class:`LKA` or, for 'none', the identity; ValueError for another name. Draws no random numbers for it."""
+    """:class:`CBAM`, :class:`LKA` or, for 'none', the identity; ValueError for another name."""
     if refine not in REFINES or start not in STARTS:
         raise ValueError(f"refine must be one of {', '.join(REFINES)} and refine_start one of {', '.join(STARTS)}, got "
                          f"{refine!r} and {start!r}")
@@ -64,8 +61,8 @@ def attach(parts: list[nn.Module], refine: str, start: str) -> None:
     homes = [(part, name) for part in parts if type(part) is nn.Sequential for name in part._modules]
     ends, widths = find_scales(nn.Sequential(*(getattr(part, name) for part, name in homes))) if homes else ([], [])
     if len(ends) < len(STRIDES):
-        raise ValueError(f"refine {refine} needs maps at strides {', '.join(map(str, STRIDES))}, which this arch does not offer "
-                         "in sequence: say refine: none, or another arch")
+        raise ValueError(f"refine {refine} needs maps at strides 4, 8, 16, which this arch does not offer in sequence: say "
+                         "refine: none, or another arch")
     for end, features in zip(ends, widths):
         part, name = homes[end - 1]
         setattr(part, name, nn.Sequential(getattr(part, name), make_refine(refine, features, start)))

@@ -12,10 +12,8 @@ from charmlib.nih import NO_FINDING
 
 @dataclass(frozen=True)
 class Look:
-    """An image: what each path saw of it, (S, S) uint8, and why.
-
-    ``box`` holds top, left, bottom and right of the crop as shares of the view, ``heat`` (h, w) the first path's, None without
-    a heat map. ``labels`` are its findings, ``top`` the likeliest class of each branch and its probability.
+    """An image: what each path saw of it, (S, S) uint8; ``heat`` (h, w) or None; ``box``, top, left, bottom and right of the
+    crop as shares of the view. ``labels`` are its findings, ``top`` the likeliest class of each branch and its probability.
     """
 
     image: str

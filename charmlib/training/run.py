@@ -146,8 +146,7 @@ class Run:
                              **{name: self.params[name] for name in OF_LEARNER}, **keywords(make_loss, self.params), path=path)
 
     def find_lr(self, *, plot: bool = False) -> float:
-        """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder. ``stage2_lr_max`` of a
-        system without stage 1.
+        """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder; of two paths the largest.
 
         The finder restores network, bank and momentum encoder. A resumed run keeps its first rate.
         """

@@ -163,8 +163,8 @@ def test_parameters_of_the_other_system_have_no_effect():
     assert missing_need("tau", resolve()) == "system: two_path" and not missing_need("stage2_lr_min", resolve())
     assert missing_need("stage2_lr_min", resolve({"stage2_epochs": 0})) == \
         "stage2_epochs: above 0"
-    for wrong, words in (({"phase_batch": "3,x"}, "phase_batch: 32,16,16"), ({"global_epochs": 0, "local_epochs": 0,
-                                                                              "fusion_epochs": 0}, "raise global_epochs")):
+    none = {"global_epochs": 0, "local_epochs": 0, "fusion_epochs": 0}
+    for wrong, words in (({"phase_batch": "3,x"}, "phase_batch: 32,16,16"), (none, "of two paths global_epochs")):
         with pytest.raises(ParameterError, match=words):
             phases(resolve({**TINY, **wrong}))
     for wrong, words in (({"input_size": 64}, "input_size"), ({"crop": 64}, "crop"),

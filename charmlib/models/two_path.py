@@ -13,8 +13,7 @@ from charmlib.nn.scales import STRIDES, maps_of
 
 LOCALS, POOLS, FUSIONS = ("attention", "centre", "same", "other"), ("avg", "max"), ("linear", "mlp", "mean")
 BRANCHES = {"g": "global", "l": "local", "f": "fusion"}
-LAST = 32
-"""Stride of the last map, by name: VGG16's is that of its last pool."""
+LAST = 32  # stride of the last map
 
 
 class Branch(nn.Module):
@@ -23,8 +22,7 @@ class Branch(nn.Module):
     def __init__(self, arch: str, weights: str | Path, norm: str, classes: int, neck: str, refine: str, refine_start: str,
                  pool: str):
         super().__init__()
-        inside = refine if neck == "none" else "none"
-        backbone = split_backbone(arch, weights, refine=inside, refine_start=refine_start)
+        backbone = split_backbone(arch, weights, refine=refine if neck == "none" else "none", refine_start=refine_start)
         self.trunk, self.final, self.pool = backbone.trunk, backbone.final, pool
         self.mean, self.std = backbone.scale(norm, weights)
         self.ends, channels = find_scales(self.trunk)
@@ -100,8 +98,8 @@ class TwoPathNet(nn.Module):
                  input_size: int = 0, crop: int = 0, neck: str = "none", refine: str = "none", refine_start: str = "identity",
                  pool: str = "avg", fusion: str = "linear", grad_checkpointing: bool = False):
         super().__init__()
-        for name, value, allowed in (("local", local, LOCALS), ("heat", heat, HEATS), ("neck", neck, NECKS), ("pool", pool, POOLS),
-                                     ("fusion", fusion, FUSIONS), ("connect", connect, CONNECT)):
+        for name, value, allowed in (("local", local, LOCALS), ("heat", heat, HEATS), ("neck", neck, NECKS),
+                                     ("pool", pool, POOLS), ("fusion", fusion, FUSIONS), ("connect", connect, CONNECT)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
         self.arch, self.classes, self.grad_checkpointing = arch, classes, grad_checkpointing
@@ -114,8 +112,8 @@ class TwoPathNet(nn.Module):
                              "heat_stride: 32" + (", or neck: laterals" if heat == "cam" else ""))
         self.local, self.heat, self.heat_stride, self.tau, self.connect = local, heat, heat_stride, tau, connect
         self.input_size, self.crop = input_size, crop
-        width = 2 * self.global_path.features
-        self.fusion = nn.Linear(width, classes) if fusion == "linear" else _mlp(width, classes) if fusion == "mlp" else None
+        make = {"linear": nn.Linear, "mlp": _mlp}.get(fusion, lambda *_: None)
+        self.fusion = make(2 * self.global_path.features, classes)
         self.register_buffer("joined", torch.tensor(False))  # whether a linear fusion has started
         self.losses, self.shows = "glf", "f"
         self.also: list[Tensor] = []

@@ -2,6 +2,7 @@
 
     python -m benchmarks.costs                      # about 8 minutes on two idle cores
     python -m benchmarks.costs --only mobilenet_v2  # one backbone, printed and not kept
+    python -m benchmarks.costs --presets            # a row for each phase of the presets of two paths and of attention
     python -m benchmarks.costs --no-time            # without real steps, which need idle cores
 
 Operations and memory are followed on tensors without data (``benchmarks/tracing.py``), at batch 32 and, for memory, in half
@@ -33,10 +34,13 @@ import torch
 from benchmarks.loops import PARTS, LayeredAttention, network
 from benchmarks.measure import interleaved, median_ratio, save
 from benchmarks.tracing import Flops, Memory, flops_of, memory_of, step
-from charmlib.models import CharmNet
+from charmlib.models import CharmNet, create
+from charmlib.nih import NIH14, NIH15
 from charmlib.nn import make_attention
-from charmlib.params import ARCHS
+from charmlib.param_sources import load_params
+from charmlib.params import ARCHS, resolve
 from charmlib.training.device import pick_device, pick_precision, place
+from charmlib.training.recipes import phases
 
 SIZE, BATCH, PRECISION = 224, 32, "fp16"
 MOMENTUM, ATTENTION, BANK = ((part,) for part in PARTS)
@@ -53,6 +57,9 @@ VALIDATED = (("mobilenet_v2", "all", 16), ("resnet50", "plain", 8), ("resnet50",
 T4_BYTES = int(14.7 * 2**30)
 PUBLISHED = {"source": "MemAug, table II", "training_gflops": 0.0032, "training_percent": 0.04, "inference_gflops": 0.0033,
              "inference_percent": 0.11}
+
+
+PRESETS = ("ag_cnn", "ag_cnn_paper", "dual_path", "vgg16_lka", "vgg16_cbam")
 
 
 def cases_of(arch: str) -> list[str]:
@@ -89,6 +96,32 @@ def on_meta(arch: str, case: str) -> CharmNet:
     """The network of a case without data."""
     with torch.device("meta"):
         return build(arch, case)
+
+
+def preset_rows(name: str) -> list[dict]:
+    """Weights, operations of one image and memory of a parameter file, a row for each of its phases, at its own image size and
+    the phase's batch. Frozen parts have no gradients, as in training."""
+    params, rows = load_params(Path(__file__).parents[1] / f"params/{name}.yaml"), []
+    params = {**resolve(params), "weights": "none", "norm": "half"}
+    for phase in phases(params, 1e-3):
+        def made(phase=phase):
+            with torch.device("meta"):
+                net = create(params, NIH15 if params["classes"] == "nih15" else NIH14)
+            for key, value in phase.sets.items():  # enter would read a value, and there are none
+                setattr(net, key, value)
+            for part, module in net.parts().items():
+                module.requires_grad_(not phase.trains or part in phase.trains)
+            return net
+
+        size, net = {"batch": phase.batch, "size": params["image_size"]}, made()
+        flops = flops_of(made(), **size)
+        weights = [p.numel() for p in net.parameters()], [p.numel() for p in net.parameters() if p.requires_grad]
+        memory = memory_of(net, precision=PRECISION, **size)
+        rows.append({"preset": name, "arch": params["arch"], "phase": phase.name, **size, "parameters": sum(weights[0]),
+                     "trained": sum(weights[1]), "training_gflops": round(flops.training / phase.batch / 1e9, 3),
+                     "inference_gflops": round(flops.inference / phase.batch / 1e9, 3),
+                     "peak_gib": round(memory.peak / 2**30, 3), "held_gib": round(memory.held / 2**30, 3)})
+    return rows
 
 
 def bank_flops(features: int, *, slots: int = 512, k: int = 5, training: bool) -> int:
@@ -223,11 +256,17 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=ARCHS, help="one backbone; printed and not kept")
+    parser.add_argument("--presets", action="store_true", help="the phases of presets; followed, not timed")
     parser.add_argument("--no-time", action="store_true", help="no real steps but those that check the followed memory")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each case that are timed")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.presets:
+        rows = [row for name in PRESETS for row in preset_rows(name)]
+        path = save("costs_presets", torch.device("cpu"), PRECISION, {"precision_of_memory": PRECISION, "rows": rows})
+        print(path, write_table(rows, path))
+        return
     archs = ARCHS if args.only is None else (args.only,)
     which = [(arch, case) for arch in archs for case in cases_of(arch)]
     tight = [(arch, case) for arch in archs if arch in CHECKPOINTED for case in ("all", "all" + AGAIN)]

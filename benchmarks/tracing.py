@@ -137,7 +137,7 @@ def memory_of(net: CharmNet, *, batch: int, size: int, precision: str) -> Memory
 def _faked(net: CharmNet, batch: int, size: int) -> tuple[CharmNet, Tensor, Tensor, Tensor]:
     """The network, images, labels and numbers of the images without data, laid out as in training."""
     x = torch.empty(batch, 3, size, size).to(memory_format=torch.channels_last)
-    return net._apply(_fake).train(), x, torch.empty(batch, 14), torch.arange(batch)
+    return net._apply(_fake).train(), x, torch.empty(batch, net.classes), torch.arange(batch)
 
 
 def _fake(meta: Tensor) -> Tensor:
@@ -151,12 +151,16 @@ def step(net: CharmNet, optimizer: torch.optim.Optimizer | None, x: Tensor, y: T
 
     Without an optimizer it ends with the backward pass.
     """
-    if net.bank is not None:
+    if getattr(net, "bank", None) is not None:
         net.bank.expect(ids, y)
     with torch.autocast(x.device.type, torch.float16, enabled=precision == "fp16"):
-        logits = net(x)
-    F.binary_cross_entropy_with_logits(logits.float(), y).backward()
+        logits = [net(x), *getattr(net, "also", [])]
+    sum(F.binary_cross_entropy_with_logits(each.float(), y) for each in logits).backward()
+    del logits
+    if hasattr(net, "also"):
+        net.also = []
     if optimizer is not None:
         optimizer.step()
-        net.follow()
+        if hasattr(net, "follow"):
+            net.follow()
         optimizer.zero_grad()

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from benchmarks.costs import AGAIN, CASES, bank_flops, build, cases_of, on_meta
+from benchmarks.costs import AGAIN, CASES, bank_flops, build, cases_of, on_meta, preset_rows
 from benchmarks.loops import PARTS, LayeredAttention, network
 from benchmarks.tracing import LiveBytes, flop_counter, flops_of, memory_of, step
 
@@ -127,3 +127,13 @@ def test_cases_are_what_they_are_called():
                         ("all", {"bank", "momentum", "attention"}), ("plain", set())):
         net = build("resnet18", case)
         assert {part for part in ("bank", "momentum", "attention") if getattr(net, part) is not None} == parts
+
+
+def test_presets_have_a_row_for_each_phase():
+    rows = preset_rows("ag_cnn")
+    assert [(row["phase"], row["batch"]) for row in rows] == [("g", 32), ("l", 16), ("f", 16)]
+    half, path, fusion = (row["trained"] for row in rows)
+    assert half == path and 2 * half + fusion == rows[0]["parameters"] and fusion == (2 * 2048 + 1) * 15
+    g, local, f = (row["training_gflops"] for row in rows)
+    assert local == pytest.approx(g * 4 / 3, rel=0.02) and f == pytest.approx(2 * g / 3, rel=0.02)  # a path without gradients
+    assert rows[0]["inference_gflops"] == pytest.approx(rows[1]["inference_gflops"] / 2, rel=0.01)

@@ -131,7 +131,7 @@ def test_a_parameter_says_what_would_give_it_an_effect():
     assert no_effect({name: missing_need(name, resolve()) for name in ("k", "retrieval", "momentum", "seed")}) == \
         "without effect: k, retrieval (needs answer: features); momentum (needs use_momentum: true)"
     assert {n: missing_need(n, resolve({"head": "csra"})) for n in ("csra_heads", "hidden", "dropout")} == {
-        "csra_heads": "", "hidden": "head: charm or standard", "dropout": "head: charm or standard"}
+        "csra_heads": "", "hidden": "head: charm or standard", "dropout": "head: charm or standard or linear"}
     assert missing_need("csra_lambda", resolve()) == "head: csra"
     assert missing_need("stage2_loss", resolve({"stage2_epochs": 0})) == "stage2_epochs: above 0"
     assert missing_need("stage1_lr", resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0})) == \

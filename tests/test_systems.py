@@ -114,7 +114,7 @@ def test_parameters_belong_to_systems(toy):
     p = resolve({"system": "toy"})
     assert missing_need("k", p) == "system: charm" and not missing_need("toy_width", p)
     assert missing_need("toy_width", resolve()) == "system: toy"
-    with pytest.raises(ParameterError, match="none of charm, toy. Did you mean 'toy'"):
+    with pytest.raises(ParameterError, match="none of charm, two_path, toy. Did you mean 'toy'"):
         resolve({"system": "toyy"})
     with pytest.raises(ParameterError, match="registered twice"):
         register(System("toy", "a:b", "c:d"))

@@ -12,12 +12,16 @@ _FOLDER = Path(__file__).parent
 
 
 def published_results() -> pd.DataFrame:
-    """system, split, metric, value and source of the results that ship with charmlib."""
+    """system, split, metric, value and source of the results that ship with charmlib.
+
+    Images or patients of the test part of a split 'random, leaking' were trained or chosen on: it stands beside no run.
+    """
     return pd.read_csv(_FOLDER / "published_results.csv")
 
 
 def published_charm_grid() -> pd.DataFrame:
-    """momentum, k, threshold and auc of the 26 published cells (scored on a 12.5 % sample of a random-patient split)."""
+    """momentum, k, threshold and auc of the 26 published cells: on a 12.5 % sample of the test part, of whose images with a
+    finding stage 1 was trained on 78 %."""
     return pd.read_csv(_FOLDER / "published_charm_grid.csv")
 
 

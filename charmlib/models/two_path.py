@@ -8,13 +8,12 @@ from torch import Tensor, nn
 
 from charmlib.nn import LinearHead, Neck, find_scales, make_refine, recompute, split_backbone
 from charmlib.nn.pyramid import NECKS, WIDTH
-from charmlib.nn.region import CENTRE, CONNECT, HEATS, WHOLE, above, box_of, boxes, crop, cut, heat_map, largest_region
+from charmlib.nn.region import CENTRE, CONNECT, HEATS, WHOLE, above, box_of, boxes, crop, heat_map, largest_region
 from charmlib.nn.scales import STRIDES, maps_of
 
 LOCALS, POOLS, FUSIONS = ("attention", "centre", "same", "other"), ("avg", "max"), ("linear", "mlp", "mean")
 BRANCHES = {"g": "global", "l": "local", "f": "fusion"}
-LAST = 32
-"""Stride of the last map, by name: VGG16's is that of its last pool."""
+LAST = 32  # stride of the last map
 
 
 class Branch(nn.Module):
@@ -23,8 +22,7 @@ class Branch(nn.Module):
     def __init__(self, arch: str, weights: str | Path, norm: str, classes: int, neck: str, refine: str, refine_start: str,
                  pool: str):
         super().__init__()
-        inside = refine if neck == "none" else "none"
-        backbone = split_backbone(arch, weights, refine=inside, refine_start=refine_start)
+        backbone = split_backbone(arch, weights, refine=refine if neck == "none" else "none", refine_start=refine_start)
         self.trunk, self.final, self.pool = backbone.trunk, backbone.final, pool
         self.mean, self.std = backbone.scale(norm, weights)
         self.ends, channels = find_scales(self.trunk)
@@ -71,35 +69,26 @@ class TwoPathNet(nn.Module):
     Parameters
     ----------
     arch, weights, norm, refine, refine_start, grad_checkpointing
-        As in :class:`charmlib.models.CharmNet`; both paths start from the same weights. With a neck, attention stands behind
-        its levels in place of the backbone's blocks.
+        As in :class:`charmlib.models.CharmNet`. With a neck, attention stands behind its levels, not behind blocks.
     local : {'attention', 'centre', 'same', 'other'}
         What the second path sees. Controls: the middle half of each side, the whole image, and the box of another image, the
         one before it in the batch (its own in a batch of one).
-    heat, tau, connect
-        See :mod:`charmlib.nn.region`. 'cam' sums over all classes, 'No Finding' too if it is one. Without a region above
-        ``tau`` the box is the whole image.
-    heat_stride : {8, 16, 32}
-        Which map is read; 32 is the last.
+    heat, heat_stride, tau, connect
+        See :mod:`charmlib.nn.region`; the stride of the map, 8, 16 or 32, the last. 'cam' sums over all classes, 'No Finding'
+        too. Without a region above ``tau`` the box is the whole image.
     input_size : int
-        Pixels a side that each path gets; 0 is what the image has. The first gets the image resized, the second its box cut
-        from the full image: with larger images a crop shows detail that the first path has not. The paper resizes pixels
-        that the first path has seen.
+        Pixels a side that each path gets; 0 is what the image has. The second path's box is cut from the full image, so that
+        larger images give it detail of its own; the paper enlarges pixels that the first path has seen.
     crop : int
-        Above 0, a square of so many pixels is the image: at random in training, the centre otherwise. The paper also resizes
-        at random.
-    neck : {'none', 'laterals', 'fpn'}
-        See :class:`charmlib.nn.Neck`; the pooled feature joins its levels.
-    pool : {'avg', 'max'}
-        Of each map before the linear layer.
+        Above 0, a square of so many pixels is the image: at random in training, without the paper's resize; else the centre.
+    neck, pool
+        See :class:`charmlib.nn.Neck`; 'avg' or 'max' of each map before the linear layer.
     fusion : {'linear', 'mlp', 'mean'}
         One layer that starts as the mean of both paths' logits, where published code starts at random; norms, 1024 and 512
         hidden units with dropout 0.5 and 0.3, as in public dual-path code; or that mean.
 
-    Raises
-    ------
-    ValueError
-        A value outside its choices; a map or neck that the arch does not offer; 'cam' of a map that no layer reads.
+    Raises ValueError for a value outside its choices, a map or neck that the arch does not offer, 'cam' of a map that no layer
+    reads.
     """
 
     branches = ("global", "local")
@@ -123,20 +112,18 @@ class TwoPathNet(nn.Module):
                              "heat_stride: 32" + (", or neck: laterals" if heat == "cam" else ""))
         self.local, self.heat, self.heat_stride, self.tau, self.connect = local, heat, heat_stride, tau, connect
         self.input_size, self.crop = input_size, crop
-        width = 2 * self.global_path.features
-        self.fusion = nn.Linear(width, classes) if fusion == "linear" else _mlp(width, classes) if fusion == "mlp" else None
+        make = {"linear": nn.Linear, "mlp": _mlp}.get(fusion, lambda *_: None)
+        self.fusion = make(2 * self.global_path.features, classes)
         self.register_buffer("joined", torch.tensor(False))  # whether a linear fusion has started
         self.losses, self.shows = "glf", "f"
         self.also: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S) -> logits (B, C)."""
         return self.read(x)[0]
 
     def read(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, C), and by name: ``final`` (B, D, H, W) of the first path; logits ``global``, ``local`` and ``fusion``;
-        the features ``z``; ``heat`` (B, h, w); ``box`` (B, 4) of shares of ``view``; ``view`` and ``crop``, what the two
-        paths saw. In a phase that asks for ``global`` alone the others are left out."""
+        """Logits (B, C), and by name: ``final`` (B, D, H, W) of the first path; logits ``global``, ``local``, ``fusion``;
+        ``z``; ``heat`` (B, h, w); ``box`` (B, 4); ``view`` and ``crop``, what the paths saw. In phase g the first's alone."""
         again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         run = recompute if again else nn.Module.__call__
         x = self._window(x)
@@ -159,14 +146,14 @@ class TwoPathNet(nn.Module):
             return x
         if not self.training:
             return x[..., free // 2:free // 2 + self.crop, free // 2:free // 2 + self.crop]
-        corners = torch.randint(free + 1, (2, len(x)))  # on the CPU, so that a run is the same on every device
-        return cut(x, (corners.pin_memory() if x.is_cuda else corners).to(x.device, non_blocking=True), self.crop)
+        corners = torch.randint(free + 1, (len(x), 2))  # on the CPU, so that a run is the same on every device
+        box = torch.cat([corners, corners + self.crop], 1) / x.shape[-1]
+        return crop(x, (box.pin_memory() if x.is_cuda else box).to(x.device, non_blocking=True), self.crop)
 
     def _look(self, x: Tensor, view: Tensor, logits: Tensor, maps: dict[int, Tensor], size: int) -> dict[str, Tensor]:
         if self.local in ("same", "centre"):
-            whole = self.local == "same"
-            box = boxes(WHOLE if whole else CENTRE, x)
-            return {"box": box, "crop": view if whole else crop(x, box, size)}
+            box = boxes(WHOLE if self.local == "same" else CENTRE, x)
+            return {"box": box, "crop": view if self.local == "same" else crop(x, box, size)}
         weight = self.global_path.weight_at(self.heat_stride) if self.heat == "cam" else None
         heat = heat_map(maps[self.heat_stride], self.heat, weight, logits)
         box = box_of(largest_region(above(heat, self.tau), self.connect))
@@ -186,14 +173,6 @@ class TwoPathNet(nn.Module):
         self.fusion.bias.copy_(sum(head.bias for head in heads) / 2)
         self.joined.fill_(True)
 
-    def start_at(self, log_odds: Tensor) -> None:
-        """Before training: the last bias (C,) of each branch; see :meth:`charmlib.nn.ClassifierHead.start_at`."""
-        for path in (self.global_path, self.local_path):
-            path.head.start_at(log_odds)
-        if self.fusion is not None:
-            last = self.fusion if isinstance(self.fusion, nn.Linear) else self.fusion[-1]
-            last.bias.data.copy_(log_odds)
-
     def parts(self) -> dict[str, nn.Module]:
         """The two paths and the fusion, which has no weights for 'mean'."""
         fusion = nn.Identity() if self.fusion is None else self.fusion
@@ -204,12 +183,6 @@ class TwoPathNet(nn.Module):
         old = [p for path in (self.global_path, self.local_path) for p in (*path.trunk.parameters(), *path.final.parameters())]
         known = set(map(id, old))
         return [old, [p for p in self.parameters() if id(p) not in known]]
-
-    def compile_parts(self) -> list[nn.Module]:
-        """What ``torch.compile`` takes: the blocks of both backbones."""
-        paths = self.global_path, self.local_path
-        return [block for path in paths for part in (path.trunk, path.final)
-                for block in (part if type(part) is nn.Sequential else [part])]
 
 
 def _mlp(features: int, classes: int) -> nn.Sequential:

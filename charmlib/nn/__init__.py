@@ -12,30 +12,7 @@ from charmlib.nn.refine import CBAM, LKA, make_refine
 from charmlib.nn.scales import find_scales
 from charmlib.nn.votes import VotingBank
 
-__all__ = [
-           "CBAM",
-           "LKA",
-           "AsymmetricLoss",
-           "BCELoss",
-           "Backbone",
-           "CSRAHead",
-           "ClassifierHead",
-           "DistributionBalancedLoss",
-           "FilterAttention",
-           "FocalLoss",
-           "LDAMLoss",
-           "LinearHead",
-           "MomentumEncoder",
-           "MultiScaleAttention",
-           "Neck",
-           "RareMemoryBank",
-           "StandardHead",
-           "VotingBank",
-           "find_scales",
-           "make_attention",
-           "make_head",
-           "make_loss",
-           "make_refine",
-           "recompute",
-           "split_backbone",
-]
+__all__ = ["CBAM", "LKA", "AsymmetricLoss", "BCELoss", "Backbone", "CSRAHead", "ClassifierHead", "DistributionBalancedLoss",
+           "FilterAttention", "FocalLoss", "LDAMLoss", "LinearHead", "MomentumEncoder", "MultiScaleAttention", "Neck",
+           "RareMemoryBank", "StandardHead", "VotingBank", "find_scales", "make_attention", "make_head", "make_loss",
+           "make_refine", "recompute", "split_backbone"]

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from charmlib.nn.refine import attach
-from charmlib.nn.scales import STRIDES
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -62,11 +61,8 @@ def _densenet(net):
 
 
 def _vgg16(net):
-    return net.features[:24], net.features[24:]  # conv5_1 to the last pool
-
-
-def _vgg16_bn(net):
-    return net.features[:34], net.features[34:]
+    cut = 24 if len(net.features) == 31 else 34  # with batch norms; the final block is conv5_1 to the last pool
+    return net.features[:cut], net.features[cut:]
 
 
 TORCHVISION = {
@@ -74,8 +70,7 @@ TORCHVISION = {
     "efficientnet_v2_l": (_efficientnet, 1280), "efficientnet_b0": (_efficientnet, 1280),
     "efficientnet_b1": (_efficientnet, 1280), "mobilenet_v2": (_efficientnet, 1280),
     "resnet18": (_resnet, 512), "resnet50": (_resnet, 2048),
-    "densenet121": (_densenet, 1024), "vgg16": (_vgg16, 512),
-    "vgg16_bn": (_vgg16_bn, 512),
+    "densenet121": (_densenet, 1024), "vgg16": (_vgg16, 512), "vgg16_bn": (_vgg16, 512),
 }
 CLASSIFIERS = ("classifier.", "fc.", "head.")
 NORMS = ("norm_pre", "norm", "head.norm")
@@ -116,7 +111,7 @@ def split_backbone(name: str, weights: str | Path = "imagenet", drop_path: float
     weights = str(weights)
     if refine != "none":
         backbone = split_backbone(name, weights, drop_path)
-        attach([backbone.trunk, backbone.final], STRIDES, refine, refine_start)
+        attach([backbone.trunk, backbone.final], refine, refine_start)
         return backbone
     if name.startswith("timm:"):
         return _split_timm(name, weights, drop_path)

@@ -13,8 +13,7 @@ class Neck(nn.Module):
     """Maps (B, D_i, H_i, W_i), the finest first -> as many maps (B, 256, H_i, W_i).
 
     'fpn' is torchvision's feature pyramid (Lin et al., arXiv 1612.03144, section 3): a 1 x 1 convolution at each level, plus
-    the level above enlarged to it, then a 3 x 3 convolution. 'laterals' are the same convolutions without the path from above,
-    which public dual-path code calls a pyramid.
+    the level above enlarged to it, then a 3 x 3 convolution. 'laterals' are the same without the path from above.
     """
 
     def __init__(self, neck: str, channels: Sequence[int]):

@@ -1,7 +1,8 @@
 """Attention behind feature maps: CBAM, and large-kernel attention."""
 
-import torch
 from torch import Tensor, nn
+
+from charmlib.nn.scales import STRIDES, find_scales
 
 REFINES, STARTS = ("none", "cbam", "lka"), ("identity", "published")
 
@@ -9,9 +10,8 @@ REFINES, STARTS = ("none", "cbam", "lka"), ("identity", "published")
 class CBAM(nn.Module):
     """Convolutional block attention (Woo et al., arXiv 1807.06521), timm's with biases as the authors have: (B, D, H, W) kept.
 
-    ``start='identity'`` returns the input to the bit at first: both gates start at a half, and the result is times 4. The
-    published start scales features to 0.2 to 0.3 of their size. The authors' code takes maximum before mean in the spatial
-    gate, so its weights fit with their two input channels swapped, and its norm has momentum 0.01, timm's 0.1.
+    ``start='identity'`` returns the input to the bit at first: both gates are a half, and the result is times 4. The authors'
+    spatial gate takes maximum before mean, so its two input channels are swapped, and its norm has momentum 0.01, timm's 0.1.
     """
 
     def __init__(self, features: int, start: str = "identity"):
@@ -30,9 +30,8 @@ class CBAM(nn.Module):
 class LKA(nn.Module):
     """Large-kernel attention (Guo et al., arXiv 2202.09741, equation 3): x * PW(DWD(DW(x))), (B, D, H, W) kept.
 
-    A depthwise 5 x 5, a depthwise 7 x 7 of dilation 3 and a 1 x 1 convolution, all with biases and without a sigmoid; each
-    position sees 23 x 23. The paper puts it between 1 x 1 convolutions, in a residual branch with a layer scale of 0.01.
-    ``start='identity'`` returns the input to the bit at first; torch's start, as published, passes about a tenth of its size.
+    Depthwise 5 x 5, depthwise 7 x 7 of dilation 3, and 1 x 1, with biases, without a sigmoid. The paper puts it between 1 x 1
+    convolutions in a scaled residual branch. ``start='identity'`` returns the input to the bit at first.
     """
 
     def __init__(self, features: int, start: str = "identity"):
@@ -49,37 +48,21 @@ class LKA(nn.Module):
 
 
 def make_refine(refine: str, features: int, start: str = "identity") -> nn.Module:
-    """:class:`CBAM`, :class:`LKA` or, for 'none', the identity; ValueError for another name. Draws no random numbers for it."""
+    """:class:`CBAM`, :class:`LKA` or, for 'none', the identity; ValueError for another name."""
     if refine not in REFINES or start not in STARTS:
         raise ValueError(f"refine must be one of {', '.join(REFINES)} and refine_start one of {', '.join(STARTS)}, got "
                          f"{refine!r} and {start!r}")
     return nn.Identity() if refine == "none" else (CBAM if refine == "cbam" else LKA)(features, start)
 
 
-def attach(parts: list[nn.Module], strides: tuple[int, ...], refine: str, start: str, side: int = 224) -> None:
-    """Put attention behind the last block at each stride of a network of ``nn.Sequential`` parts, in place.
-
-    For VGG16 these blocks are in front of the third, fourth and fifth pool. Parts of another kind are passed as a whole.
-
-    Raises
-    ------
-    ValueError
-        No block of the parts has one of the strides.
-    """
-    last, was = {}, [(m, m.training) for part in parts for m in part.modules()]
-    like = next(parts[0].parameters())
-    with torch.no_grad():
-        x = torch.zeros(1, 3, side, side, device=like.device, dtype=like.dtype)
-        for part in parts:
-            for name, block in part.eval().named_children() if type(part) is nn.Sequential else [("", part)]:
-                x = block(x)
-                if name and x.dim() == 4:
-                    last[round(side / x.shape[-1])] = part, name, x.shape[1]
-    for module, mode in was:
-        module.training = mode
-    found = [last[stride] for stride in strides if stride in last]
-    if not found:
-        raise ValueError(f"refine {refine} needs maps at strides {', '.join(map(str, strides))}, which this arch does not "
-                         "offer in sequence: say refine: none, or another arch")
-    for part, name, features in found:
+def attach(parts: list[nn.Module], refine: str, start: str) -> None:
+    """Put attention behind the last blocks at strides 4, 8 and 16 of a network of ``nn.Sequential`` parts, in place; in VGG16
+    these are in front of its last three pools. ValueError if the parts do not offer such blocks."""
+    homes = [(part, name) for part in parts if type(part) is nn.Sequential for name in part._modules]
+    ends, widths = find_scales(nn.Sequential(*(getattr(part, name) for part, name in homes))) if homes else ([], [])
+    if len(ends) < len(STRIDES):
+        raise ValueError(f"refine {refine} needs maps at strides 4, 8, 16, which this arch does not offer in sequence: say "
+                         "refine: none, or another arch")
+    for end, features in zip(ends, widths):
+        part, name = homes[end - 1]
         setattr(part, name, nn.Sequential(getattr(part, name), make_refine(refine, features, start)))

@@ -1,7 +1,4 @@
-"""Where a network looks: heat maps, their largest region above a threshold, its box, and the crop of the image.
-
-All of it stays on the device: nothing is read from a GPU, and no shape depends on the data.
-"""
+"""Where a network looks: heat map, largest region, box and crop, all on the device: nothing is read from it."""
 
 from collections.abc import Sequence
 
@@ -29,10 +26,7 @@ def heat_map(features: Tensor, how: str = "mean", weight: Tensor | None = None, 
 
 
 def above(heat: Tensor, tau: float) -> Tensor:
-    """Mask (B, h, w) of the cells above ``tau`` in [0, 1] of the range of each map; empty for a flat map or ``tau`` 1.
-
-    The paper's equation 4 does not say how heat is scaled; its remarks on ``tau`` fit the range of each map.
-    """
+    """Mask (B, h, w) of the cells above ``tau`` of the range of each map, which equation 4 leaves open; empty if that is 0."""
     low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
     return heat - low > tau * (high - low)
 
@@ -40,8 +34,7 @@ def above(heat: Tensor, tau: float) -> Tensor:
 def largest_region(mask: Tensor, connect: int = 8) -> Tensor:
     """The largest connected region of each mask (B, h, w); of equals, the one whose first cell comes first row by row.
 
-    Labels spread by max pools, one for each cell, since a winding region may be as long as the map has cells. Cells touch at
-    sides (``connect`` 4) or also at corners (8).
+    Cells touch at sides (``connect`` 4) or also at corners (8). Labels spread by as many max pools as a winding region is long.
     """
     if connect not in CONNECT:
         raise ValueError(f"connect must be 4 or 8, got {connect!r}")
@@ -76,21 +69,10 @@ def boxes(edges: Sequence[float], like: Tensor) -> Tensor:
 
 
 def crop(images: Tensor, box: Tensor, size: int) -> Tensor:
-    """The boxes (B, 4) of images (B, C, H, W), each resized to (B, C, size, size): bilinear, without smoothing.
-
-    The whole image at its own size, and a box of ``size`` whole pixels, are the pixels themselves, within rounding.
-    """
+    """The boxes (B, 4) of images (B, C, H, W), each resized to (B, C, size, size): bilinear, without smoothing."""
     top, left, bottom, right = box.float().unbind(1)
     zero = torch.zeros_like(top)
     theta = torch.stack([torch.stack([right - left, zero, right + left - 1], 1),
                          torch.stack([zero, bottom - top, bottom + top - 1], 1)], 1)
     grid = F.affine_grid(theta, [len(images), images.shape[1], size, size], align_corners=False)
     return F.grid_sample(images, grid.to(images.dtype), mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def cut(images: Tensor, corners: Tensor, size: int) -> Tensor:
-    """Squares of ``size`` pixels of images (B, C, H, W) at ``corners`` (2, B) int64, their first rows and columns."""
-    at = torch.arange(size, device=images.device)
-    rows, columns = corners[:, :, None] + at  # (B, size) each
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -60,9 +60,8 @@ def phases(params: Mapping, rate: float = 0.0) -> list[Phase]:
     """
     found = [phase for phase in load(find(params["system"]).recipe)(params, rate) if phase.epochs > 0]
     if not found:
-        raise ParameterError(f"system '{params['system']}': every phase has 0 epochs, nothing would be trained; raise " + (
-                                 "global_epochs, local_epochs or fusion_epochs." if params["system"] == "two_path" else
-                                 "stage1_frozen_epochs, stage1_epochs or stage2_epochs."))
+        raise ParameterError(f"system '{params['system']}': every phase has 0 epochs, nothing would be trained; raise "
+                             "stage1_frozen_epochs, stage1_epochs or stage2_epochs, or of two paths global_epochs.")
     return found
 
 

@@ -81,7 +81,7 @@ class Run:
         precision, data = pick_precision(p["precision"], device), open_dataset(p)
         seed_everything(p["seed"], "weights")
         net = place(create(p, data.classes), device)
-        if p["adjust"]:
+        if p["adjust"] and hasattr(net, "start_at"):
             net.start_at(torch.tensor(p["adjust"] * data.log_odds()))
         _refuse_small(net, p, device)
         if p["compile"]:
@@ -146,8 +146,7 @@ class Run:
                              **{name: self.params[name] for name in OF_LEARNER}, **keywords(make_loss, self.params), path=path)
 
     def find_lr(self, *, plot: bool = False) -> float:
-        """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder. ``stage2_lr_max`` of a
-        system without stage 1.
+        """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder; of two paths the largest.
 
         The finder restores network, bank and momentum encoder. A resumed run keeps its first rate.
         """
@@ -189,7 +188,8 @@ class Run:
             return self.history
         if not self.params["resume"]:
             for file in (folder.resume_file, folder.card_file, folder.weights_file, folder.history_file, folder.bank_file,
-                         folder.bank_history_file, folder.predictions_file, folder.branches_file, folder.scored_file, folder.metrics_file):
+                         folder.bank_history_file, folder.predictions_file, folder.branches_file, folder.scored_file,
+                         folder.metrics_file):
                 file.unlink(missing_ok=True)
         if hasattr(self.bank.bank, "refuse"):
             self.bank.bank.refuse(min(self.bank.bank.size, len(self.data.rows("train"))))
@@ -317,7 +317,8 @@ class Run:
         for x, y in dl:
             session.alive()
             with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
-                logits, seen = self.net.read(x.as_subclass(torch.Tensor))
+                x = x.as_subclass(torch.Tensor)
+                logits, seen = self.net.read(x) if names else (self.net(x), {})
             out.append(logits.float())
             for name in names:
                 others[name].append(seen[name].float())

@@ -19,23 +19,21 @@ def plot_looks(cases, *, note: str = ""):
     for (above, middle, below), case in zip(axes.T, cases):
         side, (top, left, bottom, right) = len(case.view), case.box
         above.imshow(case.view, cmap="gray", vmin=0, vmax=255)
-        above.add_patch(plt.Rectangle((left * side - 0.5, top * side - 0.5), (right - left) * side, (bottom - top) * side,
-                                      fill=False, ls="--", lw=1.5, ec=SECOND))
-        names = "\n".join(readable(name) for name in case.labels[:3])
-        above.set_title(files.readable(f"{case.image}\n{names}\nfirst path: {_likely(case, 'global')}"), fontsize=7)
+        for axis in (above, middle):
+            axis.add_patch(plt.Rectangle((left * side - 0.5, top * side - 0.5), (right - left) * side, (bottom - top) * side,
+                                         fill=False, ls="--", lw=1.5, ec=SECOND))
+        names = [files.readable(case.image), *map(readable, case.labels[:3]), f"first path: {_likely(case, 'global')}"]
+        above.set_title("\n".join(names), fontsize=7)
         if case.heat is None:
             middle.text(0.5, 0.5, "no heat map", ha="center", transform=middle.transAxes)
         else:
-            middle.imshow(case.view, cmap="gray", vmin=0, vmax=255)
-            flat = case.heat.max() <= case.heat.min()
-            middle.imshow(case.heat, cmap="viridis", alpha=0.55, extent=(-0.5, side - 0.5, side - 0.5, -0.5))
-            middle.set_title(f"heat, {case.heat.shape[0]} x {case.heat.shape[1]} cells" + (", flat" if flat else
-                             f"\n{case.heat.min():.2g} to {case.heat.max():.2g}"), fontsize=7)
+            middle.imshow(case.heat, cmap="viridis", extent=(-0.5, side - 0.5, side - 0.5, -0.5))
+            middle.set_title(f"heat, {case.heat.size} cells\n{case.heat.min():.2g} to {case.heat.max():.2g}", fontsize=7)
         below.imshow(case.crop, cmap="gray", vmin=0, vmax=255)
         below.set_title(f"crop\nsecond path: {_likely(case, 'local')}\nboth: {_likely(case, 'fusion')}", fontsize=7)
-    return heading(figure, "", ". ".join(filter(None, ["dashed: what the second path sees", note])))
+    return heading(figure, "", f"dashed: what the second path sees. {note}")
 
 
 def _likely(case, branch: str) -> str:
-    name, chance = case.top[branch][0]
+    name, chance = case.top[branch]
     return f"{readable(name)} {chance:.2f}"

@@ -79,9 +79,10 @@ def test_a_crop_is_random_in_training_and_the_centre_otherwise():
     views = [net.train().read(x)[1]["view"] for _ in range(2)]
     assert views[0].shape == (4, 3, 24, 24) and not torch.equal(*views)
     torch.manual_seed(3)
-    corners = torch.randint(9, (2, 4)).T.tolist()
+    corners = torch.randint(9, (4, 2)).tolist()
     torch.manual_seed(3)
-    assert torch.equal(net.read(x)[1]["view"], torch.stack([i[:, r:r + 24, c:c + 24] for i, (r, c) in zip(x, corners)]))
+    torch.testing.assert_close(net.read(x)[1]["view"], torch.stack([i[:, r:r + 24, c:c + 24] for i, (r, c) in zip(x, corners)]),
+                               atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 3, 32, 32), torch.full((2, 3, 32, 32), 1e4)])
@@ -100,10 +101,18 @@ def test_class_maps_of_a_neck_average_to_its_share_of_the_logits(neck, refine):
 
 @pytest.mark.parametrize("wrong, words", [({"local": "all"}, "local must be one of attention"), ({"pool": "sum"}, "pool must"),
                                           ({"heat": "cam", "heat_stride": 8}, "say heat_stride: 32, or neck: laterals"),
-                                          ({"arch": "timm:test_convnext2", "neck": "fpn"}, "say neck: none")])
+                                          ({"connect": 6}, "connect must"), ({"fusion": "sum"}, "fusion must")])
 def test_values_outside_the_choices_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         make(**wrong)
+
+
+def test_a_trunk_without_maps_in_sequence_is_refused(monkeypatch):
+    monkeypatch.setattr("charmlib.models.two_path.find_scales", lambda trunk: ([len(trunk)], [192]))
+    with pytest.raises(ValueError, match="say neck: none"):
+        make(neck="fpn")
+    with pytest.raises(ValueError, match="say heat_stride: 32"):
+        make(heat_stride=8)
 
 
 def test_groups_hold_every_parameter_once():
@@ -154,8 +163,8 @@ def test_parameters_of_the_other_system_have_no_effect():
     assert missing_need("tau", resolve()) == "system: two_path" and not missing_need("stage2_lr_min", resolve())
     assert missing_need("stage2_lr_min", resolve({"stage2_epochs": 0})) == \
         "stage2_epochs: above 0"
-    for wrong, words in (({"phase_batch": "3,x"}, "phase_batch: 32,16,16"), ({"global_epochs": 0, "local_epochs": 0,
-                                                                              "fusion_epochs": 0}, "raise global_epochs")):
+    none = {"global_epochs": 0, "local_epochs": 0, "fusion_epochs": 0}
+    for wrong, words in (({"phase_batch": "3,x"}, "phase_batch: 32,16,16"), (none, "of two paths global_epochs")):
         with pytest.raises(ParameterError, match=words):
             phases(resolve({**TINY, **wrong}))
     for wrong, words in (({"input_size": 64}, "input_size"), ({"crop": 64}, "crop"),
@@ -188,7 +197,7 @@ def test_what_is_frozen_keeps_its_bits_and_its_norm_statistics(phantoms, tmp_pat
     assert [row["stage"] for row in history] == ["g", "g", "l", "f"]
     assert moved(start, keep.states["g"]) == {"global_path"}
     kept_g = {k: v for k, v in keep.states["l"].items() if k.startswith("global_path")}
-    assert moved(keep.states["g"], keep.states["l"]) <= {"global_path", "local_path"}  # global_path: the best epoch was filled in
+    assert moved(keep.states["g"], keep.states["l"]) <= {"global_path", "local_path"}  # of g, the best epoch goes on
     assert all(torch.equal(v, keep.states["f"][k]) and torch.equal(v, run.net.state_dict()[k]) for k, v in kept_g.items())
     assert moved(keep.states["l"], keep.states["f"]) == {"fusion", "joined"}
 
@@ -227,7 +236,7 @@ def test_a_killed_run_ends_in_the_same_bits_in_every_phase(phantoms, tmp_path, m
             killed_after(m, 1)
             Run.open(params, run_dir=str(tmp_path / "run")).train()
     Run.open(params, run_dir=str(tmp_path / "run")).train()
-    (state, thresholds, history), (want, want_thresholds, want_history) = bits(tmp_path / "run"), bits(tmp_path / "quiet")
+    (state, thresholds, history), (want, want_thresholds, _) = bits(tmp_path / "run"), bits(tmp_path / "quiet")
     assert state.keys() == want.keys() and all(torch.equal(state[name], value) for name, value in want.items())
     assert thresholds == want_thresholds and len(history) == epochs
 
@@ -253,17 +262,17 @@ SHRUNK = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "image_
 @pytest.mark.parametrize("name, changes", [
     ("ag_cnn", {"crop": 32, "global_epochs": 2, "local_epochs": 1, "fusion_epochs": 1, "phase_batch": "16,8,16"}),
     ("ag_cnn_paper", {"crop": 32, "global_epochs": 1, "local_epochs": 1, "fusion_epochs": 1, "phase_batch": "16,8,16"}),
-    ("dual_path", {"global_epochs": 3, "local_epochs": 1, "fusion_epochs": 1}),
+    ("dual_path", {"global_epochs": 1, "local_epochs": 1, "fusion_epochs": 1, "image_size": 32}),
     ("vgg16_lka", {"stage1_frozen_epochs": 1, "stage1_epochs": 1, "stage2_epochs": 1, "stage1_batch": 16}),
     ("vgg16_cbam", {"stage1_frozen_epochs": 1, "stage1_epochs": 1, "stage2_epochs": 1, "stage1_batch": 16})])
 def test_each_preset_trains_and_is_scored_on_phantoms(phantoms, tmp_path, name, changes):
     params = load_params(PARAMS / f"{name}.yaml")
-    run = Run.open(params, **SHRUNK, **changes, data_root=str(phantoms), run_dir=str(tmp_path / name))
+    run = Run.open(params, **SHRUNK | changes, data_root=str(phantoms), run_dir=str(tmp_path / name))
     run.train()
     metrics = Run.load(tmp_path / name).score()
     assert 0 <= metrics["test"]["mean_auc"] <= 1
     assert len(metrics["classes"]) == (15 if name.startswith("ag_cnn") else 14)
-    if params["system"] == "two_path":
+    if run.params["system"] == "two_path":
         from charmlib.evaluation.branches import branch_table, read_branches
 
         fusion, branches = run.folder.test, read_branches(run.folder)

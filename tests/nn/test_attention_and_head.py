@@ -215,5 +215,5 @@ def test_every_head_starts_at_given_log_odds():
 def test_unknown_heads_are_refused(wrong):
     with pytest.raises(ValueError, match="csra_heads of 1, 2, 4, 6, 8, csra_attention of scores, own and csra_lambda"):
         make_head("csra", 8, 5, **wrong)
-    with pytest.raises(ValueError, match="charm, standard, csra, got 'crsa'"):
+    with pytest.raises(ValueError, match="charm, standard, csra, linear, got 'crsa'"):
         make_head("crsa", 8, 5)

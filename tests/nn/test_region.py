@@ -8,7 +8,7 @@ from scipy import ndimage
 from torch import nn
 
 from charmlib.nn import CBAM, LKA, Neck, make_refine, split_backbone
-from charmlib.nn.region import WHOLE, above, box_of, boxes, crop, cut, heat_map, largest_region
+from charmlib.nn.region import WHOLE, above, box_of, boxes, crop, heat_map, largest_region
 
 
 def slow_region(mask: np.ndarray, connect: int) -> np.ndarray:
@@ -95,12 +95,6 @@ def test_heat_maps_are_the_written_formulas():
     torch.testing.assert_close(heat_map(maps, "cam", weight, logits), slow)
 
 
-def test_cut_takes_the_pixels():
-    images, corners = torch.rand(3, 2, 9, 9), torch.tensor([[0, 4, 2], [1, 0, 4]])
-    slow = torch.stack([image[:, r:r + 5, c:c + 5] for image, r, c in zip(images, *corners.tolist())])
-    assert torch.equal(cut(images, corners, 5), slow)
-
-
 @pytest.mark.parametrize("refine", ["cbam", "lka"])
 def test_attention_starts_as_the_identity_to_the_bit_and_learns(refine):
     x, net = torch.randn(2, 32, 9, 9), make_refine(refine, 32)
@@ -182,7 +176,7 @@ def test_attention_goes_into_any_backbone_in_sequence_and_changes_nothing_at_fir
         for part in (backbone.trunk, backbone.final):
             part.eval()
         outs.append(backbone.final(backbone.trunk(x)))
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5 * outs[0].abs().max().item())  # kernels differ by where data lies
+    assert torch.equal(*outs)
     assert sum(isinstance(m, CBAM) for p in (refined.trunk, refined.final) for m in p.modules()) == 3
 
 
@@ -190,4 +184,4 @@ def test_a_backbone_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="refine lka needs maps at strides 4, 8, 16"):
         from charmlib.nn.refine import attach
 
-        attach([nn.Conv2d(3, 4, 3)], (4, 8, 16), "lka", "identity")
+        attach([nn.Conv2d(3, 4, 3)], "lka", "identity")

@@ -234,6 +234,11 @@ ROWS: tuple[Param, ...] = (
     # run
     Param("run", "run_dir", str, "runs/notebook", "folder of this run's files", shown=True, hashed=False),
     Param("run", "seed", int, 85, "seed of all randomness; 85 in the paper", low=0, shown=True),
+    Param("run", "tta", str, "none", "views that scores and predictions merge: id, flip, turns of 5 degrees, zooms, brightness",
+          ("none", "flip", "light", "medium", "heavy", "flip_scale")),
+    Param("run", "tta_merge", str, "mean", "how probabilities of views are merged; logit_mean takes the mean of the logits",
+          ("mean", "max", "gmean", "median", "logit_mean"),
+          needs={"tta": ("flip", "light", "medium", "heavy", "flip_scale")}),
     Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
     Param("run", "workers", int, 2, "processes that decode images for the cache", low=0, hashed=False),
     Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU, 50 KB an image at 224 pixels",

@@ -18,7 +18,8 @@ from fastcore.foundation import L
 
 from charmlib import session
 from charmlib.data.dataset import ChestData, digests, find_data, open_dataset
-from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
+from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, chest_dataloaders
+from charmlib.data.views import MENUS
 from charmlib.evaluation.intervals import save_resamples
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.runs import HISTORY, NUMBERS, RunFolder, about, chosen_on_validation, save_predictions
@@ -39,6 +40,7 @@ from charmlib.training.fit import PhaseRunner
 from charmlib.training.learner import charm_learner
 from charmlib.training.machine import device_name, peak_memory_mb, versions
 from charmlib.training.recipes import Phase, phases, steps
+from charmlib.training.views import head_share, merged, read_views, tensors
 
 # for charm_learner
 OF_LEARNER = ("optimizer", "one_group", "weight_decay", "weight_from", "average", "average_warmup", "clip_norm")
@@ -296,23 +298,33 @@ class Run:
 
     # -- scoring ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def logits(self, part: str, rows=None) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and labels (n, C) float32 of a whole part, in the order of its rows (or of the given rows)."""
+        """Logits and labels (n, C) float32 of a whole part, in the order of its rows (or of the given rows), with the views of
+        parameter ``tta``."""
+        menu = self.params["tta"]
+        views, labels = self.views(part, MENUS[menu], rows)
+        return merged(views, menu, self.params["tta_merge"], head_share(self.net)), labels
+
+    @torch.no_grad()
+    def views(self, part: str, names: Sequence[str], rows=None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Logits (n, C) float32 of each view as :func:`charmlib.training.views.read_views` names them, and labels (n, C)."""
         data, rows = self.data, self.data.rows(part) if rows is None else rows
         if not len(rows):  # a split without a validation part
-            return np.empty((0, len(data.classes)), np.float32), np.empty((0, len(data.classes)), np.float32)
+            empty = np.empty((0, len(data.classes)), np.float32)
+            return dict.fromkeys(names, empty), empty
         images = ChestImages(data.images, data.labels, rows, data.classes)
-        dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device,
-                     after_batch=[GreyToNetwork(self.net.mean, self.net.std)])
+        dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device)
+        scale = tensors(self.net, self.device)
         self.net.eval()
         out, labels = [], []
         for x, y in dl:
             session.alive()
             with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
-                out.append(self.net(x.as_subclass(torch.Tensor)).float())
+                out.append(read_views(self.net, x.as_subclass(torch.Tensor), names, *scale))
             labels.append(y.as_subclass(torch.Tensor))
-        return torch.cat(out).cpu().numpy(), torch.cat(labels).cpu().numpy()  # one wait for the device, at the end
+        # the first copy waits for the device, at the end
+        return {name: torch.cat([batch[name] for batch in out]).cpu().numpy() for name in out[0]}, \
+            torch.cat(labels).cpu().numpy()
 
     def quick_check(self, images: int = 100) -> float:
         """Mean ROC-AUC on so many random test images, to see that a checkpoint works; never a result."""

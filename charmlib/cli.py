@@ -319,6 +319,18 @@ def predict(run, paths, out, csv, submission, **how):
 
 
 @cli.command()
+@click.argument("run", type=_RUN)
+@click.option("--out", type=_FOLDER, help="The folder of the files [default: the run's].")
+@click.option("--data-root", default="", help="Where the images are [default: as the run's parameters say].")
+def export(run, out, **where):
+    """Write RUN as ONNX with its preprocessing, checked on 32 of its test images. Research use only."""
+    from charmlib.training.export import export_onnx
+
+    path, far = export_onnx(one_run(run), out or "", **where)
+    click.echo(f"{path} and {path.name}.json: logits within {far:.1g} of torch's on test images")
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, type=_RUN, metavar="[RUN]...")
 @click.option("--data-root", default="", help="Where the images are [default: as each run's parameters say].")
 @click.option("--port", default=8866, show_default=True, type=click.IntRange(1, 65535))

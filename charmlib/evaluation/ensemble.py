@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from charmlib.evaluation.card import card_text
 from charmlib.evaluation.combine import gate
 from charmlib.evaluation.intervals import bootstrap, enough_patients, save_resamples
 from charmlib.evaluation.leaks import split_of
 from charmlib.evaluation.metrics import ap_by_class
 from charmlib.evaluation.runs import FORMAT, RunFolder, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import evaluate_merged, score_part
-from charmlib.files import read_json, write_csv, write_json
+from charmlib.files import read_json, write_csv, write_json, write_text
 
 FILE = "ensemble.json"
 
@@ -61,6 +62,7 @@ def write_ensemble(out: str | Path, runs: Sequence[str | Path | RunFolder], *, w
     seconds = {key: sum(member.metrics["seconds"][key] or 0 for member in members) for key in ("train", "score", "overhead")}
     write_json(out / "metrics.json", {**metrics, "format": FORMAT, "cell": out.name, "hash": None, "code": None, "merge": how,
                                       "params": first.metrics["params"], "valid": scored, "seconds": seconds})
+    write_text(out / "card.md", card_text(RunFolder(out).metrics))
     return RunFolder(out)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from charmlib.nn import MomentumEncoder, RareMemoryBank, VotingBank, make_attention, recompute, split_backbone
-from charmlib.nn.backbone import HALF, IMAGENET
+from charmlib.nn.backbone import HALF, IMAGENET, XRV
 from charmlib.nn.head import CSRAHead, make_head
 from charmlib.nn.scales import GRID, cells, find_scales, maps_of
 
@@ -52,7 +52,7 @@ class CharmNet(nn.Module):
         See :func:`charmlib.nn.split_backbone`.
     classes : int
         C.
-    norm : {'auto', 'imagenet', 'half'}
+    norm : {'auto', 'imagenet', 'half', 'xrv'}
         What the input was normalised with, kept as ``mean`` and ``std`` for the loaders. 'auto' asks the weights.
     answer : {'votes', 'features'}
         What slots give: the vote of their labels (:class:`charmlib.nn.VotingBank`) or, as published, their features
@@ -97,9 +97,11 @@ class CharmNet(nn.Module):
         backbone = split_backbone(arch, weights, drop_path)
         self.grad_checkpointing, self.ldam_scale = grad_checkpointing, ldam_scale
         self.arch, self.classes, self.features = arch, classes, backbone.features
-        scales = {"imagenet": IMAGENET, "half": HALF, "auto": (backbone.mean, backbone.std)}
+        scales = {"imagenet": IMAGENET, "half": HALF, "xrv": XRV, "auto": (backbone.mean, backbone.std)}
         if norm not in scales:
-            raise ValueError(f"norm must be auto, imagenet or half, got {norm!r}")
+            raise ValueError(f"norm must be auto, imagenet, half or xrv, got {norm!r}")
+        if (backbone.mean, backbone.std) == XRV and norm not in ("auto", "xrv"):
+            raise ValueError(f"{weights} has one grey channel, as torchxrayvision's: say norm: xrv, not {norm}")
         self.mean, self.std = scales[norm]
         if self.mean is None:
             raise ValueError(f"norm 'auto' cannot know what {weights} was trained on: say norm: imagenet, or norm: half "

@@ -21,6 +21,7 @@ from charmlib.data.dataset import ChestData, digests, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, chest_dataloaders
 from charmlib.data.views import MENUS
 from charmlib.evaluation.intervals import save_resamples
+from charmlib.evaluation.leaks import leaked_start
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.runs import HISTORY, NUMBERS, RunFolder, about, chosen_on_validation, save_predictions
 from charmlib.evaluation.score import score_part
@@ -80,6 +81,7 @@ class Run:
         p["data_root"] = str(find_data(p["data_root"], p["csv"]))
         device = pick_device(p["device"])
         precision, data = pick_precision(p["precision"], device), open_dataset(p)
+        leaked_start(p, data.index.table.name)
         seed_everything(p["seed"], "weights")
         net = place(create(p, data.classes), device)
         if p["adjust"]:
@@ -357,7 +359,8 @@ class Run:
                                    **self.folder.choices)
         save_resamples(self.folder.resamples_file, samples)
         metrics = {
-            "params": self.params, "data": self._source(), "split": self.data.split.record(),
+            "params": self.params, "data": self._source(), "split": self.data.split.record()
+            | ({"leak": True} if leaked_start(self.params, self.data.index.table.name) else {}),
             "classes": list(self.data.classes), "normal_class": normal, "images": self.data.train_images(),
             "train_prevalence": train, "valid": score_part(parts["valid"], self.data.classes, normal_class=normal)[0]
             if self.data.split.has_valid else None, "test": test,

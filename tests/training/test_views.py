@@ -13,6 +13,7 @@ from charmlib.evaluation.ensemble import gate_note, gated, members_of, write_ens
 from charmlib.evaluation.leaks import LeakError, split_of
 from charmlib.evaluation.runs import RunFolder, finish
 from charmlib.evaluation.score import evaluate_run
+from charmlib.evaluation.tables import run_table, split_note
 from charmlib.grid.board import leaderboard
 from charmlib.training.predict import predict, submission
 from charmlib.training.views import head_share, merged, stored_views, tensors, with_views
@@ -28,7 +29,8 @@ def runs(phantoms, tmp_path_factory):
     folder, out = tmp_path_factory.mktemp("runs"), []
     for name, seed, tta in (("one", 1, "none"), ("two", 2, "flip")):
         run = Run.open({**TINY, "use_momentum": False, "use_attention": False, "stage1_epochs": 0, "stage2_epochs": 1,
-                        "seed": seed, "classes": "nih15", "data_root": str(phantoms), "run_dir": str(folder / name), "tta": tta})
+                        "seed": seed, "classes": "nih15", "data_root": str(phantoms), "run_dir": str(folder / name),
+                        "tta": tta})
         run.train()
         run.score()
         finish(run.folder)
@@ -140,3 +142,27 @@ def test_a_submission_has_the_tables_ids_in_its_order(runs, phantoms, tmp_path, 
     pd.DataFrame({"image": ["broken.png"]}).to_csv(table, index=False)
     with pytest.raises(ValueError, match="cannot be scored, such as .*broken.png"):
         submission(runs[0], [tmp_path / "black"], table)
+
+
+def test_every_run_and_ensemble_has_a_card(runs, tmp_path):
+    text = (runs[1] / "card.md").read_text()
+    mean = runs[1].metrics["test"]["mean_auc"]
+    for words in ("Research use only", f"{mean:.3f} (", runs[1].metrics["split"]["hash"], "tta: flip", "drawn phantoms"):
+        assert words in text
+    assert "Members: one, two" in (write_ensemble(tmp_path / "both", runs) / "card.md").read_text()
+
+
+def test_a_leak_that_was_allowed_stands_on_every_table(tiny, tmp_path):
+    from tests.nn.test_xrv import saved
+
+    saved(tmp_path / "nih-state.pt", "resnet50", "model.")
+    params = {**tiny, "arch": "resnet50", "use_momentum": False, "use_attention": False, "stage1_frozen_epochs": 1,
+              "weights": str(tmp_path / "nih-state.pt"), "norm": "xrv", "stage1_epochs": 0, "stage2_epochs": 0}
+    with pytest.raises(LeakError, match="have seen NIH images"):
+        Run.open(params)
+    run = Run.open({**params, "allow_leak": True})
+    run.train()
+    metrics = run.score()
+    assert "LEAK" in split_note(metrics) and "LEAK" in run_table([{**metrics, "cell": "x"}])["split"][0]
+    finish(run.folder)
+    assert "LEAK" in (run.folder / "card.md").read_text()

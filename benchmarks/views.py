@@ -1,10 +1,10 @@
-"""Menus of views and merges on finished runs: mean AUC and AP of the validation and test parts, and the paired difference on the
-test part of the menu and merge that validation picks.
+"""Menus of views and merges on finished runs: mean AUC and AP of the validation and test parts, and the paired difference on
+the test part of the menu and merge that validation picks.
 
     python benchmarks/views.py OUT.csv RUN... [--gate 0.25 --gate 0.5]
 
-The network of each run runs once over all views (``views.npz``). ``votes`` is what views do to a voting bank: ``once`` takes the
-votes of the image as it is, ``each`` those of every view. Several runs of one split are also merged, as seeds.
+The network of each run runs once over all views (``views.npz``). ``votes`` is what views do to a voting bank: ``once`` takes
+the votes of the image as it is, ``each`` those of every view. Several runs of one split are also merged, as seeds.
 """
 
 import time
@@ -26,9 +26,13 @@ from charmlib.training.run import Run
 from charmlib.training.views import stored_views, with_views
 
 
-def figures(part) -> tuple[float, float]:
-    p = part.of([part.classes[c] for c in part.findings])
-    return tuple(float(np.nanmean(list(of(p.labels, p.logits, p.classes).values()))) for of in (auc_by_class, ap_by_class))
+def figures(valid, test) -> dict[str, float]:
+    out = {}
+    for name, part in (("valid", valid), ("test", test)):
+        p = part.of([part.classes[c] for c in part.findings])
+        for figure, of in (("AUC", auc_by_class), ("AP", ap_by_class)):
+            out[f"{name} {figure}"] = float(np.nanmean(list(of(p.labels, p.logits, p.classes).values())))
+    return out
 
 
 @click.command()
@@ -49,7 +53,7 @@ def main(out, runs, gates):
             for how in MERGES if menu != "none" else ("mean",):
                 for v in votes if menu != "none" else ("once",):
                     seen = with_views(folder, menu, how, votes=v)
-                    scores = dict(zip(("valid AUC", "valid AP", "test AUC", "test AP"), figures(seen.valid) + figures(seen.test)))
+                    scores = figures(seen.valid, seen.test)
                     rows.append({"run": name, "menu": menu, "merge": how, "votes": v, **scores})
                     if scores["valid AP"] > best.get("valid AP", -1):
                         best = {**rows[-1], "seen": seen}
@@ -59,8 +63,7 @@ def main(out, runs, gates):
             click.echo(gate_note(folder, alpha))
     for n in range(2, len(folders) + 1):
         mean = {part: mean_ensemble([getattr(f, part) for f in folders[:n]]) for part in ("valid", "test")}
-        scores = dict(zip(("valid AUC", "valid AP", "test AUC", "test AP"), figures(mean["valid"]) + figures(mean["test"])))
-        rows.append({"run": f"first {n}", "menu": "none", "merge": "mean", "votes": "once", **scores})
+        rows.append({"run": f"first {n}", "menu": "none", "merge": "mean", "votes": "once", **figures(**mean)})
     write_csv(out, pd.DataFrame(rows))
     click.echo(pd.DataFrame(rows).to_string(index=False))
 

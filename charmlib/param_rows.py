@@ -106,7 +106,7 @@ ROWS: tuple[Param, ...] = (
     Param("network", "arch", str, "efficientnet_v2_s", "a torchvision name, or timm:NAME", shown=True),
     Param("network", "weights", str, "imagenet", "initial weights of the backbone", ("imagenet", "none"), also="a file",
           shown=True),
-    Param("network", "norm", str, "auto", "input normalisation; auto follows the weights, half is -1 to 1, xrv is -1024 to 1024",
+    Param("network", "norm", str, "auto", "input normalisation; auto follows the weights, half is -1 to 1, xrv -1024 to 1024",
           ("auto", "imagenet", "half", "xrv")),
     Param("network", "allow_leak", bool, False, "whether NIH images may be scored with start weights that have seen them"),
     Param("network", "use_momentum", bool, False, "momentum encoder of CHARM; no gain in our measurements", **_CHARM),

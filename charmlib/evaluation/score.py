@@ -126,7 +126,8 @@ def evaluate_merged(runs: Sequence[str | Path | RunFolder], *, points: Sequence[
         return ", ".join(dict.fromkeys(map(str, values)))
 
     leak = {"leak": True} if any(m["split"].get("leak") for m in each) else {}
-    return {**each[0], "bank": None, "split": each[0]["split"] | leak, "cell": f"{how.replace('_', ' ')} of {len(members)} runs", "members": run_names(members),
+    return {**each[0], "bank": None, "split": each[0]["split"] | leak, "members": run_names(members),
+            "cell": f"{how.replace('_', ' ')} of {len(members)} runs",
             "params": {**each[0]["params"], "seed": together(m["params"]["seed"] for m in each)},
             "device": together(m["device"] for m in each), "precision": together(m["precision"] for m in each),
             "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes, valid.normal_class)}

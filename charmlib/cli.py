@@ -16,6 +16,10 @@ from charmlib.session import entry_point
 _ASSIGN = click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter; pins a grid's axis.")
 _DEVICE = click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 _FOLDER = click.Path(path_type=Path, file_okay=False)
+_GATE = click.option("--gate", default=0.0, metavar="ALPHA", type=click.FloatRange(min=0),
+                     help="Findings times (1 - p of the normal class)^ALPHA; lowers AP as a rule [default: off].")
+_MERGE = click.option("--merge", "--tta-merge", default="mean", show_default=True,
+                      type=click.Choice(["mean", "max", "gmean", "median", "logit_mean"]), help="How probabilities are merged.")
 _PATH = click.Path(path_type=Path)
 _POINT = click.option("--point", default="youden", show_default=True, metavar="POINT",
                       help="Operating point: youden, f1, or sensitivity_S such as sensitivity_0.95.")
@@ -117,9 +121,16 @@ def run(params_yaml, assignments, **how):
 @_POINT
 @click.option("--ensemble", is_flag=True, help="Score the mean of all runs' probabilities as well.")
 @click.option("--out", type=_FOLDER,
-              help="Where report.html and per_class.csv go [default: each run's folder; an ensemble has none].")
-def evaluate(runs, point, ensemble, out):
+              help="Where report.html and per_class.csv go [default: each run's folder; none with --ensemble, --tta, --gate].")
+@click.option("--tta", default="", help="With views: flip, light, medium, heavy, flip_scale. The network runs once a view.")
+@_MERGE
+@_GATE
+@click.option("--data-root", default="", help="With --tta, where the images are [default: as each run's parameters say].")
+@_DEVICE
+def evaluate(runs, point, ensemble, out, tta, merge, gate, **where):
     """Score finished runs anew from their prediction files, with intervals; a grid's folder stands for its cells."""
+    from charmlib.data.views import MENUS
+    from charmlib.evaluation import ensemble as ensembles
     from charmlib.evaluation import leaks, score, tables
     from charmlib.evaluation.runs import run_folders, run_names
     from charmlib.viz.run_report import evaluation_text, write_evaluation
@@ -128,7 +139,9 @@ def evaluate(runs, point, ensemble, out):
     leaks.refuse_leaks(folders)
     if ensemble and len(folders) < 2:
         raise click.UsageError(f"an ensemble needs at least two runs, found {folders[0]} only")
-    if not out and (locked := [f for f in folders if not os.access(f, os.W_OK)]):
+    if tta not in ("", *MENUS):
+        raise click.UsageError(f"--tta must be one of {', '.join(MENUS)}, got {tta!r}")
+    if not (out or tta or gate) and (locked := [f for f in folders if not os.access(f, os.W_OK)]):
         raise click.UsageError(f"{locked[0]} is read-only: name a folder for the reports with --out")
     scored = []
 
@@ -138,9 +151,20 @@ def evaluate(runs, point, ensemble, out):
         if target:
             click.echo(f"{write_evaluation(target, metrics, test, point)}\n")
 
-    for folder, name in zip(folders, run_names(folders)):
+    names = run_names(folders)
+    if tta:
+        from charmlib.training.views import with_views
+
+        folders = [with_views(folder, tta, merge, **where) for folder in folders]
+        names = [f"{name}, views {tta}, {merge}" for name in names]
+    if gate:
+        for name, folder in zip(names, folders):
+            click.echo(f"{name}: {ensembles.gate_note(folder, gate)}")
+        folders, names = [ensembles.gated(folder, gate) for folder in folders], [f"{name}, gate {gate:g}" for name in names]
+    for folder, name in zip(folders, names):
         metrics, test = score.evaluate_run(folder, points=[point])
-        show({**metrics, "cell": name}, test, out if out and len(folders) == 1 else out / name if out else folder.path)
+        show({**metrics, "cell": name}, test, out if out and len(folders) == 1 else out / name if out else
+             None if tta or gate else folder.path)
     if ensemble:
         show(*score.evaluate_ensemble(folders, points=[point]), out and out / f"mean_of_{len(folders)}_runs")
     if len(scored) > 1:
@@ -236,18 +260,52 @@ def controls(params_or_run, assignments, **how):
 
 
 @cli.command()
+@click.argument("out", type=_FOLDER)
+@click.argument("runs", nargs=-1, required=True, type=_RUN, metavar="RUN...")
+@click.option("--weights", help="One number a run, separated by commas [default: equal]; never chosen on the test part.")
+@_MERGE
+def ensemble(out, runs, weights, merge):
+    """Merge finished RUNs into the folder OUT, which other commands take like a run."""
+    from charmlib.evaluation import ensemble, tables
+    from charmlib.evaluation.runs import run_folders
+
+    try:
+        numbers = [float(w) for w in weights.split(",")] if weights else None
+    except ValueError as error:
+        raise click.UsageError(f"--weights {weights}: give numbers separated by commas, such as 1,2") from error
+    made = ensemble.write_ensemble(out, run_folders(runs), weights=numbers, how=merge)
+    click.echo(tables.with_intervals(tables.run_table([made.metrics]), 4).to_string(index=False))
+
+
+@cli.command()
 @click.argument("run", type=_RUN)
 @click.argument("paths", nargs=-1, required=True, type=_PATH, metavar="PATH...")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("predictions.csv"), show_default=True)
 @_POINT
 @click.option("--calibrated", is_flag=True, help="Probabilities at the validation part's temperature; calls stay the same.")
+@_GATE
+@click.option("--csv", type=_PATH, help="A test table: with --submission, its images in its order.")
+@click.option("--submission", type=click.Path(path_type=Path, dir_okay=False), help="Write ids and probabilities there.")
 @_DEVICE
-def predict(run, paths, out, **how):
+def predict(run, paths, out, csv, submission, **how):
     """Probabilities and calls of RUN for new images or folders (PNG, JPEG, TIFF, WebP, BMP, DICOM). Research use only."""
     from charmlib.training import predict
 
     run, refused = one_run(run), []
+    if bool(csv) != bool(submission):
+        raise click.UsageError("--csv and --submission go together: the table whose ids are scored, and the file to write")
     click.echo(predict.origin(run))
+    if how["gate"]:
+        from charmlib.evaluation.ensemble import gate_note
+        from charmlib.evaluation.runs import RunFolder
+
+        click.echo(gate_note(RunFolder(run), how["gate"]))
+    if csv:
+        table = predict.submission(run, paths, csv, **how)
+        submission.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(submission, table)
+        click.echo(f"{submission}: {len(table)} images, {table.shape[1] - 1} classes")
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     table = predict.predict(run, paths, refused=refused.append, **how)
     write_csv(out, table)
@@ -294,6 +352,18 @@ def explain(run, paths, out, **how):
     if refused:
         click.echo("\n".join(f"refused: {line}" for line in refused), err=True)
         sys.exit(2)
+
+
+@cli.command()
+@click.argument("run", type=_RUN)
+@click.option("--out", type=_FOLDER, help="The folder of the files [default: the run's].")
+@click.option("--data-root", default="", help="Where the images are [default: as the run's parameters say].")
+def export(run, out, **where):
+    """Write RUN as ONNX with its preprocessing, checked on 32 of its test images. Research use only."""
+    from charmlib.training.export import export_onnx
+
+    path, far = export_onnx(one_run(run), out or "", **where)
+    click.echo(f"{path} and {path.name}.json: logits within {far:.1g} of torch's on test images")
 
 
 @cli.command()

@@ -123,8 +123,8 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
         "parameter 'head': csra reads a map, and the momentum branch and answer features add to a pooled feature; say "
         "use_momentum: false and answer: votes, or head: charm.":
             out["head"] == "csra" and (out["use_momentum"] or (out["use_bank"] and out["answer"] == "features")),
-        f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, or norm: half for "
-        "inputs in [-1, 1].":
+        f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, norm: half for "
+        "inputs in [-1, 1], or norm: xrv for torchxrayvision's.":
             out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"),
         "parameters 'stage2_frozen' and 'one_group' contradict each other: one_group freezes nothing; switch one off.":
             out["stage2_frozen"] and out["one_group"] and out["stage2_epochs"] > 0,

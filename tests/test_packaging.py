@@ -130,8 +130,8 @@ def test_this_environment_is_the_end_that_it_is_taken_for():
 def test_everything_imported_is_required():
     names = {"sklearn": "scikit_learn", "PIL": "pillow", "yaml": "pyyaml"}
     brought = {"scipy", "IPython", "traitlets", "fastcore"}  # by scikit-learn, ipykernel and fastai
-    # extras ('dicom', Voilà's server), a stand-in for a newer kornia_rs, the official client: who lacks them is told
-    asked_for = {"pydicom", "cv2", "kaggle", "jupyter_server"}
+    # extras ('dicom', 'export', Voilà's server), a stand-in for a newer kornia_rs, the official client: who lacks them is told
+    asked_for = {"pydicom", "cv2", "kaggle", "jupyter_server", "onnxruntime", "onnxscript"}
     found = set()
     for path in (*(ROOT / "charmlib").rglob("*.py"), *(ROOT / "kaggle_setup").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

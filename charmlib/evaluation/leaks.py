@@ -1,6 +1,7 @@
 """Leakage between runs: refuses a run beside another that was trained on its test images."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from itertools import permutations
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pandas as pd
 
 from charmlib.evaluation.runs import RunFolder
 from charmlib.files import reading
+from charmlib.nih import TABLES
+
+_OTHERS = ("pc", "chex", "mimic_nb", "mimic_ch", "mimic", "rsna", "kaggle", "google", "openi", "siim", "vin")
 
 
 class LeakError(ValueError):
@@ -33,6 +37,28 @@ def split_of(run: str | Path | RunFolder) -> pd.DataFrame | None:
         if set(frame["id"][frame["part"] == "test"]) == scored:
             return frame
     return None
+
+
+def leaked_start(params: Mapping, table: str) -> bool:
+    """Whether the start weights may have seen the images of this table: torchxrayvision's (``norm`` 'xrv') and the NIH's.
+
+    Their files are named by data sets ('pc-nih-rsna-siim-vin-resnet50-...', 'mimic_ch-densenet121-...'); 'all' is of all, and a
+    file that names none counts as one of all.
+
+    Raises
+    ------
+    LeakError
+        They may, and ``allow_leak`` is not set.
+    """
+    seen = {*re.split(r"[-.]", Path(params["weights"]).name.lower())}
+    if params["norm"] != "xrv" or params["weights"] in ("imagenet", "none") or table not in TABLES or (
+            seen & {*_OTHERS} and not seen & {"nih", "all"}):
+        return False
+    if not params["allow_leak"]:
+        raise LeakError(f"weights {params['weights']} have seen NIH images, or their name does not say what they have seen; "
+                        f"{table} is the NIH's: scores would be of images that the network knows. Start from weights without "
+                        "them (pc, chex, mimic_nb, mimic_ch, rsna), or say allow_leak: true, which every table then says")
+    return True
 
 
 def refuse_leaks(runs: Iterable[str | Path | RunFolder], *, folds: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from charmlib import session
 from charmlib.evaluation.records import check_card, check_metrics
-from charmlib.files import Damaged, read_json, reading, write_json, write_whole
+from charmlib.files import Damaged, read_json, reading, write_json, write_text, write_whole
 from charmlib.nih import finding_columns
 
 if TYPE_CHECKING:
@@ -331,6 +331,9 @@ def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None,
     if wall is not None:
         metrics["seconds"]["overhead"] = round(wall - metrics["seconds"]["train"] - metrics["seconds"]["score"], 3)
     write_json(folder.metrics_file, {"format": FORMAT, "cell": cell or folder.name, "hash": hash, "code": code, **metrics})
+    from charmlib.evaluation.card import card_text
+
+    write_text(folder / "card.md", card_text(RunFolder(run).metrics))
     folder.scored_file.unlink()
     folder.resume_file.unlink(missing_ok=True)
     return folder.metrics_file

@@ -101,29 +101,38 @@ def evaluate_run(run: str | Path | RunFolder, *, points: Sequence[str] = ()) -> 
 
 
 def evaluate_ensemble(runs: Sequence[str | Path | RunFolder], *, points: Sequence[str] = ()) -> tuple[dict, Predictions]:
-    """The mean of several runs, in the form of :func:`evaluate_run`; ``members`` names the runs.
+    """The mean of several runs, in the form of :func:`evaluate_run`; see :func:`evaluate_merged`."""
+    return evaluate_merged(runs, points=points)[:2]
 
-    Thresholds and temperature come from the mean of their validation predictions. There are none if a member has no
+
+def evaluate_merged(runs: Sequence[str | Path | RunFolder], *, points: Sequence[str] = (), how: str = "mean",
+                    weights: Sequence[float] | None = None) -> tuple[dict, Predictions, Predictions]:
+    """Several runs as one: metrics in the form of :func:`evaluate_run`, test and validation predictions; ``members`` names the
+    runs. ``how`` and ``weights`` as in :func:`charmlib.evaluation.combine.merge`.
+
+    Thresholds and temperature come from their merged validation predictions. There are none if a member has no
     validation part, because it was trained on those images of the others. Raises ValueError for runs that differ in images,
     classes or labels, and LeakError as :func:`charmlib.evaluation.leaks.refuse_leaks`.
     """
     members = [RunFolder.of(run) for run in runs]
     refuse_leaks(members)
-    test = mean_ensemble([member.test for member in members])
+    test = mean_ensemble([member.test for member in members], how, weights)
     unvalidated = [member.valid for member in members if not len(member.valid.ids)]
-    valid = unvalidated[0] if unvalidated else mean_ensemble([member.valid for member in members])
+    valid = unvalidated[0] if unvalidated else mean_ensemble([member.valid for member in members], how, weights)
     chosen = chosen_on_validation(valid.labels, valid.logits, valid.classes)
     each = [member.metrics for member in members]
 
     def together(values) -> str:
         return ", ".join(dict.fromkeys(map(str, values)))
 
-    return {**each[0], "bank": None, "cell": f"mean of {len(members)} runs", "members": run_names(members),
+    leak = {"leak": True} if any(m["split"].get("leak") for m in each) else {}
+    return {**each[0], "bank": None, "split": each[0]["split"] | leak, "members": run_names(members),
+            "cell": f"{how.replace('_', ' ')} of {len(members)} runs",
             "params": {**each[0]["params"], "seed": together(m["params"]["seed"] for m in each)},
             "device": together(m["device"] for m in each), "precision": together(m["precision"] for m in each),
             "valid": {"mean_auc": mean_auc(valid.labels, valid.logits, valid.classes, valid.normal_class)}
             if len(valid.ids) else None,
-            "test": _test(test, valid, chosen, points, each[0]["train_prevalence"])}, test
+            "test": _test(test, valid, chosen, points, each[0]["train_prevalence"])}, test, valid
 
 
 def thresholds_at(run: str | Path | RunFolder, point: str) -> dict[str, float | None]:

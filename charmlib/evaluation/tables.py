@@ -23,12 +23,16 @@ def split_note(metrics: Mapping, of: str = "test") -> str:
     apart = "" if metrics["valid"] else f"; {who}trained without a validation part"
     return (f"{shuffled}{quick}{metrics['data']['name']}, split '{metrics['split']['name']}' ({metrics['split']['hash'][:8]}): "
             f"{part['images']:,} {of} images of {people(part['patients'], metrics['split']['patients_from'])}, "
-            f"{part['positive_share']:.1%} with a finding{apart}{_seen_note(metrics)}")
+            f"{part['positive_share']:.1%} with a finding{apart}{_seen_note(metrics)}{_leak_note(metrics['split'])}")
 
 
 def _seen_note(metrics: Mapping) -> str:
     seen = metrics.get("seen")  # of scores on another data set
     return f"; WARNING: {seen:,} have names of images that the run was trained or validated on" if seen else ""
+
+
+def _leak_note(split: Mapping) -> str:
+    return "; LEAK: the start weights have seen images of this data set" if split.get("leak") else ""
 
 
 def origin_note(metrics: Mapping) -> str:
@@ -167,4 +171,4 @@ def clusters(split: Mapping) -> str:
 def split_label(split: Mapping) -> str:
     """Name and hash of ``metrics['split']`` for the cell of a table; says so where patients are unknown."""
     unknown = " (patients unknown)" if split["patients_from"] == EACH_ITS_OWN else ""
-    return f"{split['name']} {split['hash'][:8]}{unknown}"
+    return f"{split['name']} {split['hash'][:8]}{unknown}{_leak_note(split)}"

@@ -51,7 +51,7 @@ class CharmNet(nn.Module):
         See :func:`charmlib.nn.split_backbone`.
     classes : int
         C.
-    norm : {'auto', 'imagenet', 'half'}
+    norm : {'auto', 'imagenet', 'half', 'xrv'}
         What the input was normalised with, kept as ``mean`` and ``std`` for the loaders. 'auto' asks the weights.
     answer : {'votes', 'features'}
         What slots give: the vote of their labels (:class:`charmlib.nn.VotingBank`) or, as published, their features

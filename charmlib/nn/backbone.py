@@ -16,6 +16,8 @@ from charmlib.nn.refine import attach
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+XRV = ((0.5, 0.5, 0.5), (1 / 2048, 1 / 2048, 1 / 2048))
+"""torchxrayvision's input scale: -1024 to 1024."""
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Backbone:
     """A network in two parts: ``final(trunk(x))`` is its last feature map (B, features, H, W).
 
     ``mean`` and ``std`` are the normalisation of RGB inputs in [0, 1] that the weights expect. Both are None for weights from
-    a file, which does not record them.
+    a file, which does not record them, but for weights of one grey channel, torchxrayvision's.
     """
 
     name: str
@@ -34,10 +36,13 @@ class Backbone:
     std: tuple[float, ...] | None
 
     def scale(self, norm: str, weights: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std for the parameter ``norm``: 'imagenet', 'half', or 'auto', which ValueError refuses for a file."""
-        scales = {"imagenet": IMAGENET, "half": HALF, "auto": (self.mean, self.std)}
+        """Mean and std for the parameter ``norm``: 'imagenet', 'half', 'xrv' (torchxrayvision's), or 'auto', which ValueError
+        refuses for a file of three channels; one of a single grey channel takes 'xrv' alone."""
+        scales = {"imagenet": IMAGENET, "half": HALF, "xrv": XRV, "auto": (self.mean, self.std)}
         if norm not in scales:
-            raise ValueError(f"norm must be auto, imagenet or half, got {norm!r}")
+            raise ValueError(f"norm must be auto, imagenet, half or xrv, got {norm!r}")
+        if (self.mean, self.std) == XRV and norm not in ("auto", "xrv"):
+            raise ValueError(f"{weights} has one grey channel, as torchxrayvision's: say norm: xrv, not {norm}")
         if scales[norm][0] is None:
             raise ValueError(f"norm 'auto' cannot know what {weights} was trained on: say norm: imagenet, or norm: half "
                              "for inputs in [-1, 1]")
@@ -93,7 +98,8 @@ def split_backbone(name: str, weights: str | Path = "imagenet", drop_path: float
         A key of ``TORCHVISION``, or ``timm:NAME``.
     weights : str or Path
         'imagenet', 'none' (random), or a .pt, .pth or .safetensors state dict of the whole network. The file must match in
-        every layer but the classifier, which may have any number of classes.
+        every layer but the classifier, which may have any number of classes. The first convolution of torchxrayvision's
+        DenseNet-121 and ResNet-50 takes one grey channel; here a third of it goes to each of three equal channels.
     drop_path : float
         Stochastic depth of a timm model, in [0, 1): the rate of its last block, which grows linearly from 0 (Huang et al.,
         ECCV 2016). 0 keeps timm's default.
@@ -132,8 +138,11 @@ def split_backbone(name: str, weights: str | Path = "imagenet", drop_path: float
         state, mean, std = read_state_dict(weights), None, None
     net = torchvision.models.get_model(name, weights=None)
     if state is not None:
-        source = weights if mean is None else f"ImageNet weights of {name}"
-        state = _without_prefix(net.state_dict(), state)
+        source = weights if weights != "imagenet" else f"ImageNet weights of {name}"
+        state, first = _without_prefix(net.state_dict(), state), next(iter(net.state_dict()))
+        if first in state and state[first].shape[1:2] == (1,):  # torchxrayvision's: one channel
+            state[first] = state[first].expand(-1, 3, -1, -1) / 3
+            state, (mean, std) = {k: v for k, v in state.items() if k != "op_threshs"}, XRV
         _check_fit(net.state_dict(), state, f"{source} does not fit {type(net).__name__}")
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith(CLASSIFIERS)}, strict=False)
     trunk, final = cut(net)
@@ -174,8 +183,9 @@ def read_state_dict(path: str | Path) -> Mapping[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read safely as a state dict ({type(error).__name__}). Damaged: copy or download it "
-                         "again. A whole pickled module: it runs code when it is loaded; where you trust it, save its "
-                         "state_dict() to a file.") from error
+                         "again. A whole pickled module, as torchxrayvision's: it runs code when it is loaded; where you trust "
+                         f"it, torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), "
+                         f"{str(path.with_name(path.stem + '-state.pt'))!r}) converts it.") from error
     for key in ("state_dict", "model_state", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

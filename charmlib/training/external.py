@@ -11,7 +11,7 @@ from charmlib.data.cache import open_images
 from charmlib.data.dataset import ChestData, assemble, find_data, readable_only
 from charmlib.data.index import Index, read_index
 from charmlib.data.splits import Split
-from charmlib.evaluation.leaks import split_of
+from charmlib.evaluation.leaks import leaked_start, split_of
 from charmlib.evaluation.runs import Predictions, RunFolder, about, save_predictions
 from charmlib.evaluation.score import score_part, thresholds_at
 from charmlib.files import json_or_empty, write_json
@@ -48,6 +48,7 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
     card, trained = run.card, run.metrics
     params = {**card["params"], "run_dir": str(run.path), "device": device}
     index = read_index(find_data(data_root), csv=csv, **{"classes": "own" if csv else "nih15", **(reading or {})})
+    leak = leaked_start(params, index.table.name)
     matched = match_classes(card["classes"], index.classes)
     if not matched:
         raise ValueError(f"no class of {run} is in {index.table}: the run has {', '.join(card['classes'])}; the table has "
@@ -69,7 +70,7 @@ def score_elsewhere(run: str | Path | RunFolder, data_root: str | Path, *, csv: 
     known = split_of(run)
     seen = None if known is None else int(data.index.frame["id"].iloc[rows].isin(known["id"][known["part"] != "test"]).sum())
     record, left = data.split.record(), [c for c in index.findings if c not in matched.values()]
-    record["test"] = record[part if split else "test"]
+    record |= {"test": record[part if split else "test"]} | ({"leak": True} if leak else {})
     name = name or "_".join(dict.fromkeys([data.index.root.resolve().name, index.table.stem, *([part] if split else [])]))
     metrics = {**trained, "cell": f"{run.name} on {name}", "classes": ours, "normal_class": test.normal_class,
                "data": {"name": data.source, "drawn": data.index.drawn, "scale": images.scale,

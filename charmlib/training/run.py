@@ -18,8 +18,10 @@ from fastcore.foundation import L
 
 from charmlib import session
 from charmlib.data.dataset import ChestData, digests, find_data, open_dataset
-from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, GreyToNetwork, chest_dataloaders
+from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, chest_dataloaders
+from charmlib.data.views import MENUS
 from charmlib.evaluation.intervals import save_resamples
+from charmlib.evaluation.leaks import leaked_start
 from charmlib.evaluation.metrics import mean_auc, prevalence
 from charmlib.evaluation.runs import HISTORY, NUMBERS, RunFolder, about, chosen_on_validation, save_predictions, write_arrays
 from charmlib.evaluation.score import score_part
@@ -39,6 +41,7 @@ from charmlib.training.fit import PhaseRunner
 from charmlib.training.learner import charm_learner
 from charmlib.training.machine import device_name, peak_memory_mb, versions
 from charmlib.training.recipes import Phase, phases, steps
+from charmlib.training.views import head_share, merged, read_views, tensors
 
 # for charm_learner
 OF_LEARNER = ("optimizer", "one_group", "weight_decay", "weight_from", "average", "average_warmup", "clip_norm")
@@ -79,6 +82,7 @@ class Run:
         p["data_root"] = str(find_data(p["data_root"], p["csv"]))
         device = pick_device(p["device"])
         precision, data = pick_precision(p["precision"], device), open_dataset(p)
+        leaked_start(p, data.index.table.name)
         seed_everything(p["seed"], "weights")
         net = place(create(p, data.classes), device)
         if p["adjust"] and hasattr(net, "start_at"):
@@ -299,32 +303,35 @@ class Run:
     # -- scoring ----------------------------------------------------------------------------------------------------
 
     def logits(self, part: str, rows=None) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and labels (n, C) float32 of a whole part, in the order of its rows (or of the given rows)."""
-        return self._read(part, rows)[:2]
+        """Logits and labels (n, C) float32 of a whole part, in the order of its rows (or of the given rows), with the views of
+        parameter ``tta``."""
+        views, labels = self.views(part, MENUS[self.params["tta"]], rows)
+        return self._merged(views), labels
+
+    def _merged(self, views: Mapping[str, np.ndarray]) -> np.ndarray:
+        return merged(views, self.params["tta"], self.params["tta_merge"], head_share(self.net))
 
     @torch.no_grad()
-    def _read(self, part: str, rows=None, names: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Logits, labels, and by name further logits that the network's ``read`` gives."""
+    def views(self, part: str, names: Sequence[str], rows=None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Logits (n, C) float32 of each view as :func:`charmlib.training.views.read_views` names them, and labels (n, C)."""
         data, rows = self.data, self.data.rows(part) if rows is None else rows
         if not len(rows):  # a split without a validation part
-            none = np.empty((0, len(data.classes)), np.float32)
-            return none, none, dict.fromkeys(names, none)
+            empty = np.empty((0, len(data.classes)), np.float32)
+            branches = (f"{names[0]}_{branch}" for branch in getattr(self.net, "branches", ()))
+            return dict.fromkeys([*names, *branches], empty), empty
         images = ChestImages(data.images, data.labels, rows, data.classes)
-        dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device,
-                     after_batch=[GreyToNetwork(self.net.mean, self.net.std)])
+        dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device)
+        scale = tensors(self.net, self.device)
         self.net.eval()
-        out, labels, others = [], [], {name: [] for name in names}
+        out, labels = [], []
         for x, y in dl:
             session.alive()
             with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
-                x = x.as_subclass(torch.Tensor)
-                logits, seen = self.net.read(x) if names else (self.net(x), {})
-            out.append(logits.float())
-            for name in names:
-                others[name].append(seen[name].float())
+                out.append(read_views(self.net, x.as_subclass(torch.Tensor), names, *scale))
             labels.append(y.as_subclass(torch.Tensor))
-        out, labels, *others = (torch.cat(found).cpu().numpy() for found in (out, labels, *others.values()))  # waits here alone
-        return out, labels, dict(zip(names, others))
+        # the first copy waits for the device, at the end
+        return {name: torch.cat([batch[name] for batch in out]).cpu().numpy() for name in out[0]}, \
+            torch.cat(labels).cpu().numpy()
 
     def quick_check(self, images: int = 100) -> float:
         """Mean ROC-AUC on so many random test images, to see that a checkpoint works; never a result."""
@@ -349,12 +356,13 @@ class Run:
         history = self.history or self._read_history()
         session.stop_unless(session.scoring_seconds(guess=max((row["seconds"] for row in history), default=0.0)), "scoring")
         start = time.monotonic()
-        parts, branches = {}, {}
+        parts, branches, names = {}, {}, getattr(self.net, "branches", ())
         for part in ("valid", "test"):
-            logits, labels, others = self._read(part, names=getattr(self.net, "branches", ()))
-            parts[part] = about(self.data.index.frame.iloc[self.data.rows(part)]) | {"logits": logits, "labels": labels}
-            branches |= {f"{part}_{name}": values for name, values in {"ids": parts[part]["ids"], **others}.items()}
-        if hasattr(self.net, "branches"):
+            views, labels = self.views(part, MENUS[self.params["tta"]])
+            parts[part] = about(self.data.index.frame.iloc[self.data.rows(part)]) | {
+                "logits": self._merged(views), "labels": labels}
+            branches |= {f"{part}_ids": parts[part]["ids"], **{f"{part}_{name}": views[f"id_{name}"] for name in names}}
+        if names:
             write_arrays(self.folder.branches_file, **branches)
         normal = self.data.index.normal_class
         save_predictions(self.folder.predictions_file, parts, self.data.classes, normal)
@@ -363,7 +371,8 @@ class Run:
                                    **self.folder.choices)
         save_resamples(self.folder.resamples_file, samples)
         metrics = {
-            "params": self.params, "data": self._source(), "split": self.data.split.record(),
+            "params": self.params, "data": self._source(), "split": self.data.split.record()
+            | ({"leak": True} if leaked_start(self.params, self.data.index.table.name) else {}),
             "classes": list(self.data.classes), "normal_class": normal, "images": self.data.train_images(),
             "train_prevalence": train, "valid": score_part(parts["valid"], self.data.classes, normal_class=normal)[0]
             if self.data.split.has_valid else None, "test": test,

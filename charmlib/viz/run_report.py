@@ -119,4 +119,5 @@ def evaluation_text(metrics: Mapping, predictions: Predictions, point: str) -> s
 
 
 def _members(metrics: Mapping) -> list[str]:
-    return [f"mean of the probabilities of {', '.join(metrics['members'])}"] if "members" in metrics else []
+    how = metrics.get("merge", "mean")
+    return [f"{how} of the probabilities of {', '.join(metrics['members'])}"] if "members" in metrics else []

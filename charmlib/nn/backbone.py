@@ -184,7 +184,7 @@ def read_state_dict(path: str | Path) -> Mapping[str, Tensor]:
     except Exception as error:
         raise ValueError(f"{path} cannot be read safely as a state dict ({type(error).__name__}). Damaged: copy or download it "
                          "again. A whole pickled module, as torchxrayvision's: it runs code when it is loaded; where you trust "
-                         f"it, torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), "
+                         f"it, torch.save(torch.load({str(path)!r}, weights_only={False}).state_dict(), "
                          f"{str(path.with_name(path.stem + '-state.pt'))!r}) converts it.") from error
     for key in ("state_dict", "model_state", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -29,8 +29,8 @@ def runs(phantoms, tmp_path_factory):
     folder, out = tmp_path_factory.mktemp("runs"), []
     for name, seed, tta in (("one", 1, "none"), ("two", 2, "flip")):
         run = Run.open({**TINY, "vote_weight": 0.5, "use_momentum": False, "use_attention": False, "stage1_epochs": 0,
-                        "stage2_epochs": 1, "seed": seed, "classes": "nih15", "data_root": str(phantoms), "run_dir": str(folder / name),
-                        "tta": tta})
+                        "stage2_epochs": 1, "seed": seed, "classes": "nih15", "data_root": str(phantoms), "tta": tta,
+                        "run_dir": str(folder / name)})
         run.train()
         run.score()
         finish(run.folder)

@@ -139,7 +139,7 @@ def test_train_with_the_finder_then_test_then_a_quick_check(phantoms, tmp_path):
     given = {**TINY, "data_root": phantoms, "run_dir": run, "stage1_lr": 0.0, "stage1_frozen_epochs": 1, "stage1_epochs": 1}
     book = papermill("train", tmp_path / "train.ipynb", given, ROOT / "notebooks")
     assert pictures(book) == 4  # a batch, the finder's curve, the loss curves, what filled the bank
-    assert "(from the finder)" in text(book) and "DRAWN PHANTOMS" in text(book) and "stage 2 epoch 2/2" in text(book)
+    assert "learning-rate finder: " in text(book) and "DRAWN PHANTOMS" in text(book) and "stage 2 epoch 2/2" in text(book)
     book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run, "limit": 40}, ROOT / "notebooks")
     assert "QUICK CHECK on 40" in text(book) and not (run / "metrics.json").exists() and pictures(book) == 0
     book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run}, ROOT / "notebooks")

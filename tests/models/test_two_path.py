@@ -267,7 +267,10 @@ SHRUNK = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "image_
     ("vgg16_cbam", {"stage1_frozen_epochs": 1, "stage1_epochs": 1, "stage2_epochs": 1, "stage1_batch": 16})])
 def test_each_preset_trains_and_is_scored_on_phantoms(phantoms, tmp_path, name, changes):
     params = load_params(PARAMS / f"{name}.yaml")
-    run = Run.open(params, **SHRUNK | changes, data_root=str(phantoms), run_dir=str(tmp_path / name))
+    try:
+        run = Run.open(params, **SHRUNK | changes, data_root=str(phantoms), run_dir=str(tmp_path / name))
+    except ImportError as error:  # without kornia_rs 0.2 and OpenCV there is no clahe
+        pytest.skip(str(error))
     run.train()
     metrics = Run.load(tmp_path / name).score()
     assert 0 <= metrics["test"]["mean_auc"] <= 1

@@ -14,6 +14,7 @@ from charmlib.files import reading, write_csv
 from charmlib.nih import NO_FINDING, PARTS
 from charmlib.nn import RareMemoryBank, VotingBank
 from charmlib.training.recipes import batches
+from charmlib.training.views import tensors
 
 COLUMNS = ("slot", "image", "patient", "labels", "similarity", "weight", "step")
 VOTED = tuple(name.replace("weight", "contribution") for name in COLUMNS)
@@ -173,7 +174,7 @@ class BankEvidence:
             raise ValueError(f"no class {finding!r} in {self.run.folder}: one of {', '.join(data.classes)}")
         row = row_of[image]
         pixels = np.asarray(data.images[row])
-        mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (net.mean, net.std))
+        mean, std = tensors(net, device)
         ids = torch.tensor([row], device=device)
         with torch.autocast("cuda", torch.float16, enabled=self.run.precision == "fp16"):
             if self.bank is not None:

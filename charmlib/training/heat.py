@@ -17,6 +17,7 @@ from charmlib.training.callbacks import seed_everything
 from charmlib.training.checkpoint import load_model
 from charmlib.training.device import pick_device, place
 from charmlib.training.run import Run
+from charmlib.training.views import tensors
 
 
 def heat_of(run: Run, rows: Sequence[int], classes: Sequence[int], *, stride: int = 32, net: torch.nn.Module | None = None
@@ -96,7 +97,7 @@ def explain_picture(folder: str | Path, path: str | Path, *, finding: str = "", 
         raise ValueError(f"no class {finding!r} in {folder}: one of {', '.join(classes)}")
     pixels = read_radiograph(path, params["image_size"], params["aspect"], scale=card["data"]["scale"],
                              contrast=params["contrast"])
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (net.mean, net.std))
+    mean, std = tensors(net, device)
     x = grey_to_network(torch.from_numpy(pixels.copy())[None, None].to(device), mean, std)
     with torch.no_grad():
         logits, seen = net.read(x)

@@ -8,6 +8,7 @@ import torch
 
 from charmlib.data.loaders import grey_to_network
 from charmlib.nih import NO_FINDING
+from charmlib.training.views import tensors
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def looks(run, images: Sequence[str]) -> list[Look]:
     if missing := [image for image in images if image not in row_of]:
         raise ValueError(f"no image {missing[0]!r} in {data.index.root}: give file names as its table has them")
     rows = np.array([row_of[image] for image in images])
-    mean, std = (torch.tensor(v, device=run.device).view(1, -1, 1, 1) for v in (net.mean, net.std))
+    mean, std = tensors(net, run.device)
     with torch.autocast("cuda", torch.float16, enabled=run.precision == "fp16"):
         seen = net.read(grey_to_network(torch.from_numpy(data.images.take(rows)).to(run.device)[:, None], mean, std))[1]
     seen |= {name: ((seen[name].float() * std + mean).mean(1) * 255).round().clamp(0, 255).byte() for name in ("view", "crop")}

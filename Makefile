@@ -2,13 +2,14 @@
 # make test   all tests, on the newest packages, but for the longest
 # make test-kaggle  the same on the packages of Kaggle's image (TESTS="tests/nn tests/data" for some of them)
 # make test-long  the longest tests, and all tests on the packages of Kaggle's image (half an hour)
+# make notebooks  charm.ipynb anew, which is stored with its outputs
 # make explore  finished runs as a web page of this machine (RUNS=runs/nih64 for some of them)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-kaggle test-long explore nih64 regime64 parts64 longtail64 two_path64 memaug64 benchmarks parameters lint lab clean
+.PHONY: demo test test-kaggle test-long explore nih64 regime64 parts64 longtail64 two_path64 memaug64 benchmarks parameters notebooks lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; say PYTHON=...')"
@@ -93,6 +94,10 @@ explore: $(VENV)/.installed
 parameters: $(VENV)/.installed
 	$(BIN)/python -m charmlib params --write notebooks/prepare.ipynb --write notebooks/train.ipynb \
 		--write notebooks/test.ipynb
+
+# runs charm.ipynb, which is stored with its outputs, after a change of what it shows
+notebooks: $(VENV)/.installed
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/charm.ipynb
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 import yaml
 
+import charmlib
 from charmlib.param_sources import cell_source
 from charmlib.params import PARAMS
 from tests.conftest import TINY
@@ -27,7 +28,7 @@ def code_cells(path):
 
 
 def test_the_notebooks_are_there():
-    assert {p.stem for p in BOOKS} >= {"prepare", "train", "test", "grid", "explore"}
+    assert {p.stem for p in BOOKS} >= {"prepare", "train", "test", "grid", "explore", "charm"}
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
@@ -35,7 +36,7 @@ def test_stored_clean_and_short(path):
     book = nbformat.read(path, as_version=4)
     nbformat.validate(book)
     for cell in code_cells(path):
-        assert not cell.outputs and cell.execution_count is None
+        assert path.stem == "charm" or (not cell.outputs and cell.execution_count is None)
         assert "parameters" in cell.metadata.get("tags", []) or len(cell.source.splitlines()) <= 16
         for word in ("ipywidgets", "interact", "widgets.", "import *", "load_learner"):
             assert word not in cell.source
@@ -50,7 +51,7 @@ def test_stored_clean_and_short(path):
 def test_imports_only_what_it_may(path):
     allowed = {"charmlib", "matplotlib", "pandas", "numpy", "pathlib", "warnings", "os", "IPython"}
     for i, cell in enumerate(code_cells(path)):
-        extra = {"importlib", "subprocess", "sys"} if i == 0 else set()
+        extra = {"importlib", "subprocess", "sys"} if i == 0 else {"torch"} if path.stem == "charm" else set()
         for node in ast.walk(ast.parse(cell.source)):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
                 [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -119,6 +120,30 @@ def pictures(book):
 def text(book):
     return "\n".join(o.get("text", "") or "".join(o.get("data", {}).get(f"text/{kind}", "") for kind in ("plain", "html"))
                      for c in book.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_what_charm_shows_is_of_this_version():
+    """Stored by `make notebooks`: every cell in turn, none failed, nothing of the machine that ran it."""
+    book = nbformat.read(ROOT / "notebooks/charm.ipynb", as_version=4)
+    cells = code_cells(ROOT / "notebooks/charm.ipynb")
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(o.output_type == "error" or o.get("name") == "stderr" for cell in cells for o in cell.outputs)
+    assert f"charmlib {charmlib.__version__}\n" in text(book), "say make notebooks"
+    assert pictures(book) == 8 and "/root/" not in text(book) and "/home/" not in text(book)
+
+
+def test_charm_uses_public_names_alone():
+    for cell in code_cells(ROOT / "notebooks/charm.ipynb"):
+        for node in ast.walk(ast.parse(cell.source)):
+            name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+            assert name == "_" or not name.startswith("_") or name.endswith("__"), name
+
+
+@pytest.mark.slow
+def test_charm_runs(phantoms, tmp_path):
+    """Its own assertions hold each step against the network's."""
+    book = papermill("charm", tmp_path / "charm.ipynb", {"data_root": phantoms, "image_size": 64}, tmp_path)
+    assert pictures(book) == 8 and "64 of 64 slots filled" in text(book) and "equal to encode: True" in text(book)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = {"prepare": ["data_root", "classes", "csv", "normal_class", "blank", "uncertain", "patients", "split", "valid_fraction",
                      "image_size", "aspect", "contrast", "cache_dir", "workers"],
-         "train": None, "test": ["data_root", "cache_dir", "limit", "run_dir", "workers", "device"]}
+         "train": None, "test": ["data_root", "cache_dir", "run_dir", "workers", "device"]}
 
 
 def code_cells(path):
@@ -106,7 +106,7 @@ def test_a_mistyped_name_is_an_error_before_training(phantoms, tmp_path, wrong, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, wrong, near", [("prepare", "image_sze", "image_size"), ("test", "limt", "limit"),
+@pytest.mark.parametrize("name, wrong, near", [("prepare", "image_sze", "image_size"), ("test", "worker", "workers"),
                                                ("grid", "worker", "workers"), ("explore", "data_rot", "data_root")])
 def test_so_it_is_in_the_other_notebooks(tmp_path, name, wrong, near):
     done = call_papermill(ROOT / f"notebooks/{name}.ipynb", tmp_path / "out.ipynb", {wrong: 3}, tmp_path)
@@ -118,7 +118,8 @@ def pictures(book):
 
 
 def text(book):
-    return "\n".join(o.get("text", "") or "".join(o.get("data", {}).get(f"text/{kind}", "") for kind in ("plain", "html"))
+    kinds = [f"text/{kind}" for kind in ("plain", "html", "markdown")]
+    return "\n".join(o.get("text", "") or "".join(o.get("data", {}).get(kind, "") for kind in kinds)
                      for c in book.cells if c.cell_type == "code" for o in c.outputs)
 
 
@@ -159,16 +160,16 @@ def test_prepare_builds_the_cache_and_shows_the_data(phantoms, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_with_the_finder_then_test_then_a_quick_check(phantoms, tmp_path):
+def test_train_with_the_finder_then_test(phantoms, tmp_path):
     run = tmp_path / "run"
     given = {**TINY, "data_root": phantoms, "run_dir": run, "stage1_lr": 0.0, "stage1_frozen_epochs": 1, "stage1_epochs": 1}
     book = papermill("train", tmp_path / "train.ipynb", given, ROOT / "notebooks")
     assert pictures(book) == 4  # a batch, the finder's curve, the loss curves, what filled the bank
     assert "learning-rate finder: " in text(book) and "DRAWN PHANTOMS" in text(book) and "stage 2 epoch 2/2" in text(book)
-    book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run, "limit": 40}, ROOT / "notebooks")
-    assert "QUICK CHECK on 40" in text(book) and not (run / "metrics.json").exists() and pictures(book) == 0
+    assert "phase stage1_frozen: at most 1 epochs" in text(book) and "minutes on this machine" in text(book)
     book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run}, ROOT / "notebooks")
     assert (run / "metrics.json").is_file() and pictures(book) == 9  # those of the report, and what the memory answered with
+    assert "QUICK CHECK on" in text(book) and "What the memory holds" in text(book) and "The two paths" not in text(book)
     assert "slots with images of" in text(book) and "any head finding" in text(book)
     assert re.search("mean of (\\d+ of 14 )?classes", text(book)) and "no published figure belongs beside" in text(book)
     assert (run / "report.html").read_text().count("data:image/png") == 8

@@ -76,9 +76,9 @@ def find_data(data_root: str | Path = "", csv: str | Path = "", **where) -> Path
         return root
     if csv:
         raise ValueError(f"csv: {csv} needs data_root, the folder of its images")
-    folder = default_cache_dir() / "phantoms"
+    folder = default_cache_dir() / "phantoms_64"
     print(f"no data_root given and no NIH data found: taking DRAWN PHANTOMS in {folder}", flush=True)
-    return make_phantoms(folder, size=128)
+    return make_phantoms(folder)
 
 
 def open_dataset(params: Mapping | None = None, **changes) -> ChestData:

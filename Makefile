@@ -1,4 +1,4 @@
-# make demo   the main job: a small grid on drawn phantoms, from install to leaderboard
+# make demo   the main job: CHARM and what it is measured against on drawn phantoms, from install to report
 # make test   all tests, on the newest packages, but for the longest
 # make test-kaggle  the same on the packages of Kaggle's image (TESTS="tests/nn tests/data" for some of them)
 # make test-long  the longest tests, and all tests on the packages of Kaggle's image (half an hour)

@@ -113,7 +113,12 @@ def test_our_grids():
     assert len(charm.cells) == 36 + 2 and [c.id for c in charm.cells[-2:]] == ["plain", "ours"]
     assert all(c.params["stage1_lr"] > 0 for c in charm.cells)  # a finder in each cell would be a fourth axis
     demo = load_grid(PARAMS_DIR / "grid_demo.yaml")
-    assert len(demo.cells) == 8 and set(demo.axes) == {"momentum", "k", "threshold"}
+    assert len(demo.cells) == 8 and set(demo.axes) == {"bank_size", "vote_temperature"}
+    cells = {cell.id: cell.params for cell in demo.cells}
+    size, published = load_params(PARAMS_DIR / "demo.yaml"), resolve(load_params(PARAMS_DIR / "published.yaml"))
+    free = {*size, "split", "keys", "vote_weight"}  # ... and the last two act in no bank that answers with features
+    assert [n for n in published if cells["published"].get(n, published[n]) != published[n] and n not in free] == []
+    assert cells["ag_cnn"]["system"] == "two_path" and cells["csra"]["head"] == "csra" and not cells["plain"]["use_bank"]
 
 
 @pytest.mark.parametrize("path", sorted(p for p in PARAMS_DIR.rglob("*.yaml") if not p.name.startswith("grid_")),

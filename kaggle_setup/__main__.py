@@ -1,4 +1,4 @@
-"""``python -m kaggle_setup push|wheel|status|fetch``: exit 0 only when all that was asked is done."""
+"""``python -m kaggle_setup prepare|push|wheel|status|fetch``: exit 0 only when all that was asked is done."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from charmlib.grid.budget import KAGGLE_WEEK, seconds_of
 from charmlib.grid.cells import GridError
 from charmlib.grid.spec import load_grid
 from charmlib.session import entry_point
-from kaggle_setup import rounds
+from kaggle_setup import client, rounds
 from kaggle_setup.kernel import NO_GPU, T4
-from kaggle_setup.prepare import prepare
+from kaggle_setup.prepare import SESSION_HOURS, prepare, write_data_kernel
 from kaggle_setup.redaction import redact, say
 from kaggle_setup.state import READY, load_state, locked
 from kaggle_setup.wheel import WHEEL_TITLE, upload, write_dataset
@@ -65,6 +65,24 @@ def push_command(grid_yaml, out, waits, poll, dry_run, **settings):
                          "command tries them again.")
     if not waits and (ready := sum(kernel.state == READY for kernel in state.kernels)):
         raise SystemExit(f"{ready} shards wait for a free session: give the same command when one has ended, or --wait")
+
+
+@cli.command("prepare")
+@click.option("--user", required=True, help="Your name on Kaggle, kaggle.com/NAME.")
+@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Sets a parameter of prepare.ipynb.")
+@click.option("--data", multiple=True, metavar="OWNER/NAME", help="Datasets to attach [default: nih-chest-xrays/data].")
+@_DATASET
+@click.option("--out", type=_FOLDER, default="dist/kaggle_prepare", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Write notebook, metadata and wheel; send nothing.")
+def prepare_command(user, dataset, out, dry_run, **settings):
+    """Push prepare.ipynb as a CPU session, which decodes every image once; push attaches its output."""
+    name = write_data_kernel(out / "kernel", user, dataset=dataset, **settings)
+    digest = write_dataset(out / "wheel", user, dataset)
+    if dry_run:
+        say(f"{out}: notebook, metadata and wheel written; nothing was sent")
+        return
+    upload(out / "wheel", digest)
+    say(f"{client.push(out / 'kernel', SESSION_HOURS * 3600)}: when it has ended, push with --notebook-outputs {name}")
 
 
 @cli.command("wheel")

@@ -1,4 +1,4 @@
-"""What is pushed for one shard: its names, ``kernel-metadata.json``, and ``grid.ipynb`` with parameters and files inside.
+"""What is pushed: its names, ``kernel-metadata.json``, and a notebook with parameters and files inside.
 
 Kaggle takes one file a kernel, so what the grid file and its bases say travels in a cell that writes them there.
 """
@@ -80,20 +80,22 @@ def grid_files(grid: str | Path) -> dict[str, str]:
     return {f"params/{file.relative_to(above).as_posix()}": find_file(file).read_text() for file in files}
 
 
-def shard_notebook(parameters: Mapping[str, Any], files: Mapping[str, str], *, gpu: bool = True) -> nbformat.NotebookNode:
-    """``grid.ipynb`` as Kaggle is to run it, without outputs.
+def pushed_notebook(parameters: Mapping[str, Any], files: Mapping[str, str] | None = None, *, gpu: bool = True,
+                    name: str = "grid") -> nbformat.NotebookNode:
+    """A notebook as Kaggle is to run it, without outputs; ``files`` are those of :func:`grid_files`, which its cell writes.
 
     Raises KaggleError for a parameter that it does not declare: papermill would only warn, and the defaults would be trained.
     """
-    source = find_notebooks() / "grid.ipynb"
+    source = find_notebooks() / f"{name}.ipynb"
     names = list(declared(source))
-    if unknown := next((name for name in parameters if name not in names), None):
+    if unknown := next((given for given in parameters if given not in names), None):
         raise KaggleError(f"{source} declares no parameter '{unknown}'.{nearest(unknown, names)} It has {', '.join(names)}.")
     book = parameterize_notebook(load_notebook_node(str(source)), dict(parameters))
     place = next(i for i, cell in enumerate(book.cells) if cell.cell_type == "code") + 1
-    written = pprint.pformat(dict(files), width=120, sort_dicts=False)
-    book.cells[place:place] = [nbformat.v4.new_code_cell(code, metadata={"tags": ["kaggle"]})
-                               for code in (_CHECK_GPU.format(gpu=gpu), _WRITE_FILES.format(files=written))]
+    added = [_CHECK_GPU.format(gpu=gpu)]
+    if files:
+        added.append(_WRITE_FILES.format(files=pprint.pformat(dict(files), width=120, sort_dicts=False)))
+    book.cells[place:place] = [nbformat.v4.new_code_cell(code, metadata={"tags": ["kaggle"]}) for code in added]
     for i, cell in enumerate(book.cells):
         cell.id = f"shard-{i:02}"
         cell.metadata.pop("papermill", None)

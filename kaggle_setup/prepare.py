@@ -2,18 +2,19 @@
 
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from charmlib.files import write_json, write_text
 from charmlib.grid.budget import seconds_of
 from charmlib.grid.spec import Grid, load_grid
+from charmlib.param_sources import parse_assignments
 from kaggle_setup.client import KaggleError
-from kaggle_setup.kernel import CODE_FILE, NO_GPU, T4, grid_files, id_of, kernel_metadata, shard_notebook
+from kaggle_setup.kernel import CODE_FILE, NO_GPU, T4, grid_files, id_of, kernel_metadata, pushed_notebook
 from kaggle_setup.state import READY, VOID, Kernel, State, load_state
 from kaggle_setup.wheel import WHEEL_TITLE
 
-SESSION_HOURS = 12
+SESSION_HOURS, DATA_TITLE = 12, "charmlib prepare"
 _ON_KAGGLE, _DRAWN = "/kaggle/", "data/phantoms"
 _PLACES = ("data_root", "cache_dir", "csv", "weights", "split")
 
@@ -69,12 +70,28 @@ def write_kernel(state: State, kernel: Kernel) -> None:
     parameters = {"grid": next(iter(settings["files"])), "out": f"runs/{settings['name']}", "budget": settings["budget"],
                   "overrides": settings["assignments"],
                   "shard": f"{kernel.shard}/{settings['shards']}" if settings["shards"] > 1 else ""}
-    book = shard_notebook(parameters, settings["files"], gpu=settings["accelerator"] != NO_GPU)
+    book = pushed_notebook(parameters, settings["files"], gpu=settings["accelerator"] != NO_GPU)
     metadata = kernel_metadata(settings["user"], kernel.title, accelerator=settings["accelerator"],
                                datasets=[id_of(settings["user"], settings["dataset"]), *settings["data"]],
                                kernels=[*settings["notebook_outputs"], *([earlier.id] if earlier else [])],
                                internet=settings["internet"])
-    folder = state.place(kernel) / "kernel"
+    _write(state.place(kernel) / "kernel", book, metadata)
+
+
+def write_data_kernel(folder: Path, user: str, assignments: Iterable[str] = (), *, data: Iterable[str] = (),
+                      dataset: str = WHEEL_TITLE) -> str:
+    """Write ``prepare.ipynb`` for a CPU session and its metadata into ``folder``; returns its ``user/slug``.
+
+    Its output holds the cache that grids attach. Raises ParameterError and KaggleError as :func:`prepare`.
+    """
+    parameters = {"cache_dir": "/kaggle/working/cache"} | parse_assignments(assignments)
+    metadata = kernel_metadata(user, DATA_TITLE, accelerator=NO_GPU,
+                               datasets=[id_of(user, dataset), *(data or ["nih-chest-xrays/data"])])
+    _write(folder, pushed_notebook(parameters, gpu=False, name="prepare"), metadata)
+    return metadata["id"]
+
+
+def _write(folder: Path, book: Mapping, metadata: Mapping) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CODE_FILE, json.dumps(book, indent=1) + "\n")
     write_json(folder / "kernel-metadata.json", metadata)

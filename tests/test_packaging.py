@@ -97,6 +97,28 @@ def needed() -> dict[str, Requirement]:
     return {**listed("requirements.txt"), **{canonicalize_name(need.name): need for need in more}}
 
 
+def test_what_pushing_needs_is_listed_and_is_not_torch():
+    """In an environment of its own: its bounds are the library's, and it lists all that pushing and merging import."""
+    push, library = listed("kaggle_setup/requirements-push.txt"), listed("requirements.txt")
+    own = {"kaggle", "six", "setuptools"}
+    assert push.keys() - library.keys() == own and all(push[name] == library[name] for name in push.keys() - own)
+    code = ("import sys, importlib.metadata as md\nimport kaggle_setup.__main__\nowners = md.packages_distributions()\n"
+            "print(*{d for m in sys.modules for d in owners.get(m.partition('.')[0], []) if not d.startswith('nvidia')})")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    found = {canonicalize_name(name) for name in done.stdout.split()}
+    assert found & library.keys() <= push.keys(), done.stderr
+
+
+def test_the_table_of_gpu_hours_is_that_of_its_file():
+    from benchmarks.gpu_hours import OUT, rows
+
+    made = [list(map(str, row.values())) for row in rows()]
+    assert [line.split(",") for line in OUT.read_text().splitlines()[1:]] == made, "say python -m benchmarks.gpu_hours"
+    page = (ROOT / "docs/kaggle.md").read_text()
+    for grid, cells, left_out, best, worst in made:
+        assert left_out != "0" or f"| `params/{grid}` | {cells} | {best} | {worst} |" in page, grid
+
+
 @pytest.mark.parametrize("end", ["kaggle", "latest"])
 def test_the_lower_bounds_admit_both_ends(end):
     """ipykernel>=6.29 was asked for once, and Kaggle's image holds 6.17.1: pip could not have installed the two together."""

@@ -116,6 +116,21 @@ def test_the_wheels_dataset_alone(charm, server, tmp_path):
     assert status == 0 and "anna/charmlib-wheel: the wheel is there, version 1" in text
 
 
+def test_the_cache_is_prepared_by_a_cpu_session_whose_output_grids_attach(charm, server, tmp_path):
+    out = tmp_path / "prepare"
+    status, text = charm("prepare", "--user", "anna", "-p", "image_size=512", "--out", out, "--dry-run")
+    assert status == 0 and "nothing was sent" in text and server.calls() == []
+    book, meta = (json.loads((out / "kernel" / name).read_text()) for name in ("notebook.ipynb", "kernel-metadata.json"))
+    source = "\n".join("".join(cell["source"]) for cell in book["cells"])
+    assert "image_size = 512" in source and 'cache_dir = "/kaggle/working/cache"' in source and "required=False" in source
+    assert meta["enable_gpu"] is False and meta["dataset_sources"] == ["anna/charmlib-wheel", "nih-chest-xrays/data"]
+    status, text = charm("prepare", "--user", "anna", "--out", out)
+    assert status == 0 and "--notebook-outputs anna/charmlib-prepare" in text, text
+    assert [name for name, _ in server.calls()][-1] == "kernels_push"
+    status, text = charm("prepare", "--user", "anna", "-p", "stage1_epochs=3", "--out", out, "--dry-run")
+    assert status == 2 and "declares no parameter 'stage1_epochs'" in text
+
+
 def test_the_third_shard_waits_for_a_session_and_says_so(push, server, tmp_path):
     status, text = push("--shards", 3)
     assert status == 1 and "waiting, 2 sessions run" in text and "1 shards wait" in text

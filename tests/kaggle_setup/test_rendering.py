@@ -13,7 +13,7 @@ import charmlib
 from charmlib.grid import load_grid
 from charmlib.params import ParameterError
 from kaggle_setup.client import KaggleError
-from kaggle_setup.kernel import grid_files, id_of, kernel_metadata, shard_notebook, slug_of
+from kaggle_setup.kernel import grid_files, id_of, kernel_metadata, pushed_notebook, slug_of
 from kaggle_setup.prepare import prepare
 from kaggle_setup.redaction import redact
 
@@ -108,7 +108,7 @@ def test_a_base_that_ships_with_charmlib_goes_where_the_grid_looks_for_it(tmp_pa
 def test_the_rendered_notebook_holds_its_parameters_and_no_output(small):
     files = grid_files(small)
     place = next(iter(files))
-    book = shard_notebook({"grid": place, "shard": "1/2", "overrides": ['csv=a "b" \\ c']}, files)
+    book = pushed_notebook({"grid": place, "shard": "1/2", "overrides": ['csv=a "b" \\ c']}, files)
     nbformat.validate(book)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and isinstance(cell.source, str) for cell in code)
@@ -118,12 +118,12 @@ def test_the_rendered_notebook_holds_its_parameters_and_no_output(small):
     order = [i for word in ("pip", "required=True", "files = ", "grid: str", "# Parameters", "run_grid(")
              for i, cell in enumerate(code) if word in cell.source][:6]
     assert order == sorted(order)
-    assert "required=False" in str(shard_notebook({"grid": place}, files, gpu=False))
+    assert "required=False" in str(pushed_notebook({"grid": place}, files, gpu=False))
 
 
 def test_a_parameter_that_the_notebook_does_not_declare_is_refused(small):
     with pytest.raises(KaggleError, match="declares no parameter 'shards'.*Did you mean 'shard'"):
-        shard_notebook({"shards": "1/2"}, grid_files(small))
+        pushed_notebook({"shards": "1/2"}, grid_files(small))
 
 
 def test_paths_must_be_kaggles(small, tmp_path):

@@ -1,7 +1,7 @@
 """What a run will do and how long that takes on this machine, said before it starts."""
 
 import copy
-import time
+import timeit
 from collections.abc import Mapping
 
 import torch
@@ -20,10 +20,8 @@ _STEP, _HEAD_STEP = 3, 1.5  # forward passes that take as long as a training ste
 
 
 def quick_without_data(params: Mapping) -> dict:
-    """``params`` with the values of :data:`QUICK` in place of defaults where there is neither data nor a GPU, which it says.
-
-    A CPU would take hours for the default training. A cell of a grid keeps its parameters.
-    """
+    """``params``, with the values of :data:`QUICK` in place of defaults where there is neither data nor a GPU, which it says.
+    A cell of a grid keeps its own."""
     p = resolve(params)
     if session.in_grid() or p["csv"] or resolve_data_root(p["data_root"]) or pick_device(p["device"]).type != "cpu":
         return dict(params)
@@ -47,16 +45,12 @@ def plan(run) -> str:
         return "\n".join(lines)
     net = copy.deepcopy(run.net).eval()
     x = torch.zeros(phases[0].batch if run.device.type == "cuda" else 8, 3, *[p["image_size"]] * 2, device=run.device)
-    tries = []
-    for _ in range(3):  # the first one allocates
-        start = time.monotonic()
-        with torch.autocast("cuda", torch.float16, enabled=run.precision == "fp16"):
-            net(x).sum().item()  # waits for the device
-        tries.append(time.monotonic() - start)
-    forward = min(tries) / len(x) / 60
+    with torch.autocast("cuda", torch.float16, enabled=run.precision == "fp16"):  # item() waits for the device
+        forward = min(timeit.repeat(lambda: net(x).sum().item(), number=1, repeat=3)) / len(x) / 60
     after = len(run.data.rows("valid")) + (min(p["bank_size"], images["all"]) if hasattr(run.bank.bank, "renew") else 0)
     whole = forward * sum(phase.epochs * (images[phase.images] * (_HEAD_STEP if phase.trains == ("head",) else _STEP) + after)
                           for phase in phases)
-    finds = not p["stage1_lr"] and p["system"] not in PARAMS["stage1_lr"].not_of
-    finder = f"; before them about {forward * _STEP * 100 * phases[0].batch:.1f} for the rate finder" if finds else ""
-    return "\n".join([*lines, f"about {whole:.1f} minutes on this machine, if no phase ends early{finder}"])
+    finder = "" if p["stage1_lr"] or p["system"] in PARAMS["stage1_lr"].not_of else \
+        f"; before them about {forward * _STEP * 100 * phases[0].batch:.1f} minutes for the rate finder"
+    about = f"{whole / 60:.1f} hours" if whole > 90 else f"{whole:.1f} minutes"
+    return "\n".join([*lines, f"about {about} on this machine, if no phase ends early{finder}"])

@@ -43,6 +43,8 @@ def test_stored_clean_and_short(path):
         tree = ast.parse(cell.source)
         assert not any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in tree.body), "logic belongs in charmlib"
     assert [c.metadata.get("tags") for c in book.cells].count(["parameters"]) == 1
+    folded = code_cells(path)[0].metadata  # in JupyterLab, and on Kaggle
+    assert path.stem == "explore" or (folded["jupyter"]["source_hidden"] and folded["_kg_hide-input"])
     prose = sum(len(c.source) for c in book.cells if c.cell_type == "markdown")
     assert prose > 300 and "Research use only" in book.cells[0].source
 

@@ -25,8 +25,9 @@ from benchmarks.measure import RESULTS
 from charmlib.evaluation.runs import RunFolder
 from charmlib.files import write_json
 
-BASE = {"arch": "mobilenet_v2", "norm": "half", "image_size": 64, "stage1_frozen_epochs": 1, "stage1_epochs": 2, "stage1_lr": 1e-3,
-        "stage1_batch": 64, "stage2_batch": 64, "stage2_epochs": 2, "stage2_lr_min": 5e-4, "stage2_lr_max": 5e-4}
+BASE = {"arch": "mobilenet_v2", "norm": "half", "image_size": 64, "stage1_frozen_epochs": 1, "stage1_epochs": 2,
+        "stage1_lr": 1e-3, "stage1_batch": 64, "stage2_batch": 64, "stage2_epochs": 2, "stage2_lr_min": 5e-4,
+        "stage2_lr_max": 5e-4}
 AXES = {"average": [0.0, 0.99, 0.999], "vote_temperature": [0.2, 0.4, 0.8, 1.6], "vote_weight": [0.3, 0.5, 0.7]}
 
 
@@ -69,9 +70,11 @@ def main() -> None:
         trained = re.findall(r"trained (\d+) of (\d+) epochs", logs)
         epochs = [len(RunFolder(path).history) for path in (folder / "shared").iterdir() if RunFolder(path).done]
     share = {name: round(shared[name] / alone[name], 2) for name in alone}
-    figures = {"cells": len(epochs), "epochs_of_all_cells": sum(epochs), "epochs_trained": epochs[0] + sum(int(n) for n, _ in trained),
-               "alone": alone, "shared": shared, "times_one_cell": share, "asked": 2.0, "drawn_cells_equal_to_the_bit": equal,
-               "limit": given.limit, "axes": AXES, "settings": BASE, "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")}
+    figures = {"cells": len(epochs), "epochs_of_all_cells": sum(epochs),
+               "epochs_trained": sum(epochs) - sum(int(all_) - int(own) for own, all_ in trained),
+               "alone": alone, "shared": shared, "times_one_cell": share, "asked": 2.0,
+               "drawn_cells_equal_to_the_bit": equal, "limit": given.limit, "axes": AXES, "settings": BASE,
+               "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")}
     if not given.limit:
         write_json(RESULTS / "economy_trainings.json", figures)
     print(json.dumps(figures))

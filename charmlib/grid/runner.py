@@ -18,7 +18,7 @@ from charmlib.files import write_csv, write_text
 from charmlib.grid import lease
 from charmlib.grid.board import leaderboard, record_of
 from charmlib.grid.bring import bring_earlier, refuse_links, remove_cell
-from charmlib.grid.budget import KAGGLE_WEEK, existing, hours, paces, refuse_without_space, remaining
+from charmlib.grid.budget import KAGGLE_WEEK, Pace, existing, hours, paces, probed, refuse_without_space, remaining
 from charmlib.grid.cells import CellFolder, GridError, cell_hash, code_hash, find_notebooks, notebook_code
 from charmlib.grid.cluster import Means, connect, given_cluster, handling, local_cluster
 from charmlib.grid.report import write_report
@@ -149,7 +149,8 @@ def _refuse_locked(folder: Path, more: str = "") -> None:
 
 
 def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
-    seconds = _seconds_left(grid, grid, folder)
+    unknown = [cell for cell, left in zip(grid.cells, _seconds_left(grid, grid, folder)) if left == float("inf")]
+    seconds = _seconds_left(grid, grid, folder, probed(unknown, say) if unknown else {})
     for cell, left in zip(grid.cells, seconds):
         run = CellFolder(folder / cell.id)
         changed = run.done and changes(run.metrics["params"], cell.params)
@@ -161,12 +162,14 @@ def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
     total, at_once = sum(seconds) / 3600, means.at_once
     more = f", {hours(3600 * total / at_once)} with {at_once} at once" if at_once > 1 else ""
     say(f"at most {total:.2f} GPU hours are left{more}: {total / at_once / KAGGLE_WEEK:.1%} of Kaggle's {KAGGLE_WEEK} session "
-        "hours a week" if total < float("inf") else "how long they take is known once one epoch has been timed here")
+        "hours a week" + (", by a few steps on this machine and without decoding images" if unknown else "")
+        if total < float("inf") else "how long they take is known once the data are there, or one epoch has been timed")
 
 
-def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float]:
-    """Of each cell of a part, by the finished epochs of the whole grid; the first of those that share a training trains."""
-    pace, trained, found = paces(folder, grid.cells), set(), []
+def _seconds_left(grid: Grid, part: Grid, folder: Path, known: Mapping[str, Pace] | None = None) -> list[float]:
+    """Of each cell of a part, by the finished epochs of the whole grid, or by what is ``known``; the first of those that share
+    a training trains."""
+    pace, trained, found = {**paces(folder, grid.cells), **(known or {})}, set(), []
     for cell in part.cells:
         run, training = CellFolder(folder / cell.id), training_of(cell.params)
         found.append(remaining(cell, run, pace[cell.id]) if training not in trained else

@@ -1,6 +1,7 @@
 """A training kept epoch by epoch, for runs that differ only in what acts when scoring."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ class Tape(Callback):
         def remembered(x: Tensor) -> Encoded:
             if net.training or torch.is_grad_enabled():
                 return encode(x)
-            tensors = [t for part in parts for t in part.state_dict(keep_vars=True).values()]
+            tensors = [t for part in parts for t in itertools.chain(part.parameters(), part.buffers())]
             versions = tuple((id(t), t._version) for t in tensors)  # torch counts the writes to a tensor
             if weights.get("versions") != versions:
                 weights.update(versions=versions, digest=_digest(tensors))

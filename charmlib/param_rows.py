@@ -21,6 +21,8 @@ class Param:
       run. ``steps`` is the number of training steps, None where it is not known.
     - ``shown``: whether the train notebook's parameters cell has a line for it; the others go through its ``options``.
     - ``hashed``: False for parameters that say where and how a run happens: they stay out of a cell's hash.
+    - ``scores``: whether it acts when scoring and choosing an epoch only: cells that differ in no other parameter share a
+      training.
     """
 
     group: str
@@ -38,6 +40,7 @@ class Param:
     effective: Callable[[Any, Mapping, int | None], Any] | None = None
     shown: bool = False
     hashed: bool = True
+    scores: bool = False
 
 
 ABOVE_0 = "above 0"
@@ -143,11 +146,11 @@ ROWS: tuple[Param, ...] = (
     Param("network", "vote_weight", float, -1.0,
           "share of the bank's votes in the logits; -1 chooses among 0, 0.1 to 1 by the log loss on the validation part, and "
           "is 0.5 without one",
-          low=-1, high=1, **_VOTES),
+          low=-1, high=1, **_VOTES, scores=True),
     Param("network", "vote_temperature", float, 0.8,
-          "temperature of the voting kernel; small values let only similar slots vote", low=1e-3, **_VOTES),
+          "temperature of the voting kernel; small values let only similar slots vote", low=1e-3, **_VOTES, scores=True),
     Param("network", "vote_ridge", float, 3.0, "ridge penalty of the voting regression; large values rely less on single slots",
-          low=1e-3, **_VOTES),
+          low=1e-3, **_VOTES, scores=True),
     Param("network", "rule", str, "rare",
           "rare stores rare features, published the common ones as the code does, angle compares directions",
           ("rare", "published", "angle"), needs={"strategy": ("rarity", "statistical", "hybrid")}, **_CHARM),
@@ -262,25 +265,26 @@ ROWS: tuple[Param, ...] = (
           ("light", "standard", "strong")),
     Param("training", "average", float, 0.0,
           "decay of a running mean of the weights that is scored and saved; 0 scores the last weights, 1 takes all steps alike",
-          low=0, high=1, effective=partial(warmup_end, of="average")),
+          low=0, high=1, effective=partial(warmup_end, of="average"), scores=True),
     Param("training", "average_warmup", bool, False, "whether the decay of that mean starts at 0.1 and rises to average",
-          needs={"average": ABOVE_0}),
+          needs={"average": ABOVE_0}, scores=True),
     Param("training", "weight_decay", float, 0.01, "decoupled weight decay; an L2 penalty with sgd", low=0),
-    Param("training", "patience", int, 5, "epochs without improvement before a stage ends; 0 never ends it early", low=0),
+    Param("training", "patience", int, 5, "epochs without improvement before a stage ends; 0 never ends it early", low=0,
+          scores=True),
     Param("training", "min_delta", float, 0.0, "smallest improvement that patience counts; 0.001 in the published code",
-          low=0, needs={"patience": ABOVE_0}),
+          low=0, needs={"patience": ABOVE_0}, scores=True),
     Param("training", "save_delta", float, 0.0, "smallest improvement that replaces the kept epoch; 0.0001 as published",
-          low=0, needs={"valid_fraction": ABOVE_0}),
+          low=0, needs={"valid_fraction": ABOVE_0}, scores=True),
     Param("training", "monitor", str, "valid_loss", "validation figure for early stopping and the best checkpoint",
-          ("valid_loss", "valid_auc", "valid_ap"), needs={"valid_fraction": ABOVE_0}),
+          ("valid_loss", "valid_auc", "valid_ap"), needs={"valid_fraction": ABOVE_0}, scores=True),
     # run
     Param("run", "run_dir", str, "runs/notebook", "folder of this run's files", shown=True, hashed=False),
     Param("run", "seed", int, 85, "seed of all randomness; 85 in the paper", low=0, shown=True),
     Param("run", "tta", str, "none", "views that scores and predictions merge: id, flip, turns of 5 degrees, zooms, brightness",
-          ("none", "flip", "light", "medium", "heavy", "flip_scale")),
+          ("none", "flip", "light", "medium", "heavy", "flip_scale"), scores=True),
     Param("run", "tta_merge", str, "mean", "how probabilities of views are merged; logit_mean takes the mean of the logits",
           ("mean", "max", "gmean", "median", "logit_mean"),
-          needs={"tta": ("flip", "light", "medium", "heavy", "flip_scale")}),
+          needs={"tta": ("flip", "light", "medium", "heavy", "flip_scale")}, scores=True),
     Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
     Param("run", "workers", int, 0, "processes that decode images for the cache; 0 is one a core", low=0, hashed=False),
     Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU, 50 KB an image at 224 pixels",

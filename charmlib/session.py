@@ -23,6 +23,7 @@ BATCH = "CHARM_BATCH"  # set where a program runs the notebook
 PARENT = "CHARM_PARENT"  # number of the process that started this one
 ALIVE = "CHARM_ALIVE"  # file to touch as work goes on
 DEADLINE = "CHARM_DEADLINE"  # Unix time at which the cell must have ended
+TAPE = "CHARM_TAPE"  # arguments of charmlib.training.tape.Tape as JSON, for cells that share a training
 SCORING = "CHARM_SCORING_SECONDS"  # expected seconds of scoring, where they are known
 
 _last = 0.0

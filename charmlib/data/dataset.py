@@ -97,6 +97,16 @@ def open_dataset(params: Mapping | None = None, **changes) -> ChestData:
     return assemble(index, images, split=p["split"], limit=p["limit"], labels=p["labels"], **parts)
 
 
+def count_images(params: Mapping) -> dict[str, int]:
+    """Numbers of images by the label table alone: 'all' for training, those of them with 'findings', 'valid' and 'test'."""
+    p, given = resolve({"patience": 0}, dict(params)), ("valid_fraction", "never_test", "limit")
+    index = read_index(find_data(p["data_root"], p["csv"]), **{name: p[name] for name in READING})
+    split = make_split(index, p["split"], **{name: p[name] for name in given})
+    train = split.rows("train")
+    return {"all": len(train), "findings": int(index.has_finding()[train].sum()),
+            **{part: len(split.rows(part)) for part in ("valid", "test")}}
+
+
 def digests(data: ChestData, weights: str = "none") -> dict[str, str]:
     """16 hex digits each of the labels and pictures in the parts of the split, and of a file of ``weights``.
 

@@ -315,11 +315,12 @@ def valid_auc(metrics: Mapping) -> float:
 
 
 def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None, code: str | None = None,
-           wall: float | None = None) -> Path | None:
+           wall: float | None = None, shares: str | None = None) -> Path | None:
     """Turn the scores of the test notebook into ``metrics.json``, the mark of a finished run, and remove ``resume.pt``.
 
-    In a grid the runner calls this with the cell's name and hash, the hash of the notebooks' code and the wall time in
-    seconds; the notebook's own call then returns None. Raises FileNotFoundError for a run that has not been scored.
+    In a grid the runner calls this with the cell's name and hash, the hash of the notebooks' code, the wall time in seconds and
+    the name of the cell whose training it ``shares``, kept as ``shares_training_with``; the notebook's own call then returns
+    None. Raises FileNotFoundError for a run that has not been scored.
     """
     folder = RunFolder(run)
     if session.in_grid() and hash is None:
@@ -330,7 +331,10 @@ def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None,
     metrics = read_json(folder.scored_file, "record of scores", "delete it and score again with the test notebook")
     if wall is not None:
         metrics["seconds"]["overhead"] = round(wall - metrics["seconds"]["train"] - metrics["seconds"]["score"], 3)
-    write_json(folder.metrics_file, {"format": FORMAT, "cell": cell or folder.name, "hash": hash, "code": code, **metrics})
+    if hash is None and folder.done:  # a finished cell that is scored again stays one
+        cell, hash, code = (folder.metrics.get(name) for name in ("cell", "hash", "code"))
+    write_json(folder.metrics_file, {"format": FORMAT, "cell": cell or folder.name, "hash": hash, "code": code, **metrics,
+                                     **({"shares_training_with": shares} if shares else {})})
     from charmlib.evaluation.card import card_text
 
     write_text(folder / "card.md", card_text(RunFolder(run).metrics))

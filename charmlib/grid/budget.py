@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from charmlib.data.dataset import count_images
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid.cells import GridError
 from charmlib.grid.spec import Cell
@@ -113,6 +114,23 @@ def paces(folder: Path, cells: Iterable[Cell]) -> dict[str, Pace]:
     return {cell: known[cost] for cell, cost in costs.items()}
 
 
+def probed(cells: Sequence[Cell], say: Callable[[str], None] = print) -> dict[str, Pace]:
+    """The pace of cells by 20 training steps a phase on this machine, one probe for cells of about the same cost.
+
+    Cells whose data are not there are left out, and decoding images is not counted.
+    """
+    asked, costs = {}, {}
+    for cell in cells:
+        costs[cell.id] = cost = tuple(cell.params[name] for name in _COST)
+        with suppress(ValueError, OSError):
+            asked[cost] = asked.get(cost) or {"params": cell.params, "images": count_images(cell.params)}
+    if asked:
+        say(f"timing {len(asked)} kinds of cells by a few steps each")
+    found = dict(zip(asked, map(lambda one: Pace(one["epochs"], one["scoring"], None),
+                                _answer("charmlib.training.probe", list(asked.values())))))
+    return {cell: found[cost] for cell, cost in costs.items() if cost in found}
+
+
 def next_step(cell: Cell, run: RunFolder, pace: Pace) -> float:
     """Seconds from a cell's start to its next result: one epoch and its save, or its scores. 0 if unknown."""
     before, counts = pace.overhead or 0.0, _left(cell, run)
@@ -176,12 +194,17 @@ def existing(path: Path) -> Path:
 
 def computed_sizes(params: Sequence[dict]) -> tuple[int, int]:
     """Bytes of the largest checkpoint and resume file of these parameters, computed by a process that imports torch."""
-    asked = subprocess.run([sys.executable, "-m", "charmlib.training.size"], input=json.dumps(list(params)), text=True,
+    model, resume = _answer("charmlib.training.size", list(params))
+    return model, resume
+
+
+def _answer(module: str, question: list[dict]) -> list:
+    """What a module that imports torch prints for a question, both in JSON."""
+    asked = subprocess.run([sys.executable, "-W", "ignore", "-m", module], input=json.dumps(question), text=True,
                            capture_output=True, env=with_this_package(os.environ))
     if asked.returncode:
         raise GridError(f"the networks of this grid cannot be built: {asked.stderr.strip().splitlines()[-1]}")
-    model, resume = json.loads(asked.stdout.splitlines()[-1])
-    return model, resume
+    return json.loads(asked.stdout.splitlines()[-1])
 
 
 def _bytes(folder: Path, pattern: str) -> int:

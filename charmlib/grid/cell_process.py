@@ -27,6 +27,7 @@ from charmlib import session
 from charmlib.files import DiskFull, LeaseLost, for_papermill, is_disk_full, remove_temporaries, write_json, write_text
 from charmlib.grid import lease
 from charmlib.grid.cells import NOTEBOOKS, CellFolder, Ended, declared
+from charmlib.grid.sharing import remove_tape
 from charmlib.param_sources import changed
 from charmlib.params import UNHASHED, coerce
 from charmlib.session import PARENT, die_with_parent, end_children, own_temporary_folder
@@ -39,11 +40,11 @@ import gc
 _ = gc.collect()"""
 
 
-def run_cell(job: dict, sockets: Path) -> None:
+def run_cell(job: dict, sockets: Path | None = None) -> None:
     """Execute train and test of a cell (id, hash, split, code, params, folder, notebooks, started) and write its metrics.
 
     Both run in one kernel, whose ``sockets`` lie in that folder, cleared in between: a second start and a second import of
-    torch cost as much as a short epoch.
+    torch cost as much as a short epoch. Without such a folder the cell runs in this process, without notebooks.
     """
     from charmlib.evaluation.runs import finish
 
@@ -54,10 +55,49 @@ def run_cell(job: dict, sockets: Path) -> None:
     params = {name: coerce(name, value, "cell") for name, value in job["params"].items()}
     params["run_dir"] = str(cell.path)
     wanted = {"train": params, "test": {name: params[name] for name in UNHASHED if name in params}}
-    _execute({notebooks / f"{name}.ipynb": wanted[name] for name in NOTEBOOKS}, cell, sockets)
-    finish(cell.path, cell=job["id"], hash=job["hash"], code=job["code"], wall=spent + time.time() - job["started"])
+    if sockets:
+        _execute({notebooks / f"{name}.ipynb": wanted[name] for name in NOTEBOOKS}, cell, sockets)
+    else:
+        from charmlib.training.run import Run
+
+        run = Run.open(params)
+        run.train()
+        run.score()
+    finish(cell.path, cell=job["id"], hash=job["hash"], code=job["code"], wall=spent + time.time() - job["started"],
+           shares=job.get("shares"))
     for file in (cell.identity_file, cell.alive_file):
         file.unlink(missing_ok=True)
+
+
+def run_members(job: dict) -> None:
+    """Run the other cells of a training in this process, after its first; one that fails keeps its error and the rest go on.
+
+    A cell that another process works on is left to it.
+    """
+    for member in job["members"]:
+        cell, before = CellFolder(member["folder"]), dict(os.environ)
+        with contextlib.suppress(lease.Busy):
+            held = lease.take(cell)
+            held.keep(lost=lambda: os._exit(Ended.LEASE_LOST))
+            os.environ.update(held.environment)
+            try:
+                _run_unless_done(member | {"notebooks": job["notebooks"], "started": time.time(), "shares": job["id"]}, cell)
+            except Exception as problem:
+                if _ended(problem) is not Ended.FAILED:
+                    raise
+                write_text(cell.error_file, traceback.format_exc())
+            finally:
+                os.environ.update({name: before[name] for name in held.environment})
+                held.release()
+    if all(CellFolder(member["folder"]).done for member in job["members"]):
+        remove_tape(job["tape"]["folder"])
+
+
+def _run_unless_done(job: dict, cell: CellFolder, sockets: Path | None = None) -> None:
+    remove_temporaries(cell)
+    cell.error_file.unlink(missing_ok=True)
+    if not cell.done_as(job["hash"]):  # finished by another while this one waited for the lease
+        run_cell(job, sockets)
 
 
 def _spent(cell: CellFolder, hash_: str) -> float:
@@ -136,26 +176,32 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     job = json.load(sys.stdin)
     cell = CellFolder(job["folder"])
+    tape = job.get("tape")
     try:
         held, sockets = lease.take(cell), _sockets(cell)
+        other = lease.take(tape["folder"]) if tape and tape["folder"] != job["folder"] else None  # whose first cell is finished
     except (lease.Busy, OSError) as problem:
         return _ended(problem)
 
     def leave(ended: Ended) -> None:
         end_children()
         shutil.rmtree(sockets, ignore_errors=True)
-        held.release()
+        for one in filter(None, (held, other)):
+            one.release()
         os._exit(ended)
 
     signal.signal(signal.SIGTERM, lambda *_: leave(Ended.STOPPED))
     held.keep(lost=lambda: leave(Ended.LEASE_LOST))
     os.environ.update(held.environment)
     os.environ.update({session.CELL: job["id"], session.BATCH: "1", session.ALIVE: str(cell.alive_file)})
+    if tape:
+        os.environ[session.TAPE] = json.dumps(tape)
+    if other:
+        other.keep(lost=lambda: leave(Ended.LEASE_LOST))
     try:
-        remove_temporaries(cell)
-        cell.error_file.unlink(missing_ok=True)
-        if not cell.done_as(job["hash"]):  # finished by another while this one waited for the lease
-            run_cell(job, sockets)
+        _run_unless_done(job, cell, sockets)
+        if tape:
+            run_members(job)
         return Ended.DONE
     except Exception as problem:
         ended = _ended(problem)
@@ -164,7 +210,8 @@ def main() -> int:
         return ended
     finally:
         shutil.rmtree(sockets, ignore_errors=True)
-        held.release()
+        for one in filter(None, (held, other)):
+            one.release()
 
 
 # by the class of an exception, which papermill passes on by name only

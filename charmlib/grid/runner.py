@@ -18,11 +18,12 @@ from charmlib.files import write_csv, write_text
 from charmlib.grid import lease
 from charmlib.grid.board import leaderboard, record_of
 from charmlib.grid.bring import bring_earlier, refuse_links, remove_cell
-from charmlib.grid.budget import KAGGLE_WEEK, existing, hours, paces, refuse_without_space, remaining
+from charmlib.grid.budget import KAGGLE_WEEK, Pace, existing, hours, paces, probed, refuse_without_space, remaining
 from charmlib.grid.cells import CellFolder, GridError, cell_hash, code_hash, find_notebooks, notebook_code
 from charmlib.grid.cluster import Means, connect, given_cluster, handling, local_cluster
 from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
+from charmlib.grid.sharing import shared_jobs, training_of
 from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell, refuse_dead_axes, remarks
 from charmlib.param_sources import find_file, read_yaml, with_absolute_paths
 from charmlib.params import READING, changes
@@ -118,7 +119,9 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
              "params": with_absolute_paths(cell.params | {"data_root": roots[cell.id]}),
              "hash": cell_hash(cell.params, code, splits[cell.id], seen[cell.id]), "split": splits[cell.id],
              "code": code_hash(code), "digests": seen[cell.id], "hung_after": means.hung_after} for cell in grid.cells]
-    jobs = _todo(jobs, folder, means.rerun_changed, say)
+    jobs = shared_jobs(_checked(jobs, folder, means.rerun_changed, say))
+    if any("members" in job for job in jobs):
+        say(f"{len(jobs)} trainings, which the cells share")
     refresh = partial(leaderboard, folder, whole) if whole else lambda: None
     if whole:
         write_text(folder / "grid.yaml", yaml.safe_dump(record_of(whole), sort_keys=False))
@@ -146,23 +149,33 @@ def _refuse_locked(folder: Path, more: str = "") -> None:
 
 
 def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
-    seconds = _seconds_left(grid, grid, folder)
+    unknown = [cell for cell, left in zip(grid.cells, _seconds_left(grid, grid, folder)) if left == float("inf")]
+    seconds = _seconds_left(grid, grid, folder, probed(unknown, say) if unknown else {})
     for cell, left in zip(grid.cells, seconds):
         run = CellFolder(folder / cell.id)
         changed = run.done and changes(run.metrics["params"], cell.params)
         say(f"{cell.id}: " + ("done with other settings (refused without --rerun-changed)" if changed else run.status)
             + (f", at most {hours(left)} left" if 0 < left < float("inf") else ""))
-    say(f"{len(grid.cells)} cells in {folder}; nothing was run")
+    trainings = len({training_of(cell.params) for cell in grid.cells})
+    shared = f", which share {trainings} trainings," if trainings < len(grid.cells) else ""
+    say(f"{len(grid.cells)} cells{shared} in {folder}; nothing was run")
     total, at_once = sum(seconds) / 3600, means.at_once
     more = f", {hours(3600 * total / at_once)} with {at_once} at once" if at_once > 1 else ""
     say(f"at most {total:.2f} GPU hours are left{more}: {total / at_once / KAGGLE_WEEK:.1%} of Kaggle's {KAGGLE_WEEK} session "
-        "hours a week" if total < float("inf") else "how long they take is known once one epoch has been timed here")
+        "hours a week" + (", by a few steps on this machine and without decoding images" if unknown else "")
+        if total < float("inf") else "how long they take is known once the data are there, or one epoch has been timed")
 
 
-def _seconds_left(grid: Grid, part: Grid, folder: Path) -> list[float]:
-    """Of each cell of a part, by the finished epochs of the whole grid."""
-    pace = paces(folder, grid.cells)
-    return [remaining(cell, CellFolder(folder / cell.id), pace[cell.id]) for cell in part.cells]
+def _seconds_left(grid: Grid, part: Grid, folder: Path, known: Mapping[str, Pace] | None = None) -> list[float]:
+    """Of each cell of a part, by the finished epochs of the whole grid, or by what is ``known``; the first of those that share
+    a training trains."""
+    pace, trained, found = {**paces(folder, grid.cells), **(known or {})}, set(), []
+    for cell in part.cells:
+        run, training = CellFolder(folder / cell.id), training_of(cell.params)
+        found.append(remaining(cell, run, pace[cell.id]) if training not in trained else
+                     0.0 if run.done else pace[cell.id].scoring or 0.0)
+        trained |= set() if run.done else {training}
+    return found
 
 
 def _prepare(grid: Grid, folder: Path, say) -> tuple[dict[str, str], dict[str, dict[str, int]], dict[str, dict[str, str]]]:
@@ -207,8 +220,8 @@ def _refuse_leaking_splits(splits: Mapping[str, tuple[str, pd.DataFrame]]) -> No
                             f"such as {min(both)}: they cannot stand on one leaderboard. Make a grid for each split.")
 
 
-def _todo(jobs: list[dict], folder: Path, rerun_changed: bool, say) -> list[dict]:
-    """The jobs of unfinished cells; cells with other settings are refused, or removed for another run."""
+def _checked(jobs: list[dict], folder: Path, rerun_changed: bool, say) -> list[dict]:
+    """The jobs, whose finished cells have these settings; cells with others are refused, or removed for another run."""
     changed: dict[CellFolder, list[str]] = {}
     for job in jobs:
         cell = CellFolder(job["folder"])
@@ -227,7 +240,7 @@ def _todo(jobs: list[dict], folder: Path, rerun_changed: bool, say) -> list[dict
         remove_cell(cell.path)
     todo = [job for job in jobs if not CellFolder(job["folder"]).done]
     say(f"{len(jobs)} cells: {len(jobs) - len(todo)} done, {len(todo)} to run, in {folder}")
-    return todo
+    return jobs
 
 
 def _other(cell: CellFolder, job: Mapping) -> list[str]:

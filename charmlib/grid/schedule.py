@@ -10,6 +10,7 @@ from charmlib.grid import lease
 from charmlib.grid.budget import Budget, hours, next_step, paces, remaining
 from charmlib.grid.cells import CellFolder, Ended, GridError
 from charmlib.grid.cluster import Cluster
+from charmlib.grid.sharing import rest
 from charmlib.grid.spec import Cell
 from charmlib.grid.worker import WRAP_UP
 
@@ -22,17 +23,20 @@ _WORDS = {Ended.HUNG: "showed no sign of life and was ended", Ended.CRASHED: "it
 
 
 class Schedule:
-    """Runs jobs on a cluster; see :meth:`run`. A job is the dict that a cell's worker gets; ``cells`` are all of the grid."""
+    """Runs jobs on a cluster; see :meth:`run`. A job is the dict that a cell's worker gets, with ``members`` if other cells
+    share its training (:func:`charmlib.grid.sharing.shared_jobs`); ``cells`` are all of the grid."""
 
     def __init__(self, cells: Sequence[Cell], jobs: list[dict], folder: Path, cluster: Cluster, *, budget: Budget,
                  refresh: Callable[[], object], say: Callable[[str], None]):
         self.cells, self.folder, self.cluster = {cell.id: cell for cell in cells}, folder, cluster
         self.budget, self._refresh, self.say = budget, refresh, say
-        self.waiting, self.total, self.over = list(jobs), len(jobs), 0
+        self.waiting, self.over = list(jobs), 0
+        cells = [one for job in jobs for one in (job, *job.get("members", ()))]
+        self.total = len(cells)
         self.running: dict = {}  # Dask's future -> job
         self.elsewhere: dict[str, float] = {}  # waiting cell of another runner -> when to look again
         self.progress: dict[str, int] = {}  # cell -> its progress when it was started again
-        self.shown = {job["id"]: len(_log(CellFolder(job["folder"]))) for job in jobs}  # lines of its log
+        self.shown = {job["id"]: len(_log(CellFolder(job["folder"]))) for job in cells}  # lines of its log
 
     def run(self) -> None:
         """Run until every cell is finished, failed, or out of the budget.
@@ -63,7 +67,7 @@ class Schedule:
 
     def _start_one(self) -> bool:
         """Start the next free cell that fits the budget: the longest under a budget, else in the order of the grid file."""
-        free = [job for job in self.waiting if not self._is_elsewhere(CellFolder(job["folder"]), job["hash"])]
+        free = [job for job in self.waiting if not self._is_elsewhere(job)]
         if not free:
             return False
         pace, runs = paces(self.folder, self.cells.values()), {job["id"]: CellFolder(job["folder"]) for job in free}
@@ -77,17 +81,21 @@ class Schedule:
             self.waiting.remove(job)
             if done:
                 self._count(f"{cell.name}: done by another runner", board=True)
+                self._settle_members(job)
             else:
+                for member in job.get("members", ()):  # of an earlier try
+                    CellFolder(member["folder"]).error_file.unlink(missing_ok=True)
                 start = {**job, "deadline": self.budget.deadline, "scoring_seconds": pace[cell.name].scoring}
                 self.running[self.cluster.submit(start)] = job
             return True
         return False
 
-    def _is_elsewhere(self, cell: CellFolder, hash_: str) -> bool:
-        now = time.monotonic()
+    def _is_elsewhere(self, job: dict) -> bool:
+        cell, now = CellFolder(job["folder"]), time.monotonic()
         if now < self.elsewhere.get(cell.name, 0.0):
             return True
-        if cell.done_as(hash_) or not (holder := lease.holder(cell)):
+        of_training = job.get("tape", {}).get("folder", cell)
+        if cell.done_as(job["hash"]) or not (holder := lease.holder(cell) or lease.holder(of_training)):
             self.elsewhere.pop(cell.name, None)
             return False
         if cell.name not in self.elsewhere:
@@ -102,13 +110,13 @@ class Schedule:
         if ended is Ended.DISK_FULL:
             raise GridError(f"{cell.name}: {words}\nno space left in {self.folder}: finished epochs and cells are kept; make "
                             "room and start the same command again")
-        if ended is Ended.OUT_OF_TIME:
+        if cell.done:
+            self._count_done(cell)
+            if ended is not Ended.DONE:  # another cell of its training
+                self.say(f"the training of {cell.name}: {words or _WORDS[ended]}")
+        elif ended is Ended.OUT_OF_TIME:
             self._count(f"{cell.name}: "
                         + (words or "stopped at the end of the time budget; it goes on from its last finished epoch"))
-        elif ended is Ended.DONE:
-            score = valid_auc(cell.metrics)
-            self._count(f"{cell.name}: no validation part" if cell.metrics["valid"] is None else
-                        f"{cell.name}: valid AUC " + ("undefined" if score != score else f"{score:.4f}"), board=True)
         elif ended is Ended.BUSY:
             self.say(f"{words}; looked at again when that has ended")
             self.elsewhere[cell.name] = time.monotonic() + _LOOK_ELSEWHERE
@@ -121,6 +129,26 @@ class Schedule:
             self._keep_error(cell, ended, words)
             said = [words] if words and ended is Ended.FAILED else filter(None, [_WORDS[ended], words])
             self._count(f"{cell.name} FAILED ({', '.join(said)}); see {cell.error_file}", board=True)
+        if job not in self.waiting:
+            self._settle_members(job, again=ended is not Ended.OUT_OF_TIME)
+
+    def _settle_members(self, job: dict, again: bool = True) -> None:
+        """Count the other cells of a job's training; if ``again``, those that it has left wait for a job of their own."""
+        failed = []
+        for member in job.get("members", ()):
+            cell = CellFolder(member["folder"])
+            if cell.status == "failed":
+                failed.append(member)
+                self._count(f"{cell.name} FAILED ({cell.reason}); see {cell.error_file}", board=True)
+            elif cell.done:
+                self._count_done(cell)
+        if again and (left := rest(job, without=failed)):
+            self.waiting.append(left)
+
+    def _count_done(self, cell: CellFolder) -> None:
+        score = valid_auc(cell.metrics)
+        self._count(f"{cell.name}: no validation part" if cell.metrics["valid"] is None else
+                    f"{cell.name}: valid AUC " + ("undefined" if score != score else f"{score:.4f}"), board=True)
 
     def _outcome(self, future) -> tuple[Ended, str]:
         if future.status == "finished":

@@ -20,8 +20,8 @@ class AverageWeights(Callback):
     the buffers of a memory bank (slots, labels, counts) stay those of the network: a mean of slots is no slot. A step that a
     gradient scaler skipped or a callback cancelled changes nothing. No step waits for the device.
 
-    The mean is in the network from the end of an epoch's training to the end of the epoch, and after the fit: a phase begins
-    with what the phase before scored.
+    The mean is in the network from the end of an epoch's training to the end of the epoch, and after the fit. A run's next
+    phase goes on from the network's own weights (:meth:`put_back`): the mean never acts on training.
 
     Parameters
     ----------
@@ -39,32 +39,61 @@ class AverageWeights(Callback):
     order = 95  # after the network's hooks, and after KeepProgress, which keeps the mean and saves both
 
     def __init__(self, decay: float, warmup: bool = False):
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"average must be in [0, 1], got {decay}")
-        self.decay, self.warmup, self.resumed = decay, warmup, None
-        self.averages = self.raw = None
+        self.mean, self.resumed, self.raw, self.started = RunningMean(decay, warmup), None, None, False
 
     def before_fit(self):
         self.run = not hasattr(self.learn, "lr_finder") and not hasattr(self.learn, "gather_preds")  # as fastai's trackers
-        self.averages, self.raw = None, None
+        self.raw, self.started = None, False
 
     def before_train(self):
-        if self.averages is not None:
-            return
-        self.names = averaged(self.model)
-        weights = self._weights()
-        self.averages = {name: value.detach().clone() for name, value in weights.items()}
-        self.count = torch.zeros((), device=next(iter(weights.values())).device)  # their number, or the sum of their weights
-        if self.resumed:
-            self.count.copy_(self.resumed["count"])
-            for name, value in self.resumed["averages"].items():
-                self.averages[name].copy_(value)
-            self.resumed = None
+        if not self.started:
+            self.mean.begin(self.model, self.resumed)
+            self.resumed, self.started = None, True
 
     def after_step(self):
-        if self.network_hooks.cancelled:
-            return
-        skipped = getattr(self.opt, "skipped", None)
+        if not self.network_hooks.cancelled:
+            self.mean.step(self.model, getattr(self.opt, "skipped", None))
+
+    def after_train(self):
+        self.raw = {name: value.detach().clone() for name, value in self.mean.weights(self.model).items()}
+        self.mean.fill(self.model)
+
+    def after_epoch(self):
+        if self.raw is not None:
+            self.put_back()
+
+    def after_fit(self):
+        if self.started:
+            self.mean.fill(self.model)
+        self.run = True
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The network's own weights, as the last epoch left them, in place of the mean."""
+        weights = self.mean.weights(self.model)
+        torch._foreach_copy_([weights[name] for name in self.raw], list(self.raw.values()))
+
+
+class RunningMean:
+    """The mean itself: of the weights of a network after each :meth:`step` since :meth:`begin`; arguments as above."""
+
+    def __init__(self, decay: float, warmup: bool = False):
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"average must be in [0, 1], got {decay}")
+        self.decay, self.warmup = decay, warmup
+
+    def begin(self, net: torch.nn.Module, state: dict | None = None) -> None:
+        """Start anew, or go on from a :meth:`state`."""
+        self.names = averaged(net)
+        self.averages = {name: value.detach().clone() for name, value in self.weights(net).items()}
+        self.count = torch.zeros((), device=next(iter(self.averages.values())).device)  # or the sum of their weights
+        if state:
+            self.count.copy_(state["count"])
+            for name, value in state["averages"].items():
+                self.averages[name].copy_(value)
+
+    def step(self, net: torch.nn.Module, skipped: Tensor | None = None) -> None:
+        """After an optimizer step; ``skipped`` () is above 0 for one that a gradient scaler left out."""
         made = torch.ones_like(self.count) if skipped is None else (skipped == 0).to(self.count)
         if self.warmup:
             weight = (1 - warm_up(self.decay, self.count)) * made
@@ -72,35 +101,22 @@ class AverageWeights(Callback):
         else:  # the sum of d^(t-i), of which the newest weights have 1
             self.count = torch.where(made > 0, self.count * self.decay + 1, self.count)
             weight = made / self.count.clamp(min=1)
-        follow(self.averages, self._weights(), weight)
+        follow(self.averages, self.weights(net), weight)
 
-    def after_train(self):
-        self.raw = {name: value.detach().clone() for name, value in self._weights().items()}
-        self._fill(self.averages)
+    def state(self) -> dict:
+        """What :meth:`begin` takes."""
+        return {"averages": self.averages, "count": self.count}
 
-    def after_epoch(self):
-        if self.raw is not None:
-            self._fill(self.raw)
-            self.raw = None
-
-    def after_fit(self):
-        if self.averages is not None:
-            self._fill(self.averages)
-        self.averages = self.raw = None
-        self.run = True
-
-    def state(self) -> tuple[dict[str, Tensor], dict]:
-        """Within ``after_epoch``: the network's own weights, and what ``resumed`` takes before a fit that goes on."""
-        return self.raw, {"averages": self.averages, "count": self.count}
-
-    def _weights(self) -> dict[str, Tensor]:
-        state = self.model.state_dict()
+    def weights(self, net: torch.nn.Module) -> dict[str, Tensor]:
+        """The network's weights of the averaged names, which share its memory."""
+        state = net.state_dict()
         return {name: state[name] for name in self.names}
 
     @torch.no_grad()
-    def _fill(self, values: dict[str, Tensor]) -> None:
-        weights = self._weights()
-        torch._foreach_copy_([weights[name] for name in values], list(values.values()))
+    def fill(self, net: torch.nn.Module) -> None:
+        """Write the mean into the network."""
+        weights = self.weights(net)
+        torch._foreach_copy_([weights[name] for name in self.averages], list(self.averages.values()))
 
 
 def averaged(net: torch.nn.Module) -> list[str]:

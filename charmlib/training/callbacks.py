@@ -219,11 +219,12 @@ class KeepProgress(Callback):
 
     fastai's ``SaveModelCallback`` keeps weights in files that it loads with pickles allowed.
 
-    ``best`` is changed in place: ``value`` and ``state`` (weights on the CPU) of the kept epoch, ``mark`` (the value that
-    patience compares with), ``waited`` (epochs since) and ``values`` (of all epochs of the phase; small is good). ``phase``
-    says the patience and the smallest improvements. ``save`` gets the number of finished epochs and whether the phase is over,
-    after the epoch's other callbacks. ``monitor`` None keeps the last epoch, and epochs before ``start`` are skipped. ``scale``
-    is the state of a resumed phase's gradient scaler, since each fit starts with a new one.
+    ``best`` is changed in place: ``value`` and ``state`` (weights on the CPU) of the kept epoch, with a mean of the weights
+    ``raw`` (the network's own), and ``at`` (its place on a tape); ``mark`` (the value that patience compares with), ``waited``
+    (epochs since) and ``values`` (of all epochs of the phase; small is good). ``phase`` says the patience and the smallest
+    improvements. ``save`` gets the number of finished epochs and whether the phase is over, after the epoch's other callbacks.
+    ``monitor`` None keeps the last epoch, and epochs before ``start`` are skipped. ``scale`` is the state of a resumed phase's
+    gradient scaler, since each fit starts with a new one.
 
     Raises
     ------
@@ -266,7 +267,9 @@ class KeepProgress(Callback):
             if self.monitor is None and not all(state[name].isfinite().all() for name, _ in self.model.named_parameters()):
                 raise ValueError(f"epoch {self.epoch + 1} ended with weights that are not finite; without a validation part no "
                                  "earlier epoch can be chosen. Lower the learning rate or check the labels")
-            self.best.update(value=value, state=state)
+            mean, tape = getattr(self.learn, "average_weights", None), getattr(self.learn, "tape", None)
+            raw = {} if mean is None else {k: v.detach().to("cpu", copy=True) for k, v in mean.raw.items()}
+            self.best.update(value=value, state=state, raw=raw, at=tape.at if tape else "")
         stop = 0 < self.phase.patience <= self.best["waited"]
         over = ended or stop or self.epoch + 1 == self.n_epoch
         self.save(self.epoch + 1, over)

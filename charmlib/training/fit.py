@@ -17,8 +17,9 @@ from charmlib.params import PARAMS
 from charmlib.training.callbacks import EpochRecord, FallingRate, KeepProgress, SeedEpoch, Trains
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
 from charmlib.training.recipes import Phase, epochs_before
+from charmlib.training.tape import Tape
 
-FORMAT = 6
+FORMAT = 7
 
 
 class PhaseRunner:
@@ -26,12 +27,13 @@ class PhaseRunner:
 
     ``make_learner`` makes a Learner around the one network from a phase. ``path`` is that of ``resume.pt``, ``identity`` holds
     the settings in which the file and this run must agree, and ``rate`` is the learning rate of stage 1, kept for a resumed
-    run. Without a validation part ``monitor`` is None, and each stage keeps its last epoch. ``on_row`` gets the history so far
-    after each epoch.
+    run. With a ``tape`` (:class:`charmlib.training.tape.Tape`), which holds all epochs, no ``resume.pt`` is written. Without a
+    validation part ``monitor`` is None, and each stage keeps its last epoch. ``on_row`` gets the history so far after each
+    epoch.
     """
 
     def __init__(self, make_learner: Callable[[Phase], Learner], net: torch.nn.Module, path: Path, identity: dict, *,
-                 monitor: str | None, seed: int, rate: float | None, on_row: Callable, bars: bool):
+                 monitor: str | None, seed: int, rate: float | None, on_row: Callable, bars: bool, tape: Tape | None = None):
         store_attr()
 
     def saved(self, resume: bool) -> dict | None:
@@ -40,7 +42,7 @@ class PhaseRunner:
         In a grid a damaged file is set aside with a line, and the cell starts again. Elsewhere a person decides: Damaged.
         """
         try:
-            if not resume or (state := load_resume(self.path)) is None:
+            if not resume or self.tape or (state := load_resume(self.path)) is None:
                 return None
         except Damaged as error:
             if not session.in_grid():
@@ -61,12 +63,15 @@ class PhaseRunner:
         """
         done = next((i for i, phase in enumerate(plan) if state and phase.name == state["phase"]), 0)
         self.history = list(state["history"]) if state else []
+        if self.tape:
+            self.tape.at, self.tape.trained = self.tape.training, 0
         learner, longest = None, 0.0
         for i, phase in enumerate(plan[done:], start=done):
             resumed = state if i == done else None
             if learner is None or phase.stage != plan[i - 1].stage:
                 learner = None  # frees what it holds on the device
-                learner, self.best = self.make_learner(phase), {"value": float("inf"), "mark": float("inf"), "state": None}
+                learner = self.make_learner(phase)
+                self.best = {"value": float("inf"), "mark": float("inf"), "state": None, "raw": {}, "at": ""}
             if phase.sets:
                 self.net.enter(**phase.sets)
             Trains(phase.trains, phase.train_norms).apply(learner)
@@ -80,19 +85,25 @@ class PhaseRunner:
                 before = learner.loss_mode.before = epochs_before(plan, phase)
                 learner.loss_mode.epochs = sum(p.epochs for p in plan if p.stage == phase.stage)
                 longest = self._fit(learner, phase, before, resumed or {"epochs": 0, "scaler": None}, cbs)
-            if i + 1 == len(plan) or plan[i + 1].stage != phase.stage:
-                fill(self.net, self.best["state"], "the best epoch")
+            if last := i + 1 == len(plan) or plan[i + 1].stage != phase.stage:
+                # the next stage goes on from the weights whose mean was scored best
+                own = self.best["raw"] if i + 1 < len(plan) else {}
+                fill(self.net, self.best["state"] | own, "the best epoch")
+            if self.tape and last:
+                self.tape.at = self.best["at"]
         return self.history
 
     def _fit(self, learner: Learner, phase: Phase, before: int, state: dict, cbs: Sequence) -> float:
         """Train a phase from a state on; returns the seconds of its longest epoch with a margin."""
-        mean = getattr(learner, "average_weights", None)  # of the weights; a phase that is over has it in the network
+        mean = getattr(learner, "average_weights", None)
         if mean is not None:
             mean.resumed = state.get("average")
 
         def save(epochs: int, over: bool) -> None:
+            if self.tape:
+                return
             scaler = getattr(learner, "scaler", None)
-            raw, average = ({}, None) if mean is None or over else mean.state()
+            raw, average = ({}, None) if mean is None else (mean.raw, None if over else mean.mean.state())
             save_resume(self.path, {
                 "format": FORMAT, "identity": self.identity, "phase": phase.name, "epochs": epochs, "over": over,
                 "model": {**self.net.state_dict(), **raw}, "average": average, "opt": learner.opt.state_dict(),
@@ -107,7 +118,7 @@ class PhaseRunner:
         keep = KeepProgress(self.best, save, self.monitor, phase, start=start, scale=state["scaler"])
         callbacks = [SeedEpoch(self.seed, phase.name), Trains(phase.trains, phase.train_norms), keep,
                      EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start),
-                     Callback(before_epoch=skip), *cbs]
+                     Callback(before_epoch=skip), *([self.tape] if self.tape else []), *cbs]
         rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"
         try:
             with learner.no_logging(), learner.removed_cbs(() if self.bars else learner._grab_cbs(ProgressCallback)):
@@ -123,4 +134,6 @@ class PhaseRunner:
         if self.best["state"] is None:
             raise ValueError(f"{phase.name}: {self.monitor} was not a number in any epoch; lower the learning rate "
                              f"(now {phase.lr}) or check the labels")
+        if mean is not None:
+            mean.put_back()
         return keep.longest

@@ -41,6 +41,7 @@ from charmlib.training.fit import PhaseRunner
 from charmlib.training.learner import charm_learner
 from charmlib.training.machine import device_name, peak_memory_mb, versions
 from charmlib.training.recipes import Phase, phases, steps
+from charmlib.training.tape import tape_of_grid
 from charmlib.training.views import head_share, merged, read_views, tensors
 
 # for charm_learner
@@ -64,6 +65,9 @@ class Run:
         self.device, self.precision = device, precision
         self.folder, self.bank = RunFolder(params["run_dir"]), BankEvidence(self)
         self.history: list[dict] = []
+        self.tape = tape_of_grid()
+        if self.tape and hasattr(net, "encode"):
+            self.tape.remember(net)
         no_stage1 = self.params["system"] in PARAMS["stage1_lr"].not_of
         self._rate = self.params["stage2_lr_max"] if no_stage1 else self.params["stage1_lr"] or None
 
@@ -213,6 +217,8 @@ class Run:
         if cbs:
             self.log(f"with the callbacks {', '.join(type(cb).__name__ for cb in cbs)}")
         self.history = [{name: row[name] for name in HISTORY} for row in runner.run(plan, state, cbs)]
+        if self.tape and self.tape.trained < len(self.history):
+            self.log(f"trained {self.tape.trained} of {len(self.history)} epochs, took the others from {self.tape.folder}")
         with suppress(OSError):  # not empty: a callback has written there
             (self.folder / "fastai").rmdir()
         if getattr(self.bank.bank, "chooses", False) and self.data.split.has_valid:
@@ -277,7 +283,7 @@ class Run:
     def _runner(self) -> PhaseRunner:
         return PhaseRunner(self.learner, self.net, self.folder.resume_file, self._identity(),
                            monitor=self.params["monitor"] if self.data.split.has_valid else None, seed=self.params["seed"],
-                           rate=self._rate, on_row=self._on_row, bars=session.person_watches())
+                           rate=self._rate, on_row=self._on_row, bars=session.person_watches(), tape=self.tape)
 
     def _on_row(self, history: list[dict]) -> None:
         write_history(self.folder, history)

@@ -80,7 +80,7 @@ def test_it_is_the_mean_of_the_formula_with_norm_statistics(learn, decay, warmup
     assert len(steps.weights) == 1 + 2 * count
     for epoch, end in enumerate((count, 2 * count)):
         seen = steps.weights[:end + 1] if warmup else steps.weights[1:end + 1]
-        holds(learn, mean.names, steps, slow(seen, decay), epoch)
+        holds(learn, mean.mean.names, steps, slow(seen, decay), epoch)
     for name, value in learn.model.named_parameters():  # the mean is left in the network
         assert torch.equal(value, steps.validated[-1][name]), name
     raw, start = steps.after[0], steps.weights[count]  # training goes on from the network's own weights

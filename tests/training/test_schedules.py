@@ -69,7 +69,7 @@ def test_the_parameters_reach_the_learner(tiny):
     learn = run.learner()
     learn.create_opt()
     assert type(learn.opt) is SGD and learn.gradient_clip.max_norm == 0.25
-    assert (learn.average_weights.decay, learn.average_weights.warmup) == (0.9, True)
+    assert (learn.average_weights.mean.decay, learn.average_weights.mean.warmup) == (0.9, True)
     plain = Run.open(tiny).learner()
     assert not hasattr(plain, "gradient_clip") and not hasattr(plain, "average_weights")
 

@@ -1,0 +1,75 @@
+"""``python -m charmlib.training.probe``: seconds of an epoch of each phase and of scoring, from a few steps on this machine."""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
+
+from charmlib.data.phantom import make_phantoms
+from charmlib.training.callbacks import Trains
+from charmlib.training.recipes import batches
+from charmlib.training.run import Run
+
+FIRST, STEPS = 3, 20  # steps before the clock starts, and steps timed
+
+
+class _Clock(Callback):
+    """Times the training steps of a fit, ends it after them, and skips validation."""
+
+    def before_fit(self):
+        self.count = 0
+
+    def after_batch(self):
+        self.count += 1
+        if self.count in (FIRST, FIRST + STEPS):
+            if self.dls.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.start, self.seconds = time.perf_counter(), time.perf_counter() - getattr(self, "start", 0.0)
+        if self.count == FIRST + STEPS:
+            raise CancelFitException
+
+    def before_validate(self):
+        raise CancelValidException
+
+
+def measured(params: Mapping, images: Mapping[str, int], folder: Path) -> dict:
+    """``epochs`` (phase -> seconds of an epoch with its validation) and ``scoring``, in seconds.
+
+    ``images`` are the numbers of training images 'all' and 'findings', and those of 'valid' and 'test'. Steps are those of
+    training, on drawn images of 64 pixels in ``folder``, enlarged to ``image_size``, from random weights.
+    """
+    batch = max(params["stage1_batch"], params["stage2_batch"])
+    drawn = folder / f"phantoms{batch}"
+    if not drawn.is_dir():
+        make_phantoms(drawn, images=6 * batch, size=64)
+    own = {"data_root": str(drawn), "csv": "", "classes": "nih14", "split": "official", "never_test": "", "limit": 0,
+           "weights": "none", "norm": "half", "stage1_lr": 1e-3, "adjust": 0.0, "cache_dir": str(folder / "cache"),
+           "run_dir": str(folder / "run"), "labels": "real", "normal_class": "", "resume": False}
+    run, epochs, step = Run.open({**params, **own}), {}, {}
+    for phase in run.phases():
+        learner, clock = run.learner(phase), _Clock()
+        Trains(phase.trains, phase.train_norms).apply(learner)
+        with learner.no_bar(), learner.no_logging():
+            learner.fit(FIRST + STEPS, 1e-6, cbs=[clock, Trains(phase.trains, phase.train_norms)])
+        step[phase.name] = clock.seconds / STEPS
+    rows = run.data.rows("train")
+    run.views("train", ["id"], rows[:batch])
+    start = time.perf_counter()
+    run.views("train", ["id"], rows[:2 * batch])
+    image = (time.perf_counter() - start) / min(len(rows), 2 * batch)
+    slots = run.net.bank.size if getattr(run.net, "bank", None) is not None else 0
+    for phase in run.phases():
+        epochs[phase.name] = step[phase.name] * batches(phase, images) + image * (images["valid"] + min(slots, images["all"]))
+    return {"epochs": epochs, "scoring": image * (images["valid"] + images["test"])}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place, redirect_stdout(sys.stderr):
+        found = [measured(one["params"], one["images"], Path(place)) for one in json.load(sys.stdin)]
+    print(json.dumps(found))

@@ -1,0 +1,147 @@
+"""Cells that share a training: which they are, that each ends as it would alone, and that kills and failures lose nothing."""
+
+import json
+import signal
+
+import psutil
+import pytest
+
+from charmlib.evaluation.runs import finish
+from charmlib.grid import run_grid
+from charmlib.grid.cells import CellFolder, code_hash, find_notebooks, notebook_code
+from charmlib.grid.sharing import NOTEBOOKS, shared_jobs, training_of
+from charmlib.params import PARAMS, resolve
+from tests.conftest import TINY
+from tests.grid.conftest import family, same_results, small_grid, start, wait_for
+
+VOTES = {"answer": "votes", "strategy": "balanced", "use_momentum": False, "use_attention": False, "vote_weight": 0.5}
+AXES = {"average": [0.0, 0.5], "vote_temperature": [0.8, 0.2]}
+
+
+def test_the_notebooks_are_those_that_shared_cells_do_without():
+    assert code_hash(notebook_code(find_notebooks())) == NOTEBOOKS, "put this hash into charmlib/grid/sharing.py"
+
+
+def test_trainings_differ_in_what_acts_in_training():
+    base = resolve({**TINY, **VOTES})
+    same = training_of(base)
+    for changes in ({"vote_temperature": 0.1}, {"vote_ridge": 1}, {"vote_weight": -1}, {"average": 0.9}, {"tta": "flip"},
+                    {"patience": 2}, {"monitor": "valid_auc"}, {"k": 3}, {"run_dir": "elsewhere"}):
+        assert training_of(base | changes) == same, changes
+    for changes in ({"seed": 1}, {"stage1_lr": 1e-4}, {"bank_size": 8}, {"strategy": "fifo"}, {"answer": "features"},
+                    {"weight_decay": 0.1}, {"stage2_loss": "asl"}):
+        assert training_of(base | changes) != same, changes
+    plateau, slots = base | {"schedule": "plateau"}, base | {"strategy": "diversity"}
+    assert training_of(plateau | {"vote_temperature": 0.1}) != training_of(plateau)
+    assert training_of(slots | {"average": 0.9}) != training_of(slots) == training_of(slots | {"vote_ridge": 1})
+
+
+def test_no_parameter_of_a_learner_or_a_phase_but_the_mean_is_marked_as_scoring():
+    assert {name for name, p in PARAMS.items() if p.scores} == {
+        "vote_weight", "vote_temperature", "vote_ridge", "average", "average_warmup", "tta", "tta_merge", "patience",
+        "min_delta", "save_delta", "monitor"}
+
+
+def test_a_job_for_each_training(tmp_path):
+    def job(name, code=NOTEBOOKS, split="s", **changes):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return {"id": name, "folder": str(tmp_path / name), "params": resolve({**TINY, **VOTES}, changes), "split": split,
+                "code": code, "digests": {}}
+
+    cells = [job("a"), job("b", average=0.9), job("c", seed=3), job("d", vote_ridge=1), job("e", vote_ridge=2, split="other")]
+    first, *others = shared_jobs(cells)
+    assert [one["id"] for one in first["members"]] == ["b", "d"] and others == [cells[2], cells[4]]
+    assert first["tape"]["folder"] == str(tmp_path / "a") and first["tape"]["means"] == [[0.0, False], [0.9, False]]
+    (tmp_path / "d" / "resume.pt").touch()  # went on alone
+    assert [one["id"] for one in shared_jobs(cells)] == ["a", "c", "d", "e"]
+    assert shared_jobs([{**one, "code": "a user's"} for one in cells]) == [{**one, "code": "a user's"} for one in cells]
+    (tmp_path / "d" / "resume.pt").unlink()
+    (tmp_path / "a" / "metrics.json").touch()
+    (tmp_path / "a" / "tape_1.pt").touch()
+    assert shared_jobs(cells)[0]["id"] == "b" and shared_jobs(cells)[0]["tape"]["folder"] == str(tmp_path / "a")
+    for name in "bd":
+        (tmp_path / name / "metrics.json").touch()
+    assert [one["id"] for one in shared_jobs(cells)] == ["c", "e"] and not (tmp_path / "a" / "tape_1.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def both(phantoms, tmp_path_factory):
+    """The grid with shared trainings and, cell by cell, without: their folders and the lines that the first said."""
+    folder, said = tmp_path_factory.mktemp("sharing"), []
+    path = small_grid(folder, phantoms, base=VOTES, **AXES)
+    board = run_grid(path, out=folder / "shared", workers=1, say=said.append)
+    for average in AXES["average"]:
+        for temperature in AXES["vote_temperature"]:
+            run_grid(path, [f"average={average}", f"vote_temperature={temperature}"], out=folder / "alone", workers=1)
+    return path, folder, said, board
+
+
+@pytest.mark.slow
+def test_each_cell_ends_as_it_would_alone(both):
+    _, folder, said, board = both
+    cells = sorted(path for path in (folder / "shared").iterdir() if CellFolder(path).done)
+    assert len(cells) == len(board) == 4 and any("1 trainings" in line for line in said)
+    assert [line[:5] for line in said if line.startswith("[")] == [f"[{i}/4]" for i in range(1, 5)]
+    lead = min(cells, key=lambda path: (path / "metrics.json").stat().st_mtime)
+    for cell in cells:
+        metrics = json.loads((cell / "metrics.json").read_text())
+        assert metrics.pop("shares_training_with", None) == (None if cell == lead else lead.name)
+        assert (cell / "train.ipynb").exists() == (cell / "report.html").exists() == (cell == lead)
+        alone = folder / "alone" / cell.name
+        (cell / "metrics.json").write_text(json.dumps(metrics))
+        same_results(cell, alone)
+        assert CellFolder(cell).card["sha256"] == CellFolder(alone).card["sha256"]
+        assert CellFolder(cell).card["thresholds"] == CellFolder(alone).card["thresholds"]
+        assert not [*cell.glob("tape_*")] and not [*cell.glob(".running*")] and not (cell / "cell.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["training", "members"])
+def test_a_killed_training_goes_on(both, tmp_path, moment):
+    path, folder, *_ = both
+    out = tmp_path / "out"
+    runner = start(path, out, "--workers", "1")
+
+    def reached():
+        done = [cell for cell in out.glob("*/metrics.json")]
+        return [*out.glob("*/tape_*.pt")] if moment == "training" else done
+
+    wait_for(reached, runner=runner)
+    victims = [runner, *family(runner, "python")]
+    for process in victims:
+        if process.is_running():
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(victims, timeout=10)
+    again = start(path, out, "--workers", "1")
+    assert again.wait(180) == 0, out.with_suffix(".log").read_text()
+    for alone in (folder / "alone").iterdir():
+        if CellFolder(alone).done:
+            assert CellFolder(out / alone.name).card["sha256"] == CellFolder(alone).card["sha256"]
+    assert not [*out.glob("*/tape_*")]
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_keeps_its_error_and_the_others_go_on(both, phantoms, tmp_path):
+    path, *_ = both
+    out = tmp_path / "out"
+    second = out / "average=0.0_vote_temperature=0.2"
+    second.mkdir(parents=True)
+    (second / "history.csv").mkdir()  # cannot be written
+    said = []
+    run_grid(path, out=out, workers=1, say=said.append)
+    assert [line.split()[1] for line in said if "FAILED" in line] == [second.name]
+    assert "history.csv" in second.joinpath("error.txt").read_text()
+    assert sum(CellFolder(cell).done for cell in out.iterdir() if cell.is_dir()) == 3
+    (second / "history.csv").rmdir()
+    run_grid(path, out=out, workers=1)
+    assert CellFolder(second).done and not [*out.glob("*/tape_*")]
+
+
+def test_a_finished_cell_that_is_scored_again_by_hand_stays_one(both):
+    _, folder, *_ = both
+    cell = next(path for path in (folder / "shared").iterdir() if CellFolder(path).done)
+    before = CellFolder(cell).metrics
+    kept = {name: before.pop(name) for name in ("cell", "hash", "code")}
+    CellFolder(cell).scored_file.write_text(json.dumps(before))
+    finish(cell)
+    assert kept.items() <= CellFolder(cell).metrics.items()

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -168,7 +168,7 @@ class Run:
             phase = self.phase()
             learner = self.learner(phase)
             Trains(phase.trains, phase.train_norms).apply(learner)
-            with learner.no_bar():
+            with nullcontext() if session.person_watches() else learner.no_bar():
                 self._rate = float(learner.lr_find(show_plot=plot).valley)
             self.log(f"learning-rate finder: {self._rate:.2e}")
         return self._rate

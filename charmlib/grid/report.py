@@ -33,7 +33,7 @@ _BANKS = ("Share of a bank's slots with a finding over its prevalence in the tra
           "holds slots of stage 1, which shows findings only, is enriched without any choice.")
 
 
-BANKS = 40
+BANKS = 20
 """Number of banks that fit on a picture."""
 
 
@@ -66,8 +66,10 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
     with matplotlib.rc_context({"figure.max_open_warning": 0}):
         pictures = {"ROC curves on the whole test part": plot_roc(test, title=title, note=note),
                     "Interval bands": plot_roc_bands(test, metrics["test"], title=title, note=note)}
-        for file, figure in zip(files, pictures.values()):
-            write_whole(file, lambda temporary, figure=figure: figure.savefig(temporary, format="png", dpi=130))
+        for file, (title, figure) in zip(files, list(pictures.items())):  # drawn once for its file and the page
+            pictures[title] = page.png(figure, 130)
+            write_whole(file, lambda temporary, title=title: temporary.write_bytes(pictures[title]))
+            plt.close(figure)
         maps = heat_maps(board, note=note)
         if maps is not None:
             pictures["Mean test AUC over the grid (for reading; ranks come from validation)"] = maps
@@ -77,7 +79,7 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
         if banks is not None:
             pictures |= bank_pictures(folder, board, banks, note=split_note(metrics, "train"))
         drawn = page.pictures(pictures)
-        for figure in pictures.values():  # or a notebook that runs the grid shows them all
+        for figure in list(pictures.values())[2:]:  # or a notebook that runs the grid shows them all
             plt.close(figure)
     listed, apart = parted(board)
     plain = next((cell for cell in done["cell"] if PLAIN.items() <= kept.of(CellFolder(folder / cell))["params"].items()),

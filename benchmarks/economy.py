@@ -5,8 +5,8 @@
 ``boards`` makes a grid of 500 finished cells from one, in a temporary folder: 50 settings of k and threshold with ten
 seeds each, whose scores are the cell's with noise of their own. It times ``grid status`` and ``grid report`` of both
 commits as a user starts them, in turn: on a folder that nobody has read yet (``first``), after one more cell has finished
-(``one more``), and with nothing new (``again``). The commit before keeps nothing, so it is timed once a round. Seconds are of the CPU,
-which a busy machine hardly changes. The result is ``results/economy_boards.json``.
+(``one more``), and with nothing new (``again``). The commit before keeps nothing, so it is timed once a round. Seconds are
+of the CPU, which a busy machine hardly changes. The result is ``results/economy_boards.json``.
 """
 
 import argparse

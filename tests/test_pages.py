@@ -111,7 +111,7 @@ def reports(make_run) -> list[Path]:
 
 
 @pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
-def test_reports_can_be_read_on_a_telephone_and_in_the_dark(reports, browser):
+def test_reports_can_be_read_on_a_telephone_in_the_dark_and_link_one_another(reports, browser):
     for width, mode in ((400, "light"), (400, "dark"), (1280, "light")):
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=mode)
         tab, said, asked = context.new_page(), [], []
@@ -126,15 +126,12 @@ def test_reports_can_be_read_on_a_telephone_and_in_the_dark(reports, browser):
             assert dark == (mode == "dark")
         assert not said and {url.split(":")[0] for url in asked} <= {"file", "data"}
         context.close()
-
-
-@pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
-def test_a_leaderboard_leads_to_its_cells_and_back(reports, browser):
+    # the leaderboard leads to its cells, and they lead back
     tab = browser.new_page()
     tab.goto(reports[0].as_uri())
     assert tab.locator("img").count() == tab.locator("h2 + p.note + div.scroll > img").count() > 2  # each with a sentence
     tab.get_by_role("link", name="charm_seed=1").click()
-    assert tab.inner_text("h1") == "Run charm_seed=1" and tab.get_by_text("Settings: ").is_visible()
+    assert tab.inner_text("h1") == "Run charm_seed=1" and tab.get_by_text("Settings of charm_seed=1: ").is_visible()
     rows = tab.locator("table").filter(has_text="undefined").first.locator("tbody tr td:first-child").all_inner_texts()
     calls = tab.locator("table").filter(has_text="sensitivity").first.locator("tbody tr td:first-child").all_inner_texts()
     assert calls == [name for name in rows if name in calls]  # one order of classes

@@ -87,7 +87,7 @@ def write_report(folder: str | Path, board: pd.DataFrame, *, name: str | None = 
     links = {f"{cell}{mark}": f"{relpath(folder, out)}/{cell}/report.html" for cell in done["cell"] for mark in ("", " =")
              if (folder / cell / "report.html").is_file()}
     parts = [page.paragraph(head_line(board, metrics, plain), "lead"), page.paragraph(f"{note}. {origin_note(metrics)}.", ""),
-             *map(page.paragraph, reasons(board)), page.heading(f"Settings of {run.name}"), settings(metrics["params"]),
+             *map(page.paragraph, reasons(board)), settings(metrics["params"], run.name),
              page.paragraph(page.ORDER), *drawn]
     parts += _section("Leaderboard", ("Ranked by validation mean AUC. " if first else "No cell is ranked. ")
                       + "The test columns are for reading, with 95 % intervals by bootstrap over patients. A cell's name leads "

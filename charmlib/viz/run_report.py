@@ -36,12 +36,12 @@ def rarest_first(metrics: Mapping, predictions: Predictions) -> tuple[dict, Pred
     return {**metrics, "test": sort(metrics["test"])}, predictions.of(order)
 
 
-def settings(params: Mapping) -> str:
+def settings(params: Mapping, of: str) -> str:
     """The parameters that act and differ from their defaults, with what they are, behind a click."""
     rows = [{"parameter": name, "value": str(value), "what it is": PARAMS[name].reason}
             for name, value in changed(params).items()
             if name in PARAMS and PARAMS[name].hashed and not missing_need(name, params)]
-    return page.folded(f"Settings: {len(rows)} differ from the defaults", page.table(pd.DataFrame(rows), "words"))
+    return page.folded(f"Settings of {of}: {len(rows)} differ from the defaults", page.table(pd.DataFrame(rows), "words"))
 
 
 def score_words(metrics: Mapping) -> str:
@@ -61,7 +61,8 @@ def run_pictures(metrics: Mapping, predictions: Predictions, *, point: str = "yo
     metrics, predictions = rarest_first(metrics, predictions)
     part, note, name = metrics["test"], tables.split_note(metrics), metrics.get("cell", "")
     if len(predictions.classes) > PANELS:
-        shown = sorted(predictions.classes, key=lambda c: predictions.positives[c] == 0)[:PANELS]
+        rarest = sorted(predictions.classes, key=lambda c: (predictions.positives[c] == 0, predictions.positives[c]))[:PANELS]
+        shown = [c for c in predictions.classes if c in rarest]
         note = f"the {PANELS} rarest of {len(predictions.classes)} classes; {note}"
         predictions, part = predictions.of(shown), {**part, "auc": {c: part["auc"][c] for c in shown}}
     how = {"title": name, "note": note}
@@ -116,8 +117,9 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     parts = [page.paragraph(f"{name}: {score_words(metrics)}.", "lead"),
              page.paragraph(f"{note}. {tables.origin_note(metrics)}.", ""),
              *(page.paragraph(f"{text[0].upper()}{text[1:]}.") for text in _members(metrics)),
-             *([f"<p>{page.link('All cells of the grid', '../report.html')}</p>"] if (run / "../grid.yaml").is_file() else []),
-             settings(metrics["params"]), page.paragraph(page.ORDER), *shown("Training", "ROC", "Precision", "AUC"),
+             *([f"<p>{page.link('All cells of the grid', '../report.html')}, its {page.link('training', 'train.ipynb')} "
+                f"and {page.link('test', 'test.ipynb')}</p>"] if (run / "../grid.yaml").is_file() else []),
+             settings(metrics["params"], name), page.paragraph(page.ORDER), *shown("Training", "ROC", "Precision", "AUC"),
              page.heading("Scores on the whole test part"),
              page.paragraph(f"95 % intervals by bootstrap over {tables.clusters(metrics['split'])}; 'undefined' is the share "
                             "of resamples that lack positives or negatives of a class, which are left out of its interval."),

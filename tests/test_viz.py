@@ -148,7 +148,7 @@ def test_a_report_needs_nothing_else(scored, tmp_path):
     text = evaluation_text(metrics, test, "f1")
     write_evaluation(tmp_path / "out", metrics, test, "f1")
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 8 and "http" not in page.replace("https://arxiv", "")
+    assert page.count("data:image/png;base64,") == 8 and "://" not in page.replace("https://arxiv", "")
     assert "drawn phantoms" in page and "sensitivity_0.90" in page and "Research use only" in page
     assert "operating point 'f1'" in text and "mean of " in text
     table = pd.read_csv(tmp_path / "out/per_class.csv").set_index("class")

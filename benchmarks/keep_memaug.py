@@ -88,7 +88,7 @@ def main(folder: Path, target: Path) -> None:
     metrics = {cell: RunFolder(folder / cell).metrics for cell in board["cell"]}
     one = next(iter(metrics.values()))
     pictures = bank_pictures(folder, board, bank_table(folder, board), note=split_note(one))
-    for name, (_, figure) in zip(("enrichment", "history"), pictures):
+    for name, figure in zip(("enrichment", "history"), pictures.values()):
         figure.savefig(f"{target}_{name}.png", dpi=80)
         plt.close(figure)
     write_json(f"{target}.json", {

@@ -29,7 +29,7 @@ import pandas as pd
 
 from charmlib.evaluation.combine import mean_ensemble
 from charmlib.evaluation.compare import holm, p_of
-from charmlib.evaluation.intervals import RESAMPLES, bootstrap, draws, interval, mean_of_defined
+from charmlib.evaluation.intervals import RESAMPLES, bootstrap, draws, interval, mean_of_defined, over_seeds
 from charmlib.evaluation.metrics import ap_by_class, auc_by_class
 from charmlib.evaluation.runs import Predictions, RunFolder, write_arrays
 from charmlib.files import write_csv, write_json
@@ -142,12 +142,6 @@ def log_loss(p: Predictions, resamples: int, seed: int) -> tuple[float, np.ndarr
     sums, counts = (np.bincount(patient, v.sum(1), minlength=len(names)) for v in (lost, known))
     drawn = [(sums @ w) / (counts @ w) for w in draws(len(names), resamples, seed, 256)]
     return lost.sum() / known.sum(), np.concatenate(drawn)
-
-
-def over_seeds(drawn: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Resamples (S, R, ...) -> (R, ...): the mean of S seeds drawn with replacement, the same seeds for all configurations."""
-    chosen = np.random.default_rng(seed).integers(len(drawn), size=(drawn.shape[1], len(drawn)))
-    return np.mean([drawn[chosen[:, s], np.arange(drawn.shape[1])] for s in range(len(drawn))], axis=0)
 
 
 def differences(one: Measured, other: Measured) -> dict:

@@ -145,11 +145,11 @@ def evaluate(runs, point, ensemble, out, tta, merge, gate, **where):
         raise click.UsageError(f"{locked[0]} is read-only: name a folder for the reports with --out")
     scored = []
 
-    def show(metrics, test, target):
+    def show(metrics, test, target, run=None):
         scored.append(metrics)
         click.echo(evaluation_text(metrics, test, point))
         if target:
-            click.echo(f"{write_evaluation(target, metrics, test, point)}\n")
+            click.echo(f"{write_evaluation(target, metrics, test, point, run)}\n")
 
     names = run_names(folders)
     if tta:
@@ -164,7 +164,7 @@ def evaluate(runs, point, ensemble, out, tta, merge, gate, **where):
     for folder, name in zip(folders, names):
         metrics, test = score.evaluate_run(folder, points=[point])
         show({**metrics, "cell": name}, test, out if out and len(folders) == 1 else out / name if out else
-             None if tta or gate else folder.path)
+             None if tta or gate else folder.path, folder)
     if ensemble:
         show(*score.evaluate_ensemble(folders, points=[point]), out and out / f"mean_of_{len(folders)}_runs")
     if len(scored) > 1:
@@ -454,7 +454,7 @@ def grid_status(folder):
 @click.argument("folder", type=_RUN)
 @click.option("--out", type=_FOLDER, help="Write there instead (a read-only grid).")
 def grid_report(folder, out):
-    """Write leaderboard.csv, the pictures and report.html anew from the cells' files."""
+    """Write leaderboard.csv, the pictures and report.html from the cells' files, unless nothing has changed since."""
     from charmlib.grid.board import leaderboard
     from charmlib.grid.report import write_report
 

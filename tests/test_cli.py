@@ -79,7 +79,7 @@ def test_one_stage_without_validation_from_the_file_to_predictions(phantoms, tmp
     book = nbformat.read(tmp_path / "out/test.ipynb", as_version=4)
     said = "".join(o.get("text", "") for c in book.cells if c.cell_type == "code" for o in c.outputs)
     assert "no operating point: trained without a validation part" in said
-    assert (tmp_path / "out/report.html").read_text().count("data:image/png") == 7
+    assert (tmp_path / "out/report.html").read_text().count("data:image/png") == 9
     image = next(phantoms.rglob("*.png"))
     done = charm("predict", tmp_path / "out", image, "--out", tmp_path / "p.csv")
     assert done.returncode == 0 and "1 images, probabilities only" in done.stdout, done.stderr
@@ -224,7 +224,7 @@ def test_evaluate_and_compare_a_run_without_validation(make_run, tmp_path):
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert done.stdout.count("no operating point: trained without a validation part") == 2  # apart, and the mean with it
     page = (tmp_path / "out/apart/report.html").read_text()
-    assert page.count("data:image/png") == 6 and "nothing to choose" in page and "Operating point '" not in page
+    assert page.count("data:image/png") == 8 and "nothing to choose" in page and "Operating point '" not in page
     rows = (tmp_path / "out/apart/per_class.csv").read_text().splitlines()
     assert len(rows) > 15 and all(row.endswith(",apart,") for row in rows[1:])
     done = charm("compare", usual, apart)

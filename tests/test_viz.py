@@ -148,7 +148,7 @@ def test_a_report_needs_nothing_else(scored, tmp_path):
     text = evaluation_text(metrics, test, "f1")
     write_evaluation(tmp_path / "out", metrics, test, "f1")
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 7 and "http" not in page.replace("https://arxiv", "")
+    assert page.count("data:image/png;base64,") == 8 and "://" not in page.replace("https://arxiv", "")
     assert "drawn phantoms" in page and "sensitivity_0.90" in page and "Research use only" in page
     assert "operating point 'f1'" in text and "mean of " in text
     table = pd.read_csv(tmp_path / "out/per_class.csv").set_index("class")
@@ -203,3 +203,42 @@ def test_curves_mark_the_kept_epochs_and_count_as_the_history_does(monitor, chan
         assert [round(patch.get_x() + 0.3) for patch in bands] == kept
         assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2", "3", "4", "1", "2", "3"]
     assert "kept epoch" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_the_worst_errors_are_those_that_most_others_contradict():
+    """Beside a loop over all images of all classes."""
+    from charmlib.evaluation.runs import Predictions
+    from charmlib.viz.errors import SHOWN, plot_errors, worst_errors
+
+    g = np.random.default_rng(0)
+    labels, logits = (g.random((60, 7)) < 0.3).astype(float), g.normal(size=(60, 7)).round(1)
+    ids = np.array([f"{i}.png" for i in range(60)])
+    found = worst_errors(Predictions(ids, ids, labels, logits, tuple("abcdefg")))
+    for kind, positive in (("missed", 1), ("false", 0)):
+        worst = []
+        for c in range(7):
+            own, others = logits[labels[:, c] == positive, c], logits[labels[:, c] != positive, c]
+            worst.append(max(np.mean(others > s) if positive else np.mean(others < s) for s in own))
+        assert [case["error"] for case in found[kind]] == pytest.approx(sorted(worst, reverse=True)[:SHOWN])
+        for case in found[kind]:
+            i, c = ids.tolist().index(case["image"]), "abcdefg".index(case["class"])
+            assert labels[i, c] == positive and case["probability"] == pytest.approx(1 / (1 + np.exp(-logits[i, c])))
+    assert plot_errors(found, lambda metrics, image: np.zeros((8, 8), np.uint8), {}).axes[0].get_title().startswith(
+        f"{found['missed'][0]['class']}, p ")
+
+    def missing(metrics, image):
+        raise FileNotFoundError(image)
+
+    assert plot_errors(found, missing, {}) is None
+
+
+def test_ink_has_contrast_on_every_colour():
+    from charmlib.viz.style import ink_on
+
+    def light(colour):
+        return np.dot([v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour], (0.2126, 0.7152, 0.0722))
+
+    for colour in np.random.default_rng(0).random((300, 3)):
+        ink = {"black": 0.0, "white": 1.0}[ink_on(colour)]
+        a, b = sorted((light(colour), ink))
+        assert (b + 0.05) / (a + 0.05) >= 4.5

@@ -24,12 +24,14 @@ def aligned(first: Predictions, *others: Predictions) -> list[Predictions]:
         if first.classes != other.classes:
             raise ValueError(f"the runs have other classes or another order of them: {', '.join(first.classes)} and "
                              f"{', '.join(other.classes)}")
-        theirs = np.argsort(other.ids)
-        if not np.array_equal(first.ids[order], other.ids[theirs]):
-            both = len(np.intersect1d(first.ids, other.ids))
-            raise ValueError(f"the runs were scored on other images ({len(first.ids):,} and {len(other.ids):,}, {both:,} in "
-                             "both): only runs of one test part can be paired")
-        out.append(other.take(theirs[np.argsort(order)]))
+        if not np.array_equal(first.ids, other.ids):  # cells of one grid have one order
+            theirs = np.argsort(other.ids)
+            if not np.array_equal(first.ids[order], other.ids[theirs]):
+                both = len(np.intersect1d(first.ids, other.ids))
+                raise ValueError(f"the runs were scored on other images ({len(first.ids):,} and {len(other.ids):,}, {both:,} "
+                                 "in both): only runs of one test part can be paired")
+            other = other.take(theirs[np.argsort(order)])
+        out.append(other)
         labels = out[-1].labels
         different = ~((labels == first.labels) | (np.isnan(labels) & np.isnan(first.labels)))
         if different.any():
@@ -71,7 +73,7 @@ def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Map
     positives, findings, rows = first.positives, first.findings, []
     for metric, (values, drawn) in both.items():
         differences = drawn[1] - drawn[0]
-        limits = class_differences(pair, metric.lower(), differences, thresholds)
+        limits = class_differences([pair], metric.lower(), differences, thresholds)
         means = [mean_over_classes(v, normal_class=first.normal_class, what=metric) for v in values]
         rows.append(_row(MEAN, metric, sum(positives[classes[c]] for c in findings), means,
                          intervals.mean_of_defined(drawn[1][:, findings]) - intervals.mean_of_defined(drawn[0][:, findings]),
@@ -82,37 +84,43 @@ def compare(first: Predictions, second: Predictions, *, thresholds: Sequence[Map
     return pd.DataFrame(rows)
 
 
-def class_differences(pair: Sequence[Predictions], figure: str, differences: np.ndarray,
+def class_differences(pairs: Sequence[Sequence[Predictions]], figure: str, differences: np.ndarray,
                       thresholds: Sequence[Mapping[str, float | None]] | None = None) -> list[intervals.Interval]:
-    """The interval of each class's difference from its resamples (resamples, n_classes), widened where few patients have it."""
-    found = [intervals.interval(column) for column in differences.T]
+    """The interval of each class's difference from its resamples (resamples, n_classes), widened where few patients have it.
+
+    ``pairs`` are the two runs, of each seed if there are several; the difference is the mean over them.
+    """
+    found, test = intervals.intervals(differences), pairs[0][0]
     if figure not in few.TRIALS:
         return found
-    held = list(few.patients_with(pair[0].labels, pair[0].patients, pair[0].classes).values())
+    held = list(few.patients_with(test.labels, test.patients, test.classes).values())
     at = thresholds if figure == "sensitivity" and thresholds else ({}, {})
-    for c, name in enumerate(pair[0].classes):
+    for c, name in enumerate(test.classes):
         if 0 < held[c] < few.FEW and (figure != "sensitivity" or all(t.get(name) is not None for t in at)):
-            values = [few.values_of_positives(figure, p.labels, p.logits, c, t.get(name)) for p, t in zip(pair, at)]
-            found[c] = few.widened_difference(found[c], figure, *values, pair[0].patients[pair[0].labels[:, c] == 1])
+            values = [np.mean([few.values_of_positives(figure, p.labels, p.logits, c, t.get(name)) for p in runs], 0)
+                      for runs, t in zip(zip(*pairs), at)]
+            found[c] = few.widened_difference(found[c], figure, *values, test.patients[test.labels[:, c] == 1])
     return found
 
 
-def mean_auc_difference(first: RunFolder, second: RunFolder) -> intervals.Interval:
-    """The interval of the second run's mean AUC less the first's, from their stored resamples; both have one test part.
+def mean_auc_difference(first: RunFolder | Sequence[RunFolder], second: RunFolder | Sequence[RunFolder]) -> intervals.Interval:
+    """The interval of the second run's mean AUC less the first's, from their stored resamples; all have one test part.
 
+    Of two sequences of runs, the i-th of one seed, it is of the mean over seeds, and draws patients and seeds.
     Runs of other findings or labels are paired by patient only, without widening for rare classes.
     """
-    names, drawn = [], []
-    for run in (first, second):
-        names.append([run.test.classes[c] for c in run.test.findings])
-        drawn.append(run.resamples.auc[:, run.test.findings])
+    sides = [list(side) if isinstance(side, Sequence) else [side] for side in (first, second)]
+    names = [[run.test.classes[c] for c in run.test.findings] for run in (sides[0][0], sides[1][0])]
+    one, two = (np.stack([run.resamples.auc[:, run.test.findings] for run in side]) for side in sides)  # (S, R, C) each
     try:
-        pair = aligned(*(run.test.of(found) for run, found in zip((first, second), names)))
+        pairs = list(zip(*(aligned(*(run.test.of(found) for run in side)) for side, found in zip(sides, names))))
+        pairs = [aligned(*pair) for pair in pairs]
     except ValueError:
-        return intervals.interval(intervals.mean_of_defined(drawn[1]) - intervals.mean_of_defined(drawn[0]))
-    one, two = ([few.auc(p.labels, p.logits, c) for c in range(len(p.classes))] for p in pair)
-    differences = drawn[1] - drawn[0]
-    return few.mean_interval(differences, np.subtract(two, one), class_differences(pair, "auc", differences), -1)
+        return intervals.interval(intervals.over_seeds(np.stack([
+            intervals.mean_of_defined(b) - intervals.mean_of_defined(a) for a, b in zip(one, two)])))
+    differences = intervals.over_seeds(two - one)
+    values = [[few.auc(b.labels, b.logits, c) - few.auc(a.labels, a.logits, c) for c in range(len(names[0]))] for a, b in pairs]
+    return few.mean_interval(differences, np.mean(values, 0), class_differences(pairs, "auc", differences), -1)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import beta, rankdata, t
 
-from charmlib.evaluation.intervals import LEVEL, Interval, interval, mean_of_defined
+from charmlib.evaluation.intervals import LEVEL, Interval, interval, intervals, mean_of_defined
 from charmlib.evaluation.metrics import known
 from charmlib.evaluation.operating import called
 
@@ -44,8 +44,8 @@ def widened(found: Interval, figure: str, value: float, patients: int) -> Interv
 def widened_by_class(drawn: np.ndarray, figure: str, values: Mapping[str, float], patients: Mapping[str, int]
                      ) -> dict[str, Interval]:
     """The interval of each class: resamples ``drawn`` (resamples, n_classes), ``values`` and ``patients`` by class."""
-    return {name: widened(interval(column), figure, value, patients[name]) for column, (name, value) in
-            zip(drawn.T, values.items(), strict=True)}
+    return {name: widened(found, figure, value, patients[name]) for found, (name, value) in
+            zip(intervals(drawn), values.items(), strict=True)}
 
 
 def mean_interval(drawn: np.ndarray, values: Sequence[float], limits: Sequence[Interval], least: float = 0.0) -> Interval:
@@ -56,8 +56,9 @@ def mean_interval(drawn: np.ndarray, values: Sequence[float], limits: Sequence[I
     out, values = interval(mean_of_defined(drawn)), np.asarray(values, float)
     if not (~np.isnan(values)).any() or np.isnan(out.low):
         return out
+    own_limits = intervals(drawn)
     gained = [np.nansum([max((value - wide[side]) ** 2 - (value - own[side]) ** 2, 0) for value, wide, own in
-                         zip(values, limits, (interval(column)[:2] for column in drawn.T))]) for side in (0, 1)]
+                         zip(values, limits, own_limits)]) for side in (0, 1)]
     mean, count = float(np.nanmean(values)), int((~np.isnan(values)).sum())
     low, high = (mean + sign * np.sqrt(max(sign * (out[side] - mean), 0) ** 2 + gained[side] / count**2)
                  for side, sign in ((0, -1), (1, 1)))
@@ -89,8 +90,9 @@ def values_of_positives(figure: str, labels, logits, c: int, threshold: float | 
     if figure == "sensitivity":
         return called(score[positive], threshold).astype(float)
     if figure == "auc":
-        upto = rankdata(score)[positive] - rankdata(score[positive])  # negatives below, ties half
-        return upto / max((~positive).sum(), 1)
+        negatives = np.sort(score[~positive])
+        upto = sum(np.searchsorted(negatives, score[positive], side) for side in ("left", "right")) / 2  # ties half
+        return upto / max(len(negatives), 1)
     return rankdata(-score[positive], "max") / rankdata(-score, "max")[positive]
 
 

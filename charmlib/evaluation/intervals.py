@@ -172,6 +172,12 @@ def mean_of_defined(samples: np.ndarray) -> np.ndarray:
     return np.where(count > 0, np.where(defined, samples, 0).sum(1) / np.maximum(count, 1), np.nan)
 
 
+def over_seeds(drawn: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Resamples (S, R, ...) -> (R, ...): the mean of S seeds drawn with replacement, the same seeds for all configurations."""
+    chosen = np.random.default_rng(seed).integers(len(drawn), size=(drawn.shape[1], len(drawn)))
+    return np.mean([drawn[chosen[:, s], np.arange(drawn.shape[1])] for s in range(len(drawn))], axis=0)
+
+
 def interval(samples: np.ndarray, level: float = LEVEL) -> Interval:
     """Percentile interval of one metric (resamples,); NaN limits if fewer than two resamples define it."""
     defined = samples[~np.isnan(samples)]
@@ -182,9 +188,17 @@ def interval(samples: np.ndarray, level: float = LEVEL) -> Interval:
     return Interval(float(low), float(high), share)
 
 
+def intervals(samples: np.ndarray, level: float = LEVEL) -> list[Interval]:
+    """The :func:`interval` of each column of (resamples, n), with one look at all that every resample defines."""
+    whole = ~np.isnan(samples).any(0) & (len(samples) > 1)
+    limits = iter(np.quantile(samples[:, whole], [(1 - level) / 2, (1 + level) / 2], axis=0).T.tolist() if whole.any() else ())
+    return [Interval(*next(limits), 0.0) if all_defined else interval(column, level)
+            for all_defined, column in zip(whole, samples.T)]
+
+
 def intervals_by_class(samples: np.ndarray, classes, level: float = LEVEL) -> dict[str, Interval]:
     """The interval of each column of (resamples, n_classes)."""
-    return {str(name): interval(samples[:, c], level) for c, name in enumerate(classes)}
+    return dict(zip(map(str, classes), intervals(samples, level)))
 
 
 def enough_patients(patients) -> bool:

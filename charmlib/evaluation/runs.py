@@ -73,6 +73,8 @@ class Predictions:
 
     def of(self, classes: Sequence[str]) -> Predictions:
         """The predictions for some of the classes."""
+        if tuple(classes) == self.classes:
+            return self
         columns = [self.classes.index(name) for name in classes]
         return replace(self, labels=self.labels[:, columns], logits=self.logits[:, columns], classes=tuple(classes))
 

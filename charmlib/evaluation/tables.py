@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from charmlib.evaluation.runs import number, valid_auc
+from charmlib.evaluation.runs import valid_auc
 from charmlib.nih import EACH_ITS_OWN, people
 
 MEAN = "mean of classes"
@@ -42,13 +42,20 @@ def origin_note(metrics: Mapping) -> str:
 
 
 def class_table(part: Mapping, positives: Mapping[str, int] | None = None) -> pd.DataFrame:
-    """AUC and average precision with their intervals: the means, then the classes by descending AUC.
+    """AUC and average precision with their intervals: the means, then the classes in the data's order.
 
     Columns: class, positives, AUC, AUC low, AUC high, AP, AP low, AP high, undefined. The last is the share of resamples
     that do not define the class's metrics; in the first row, the largest of these shares among the classes in the mean.
     """
-    limits = part["intervals"]
-    names = sorted(part["auc"], key=lambda name: -number(part["auc"][name], -1))
+    table = pd.DataFrame(class_rows(part))
+    if positives is not None:
+        table.insert(1, "positives", table["class"].map(positives).astype("Int64"))
+    return table.astype({c: float for c in table if c not in ("class", "positives")})
+
+
+def class_rows(part: Mapping) -> list[dict]:
+    """The rows of :func:`class_table` without positives."""
+    limits, names = part["intervals"], list(part["auc"])
     findings = [name for name in names if name != part["normal_class"]]
     defined = [name for name in findings if name not in part["undefined"]]
 
@@ -61,12 +68,8 @@ def class_table(part: Mapping, positives: Mapping[str, int] | None = None) -> pd
     rows += [row(f"mean of {group}", g["mean_auc"], g["mean_ap"], g["mean_auc_interval"], g["mean_ap_interval"])
              for group, g in part["groups"].items()]
     rows.append(row("all pairs (micro)", part["micro_auc"], part["micro_ap"]))
-    rows += [row(name, part["auc"][name], part["ap"][name], limits["auc"][name], limits["ap"][name],
-                 undefined=limits["auc"][name][2]) for name in names]
-    table = pd.DataFrame(rows)
-    if positives is not None:
-        table.insert(1, "positives", table["class"].map(positives).astype("Int64"))
-    return table.astype({c: float for c in table if c not in ("class", "positives")})
+    return rows + [row(name, part["auc"][name], part["ap"][name], limits["auc"][name], limits["ap"][name],
+                       undefined=limits["auc"][name][2]) for name in names]
 
 
 def mean_name(defined: int, findings: int, normal_class: str) -> str:

@@ -14,6 +14,7 @@ from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.tables import run_table, split_label
 from charmlib.files import write_csv
+from charmlib.grid.board import PLAIN
 from charmlib.grid.cells import GridError
 from charmlib.grid.runner import run_grid
 from charmlib.grid.spec import Cell, Grid, read_cell
@@ -21,7 +22,7 @@ from charmlib.param_sources import find_file
 from charmlib.params import ParameterError, changes
 
 # cell -> its changes to the parameter file
-CONTROLS = {"network": {}, "plain": {"use_momentum": False, "use_attention": False, "use_bank": False},
+CONTROLS = {"network": {}, "plain": {name: PLAIN[name] for name in ("use_momentum", "use_attention", "use_bank")},
             "shuffled": {"labels": "shuffled"}}
 _NAMES = {"shuffled": "shuffled labels (must be 0.5)", "plain": "plain network"}
 LEVEL = 0.99  # of the interval of the shuffled control that must contain 0.5: one in a hundred honest ones does not
@@ -77,7 +78,7 @@ def run_controls(path: str | Path, assignments: Iterable[str] = (), *, out: str 
     network = run or runs.get("network")
     if network and "plain" in runs:
         difference = verdict(compare(runs["plain"].test, network.test), "the plain network", "the network")
-        remarks.append(f"network minus plain: {difference}")
+        remarks.append(f"network minus plain: {difference} One seed each: the spread between trainings is not in it.")
     return table, held, remarks
 
 

@@ -62,7 +62,7 @@ def plot_enrichment_map(table: pd.DataFrame, *, title: str = "", note: str = "")
     figure, axis = plt.subplots(figsize=(max(0.52 * len(names) + 2.6, 6.5), 0.27 * len(table) + 3.0), layout="constrained")
     texts = [["" if not np.isfinite(v) else f"{v:.2f}" if v < 0.995 else f"{v:.3g}" if v >= 100 else f"{v:.1f}" for v in row]
              for row in values]
-    image = number_map(axis, colour, texts, table["cell"], [readable(n) for n in names], white=abs(colour) > 2, fontsize=7,
+    image = number_map(axis, colour, texts, table["cell"], [readable(n) for n in names], fontsize=7,
                        slanted={"rotation": 40, "ha": "right"}, cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto")
     figure.colorbar(image, ax=axis, ticks=[-3, -2, -1, 0, 1, 2, 3], shrink=0.9).set_ticklabels(
         ["1/8 or less", "1/4", "1/2", "1", "2", "4", "8 or more"])

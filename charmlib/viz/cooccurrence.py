@@ -23,7 +23,7 @@ def plot_cooccurrence(labels, classes, *, title: str = "", note: str = ""):
     np.fill_diagonal(texts, [f"{count:,.0f}" for count in np.diag(both)])
     names = [readable(c) for c in classes]
     figure, axis = plt.subplots(figsize=(8.6, 6.6), layout="constrained")
-    image = number_map(axis, share, texts, names, names, white=share < 0.6 * top, fontsize=7.5,
+    image = number_map(axis, share, texts, names, names, fontsize=7.5,
                        slanted={"rotation": 45, "ha": "right"}, cmap="cividis", vmin=0, vmax=top)
     for text in axis.texts:
         text.set_fontweight("bold" if len(set(text.get_position())) == 1 else "normal")

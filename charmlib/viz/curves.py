@@ -26,8 +26,7 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
     findings = [aucs[predictions.classes[c]] for c in predictions.findings]
     defined = [v for v in findings if not np.isnan(v)]
     figure, axis = plt.subplots(figsize=(8.6, 5.7), layout="constrained")
-    for i in np.argsort([-np.nan_to_num(v, nan=-1.0) for v in aucs.values()], kind="stable"):
-        name = predictions.classes[i]
+    for i, name in enumerate(predictions.classes):
         if np.isnan(aucs[name]):
             axis.plot([], [], label=f"  n/a  {readable(name)} (no positives)", **class_style(i))
             continue
@@ -48,7 +47,7 @@ def plot_roc(predictions, *, title: str = "", note: str = ""):
 def plot_roc_bands(predictions, part: Mapping, *, point: str = "youden", title: str = "", note: str = ""):
     """One panel per class: curve, 95 % band over patients, and the operating point from validation; returns the figure.
 
-    ``part`` is the test part of ``metrics.json``; panels are in order of AUC.
+    ``part`` is the test part of ``metrics.json``.
     """
     operating = part.get("operating", {}).get(point, {})
 
@@ -72,7 +71,7 @@ def plot_roc_bands(predictions, part: Mapping, *, point: str = "youden", title: 
 def plot_precision_recall(predictions, part: Mapping, *, title: str = "", note: str = ""):
     """One panel per class: curve, 95 % band over patients, and the precision of chance; returns the figure.
 
-    The precision axis is square-rooted. ``part`` is the test part of ``metrics.json``; panels are in order of AP.
+    The precision axis is square-rooted. ``part`` is the test part of ``metrics.json``.
     """
 
     def draw(axis, name: str, y, score) -> None:
@@ -125,13 +124,11 @@ def plot_reliability(predictions, temperature: float | None = 1.0, *, bins: int 
 
 
 def _band_panels(predictions, part: Mapping, metric: str, bands: Callable, draw: Callable, curve: str):
-    """Figure, axes and legend: panels by descending ``metric``, titled by its stored value, with the bands of a function, to
+    """Figure, axes and legend: a panel a class, titled by its stored ``metric``, with the bands of a function, to
     which ``draw(axis, name, y, score)`` adds the curves."""
     classes, drawn = predictions.classes, bands(predictions.labels, predictions.logits, predictions.patients)
-    order = sorted(range(len(classes)), key=lambda c: -number(part[metric][classes[c]], -1))
-    figure, axes, legend = _small_panels(len(order), sharex=True, sharey=True)
-    for c, axis in zip(order, axes):
-        name = classes[c]
+    figure, axes, legend = _small_panels(len(classes), sharex=True, sharey=True)
+    for c, (name, axis) in enumerate(zip(classes, axes)):
         y, score, _ = known(predictions.labels, predictions.logits, c)
         axis.set(title=f"{readable(name)}\nno positives", xlim=(0, 1), ylim=(0, 1.01), xticks=[0, 0.5, 1])
         if 0 < y.sum() < len(y):

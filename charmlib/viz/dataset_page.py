@@ -15,7 +15,7 @@ from charmlib.evaluation.metrics import frequency_groups, prevalence
 from charmlib.nih import NO_FINDING, PARTS, people
 from charmlib.viz import page
 from charmlib.viz.cooccurrence import plot_cooccurrence
-from charmlib.viz.style import FIRST, GUIDE, OKABE_ITO, SECOND, heading, readable, styled
+from charmlib.viz.style import FIRST, GUIDE, OKABE_ITO, SECOND, heading, ink_on, readable, styled
 
 _COLOURS = dict(zip(PARTS, (FIRST, OKABE_ITO[4], SECOND)))
 _NAMES = dict(zip(PARTS, ("training", "validation", "test")))
@@ -48,7 +48,7 @@ def _shares(values: pd.Series) -> str:
 
 
 def finding_table(data) -> pd.DataFrame:
-    """One row per class by falling prevalence: positives of each part, prevalence in training, and frequency group."""
+    """One row per class, the rarest first: positives of each part, prevalence in training, and frequency group."""
     positives, shares = _by_class(data)
     groups = frequency_groups(shares["train"][list(data.index.findings)].to_dict())
     group = {name: kind for kind, names in groups.items() for name in names}
@@ -56,7 +56,12 @@ def finding_table(data) -> pd.DataFrame:
     table.insert(0, "class", [name.replace("_", " ") for name in data.classes])
     table["prevalence (train)"] = shares["train"].map("{:.2%}".format)
     table["group"] = [group.get(name, "?") for name in data.classes]
-    return table.iloc[np.argsort(-shares["train"].to_numpy())].reset_index(drop=True)
+    return table.iloc[_order(data)].reset_index(drop=True)
+
+
+def _order(data) -> np.ndarray:
+    """Positions of the classes on the whole page: the rarest in training first, those without known labels last."""
+    return np.argsort(_by_class(data)[1]["train"].to_numpy(), kind="stable")
 
 
 def _by_class(data) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -76,12 +81,12 @@ def _note(data) -> str:
 
 @styled
 def plot_prevalence(data):
-    """Share of positives of each class in each part, most frequent first, on a logarithmic axis; returns the figure.
+    """Share of positives of each class in each part, the rarest first, on a logarithmic axis; returns the figure.
 
     A long tail is a straight line here. Dashed lines separate head, medium and tail classes (5 % and 2 % of the training part).
     """
     positives, shares = _by_class(data)
-    shares = shares.iloc[np.argsort(shares["train"].fillna(0).to_numpy(), kind="stable")]
+    shares = shares.iloc[_order(data)[::-1]]
     positives = positives.loc[shares.index]
     at = np.arange(len(shares))
     figure, axis = plt.subplots(figsize=(8.6, 0.34 * len(at) + 1.6), layout="constrained")
@@ -92,7 +97,7 @@ def plot_prevalence(data):
         axis.text(top * 1.25, i, " / ".join(f"{count:,}" for count in counts), va="center", fontsize=8)
     for border in (0.05, 0.02):
         axis.axvline(border, color=GUIDE, ls="--", lw=0.8)
-        axis.text(border, len(at) - 0.35, f"{border:.0%}", color=GUIDE, fontsize=7.5, ha="center")
+        axis.text(border, len(at) - 0.35, f"{border:.0%}", color="#666666", fontsize=7.5, ha="center")
     axis.set(yticks=at, yticklabels=[readable(name) for name in shares.index], xscale="log", xlim=(None, top * 4.5),
              xlabel=f"share of images that are positive; on the right their number in {' / '.join(map(_NAMES.get, shares))}")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -129,7 +134,7 @@ def plot_patients(data):
         for colour, (view, share) in zip(OKABE_ITO, shares.items()):
             views.barh(i, share, left=left, color=colour)
             views.text(left + share / 2, i, f"{readable(view)} {share:.0%}", ha="center", va="center", fontsize=8,
-                       color="white")
+                       color=ink_on(colour))
             left += share
     views.set(yticks=range(len(parts)), yticklabels=parts, xlim=(0, 1), xlabel="share of the part's images by view")
     views.invert_yaxis()
@@ -142,7 +147,7 @@ def plot_samples(data, *, seed: int = 0):
     figure."""
     generator, rows = np.random.default_rng(seed), data.rows("train")
     shown: list[int] = []
-    for c in range(len(data.classes)):
+    for c in _order(data):
         found = np.setdiff1d(rows[data.labels[rows, c] == 1], shown)
         shown += generator.choice(found, 1).tolist() if len(found) else []
     without = rows[~data.index.has_finding()[rows]]
@@ -156,7 +161,8 @@ def dataset_pictures(data) -> dict[str, object]:
     """Title -> figure: all pictures of a data set."""
     return {"Findings by part": plot_prevalence(data), "Patients and views": plot_patients(data),
             "Co-occurrence of findings (training part)": plot_cooccurrence(
-                data.labels[data.rows("train")], data.classes, note=data.note("train")),
+                data.labels[data.rows("train")][:, (order := _order(data))], [data.classes[c] for c in order],
+                note=data.note("train")),
             "A training image of each finding": plot_samples(data)}
 
 
@@ -165,9 +171,9 @@ def write_dataset_page(path: str | Path, data, pictures=None) -> Path:
     drawn = dataset_pictures(data) if pictures is None else pictures
     groups = "Positives of each part. Groups by prevalence in training: head above 5 %, medium 2 to 5 %, tail below 2 %."
     path = page.write_page(path, f"Data: {data.source}", [
-        page.paragraph(_note(data), ""), page.heading("Parts"), page.table(part_table(data), "words"), page.heading("Findings"),
-        page.paragraph(groups), page.table(finding_table(data)), page.heading("Irregularities"),
-        page.paragraph(str(data.index.report)), *page.pictures(drawn)], drawn=data.index.drawn)
+        page.paragraph(_note(data), "lead"), page.paragraph(f"Irregularities: {data.index.report}"), page.paragraph(page.ORDER),
+        *page.pictures(drawn), page.heading("Parts"), page.table(part_table(data), "words"), page.heading("Findings"),
+        page.paragraph(groups), page.table(finding_table(data))], drawn=data.index.drawn)
     for figure in drawn.values() if pictures is None else ():
         plt.close(figure)
     return path

@@ -38,7 +38,7 @@ def heat_maps(board: pd.DataFrame, *, value: str = "test_mean_auc", rows: str = 
         values, texts = (here[v].reindex(index=tall, columns=wide) for v in (value, "text"))
         values = values.to_numpy(float)
         image = number_map(axis, values, texts.fillna("").to_numpy(), [f"{v:g}" for v in tall], [f"{v:g}" for v in wide],
-                           white=values - low < 0.5 * max(high - low, 1e-9), fontsize=8, cmap="cividis", vmin=low - pad,
+                           fontsize=8, cmap="cividis", vmin=low - pad,
                            vmax=high + pad, aspect="auto")
         axis.set(title=f"{panels} {panel:g}", xlabel=columns)
     axes[0].set_ylabel(rows)

@@ -19,7 +19,7 @@ def plot_per_class(metrics: Mapping, *, title: str = "", note: str = ""):
     ``metrics`` is ``metrics.json``; returns the figure.
     """
     auc, intervals = metrics["test"]["auc"], metrics["test"]["intervals"]["auc"]
-    names = sorted(auc, key=lambda name: -number(auc[name], -1))
+    names = list(auc)
     values = np.array([number(auc[name]) for name in names])
     limits = np.array([[number(v) for v in intervals[name][:2]] for name in names])
     published, remark = per_class_beside(metrics)

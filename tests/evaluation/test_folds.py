@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.keep_parts import by_view, differences, main, measure, over_seeds, read
+from benchmarks.keep_parts import by_view, differences, main, measure, read
 from charmlib.evaluation.combine import auc_within_folds, out_of_fold
 from charmlib.evaluation.compare import holm
+from charmlib.evaluation.intervals import over_seeds
 from charmlib.evaluation.leaks import LeakError, refuse_leaks
 from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.runs import RunFolder

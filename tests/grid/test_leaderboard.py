@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from charmlib.evaluation.compare import MEAN, compare
+from charmlib.evaluation.intervals import interval, mean_of_defined
+from charmlib.evaluation.intervals import over_seeds as over_the_seeds
 from charmlib.evaluation.leaks import LeakError
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid import leaderboard, run_grid
-from charmlib.grid.board import _values_that_act, over_seeds
+from charmlib.grid.board import KEPT, _acting, _values_that_act, over_seeds
 from charmlib.grid.cells import GridError
 from charmlib.grid.controls import run_controls
 from charmlib.grid.report import board_notes, board_text, shown_board, write_report
@@ -69,11 +71,84 @@ def test_seeds_are_summed_up(make_run):
     folder = as_grid(make_run("g/k2_seed=3", answer="features", seed=3, k=2, skill=2.0).parent, ("k", "seed"))
     board = leaderboard(folder)
     table = over_seeds(board)
+    assert table["configuration"].tolist() == ["k2", "k1"]
     assert table["k"].tolist() == [2, 1] and table["seeds"].tolist() == [4, 3]
     two = board[board["k"] == 2]["test_mean_auc"]
     assert table.loc[0, "test_mean"] == pytest.approx(two.mean()) and table.loc[0, "test_sd"] == pytest.approx(two.std())
     assert over_seeds(board.drop(columns="seed")) is None
     assert "Over seeds" in write_report(folder, board).read_text() and (folder / "seeds.csv").is_file()
+
+
+def three_configurations(make_run):
+    """Plain, CHARM and published cells of three seeds each, of which a grid file names the seed alone."""
+    systems = {"plain": {"use_momentum": False, "use_attention": False, "use_bank": False, "skill": 0.4},
+               "charm": {"skill": 2.0}, "published": {"answer": "features", "skill": 1.9}}
+    for name, settings in systems.items():
+        for seed in (0, 1, 2):
+            run = make_run(f"g/{name}_seed={seed}", seed=seed, **settings)
+    return as_grid(run.parent, ("seed",))
+
+
+def test_configurations_that_the_grids_axes_do_not_name_are_kept_apart(make_run):
+    """Nine cells of three systems once made one line, because seed was the only axis."""
+    folder = three_configurations(make_run)
+    board = leaderboard(folder)
+    table = over_seeds(board).set_index("configuration")
+    assert set(table.index) == {"plain", "charm", "published"} and table["seeds"].tolist() == [3, 3, 3]
+    first = table.index[0]
+    assert pd.isna(table.loc[first, "seeds_diff"]) and table.loc["plain", "survives"] is True
+    rows = board.set_index("cell")
+    by_seed = [rows.loc[f"plain_seed={s}", "test_mean_auc"] - rows.loc[f"{first}_seed={s}", "test_mean_auc"] for s in range(3)]
+    assert table.loc["plain", "seeds_diff"] == pytest.approx(np.mean(by_seed))
+    # the slow twin: the protocol's resamples, which no class is rare enough to widen here or which widening only lengthens
+    runs = [[RunFolder(folder / f"{name}_seed={s}") for s in range(3)] for name in ("plain", first)]
+    drawn = [np.stack([mean_of_defined(run.resamples.auc[:, run.test.findings]) for run in side]) for side in runs]
+    low, high, _ = interval(over_the_seeds(drawn[0] - drawn[1]))
+    assert table.loc["plain", "seeds_low"] <= low + 1e-12 and table.loc["plain", "seeds_high"] >= high - 1e-12 and high < 0
+    page = write_report(folder, board).read_text()
+    lead = page.split("class='lead'>")[1].split("</p>")[0]
+    assert f"Over 3 seeds, {first} is first" in lead and "Less the plain network (plain): +" in lead and "can be told" in lead
+
+
+def test_a_difference_of_changing_sign_does_not_survive(make_run):
+    for seed, (one, two) in enumerate([(3.0, 0.3), (3.0, 0.3), (0.3, 3.0)]):
+        make_run(f"g/a_seed={seed}", seed=seed, skill=one, answer="features", k=1)
+        run = make_run(f"g/b_seed={seed}", seed=seed + 10, skill=two, answer="features", k=2)
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["params"]["seed"] = seed
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    board = leaderboard(as_grid(run.parent, ("k", "seed")))
+    assert over_seeds(board)["survives"].dropna().tolist() == [False]
+
+
+def test_a_board_is_made_from_what_changed_and_is_the_same(make_run, monkeypatch):
+    folder = three_configurations(make_run)
+    whole, read = leaderboard(folder), []
+    test = RunFolder._predictions
+    monkeypatch.setattr(RunFolder, "_predictions", lambda run, part: read.append(run.name) or test(run, part))
+    pd.testing.assert_frame_equal(leaderboard(folder), whole)
+    assert not read
+    path = folder / "plain_seed=1/metrics.json"
+    path.write_text(path.read_text().replace('"cell"', ' "cell"'))
+    pd.testing.assert_frame_equal(leaderboard(folder), whole)
+    assert "plain_seed=1" in read and "published_seed=1" not in read
+    (folder / "plain_seed=0/predictions.npz").write_bytes(b"")
+    assert leaderboard(folder).set_index("cell").loc["plain_seed=0", "status"] == "damaged"
+    for content in ("", "[]", '{"code": 1, "found": {}}'):
+        (folder / KEPT).write_text(content)
+        assert len(leaderboard(folder)) == len(whole)
+
+
+def test_a_report_is_written_when_something_changed(make_run):
+    folder = as_grid(make_run("g/one", skill=2.0).parent)
+    page = write_report(folder, leaderboard(folder))
+    before = page.stat().st_mtime_ns
+    assert write_report(folder, leaderboard(folder)).stat().st_mtime_ns == before
+    make_run("g/two", seed=1)
+    assert write_report(folder, leaderboard(as_grid(folder))).stat().st_mtime_ns > before
+    (folder / "roc.png").unlink()
+    write_report(folder, leaderboard(folder))
+    assert (folder / "roc.png").is_file()
 
 
 def test_controls_quick_checks_and_other_splits_are_no_contestants(make_run):
@@ -200,6 +275,10 @@ def test_an_axis_acts_by_the_images_of_each_cell_not_by_those_of_the_first():
     """In few steps both momenta amount to the same, in many they differ."""
     params = {cell: resolve({"use_momentum": True, "momentum": value}) for cell, value in (("a", 0.999), ("b", 0.9999))}
     few, many = {"all": 640, "findings": 640}, {"all": 10**7, "findings": 10**7}
-    assert None in [row["momentum"] for row in _values_that_act(params, ["momentum"], {"a": few, "b": few}).values()]
-    own = _values_that_act(params, ["momentum"], {"a": few, "b": many})
+
+    def values(images):
+        return _values_that_act(params, ["momentum"], {cell: _acting(params[cell], images[cell]) for cell in params})
+
+    assert None in [row["momentum"] for row in values({"a": few, "b": few}).values()]
+    own = values({"a": few, "b": many})
     assert own == {"a": {"momentum": 0.999}, "b": {"momentum": 0.9999}}

@@ -20,6 +20,7 @@ import pytest
 
 from charmlib.data.dataset import ImageReader
 from charmlib.evaluation.runs import RunFolder
+from charmlib.training import ask
 from charmlib.viz.explorer import SHOWN, Explorer, _Board
 from tests.test_notebooks import papermill, pictures
 
@@ -134,8 +135,13 @@ def test_two_runs_are_compared_only_on_the_same_split(board, runs):
 
 
 def test_missing_images_do_not_stop_it(runs):
-    assert _Board(Explorer(runs[:1])).errors.value[:4] == b"\x89PNG"
-    assert _Board(Explorer(runs[:1], ImageReader("/nowhere"))).errors.value[:4] == b"\x89PNG"
+    for reader in (None, ImageReader("/nowhere")):
+        board = _Board(Explorer(runs[:1], reader, ask))
+        assert board.errors.value.count("no image</span>") == SHOWN and "<img" not in board.errors.value
+        assert "The images are not there" in board.key.value
+        board.heat.value = True  # asks nothing
+        board.pool.shutdown()
+        assert "The images are not there" in board.key.value and not board.explorer.heats
 
 
 def test_names_cannot_smuggle_html(make_run):

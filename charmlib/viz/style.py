@@ -3,7 +3,6 @@
 import functools
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from charmlib import files
@@ -30,6 +29,8 @@ def styled(draw):
 
     @functools.wraps(draw)
     def inner(*args, **kwargs):
+        import matplotlib.pyplot as plt  # the explorer's page starts without it
+
         with plt.rc_context(RC):
             return draw(*args, **kwargs)
 

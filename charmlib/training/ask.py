@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
+
 
 def heat(run: str | Path, path: str | Path, finding: str, stride: int = 32) -> Mapping:
     """See :func:`charmlib.training.heat.explain_picture`, on the CPU."""
@@ -12,7 +14,7 @@ def heat(run: str | Path, path: str | Path, finding: str, stride: int = 32) -> M
 
 
 def opinion(run: str | Path, path: str | Path, finding: str, point: str, stride: int = 32) -> Mapping:
-    """Of :func:`charmlib.training.predict.predict`: ``probabilities`` and ``calls`` (class -> number, and 0, 1 or None), and
+    """Of :func:`charmlib.training.predict.predict`: ``probabilities`` and ``calls`` (class -> number, and 0, 1 or missing), and
     what :func:`heat` gives beside them, or ``note``, which says why there is no map (of an ensemble, or at this stride).
 
     Raises :class:`charmlib.data.radiograph.NotARadiograph` for a file that is refused.
@@ -22,11 +24,11 @@ def opinion(run: str | Path, path: str | Path, finding: str, point: str, stride:
 
     row = predict(run, [path], point=point, device="cpu", refused=lambda line: None).iloc[0]
     if row["refused"]:
-        raise NotARadiograph(row["refused"])
+        raise NotARadiograph(f"{Path(path).name}: {row['refused']}")
     try:
         told = heat(run, path, finding, stride)
     except ValueError as error:
         told = {"note": str(error)}
-    names = [name.removeprefix("p_") for name in row.index if name.startswith("p_")]
-    calls = {name: int(call) if (call := row.get(f"call_{name}", None)) in (0, 1) else None for name in names}
-    return {**told, "probabilities": {name: row[f"p_{name}"] for name in names}, "calls": calls}
+    p, calls = ({name.removeprefix(kind): value for name, value in row.items() if name.startswith(kind) and pd.notna(value)}
+                for kind in ("p_", "call_"))
+    return {**told, "probabilities": p, "calls": calls}

@@ -131,7 +131,7 @@ class Explorer:
         out = []
         for p in positions:
             row = walk.rows[p]
-            lines = ["positive" if walk.y[p] else "negative", f"p {digits(walk.probability[p])}"
+            lines = [f"{readable(finding)}: {'positive' if walk.y[p] else 'negative'}", f"p {digits(walk.probability[p])}"
                      + (f", {digits(other[row])}" if other is not None else "")]
             found = self.heats.get((name, finding, stride, str(test.ids[row])), {})
             out.append(Card(self.image(name, str(test.ids[row])), Path(test.ids[row]).stem, lines, readable(finding),
@@ -167,8 +167,8 @@ class Explorer:
         from charmlib.evaluation.compare import compare, verdict
 
         found = compare(self.folders[first].test, self.folders[second].test)
-        out = (f"<p><b>{text(verdict(found, first, second))}</b> By class: {text(second)} less {text(first)} on the same images, "
-               "with 95 % intervals over patients; the largest differences come first.</p>")
+        out = (f"<p><b>{text(verdict(found, first, second))}</b> By class: {text(second)} less {text(first)} on the same "
+               "images, with 95 % intervals over patients; the largest differences come first.</p>")
         found["beyond chance"] = np.select([found["low"] > 0, found["high"] < 0], ["higher", "lower"], "")
         found["class"] = found["class"].map(readable)
         names = {"first": first, "second": second, "low": "difference low", "high": "difference high"}
@@ -240,7 +240,8 @@ class _Board:
         self.note.value = f"{STYLE}{drawn}{text(split_note(self.metrics))}. Research use only."
         count = self.test.positives
         usable = [name for name, positives in count.items() if positives] or list(count)
-        _offer(self.finding, [(f"{readable(name)} ({count[name]:,})", name) for name in usable], max(usable, key=count.get))
+        _offer(self.finding, [(f"{readable(name)} ({count[name]:,})", name) for name in usable],
+               max(usable, key=lambda name: (name != self.metrics["normal_class"], count[name])))
         points = [*self.metrics["test"]["operating"], _BY_HAND]
         _offer(self.point, points, points[0])
         _offer(self.other, [_NONE, *self.explorer.comparable(self.run.value)], _NONE)
@@ -278,7 +279,8 @@ class _Board:
 
     def _move(self, target: int, stored: dict | None = None) -> None:
         before, self.at = self.at, target
-        self.numbers.value = self._table(stored)
+        here = stored or self.walk.point(target)
+        self.threshold, self.numbers.value = here["threshold"], self._table(here, stored is not None)
         self._draw_curve()
         self.strip = np.empty(0, int)
         if before is None or before == target:
@@ -295,9 +297,8 @@ class _Board:
             self._new_order()
             self._ask_own()
 
-    def _table(self, stored: dict | None) -> str:
+    def _table(self, here: dict, stored: bool) -> str:
         """The numbers at the point; at an operating point with its stored threshold and the intervals of the report."""
-        here = stored or self.walk.point(self.at)
         if not stored and np.isfinite(here["threshold"]):
             column = slice(self.c, self.c + 1)
             found = operating_resamples(self.test.labels[:, column], self.test.logits[:, column], self.test.patients,
@@ -346,9 +347,8 @@ class _Board:
         count = -(-len(self.positions) // SHOWN)
         self.page.value, self.page.max = 1, max(count, 2)  # a slider with a single value breaks in the browser: it is hidden
         self.page.layout.display = "" if count > 1 else "none"
-        point = self.walk.point(self.at)["threshold"]
-        at = "" if self.order.value not in ORDERS[1:] else ", with nothing called" if np.isinf(point) else (
-            f", at p ≥ {digits(point)}, the operating point {self.point.value}")
+        at = "" if self.order.value not in ORDERS[1:] else ", with nothing called" if np.isinf(self.threshold) else (
+            f", at p ≥ {digits(self.threshold)}, the operating point {self.point.value}")
         words = f"{readable(self.finding.value)}: {len(self.positions):,} images on {count:,} pages{at}"
         both = [] if self.theirs is None else ["p of both runs"]
         self.pages.value = f"<p role='status'>{text(', '.join([words, *chosen, *both]))}</p>"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from charmlib.data.images import read_grey
+from charmlib.data.radiograph import NotARadiograph
 from charmlib.viz.cards import Card, cards, digits, text
 from charmlib.viz.serve import UPLOAD
 from charmlib.viz.style import readable
@@ -38,12 +39,9 @@ class OwnImage:
             self.pool.submit(self._tell, asked)
 
     def _uploaded(self, _change) -> None:
-        if not self.upload.value:
-            return
         file = self.upload.value[0]
         name = Path(file["name"].replace("\\", "/")).name or "image"
-        self.upload.value = ()  # the kernel keeps one copy
-        self._picture, self._asked = (name, bytes(file["content"])), None
+        self._picture, self._asked = (name, file["content"]), None
         if file["size"] > UPLOAD * 2**20:
             self._picture = None
             self.told.value = _refusal(f"{name}: {file['size'] / 2**20:.0f} MB, more than {UPLOAD}", "Make it smaller.")
@@ -57,23 +55,23 @@ class OwnImage:
             path = Path(scratch) / name
             try:
                 path.write_bytes(content)
-                told = self._opinion(path, content, *how)
+                told = self._opinion(path, *how)
             except Exception as error:  # a thread's own would reach nobody
-                told = _refusal(str(error).replace(f"{scratch}/", ""), _REMEDY if isinstance(error, ValueError) else "")
+                told = _refusal(str(error).replace(f"{scratch}/", ""), _REMEDY if isinstance(error, NotARadiograph) else "")
         with self._lock:
             if self._asked is asked:
                 self.told.value = told
 
-    def _opinion(self, path: Path, content: bytes, run: str, finding: str, point: str, stride: int) -> str:
+    def _opinion(self, path: Path, run: str, finding: str, point: str, stride: int) -> str:
         folder = self.explorer.folders[run]
         told, metrics = self.explorer.ask.opinion(folder.path, path, finding, point, stride), folder.metrics
         p, calls = told["probabilities"], told["calls"]
-        pixels = read_grey(content, 384, metrics["params"]["aspect"], scale=metrics["data"]["scale"])
+        pixels = read_grey(path, 384, metrics["params"]["aspect"], scale=metrics["data"]["scale"])
         card = Card(pixels, path.name, [f"{readable(finding)}: p {digits(p[finding])}"], readable(finding),
                     heat=told.get("heat"), margin=told.get("margin", 0.0))
         words = {None: "no threshold", 0: "not called", 1: "called"}
-        rows = "".join(f"<tr class='{'yes' if calls[c] else ''}'><td>{text(readable(c))}</td><td>{digits(p[c])}</td>"
-                       f"<td>{words[calls[c]]}</td></tr>" for c in sorted(p, key=p.get, reverse=True))
+        rows = "".join(f"<tr class='{'yes' * calls.get(c, 0)}'><td>{text(readable(c))}</td><td>{digits(p[c])}</td>"
+                       f"<td>{words[calls.get(c)]}</td></tr>" for c in sorted(p, key=p.get, reverse=True))
         memory = cards([self._slot(run, slot) for slot in told.get("memory", ())], f"m{id(self):x}")
         own = cards([card], f"o{id(self):x}")
         return (f"<div class='own'>{own}<div><p>{text(run)}, at the operating point {text(point)}</p>"

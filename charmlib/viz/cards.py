@@ -52,7 +52,7 @@ def cards(shown: Iterable[Card], ident: str) -> str:
 
 
 def _card(card: Card, ident: str) -> str:
-    boxes = [f"box of {finding}" for finding, *_ in card.boxes]
+    boxes = [f"box of {', '.join(finding for finding, *_ in card.boxes)}"] if card.boxes else []
     seen = [] if card.heat is None else [f"{'heat map of' if card.heat.max() > 0 else 'no evidence for'} {card.finding}"]
     words = [*map(text, (card.name, *card.lines, *boxes, *seen))]
     caption = "<br>".join([f"<b>{words[0]}</b>", *words[1:]])

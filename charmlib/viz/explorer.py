@@ -189,7 +189,10 @@ class _Board:
         self.pool = ThreadPoolExecutor(1)  # networks are asked beside the kernel's own thread, one question after another
         self._wanted, self.own = None, OwnImage(explorer, self.pool)
         initial, wrap = {"description_width": "initial"}, w.Layout(flex_flow="row wrap", align_items="center")
-        choice = functools.partial(w.Dropdown, style=initial, layout=w.Layout(width="auto"))
+
+        def choice(**how):  # each with a layout of its own, since some are hidden
+            return w.Dropdown(style=initial, layout=w.Layout(width="auto"), **how)
+
         self.run = choice(options=list(explorer.folders), description="run")
         self.other = choice(options=[_NONE], description="compare with")
         self.finding = choice(options=[], description="finding")

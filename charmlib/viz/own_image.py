@@ -57,7 +57,8 @@ class OwnImage:
                 path.write_bytes(content)
                 told = self._opinion(path, *how)
             except Exception as error:  # a thread's own would reach nobody
-                told = _refusal(str(error).replace(f"{scratch}/", ""), _REMEDY if isinstance(error, NotARadiograph) else "")
+                bad = isinstance(error, NotARadiograph)
+                told = _refusal(str(error), _REMEDY) if bad else f"<p role='alert'><b>No answer</b>: {text(error)}</p>"
         with self._lock:
             if self._asked is asked:
                 self.told.value = told

@@ -1,9 +1,13 @@
 """The explorer: its widgets moved by program, its static pictures, and the page in a real browser."""
 
+import base64
 import contextlib
+import datetime
 import http.client
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,9 +22,20 @@ import numpy as np
 import psutil
 import pytest
 
+from charmlib import Run
+from charmlib.data.boxes import CORNERS
 from charmlib.data.dataset import ImageReader
-from charmlib.evaluation.runs import RunFolder
+from charmlib.data.index import read_index
+from charmlib.evaluation.ensemble import write_ensemble
+from charmlib.evaluation.runs import RunFolder, finish
+from charmlib.training import ask
+from charmlib.training.heat import explain_picture
+from charmlib.training.predict import predict
+from charmlib.viz.cards import digits
 from charmlib.viz.explorer import SHOWN, Explorer, _Board
+from charmlib.viz.serve import UPLOAD, WEB
+from charmlib.viz.style import readable
+from tests.conftest import TINY
 from tests.test_notebooks import papermill, pictures
 
 ROOT = Path(__file__).parents[1]
@@ -134,8 +149,104 @@ def test_two_runs_are_compared_only_on_the_same_split(board, runs):
 
 
 def test_missing_images_do_not_stop_it(runs):
-    assert _Board(Explorer(runs[:1])).errors.value[:4] == b"\x89PNG"
-    assert _Board(Explorer(runs[:1], ImageReader("/nowhere"))).errors.value[:4] == b"\x89PNG"
+    for reader in (None, ImageReader("/nowhere")):
+        board = _Board(Explorer(runs[:1], reader, ask))
+        assert board.errors.value.count("no image</span>") == SHOWN and "<img" not in board.errors.value
+        assert "The images are not there" in board.key.value
+        board.heat.value = True  # asks nothing
+        board.pool.shutdown()
+        assert "The images are not there" in board.key.value and not board.explorer.heats
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms, tmp_path_factory):
+    """A finished run with a network and a memory that votes."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run = Run.open({**TINY, "data_root": str(phantoms), "run_dir": str(folder), "image_size": 64, "use_momentum": False,
+                    "stage1_frozen_epochs": 0, "stage1_epochs": 0, "stage2_epochs": 1})
+    run.train()
+    run.score()
+    finish(folder)
+    return folder
+
+
+def own_file(path):
+    """What a browser sends of a file."""
+    return ({"name": path.name, "type": "", "size": path.stat().st_size, "content": memoryview(path.read_bytes()),
+             "last_modified": datetime.datetime.now()},)
+
+
+def test_heat_maps_are_asked_for_shown_images_only(trained):
+    board = _Board(Explorer([trained], ImageReader(), ask))
+    board.order.value = "largest error"
+    assert not board.explorer.heats and "heat" not in board.errors.value
+    board.stride.value = 8
+    board.heat.value = True
+    board.pool.submit(int).result()  # after what was asked before
+    ids = [str(board.test.ids[board.walk.rows[p]]) for p in board.positions[:SHOWN]]
+    assert [key[3] for key in board.explorer.heats] == ids and board.errors.value.count("class='heat'") > 0
+    path = ImageReader().path(board.metrics, ids[0])
+    told = explain_picture(trained, path, finding=board.finding.value, stride=8)
+    np.testing.assert_array_equal(board.explorer.heats[trained.name, board.finding.value, 8, ids[0]]["heat"], told["heat"])
+    assert "votes is in no map" in board.key.value
+    wanted = board._wanted
+    board.finding.value = board.finding.options[2][1]
+    board._ask_heat(wanted, ids)  # an answer that comes too late
+    board.pool.submit(int).result()
+    assert wanted[1] not in board.errors.value and readable(board.finding.value) in board.errors.value
+    board.stride.value = 4  # the network has no such map
+    board.pool.submit(int).result()
+    assert "No heat map" not in board.key.value or "strides" in board.key.value
+
+
+def test_filters_and_boxes(trained):
+    board = _Board(Explorer([trained], ImageReader(), ask))
+    frame = read_index(board.metrics["params"]["data_root"]).frame.set_index("id")
+    everything = len(board.positions)
+    board.filters["sex"].value, board.filters["view"].value = "female", board.filters["view"].options[1]
+    ids = board.test.ids[board.walk.rows[board.positions]]
+    assert 0 < len(ids) < everything and set(frame.loc[ids, "sex"]) == {"F"}
+    assert set(frame.loc[ids, "view"]) == {board.filters["view"].value} and "sex female" in board.pages.value
+    board.order.value = "false negatives"
+    assert f"p ≥ {digits(board.threshold)}, the operating point youden" in board.pages.value
+    table = ImageReader().boxes(board.metrics, board.test.ids.tolist(), board.test.labels)
+    boxes = board.explorer.boxes(trained.name)
+    assert sum(map(len, boxes.values())) == len(table) > 20
+    position = list(board.walk.rows).index(table["row"][0])
+    card = board.explorer.cards(trained.name, board.walk, [position], table["finding"][0])[0]
+    assert card.boxes[0] == (readable(table["finding"][0]), *table.iloc[0][CORNERS])
+
+
+@pytest.mark.parametrize("of", ["run", "ensemble"])
+def test_an_image_of_ones_own(trained, tmp_path, of):
+    folder = trained
+    if of == "ensemble":
+        shutil.copytree(trained, tmp_path / "second")
+        folder = write_ensemble(tmp_path / "ensemble", [trained, tmp_path / "second"]).path
+    board = _Board(Explorer([folder], ImageReader(), ask))
+    path = Path(ImageReader().path(board.metrics, str(board.test.ids[0])))
+    board.own.upload.value = own_file(path)
+    board.pool.submit(int).result()
+    told, row = board.own.told.value, predict(folder, [path]).iloc[0]
+    for name in board.test.classes:
+        assert f"<td>{readable(name)}</td><td>{digits(row[f'p_{name}'])}</td>" in told
+    assert told.count("<td>called</td>") == row.filter(like="call_").fillna(0).sum()
+    if of == "ensemble":
+        assert "ask its members run, second" in told and "class='heat'" not in told
+    else:
+        case = Run.load(folder).bank.explain(path.name, board.finding.value)
+        assert all(f"<b>{Path(name).stem}</b>" in told for name in case.table["image"]) and case.note[:30] in told
+    before = told
+    board.finding.value = board.finding.options[3][1]  # the same picture is asked about another finding
+    board.pool.submit(int).result()
+    assert board.own.told.value != before
+    (tmp_path / "x.png").write_text("no picture")
+    board.own.upload.value = own_file(tmp_path / "x.png")
+    board.pool.submit(int).result()
+    assert "<b>Refused</b> x.png: " in board.own.told.value and "Choose a chest radiograph" in board.own.told.value
+    assert str(tmp_path) not in board.own.told.value
+    board.own.upload.value = ({**own_file(path)[0], "size": UPLOAD * 2**20 + 1},)
+    assert f"more than {UPLOAD}" in board.own.told.value
 
 
 def test_names_cannot_smuggle_html(make_run):
@@ -153,7 +264,8 @@ def test_papermill_gets_static_pictures_and_no_widget(runs, tmp_path):
     cell.source = cell.source.replace('["runs"]', repr([str(runs[0])]))
     nbformat.write(nb, tmp_path / "explore.ipynb")
     book = papermill(tmp_path / "explore.ipynb", tmp_path / "out.ipynb", {}, tmp_path)
-    assert pictures(book) == 4 and "widget" not in (tmp_path / "out.ipynb").read_text()
+    text = (tmp_path / "out.ipynb").read_text()
+    assert pictures(book) == 2 and text.count("class='cards'") == 2 and "widget-view" not in text
 
 
 @contextlib.contextmanager
@@ -184,12 +296,6 @@ def served(*runs, idle=300):
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def page(runs):
-    with served(*runs) as (address, _):
-        yield address
 
 
 def status(address, **headers):
@@ -255,37 +361,197 @@ def test_only_its_user_on_this_machine_gets_the_page(runs, browser):
         tab.close()
 
 
+SEEN = """() => {  // each frame after the finding was changed: the finding of the curve, those of the cards, and when it was
+  const label = [...document.querySelectorAll('label')].find(l => l.textContent == 'finding');
+  label.parentElement.querySelector('select').addEventListener('change', () => {
+    const start = performance.now();
+    [window.frames_seen, window.looking] = [[], true];
+    const look = () => {
+      const curve = document.querySelector('.roc').getAttribute('aria-label').match(/ROC curve, (.*?):/)[1];
+      const cards = [...document.querySelectorAll('.cards figcaption')].map(c => c.innerText.split('\\n')[1].split(':')[0]);
+      window.frames_seen.push([curve, [...new Set(cards)], performance.now() - start]);
+      if (window.looking) requestAnimationFrame(look);
+    };
+    requestAnimationFrame(look);
+  });
+}"""
+FAINT = """() => {  // texts whose contrast to the colour behind them is below 4.5 : 1 (WCAG 2.1)
+  const rgba = text => { const v = text.match(/[\\d.]+/g).map(Number); return [v[0], v[1], v[2], v[3] ?? 1]; };
+  const over = (top, low) => [0, 1, 2].map(i => top[i] * top[3] + low[i] * (1 - top[3])).concat(1);
+  const behind = e => {
+    if (!e) return matchMedia('(prefers-color-scheme: dark)').matches ? [18, 18, 18, 1] : [255, 255, 255, 1];
+    const own = rgba(getComputedStyle(e).backgroundColor);
+    return own[3] == 1 ? own : over(own, behind(e.parentElement));
+  };
+  const light = c => {
+    const [r, g, b] = c.slice(0, 3).map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const out = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const words = [...e.childNodes].filter(n => n.nodeType == 3).map(n => n.textContent.trim()).join(' ').trim();
+    if (!words || !e.checkVisibility() || ['SCRIPT', 'STYLE', 'OPTION'].includes(e.tagName)) continue;
+    const style = getComputedStyle(e), low = behind(e), top = over(rgba(e.closest('svg') ? style.fill : style.color), low);
+    const [a, b] = [light(top), light(low)].sort();
+    if ((b + 0.05) / (a + 0.05) < 4.5) out.push([words, top, low, (b + 0.05) / (a + 0.05)]);
+  }
+  return out;
+}"""
+NAMELESS = """() => [
+  ...document.querySelectorAll('select, input, button, [role=slider], [contenteditable=true], img, svg')].filter(e =>
+  e.checkVisibility() && e.tagName != 'IMG' && !e.closest('[aria-hidden]') && !(e.getAttribute('aria-label') || e.title ||
+  e.textContent.trim() && e.tagName == 'BUTTON' || [...(e.labels ?? [])].some(l => l.textContent.trim())) ||
+  e.tagName == 'IMG' && !e.hasAttribute('alt')).map(e => e.outerHTML.slice(0, 200))"""
+OUTSIDE = """() => [...document.querySelectorAll('select, button, input, p, table, figure, svg, .noUi-target')].filter(
+  e => e.checkVisibility() && !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth
+  ).map(e => e.outerHTML.slice(0, 200))"""
+
+
+@contextlib.contextmanager
+def empty_page(folder):
+    """The address of a Voilà page that shows one word, with the explorer's template."""
+    cells = [nbformat.v4.new_code_cell("import ipywidgets\nipywidgets.HTML('<p>empty</p>')")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "empty.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "voila", "empty.ipynb", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
+               "--template=charm", "--VoilaConfiguration.resources={'upload_mb': 64}"]
+    server = subprocess.Popen(command, cwd=folder, env={**os.environ, "JUPYTER_PATH": str(WEB)}, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    for _ in range(120):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            break
+        time.sleep(0.5)
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
 @pytest.mark.slow
-def test_in_a_real_browser(page, browser, tmp_path):
+def test_in_a_real_browser(trained, runs, browser, tmp_path):
     from playwright.sync_api import expect
 
-    errors, outside = [], []
-    tab = browser.new_page(viewport={"width": 1240, "height": 1200})
-    tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-    tab.on("pageerror", lambda e: errors.append(str(e)))
-    own = (page.split("?")[0], "data:", "blob:", "ws://127.0.0.1")
-    tab.on("request", lambda r: None if r.url.startswith(own) else outside.append(r.url))
-    tab.goto(page)
-    slider = tab.locator(".noUi-handle").first
-    slider.wait_for(timeout=120_000)
-    numbers, curve = tab.locator("table.walk"), tab.locator("img").first
-    before, source = numbers.inner_text(), curve.get_attribute("src")
-    slider.focus()
-    for _ in range(8):
-        tab.keyboard.press("ArrowRight")
-    expect(numbers).not_to_have_text(before, timeout=30_000)
-    expect(curve).not_to_have_attribute("src", source, timeout=30_000)
-    expect(tab.get_by_text("images change sides").first).to_be_visible()
-    after = numbers.inner_text()
-    tab.get_by_label("finding").select_option(index=1)
-    expect(numbers).not_to_have_text(after, timeout=30_000)
-    tab.get_by_label("compare with").select_option(index=1)
-    expect(tab.get_by_text("resamples agree in sign")).to_be_visible(timeout=30_000)
-    sizes = tab.evaluate("[...document.images].filter(i => i.offsetParent).map(i => [i.naturalWidth, i.offsetWidth])")
-    assert len(sizes) >= 2 and all(natural > 100 and shown > 100 for natural, shown in sizes)
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 1240  # nothing runs off the side
-    tab.screenshot(path=os.environ.get("CHARM_SCREENSHOT", str(tmp_path / "explorer.png")), full_page=True)
-    tab.close()
+    errors, outside, alerts = [], [], []
+
+    def picture(name):
+        tab.screenshot(path=Path(os.environ.get("CHARM_SCREENSHOTS", tmp_path)) / f"explorer_{name}.png")
+
+    def upload(*path):
+        with tab.expect_file_chooser() as chooser:
+            tab.get_by_role("button", name="choose or drop").click()
+        chooser.value.set_files(*path)
+
+    with served(trained, runs[0], runs[1]) as (page, _), empty_page(tmp_path) as empty:
+        tab = browser.new_page(viewport={"width": 1280, "height": 2400}, color_scheme="light")
+        tab.on("console", lambda m: errors.append(f"{m.text} {m.location}") if m.type == "error" else None)
+        tab.on("pageerror", lambda e: errors.append(str(e)))
+        tab.on("dialog", lambda d: (alerts.append(d.message), d.accept()))
+        own = (page.split("?")[0], "data:", "blob:", "ws://127.0.0.1")
+        tab.on("request", lambda r: None if r.url.startswith(own) else outside.append(r.url))
+        seconds = {page: [], empty: []}
+        for _ in range(5):  # the quickest counts, for a machine with other work
+            for address, there in ((empty, "p:text-is('empty')"), (page, ".cards img")):
+                once, start = browser.new_page(), time.monotonic()
+                once.goto(address)
+                once.locator(there).first.wait_for(timeout=120_000)
+                seconds[address].append(time.monotonic() - start)
+                once.close()
+            if min(seconds[page]) <= 2 * min(seconds[empty]):
+                break
+        print("seconds to the first picture, and to an empty page:", *seconds.values())
+        assert min(seconds[page]) <= 2 * min(seconds[empty]), seconds
+        tab.goto(page)
+        tab.locator(".cards img").first.wait_for(timeout=120_000)
+
+        run, finding = tab.get_by_label("run", exact=True), tab.get_by_label("finding", exact=True)
+        run.select_option(label="run")  # the trained one
+        numbers, curve, status = tab.locator("table.walk"), tab.locator(".roc"), tab.locator("p[role=status]").first
+        expect(curve).to_have_attribute("aria-label", re.compile(" run[.]"), timeout=30_000)
+        before = numbers.inner_text()
+        tab.get_by_role("slider", name="along the ROC curve").focus()
+        for _ in range(8):
+            tab.keyboard.press("ArrowRight")
+        expect(numbers).not_to_have_text(before, timeout=30_000)
+        expect(tab.get_by_text("images change sides").first).to_be_visible()
+
+        # a new finding never stands over the old one's images
+        tab.evaluate(SEEN)
+        late = []
+        for index in (1, 2, 3):  # the quickest counts, for a machine with other work
+            finding.select_option(index=index)
+            tab.wait_for_timeout(3000)
+            tab.evaluate("window.looking = false")
+            frames = tab.evaluate("window.frames_seen")
+            new = frames[-1][0]
+            assert frames[-1][1] == [new] != [frames[0][0]], frames
+            assert all(cards in ([], [shown]) for shown, cards, _ in frames), frames
+            late.append(next(when for shown, cards, when in frames if cards == [new]))
+        print("milliseconds to the images of another finding:", *late)
+        assert min(late) <= 500, late
+
+        # filters, and the operating point that a filter by outcome names
+        tab.get_by_label("operating point").select_option(label="youden")
+        tab.get_by_label("test images by").select_option(label="false positives")
+        expect(status).to_contain_text("the operating point youden")
+        all_of_them = status.inner_text()
+        tab.get_by_label("sex").select_option(label="female")
+        expect(status).to_contain_text("sex female")
+        assert int(status.inner_text().split(": ")[1].split()[0]) < int(all_of_them.split(": ")[1].split()[0])
+
+        # heat maps, their opacity, and a picture enlarged
+        tab.get_by_label("heat map of the finding").check()
+        tab.get_by_label("pixels a cell of it").select_option(label="8")
+        heat = tab.locator("figure > button img.heat").first
+        heat.wait_for(timeout=120_000)
+        assert tab.evaluate("e => getComputedStyle(e).opacity", heat.element_handle()) == "0.65"
+        tab.get_by_role("slider", name="opacity of heat maps").focus()
+        tab.keyboard.press("ArrowLeft")
+        tab.wait_for_function("getComputedStyle(document.querySelector('img.heat')).opacity == '0.6'")
+        assert tab.locator("i.own, i.other").count()  # phantoms have boxes
+        large, button = tab.locator("[popover]").first, tab.locator("figure > button").first
+        button.click()
+        expect(large).to_be_visible()
+        assert large.bounding_box()["width"] > 3 * button.bounding_box()["width"]
+        picture("large")
+        tab.keyboard.press("Escape")
+        expect(large).not_to_be_visible()
+
+        # pictures of one's own: a good one, one that is refused, one that the websocket would choke on, one that is dropped
+        good = next(Path(RunFolder(trained).metrics["params"]["data_root"]).rglob("*.png"))
+        upload(good)
+        expect(tab.locator(".own figcaption")).to_contain_text(good.name, timeout=60_000)
+        expect(tab.locator(".own table")).to_contain_text("called")
+        expect(tab.get_by_text("The memory's answer.")).to_be_visible()
+        (tmp_path / "notes.png").write_text("no picture")
+        upload(tmp_path / "notes.png")
+        expect(tab.get_by_role("alert")).to_contain_text(re.compile("notes.png.*Choose a chest radiograph"), timeout=30_000)
+        with open(tmp_path / "large.dcm", "wb") as file:
+            file.truncate(65 * 2**20)
+        upload(tmp_path / "large.dcm")
+        tab.wait_for_timeout(500)
+        assert alerts == ["large.dcm has 65 MB, more than 64 MB: make it smaller."]
+        tab.evaluate("""([name, data]) => { const files = new DataTransfer();
+            files.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], name));
+            document.body.dispatchEvent(new DragEvent('drop', {bubbles: true, dataTransfer: files})); }""",
+                     ["dropped.png", base64.b64encode(good.read_bytes()).decode()])
+        expect(tab.locator(".own figcaption")).to_contain_text("dropped.png", timeout=30_000)
+
+        run.select_option(label="one")
+        tab.get_by_label("compare with").select_option(label="two")
+        expect(tab.get_by_text("resamples agree in sign")).to_be_visible(timeout=30_000)
+        for scheme in ("light", "dark"):
+            tab.emulate_media(color_scheme=scheme)
+            assert not tab.evaluate(FAINT)
+            for width, height in ((1280, 2400), (400, 5000)):
+                tab.set_viewport_size({"width": width, "height": height})
+                tab.wait_for_timeout(300)
+                assert not tab.evaluate(OUTSIDE)
+                picture(f"{scheme}_{width}")
+        assert not tab.evaluate(NAMELESS)
+        tab.close()
     assert not errors and not outside
 
 

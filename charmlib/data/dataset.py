@@ -1,15 +1,19 @@
 """A data set ready for use: index, split and decoded images together. Needs no torch."""
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
+from charmlib.data.boxes import CORNERS, read_boxes
+from charmlib.data.boxes import FILE as BOXES
 from charmlib.data.cache import open_images
 from charmlib.data.cache_file import ImageCache, read_rows
 from charmlib.data.images import read_grey
@@ -170,19 +174,36 @@ def assemble(index: Index, images: ImageCache, *, split: str = "official", label
 class ImageReader:
     """``reader(metrics, image_id)`` -> (size, size) uint8, from the files of the data set of the run with these metrics.
 
-    ``data_root`` is the folder of the images; '' takes that of each run's parameters. A call raises OSError or KeyError if the
-    data is missing or lacks the image.
+    ``data_root`` is the folder of the images; '' takes that of each run's parameters. Pictures that are not square are
+    fitted as for the run's network. A call raises OSError, ValueError or KeyError if the data is missing or lacks the image.
     """
 
-    def __init__(self, data_root: str | Path = "", size: int = 192):
+    def __init__(self, data_root: str | Path = "", size: int = 384):
         self.data_root, self.size = data_root, size
-        self._paths: dict[tuple, dict[str, str]] = {}
+        self._found: dict[tuple, tuple[dict[str, str], list[Path]]] = {}
+
+    def root(self, metrics: Mapping) -> Path:
+        """The folder where the images of the run are looked for."""
+        return Path(self.data_root or metrics["params"]["data_root"]).expanduser()
+
+    def path(self, metrics: Mapping, image_id: str) -> str:
+        """The file of an image."""
+        return self._read(metrics)[0][image_id]
+
+    def boxes(self, metrics: Mapping, ids: Sequence[str], labels: np.ndarray) -> pd.DataFrame:
+        """The boxes of some images: :func:`charmlib.data.boxes.read_boxes`; an empty table for a data set without."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if path := next(filter(Path.is_file, (folder / BOXES for folder in self._read(metrics)[1])), None):
+                return read_boxes(path, ids, labels, metrics["classes"])[0]
+        return pd.DataFrame(columns=["row", "finding", *CORNERS])
+
+    def _read(self, metrics: Mapping) -> tuple[dict[str, str], list[Path]]:
+        key = str(self.root(metrics)), *(metrics["params"][name] for name in READING)
+        if key not in self._found:
+            self._found[key] = {}, []  # missing data is searched once, too
+            index = read_index(key[0], **dict(zip(READING, key[1:])))
+            self._found[key] = dict(zip(index.frame["id"], index.frame["path"])), [index.root, index.table.parent]
+        return self._found[key]
 
     def __call__(self, metrics: Mapping, image_id: str) -> np.ndarray:
-        params = metrics["params"]
-        key = str(Path(self.data_root or params["data_root"]).expanduser()), *(params[name] for name in READING)
-        if key not in self._paths:
-            self._paths[key] = {}  # missing data is searched once, too
-            frame = read_index(key[0], **dict(zip(READING, key[1:]))).frame
-            self._paths[key] = dict(zip(frame["id"], frame["path"]))
-        return read_grey(self._paths[key][image_id], self.size, scale=metrics["data"]["scale"])
+        return read_grey(self.path(metrics, image_id), self.size, metrics["params"]["aspect"], scale=metrics["data"]["scale"])

@@ -15,7 +15,7 @@ called positive.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import beta, rankdata, t
+import scipy  # loads scipy.stats at its first use
 
 from charmlib.evaluation.intervals import LEVEL, Interval, interval, intervals, mean_of_defined
 from charmlib.evaluation.metrics import known
@@ -79,7 +79,7 @@ def widened_difference(found: Interval, figure: str, first: np.ndarray, second: 
         high = middle + np.hypot(two[1] - second.mean(), first.mean() - one[0])
     else:
         error = np.sqrt(count / (count - 1) * (np.bincount(patient, difference - middle) ** 2).sum()) / len(difference)
-        low, high = middle + np.array([-1, 1]) * t.ppf((1 + LEVEL) / 2, count - 1) * error
+        low, high = middle + np.array([-1, 1]) * scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1) * error
     return Interval(float(np.fmin(found.low, low)), float(np.fmax(found.high, high)), found.undefined)
 
 
@@ -93,7 +93,7 @@ def values_of_positives(figure: str, labels, logits, c: int, threshold: float | 
         negatives = np.sort(score[~positive])
         upto = sum(np.searchsorted(negatives, score[positive], side) for side in ("left", "right")) / 2  # ties half
         return upto / max(len(negatives), 1)
-    return rankdata(-score[positive], "max") / rankdata(-score, "max")[positive]
+    return scipy.stats.rankdata(-score[positive], "max") / scipy.stats.rankdata(-score, "max")[positive]
 
 
 def auc(labels, logits, c: int) -> float:
@@ -111,5 +111,5 @@ def note(patients: Mapping[str, int]) -> str:
 
 def _binomial(share: float, trials: float) -> tuple[float, float]:
     hits, tail = share * trials, (1 - LEVEL) / 2
-    return (float(beta.ppf(tail, hits, trials - hits + 1)) if hits > 0 else 0.0,
-            float(beta.ppf(1 - tail, hits + 1, trials - hits)) if hits < trials else 1.0)
+    return (float(scipy.stats.beta.ppf(tail, hits, trials - hits + 1)) if hits > 0 else 0.0,
+            float(scipy.stats.beta.ppf(1 - tail, hits + 1, trials - hits)) if hits < trials else 1.0)

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from charmlib.evaluation.runs import number, refuse_labels
 from charmlib.nih import finding_columns
@@ -50,11 +49,15 @@ def auc_by_class(labels, scores, classes: Sequence[str] | None = None) -> dict[s
     ``labels`` (0, 1, or NaN for unknown, left out class by class) and ``scores`` (logits or probabilities) are of shape
     (n_samples, n_classes). Raises as :func:`checked`.
     """
+    from sklearn.metrics import roc_auc_score  # half a second, which reading finished runs does not need
+
     return _by_class(roc_auc_score, labels, scores, classes)
 
 
 def ap_by_class(labels, scores, classes: Sequence[str] | None = None) -> dict[str, float]:
     """Average precision of each class by scikit-learn; otherwise as :func:`auc_by_class`."""
+    from sklearn.metrics import average_precision_score
+
     return _by_class(average_precision_score, labels, scores, classes)
 
 

@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 from scipy.special import expit
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from charmlib.evaluation.metrics import checked, known
 
@@ -57,17 +56,23 @@ def _rule(point: str) -> Callable[[np.ndarray, np.ndarray], float]:
 
 
 def _youden(y: np.ndarray, score: np.ndarray) -> float:
+    from sklearn.metrics import roc_curve
+
     false, true, thresholds = roc_curve(y, score, drop_intermediate=False)
     return float(thresholds[int(np.argmax((true - false)[1:])) + 1])  # at the first point no image is positive
 
 
 def _best_f1(y: np.ndarray, score: np.ndarray) -> float:
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, thresholds = precision_recall_curve(y, score)
     f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-300))[:-1]
     return float(thresholds[np.flatnonzero(f1 == f1.max())[-1]])
 
 
 def _sensitivity(y: np.ndarray, score: np.ndarray, share: float) -> float:
+    from sklearn.metrics import roc_curve
+
     _, true, thresholds = roc_curve(y, score, drop_intermediate=False)
     return float(thresholds[int(np.argmax(true >= share - 1e-12))])
 

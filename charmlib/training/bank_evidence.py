@@ -1,5 +1,6 @@
 """What the memory bank of a run holds, and what it answers an image with."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from charmlib.data.loaders import grey_to_network
 from charmlib.evaluation.enrichment import enrichment, training_shares
 from charmlib.evaluation.metrics import prevalence
-from charmlib.evaluation.runs import kept_epoch
+from charmlib.evaluation.runs import RunFolder, kept_epoch
 from charmlib.files import reading, write_csv
 from charmlib.nih import NO_FINDING, PARTS
 from charmlib.nn import RareMemoryBank, VotingBank
@@ -182,16 +183,7 @@ class BankEvidence:
             logits, seen = net.read(grey_to_network(torch.from_numpy(pixels.copy())[None, None].to(device), mean, std))
         probabilities = dict(zip(data.classes, torch.sigmoid(logits.float())[0].tolist()))
         finding = finding or max(data.index.findings, key=probabilities.get)
-        table, note, votes = pd.DataFrame(columns=list(COLUMNS)), "the network has no memory bank (use_bank is off)", ()
-        if self.bank is not None and not self.bank.filled:
-            note = "the memory bank is empty: it did not answer"
-        elif isinstance(self.bank, VotingBank):
-            table, *votes = self._voted(seen, ids, list(data.classes).index(finding))
-            note = f"{finding}: logit {sum(votes[0].values()):+.3f} = " + ", ".join(
-                f"{name} {value:+.3f}" for name, value in votes[0].items()) + (
-                f" of all {int(self.bank.filled):,} slots; those shown make {votes[1]:.1%} of the absolute contributions")
-        elif self.bank is not None:
-            table, note = self._retrieved(seen["z"].float(), ids), ""
+        table, note, *votes = answer(self.bank, seen, data.classes, finding, self.table, ids)
         retrieved = [np.zeros_like(pixels) if pd.isna(name) else np.asarray(data.images[row_of[name]])
                      for name in table["image"]]
         part = next((p for p in PARTS if row in data.split.rows(p)), "")
@@ -201,22 +193,53 @@ class BankEvidence:
                            probabilities, finding, table, pixels,
                            np.stack(retrieved) if retrieved else np.empty((0, *pixels.shape), np.uint8), note, *votes)
 
-    def _voted(self, seen: dict[str, torch.Tensor], ids: torch.Tensor, c: int) -> tuple[pd.DataFrame, dict[str, float], float]:
-        """Table, parts and share of an :class:`Explanation` of class c."""
-        head, prior, votes = self.bank.contributions(seen["keys"], seen["head"].float(), ids)
-        votes = votes[0, :, c].double()
-        top = votes.abs().topk(self.bank.k).indices
-        top = top[votes[top] != 0]  # without the image's own slot and empty ones
-        found = pd.DataFrame({"slot": top.tolist(), "similarity": self.bank.similarity(seen["keys"], top[None])[0].tolist(),
-                              "contribution": votes[top].tolist()})
-        share = float(votes[top].abs().sum() / votes.abs().sum().clamp(min=1e-30))
-        parts = {"head": head[0, c], "prior": prior[c], "votes": votes.sum()}
-        return found.merge(self.table(), on="slot")[list(VOTED)], {k: v.item() + 0.0 for k, v in parts.items()}, share  # no -0
 
-    def _retrieved(self, query: torch.Tensor, ids: torch.Tensor) -> pd.DataFrame:
-        """The table of an :class:`Explanation` of a bank of features."""
-        index, weights, _ = self.bank.retrieve(query, ids)
-        weights = weights if self.bank.gate is None else self.bank.gate * weights
-        found = pd.DataFrame({"slot": index[0].tolist(), "similarity": self.bank.similarity(query, index)[0].tolist(),
-                              "weight": weights[0].tolist()})
-        return found[found["slot"] >= 0].merge(self.table(), on="slot")[list(COLUMNS)]
+def answer(bank: RareMemoryBank | None, seen: dict[str, torch.Tensor], classes: Sequence[str], finding: str,
+           slots: Callable[[], pd.DataFrame], ids: torch.Tensor | None = None
+           ) -> tuple[pd.DataFrame, str, dict[str, float], float]:
+    """``table``, ``note``, ``parts`` and ``share`` of an :class:`Explanation`, for the one image that the network has ``seen``.
+
+    ``slots`` gives the filled slots with the columns of :data:`COLUMNS` that no image decides.
+    """
+    table = pd.DataFrame(columns=list(COLUMNS))
+    if bank is None:
+        return table, "the network has no memory bank (use_bank is off)", {}, 0.0
+    if not bank.filled:
+        return table, "the memory bank is empty: it did not answer", {}, 0.0
+    if not isinstance(bank, VotingBank):
+        return _retrieved(bank, seen["z"].float(), slots(), ids), "", {}, 0.0
+    table, parts, share = _voted(bank, seen, list(classes).index(finding), slots(), ids)
+    return table, f"{finding}: logit {sum(parts.values()):+.3f} = " + ", ".join(
+        f"{name} {value:+.3f}" for name, value in parts.items()) + (
+        f" of all {int(bank.filled):,} slots; those shown make {share:.1%} of the absolute contributions"), parts, share
+
+
+def _voted(bank: VotingBank, seen: dict[str, torch.Tensor], c: int, slots: pd.DataFrame, ids: torch.Tensor | None
+           ) -> tuple[pd.DataFrame, dict[str, float], float]:
+    """Table, parts and share of an :class:`Explanation` of class c."""
+    head, prior, votes = bank.contributions(seen["keys"], seen["head"].float(), ids)
+    votes = votes[0, :, c].double()
+    top = votes.abs().topk(bank.k).indices
+    top = top[votes[top] != 0]  # without the image's own slot and empty ones
+    found = pd.DataFrame({"slot": top.tolist(), "similarity": bank.similarity(seen["keys"], top[None])[0].tolist(),
+                          "contribution": votes[top].tolist()})
+    share = float(votes[top].abs().sum() / votes.abs().sum().clamp(min=1e-30))
+    parts = {"head": head[0, c], "prior": prior[c], "votes": votes.sum()}
+    return found.merge(slots, on="slot")[list(VOTED)], {k: v.item() + 0.0 for k, v in parts.items()}, share  # no -0
+
+
+def _retrieved(bank: RareMemoryBank, query: torch.Tensor, slots: pd.DataFrame, ids: torch.Tensor | None) -> pd.DataFrame:
+    """The table of an :class:`Explanation` of a bank of features."""
+    index, weights, _ = bank.retrieve(query, ids)
+    weights = weights if bank.gate is None else bank.gate * weights
+    found = pd.DataFrame({"slot": index[0].tolist(), "similarity": bank.similarity(query, index)[0].tolist(),
+                          "weight": weights[0].tolist()})
+    return found[found["slot"] >= 0].merge(slots, on="slot")[list(COLUMNS)]
+
+
+def stored_slots(run: RunFolder, classes: Sequence[str]) -> pd.DataFrame:
+    """The filled slots as ``bank.csv`` has them, without the run's data: slot, image, patient, labels, step, and more."""
+    with reading(run.bank_file, "list of a bank's slots", "copy it from where it is whole"):
+        table = pd.read_csv(run.bank_file, dtype={"image": str, "patient": str})
+        positive = table[list(classes)].to_numpy() == 1
+        return table.assign(labels=["|".join(c for c, there in zip(classes, row) if there) or NO_FINDING for row in positive])

@@ -1,6 +1,7 @@
 """Checkpoints without pickles: ``model.safetensors`` beside ``model.json``."""
 
 import contextlib
+import functools
 import hashlib
 import mmap
 from collections.abc import Mapping
@@ -85,6 +86,17 @@ def load_model(folder: str | Path, device="cpu") -> tuple[Network, dict]:
     net.mean, net.std = tuple(card["norm"]["mean"]), tuple(card["norm"]["std"])
     fill(net, weights, str(run.weights_file))
     return place(net.eval(), device), card
+
+
+def kept_model(folder: str | Path, device="cpu") -> tuple[Network, dict]:
+    """As :func:`load_model`, for reading: the network that was asked for last is kept in memory, until its file changes."""
+    run = RunFolder(folder)
+    return _kept(str(run.path.resolve()), run.card["sha256"], str(device))
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(folder: str, sha256: str, device: str) -> tuple[Network, dict]:
+    return load_model(folder, device)
 
 
 def fill(net: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:

@@ -11,10 +11,13 @@ from charmlib.data.boxes import CORNERS, FILE, read_boxes
 from charmlib.data.loaders import ChestDL, ChestImages, GreyToNetwork, grey_to_network
 from charmlib.data.radiograph import read_radiograph
 from charmlib.evaluation.boxes import check_boxes
+from charmlib.evaluation.ensemble import members_of
+from charmlib.evaluation.runs import RunFolder
 from charmlib.models.registry import create
 from charmlib.nn.heat import grad_cam
+from charmlib.training.bank_evidence import answer, stored_slots
 from charmlib.training.callbacks import seed_everything
-from charmlib.training.checkpoint import load_model
+from charmlib.training.checkpoint import kept_model, load_model
 from charmlib.training.device import pick_device, place
 from charmlib.training.run import Run
 from charmlib.training.views import tensors
@@ -82,16 +85,21 @@ def box_check(run: Run, *, stride: int = 32, tau: float = 0.7) -> pd.DataFrame:
 
 
 def explain_picture(folder: str | Path, path: str | Path, *, finding: str = "", stride: int = 32, device: str = "auto") -> dict:
-    """One picture's probabilities, and the heat map of one finding: the given one, or the most probable.
+    """One picture's probabilities, the heat map of a finding (the given, or the most probable), and what the memory answers.
 
-    Returns a mapping: file, finding, probabilities (class -> uncalibrated probability), logit, ``parts`` (its terms head, prior
-    and votes; empty without a voting bank), stride, ``heat`` (h, w), and ``pixels`` (S, S) uint8 as the network saw them.
+    Returns a mapping: file, finding, probabilities (class -> uncalibrated probability), logit; ``parts``, ``memory`` (a row a
+    slot) and ``note`` (parts, table and note of :class:`charmlib.training.bank_evidence.Explanation`); stride, ``heat``
+    (h, w), ``margin`` (share of each side of the picture outside the map, where the network reads a window), and ``pixels``
+    (S, S) uint8 as cached.
 
     Raises as :func:`charmlib.data.radiograph.read_radiograph` and :func:`charmlib.training.checkpoint.load_model`, and
-    ValueError for an unknown finding or a stride without a map.
+    ValueError for an ensemble, an unknown finding or a stride without a map.
     """
+    if ensemble := members_of(folder):
+        raise ValueError(f"{Path(folder).name} is an ensemble, without a heat map and a memory of its own: ask its members "
+                         + ", ".join(path.name for path in ensemble[0]))
     device = pick_device(device)
-    net, card = load_model(folder, device)
+    net, card = kept_model(folder, device)
     classes, params = card["classes"], card["params"]
     if finding not in ("", *classes):
         raise ValueError(f"no class {finding!r} in {folder}: one of {', '.join(classes)}")
@@ -101,13 +109,12 @@ def explain_picture(folder: str | Path, path: str | Path, *, finding: str = "", 
     x = grey_to_network(torch.from_numpy(pixels.copy())[None, None].to(device), mean, std)
     with torch.no_grad():
         logits, seen = net.read(x)
-    probabilities = dict(zip(classes, torch.sigmoid(logits.float())[0].tolist()))
-    finding = finding or max((c for c in classes if c != card["normal_class"]), key=probabilities.get)
-    c, bank = classes.index(finding), getattr(net, "bank", None)
-    parts = {}
-    if "keys" in seen and int(bank.filled):
-        head, prior, votes = bank.contributions(seen["keys"], seen["head"].float())
-        parts = {"head": head[0, c].item(), "prior": prior[c].item(), "votes": votes[0, :, c].double().sum().item()}
+        probabilities = dict(zip(classes, torch.sigmoid(logits.float())[0].tolist()))
+        finding = finding or max((c for c in classes if c != card["normal_class"]), key=probabilities.get)
+        table, note, parts, _ = answer(getattr(net, "bank", None), seen, classes, finding,
+                                       lambda: stored_slots(RunFolder(folder), classes))
+    c, window = classes.index(finding), getattr(net, "crop", 0)
     heat = grad_cam(net, x, [c], stride)[0, 0].cpu().numpy()
     return {"file": str(path), "finding": finding, "probabilities": probabilities, "logit": logits[0, c].item(), "parts": parts,
-            "stride": stride, "heat": heat, "pixels": pixels}
+            "memory": table.astype(object).where(table.notna(), None).to_dict("records"), "note": note, "stride": stride,
+            "heat": heat, "margin": max(0.0, 1 - window / len(pixels)) / 2 if window else 0.0, "pixels": pixels}

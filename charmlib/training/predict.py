@@ -18,7 +18,7 @@ from charmlib.evaluation.operating import called
 from charmlib.evaluation.runs import RunFolder
 from charmlib.evaluation.score import thresholds_at
 from charmlib.files import readable
-from charmlib.training.checkpoint import load_model
+from charmlib.training.checkpoint import kept_model
 from charmlib.training.device import pick_device
 from charmlib.training.views import head_share, merged, read_views, tensors
 
@@ -69,7 +69,7 @@ def _read(run: str | Path, files: list[Path], batch: int, device: torch.device) 
     if ensemble := members_of(run):
         read = [_read(member, files, batch, device) for member in ensemble[0]]
         return read[0][0], merge([logits for _, logits in read], **ensemble[1])
-    net, card = load_model(run, device)
+    net, card = kept_model(run, device)
     params, scale, share = card["params"], tensors(net, device), head_share(net)
     out = np.full((len(files), net.classes), np.nan)
     how, reasons = {key: params[key] for key in ("aspect", "contrast")} | {"scale": card["data"]["scale"]}, {}

@@ -21,6 +21,9 @@ from charmlib.files import for_papermill, write_json, write_text
 IDLE = 300
 """Seconds after which the kernel of a page that is no longer open is ended."""
 
+UPLOAD = 64
+"""Largest picture of a user's own, in MB."""
+
 WEB = Path(__file__).with_name("web")
 """Holds a Voilà template that loads nothing from the internet."""
 
@@ -62,8 +65,10 @@ def explore(runs: Sequence[str | Path], *, data_root: str = "", port: int = 8866
         # a file, because every user of this machine can read a command line
         write_json(page.with_name("voila.json"), {
             "Voila": {"ip": "127.0.0.1", "port": port, "port_retries": 0, "open_browser": False, "token": token,
-                      "tornado_settings": {"allow_remote_access": False, "static_path": DEFAULT_STATIC_FILES_PATH}},
-            "VoilaConfiguration": {"template": "charm", "show_tracebacks": True, "file_allowlist": []},
+                      "tornado_settings": {"allow_remote_access": False, "static_path": DEFAULT_STATIC_FILES_PATH,
+                                            "websocket_max_message_size": (UPLOAD + 1) * 2**20}},
+            "VoilaConfiguration": {"template": "charm", "show_tracebacks": True, "file_allowlist": [],
+                                   "resources": {"upload_mb": UPLOAD}},
             "PasswordIdentityProvider": {"cookie_options": {"samesite": "Strict"}},
             "KernelManager": {"transport": "ipc"},  # every user of this machine can read a kernel's pictures from its ports
             "MappingKernelManager": {"cull_idle_timeout": IDLE, "cull_interval": max(1, IDLE // 10)}})

@@ -3,7 +3,6 @@
 import functools
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import to_rgb
 
@@ -31,6 +30,8 @@ def styled(draw):
 
     @functools.wraps(draw)
     def inner(*args, **kwargs):
+        import matplotlib.pyplot as plt  # the explorer's page starts without it
+
         with plt.rc_context(RC):
             return draw(*args, **kwargs)
 

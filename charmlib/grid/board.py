@@ -28,7 +28,8 @@ from charmlib.training.recipes import phases, steps
 DIFFERENCE = ["diff_first", "diff_low", "diff_high", "same_as_first"]
 SEEDS = ["seeds_diff", "seeds_low", "seeds_high", "survives"]
 LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high",
-        "configuration", *SEEDS, "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds", "status"]
+        "configuration", *SEEDS, "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds",
+        "training_of", "status"]
 
 PLAIN = {"system": "charm", "use_momentum": False, "use_attention": False, "use_bank": False}
 """Parameters that make a plain network."""
@@ -51,6 +52,8 @@ def leaderboard(folder: str | Path, grid: Grid | None = None, *, write: bool = T
     Cells that agree in all parameters but the seed are one ``configuration``; the first has the highest mean validation AUC.
     ``seeds_diff`` is another's mean test AUC minus the first's over the seeds of both, with limits over patients and seeds;
     blank below two. It ``survives`` if every seed has its sign and it can be told from 0, corrected for their number.
+
+    ``training_of`` names the cell whose training one shares, :mod:`charmlib.grid.sharing`.
 
     What is found of a cell is kept in :data:`KEPT`, and found anew once its files have changed.
 
@@ -221,7 +224,8 @@ def _scores(run: CellFolder) -> dict:
     row = {"status": status, "valid_mean_auc": valid_auc(m), "test_mean_auc": m["test"]["mean_auc"], "ci_low": low,
            "ci_high": high, "split": split_label(m["split"]) + drawn, "n_images": part["images"],
            "n_patients": part["patients"], "positive_share": part["positive_share"],
-           "seconds": round(m["seconds"]["train"] + m["seconds"]["score"], 1), "overhead_seconds": m["seconds"]["overhead"]}
+           "seconds": round(m["seconds"]["train"] + m["seconds"]["score"], 1), "overhead_seconds": m["seconds"]["overhead"],
+           "training_of": m.get("shares_training_with")}
     return {"row": row, "params": m["params"], "images": m["images"], "acts": _acting(m["params"], m["images"]),
             "split": m["split"]["hash"], "drawn": m["data"]["drawn"], "several": run.resamples is not None,
             "enrichment": (m["bank"] or {}).get("enrichment")}

@@ -63,8 +63,9 @@ def run_cell(job: dict, sockets: Path | None = None) -> None:
         run = Run.open(params)
         run.train()
         run.score()
+    first = Path(job["tape"]["folder"]).name if job.get("tape") else job["id"]
     finish(cell.path, cell=job["id"], hash=job["hash"], code=job["code"], wall=spent + time.time() - job["started"],
-           shares=job.get("shares"))
+           shares=first if first != job["id"] else None)
     for file in (cell.identity_file, cell.alive_file):
         file.unlink(missing_ok=True)
 
@@ -81,7 +82,7 @@ def run_members(job: dict) -> None:
             held.keep(lost=lambda: os._exit(Ended.LEASE_LOST))
             os.environ.update(held.environment)
             try:
-                _run_unless_done(member | {"notebooks": job["notebooks"], "started": time.time(), "shares": job["id"]}, cell)
+                _run_unless_done(member | {"notebooks": job["notebooks"], "started": time.time(), "tape": job["tape"]}, cell)
             except Exception as problem:
                 if _ended(problem) is not Ended.FAILED:
                     raise

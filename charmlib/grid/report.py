@@ -209,6 +209,9 @@ def shown_board(board: pd.DataFrame) -> pd.DataFrame:
                                   "diff_low": "diff_first low", "diff_high": "diff_first high"})
     shown["cell"] += shown["same_as_first"].eq(True).map({True: " =", False: ""})
     shown["overhead_seconds"] = shown["overhead_seconds"].round(1)
+    shown["training_of"] = shown["training_of"].fillna("")
+    if not shown["training_of"].any():
+        shown = shown.drop(columns="training_of")
     if shown["split"].dropna().nunique() <= 1:
         shown = shown.drop(columns=["split", "n_images", "n_patients", "positive_share"])
     for column in (*board_axes(board), "seconds", "overhead_seconds"):
@@ -216,7 +219,7 @@ def shown_board(board: pd.DataFrame) -> pd.DataFrame:
     shown = with_intervals(shown.drop(columns=["same_as_first", "reason", "configuration", *SEEDS], errors="ignore"))
     return shown.replace("undefined", "").rename(columns={
         "valid_mean_auc": "valid AUC", "test_mean_auc": "test AUC (95 %)", "diff_first": "difference to the first (95 %)",
-        "overhead_seconds": "overhead"})
+        "overhead_seconds": "overhead", "training_of": "shares training with"})
 
 
 def _short(values: pd.Series) -> list[str]:

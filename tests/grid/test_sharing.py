@@ -66,13 +66,12 @@ def test_a_job_for_each_training(tmp_path):
 
 @pytest.fixture(scope="module")
 def both(phantoms, tmp_path_factory):
-    """The grid with shared trainings and, cell by cell, without: their folders and the lines that the first said."""
+    """The grid with shared trainings, and two of its cells alone: the file, the folder of both, the lines it said, its board."""
     folder, said = tmp_path_factory.mktemp("sharing"), []
     path = small_grid(folder, phantoms, base=VOTES, **AXES)
     board = run_grid(path, out=folder / "shared", workers=1, say=said.append)
-    for average in AXES["average"]:
-        for temperature in AXES["vote_temperature"]:
-            run_grid(path, [f"average={average}", f"vote_temperature={temperature}"], out=folder / "alone", workers=1)
+    for average, temperature in ((0.5, 0.2), (0.0, 0.8)):
+        run_grid(path, [f"average={average}", f"vote_temperature={temperature}"], out=folder / "alone", workers=1)
     return path, folder, said, board
 
 
@@ -87,31 +86,28 @@ def test_each_cell_ends_as_it_would_alone(both):
         metrics = json.loads((cell / "metrics.json").read_text())
         assert metrics.pop("shares_training_with", None) == (None if cell == lead else lead.name)
         assert (cell / "train.ipynb").exists() == (cell / "report.html").exists() == (cell == lead)
-        alone = folder / "alone" / cell.name
+        assert not [*cell.glob("tape_*")] and not [*cell.glob(".running*")] and not (cell / "cell.json").exists()
+        if not (alone := folder / "alone" / cell.name).is_dir():
+            continue
         (cell / "metrics.json").write_text(json.dumps(metrics))
         same_results(cell, alone)
         assert CellFolder(cell).card["sha256"] == CellFolder(alone).card["sha256"]
         assert CellFolder(cell).card["thresholds"] == CellFolder(alone).card["thresholds"]
-        assert not [*cell.glob("tape_*")] and not [*cell.glob(".running*")] and not (cell / "cell.json").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["training", "members"])
-def test_a_killed_training_goes_on(both, tmp_path, moment):
+def test_a_killed_training_goes_on(both, tmp_path):
+    """Killed in the training, and again when one cell is finished."""
     path, folder, *_ = both
     out = tmp_path / "out"
-    runner = start(path, out, "--workers", "1")
-
-    def reached():
-        done = [cell for cell in out.glob("*/metrics.json")]
-        return [*out.glob("*/tape_*.pt")] if moment == "training" else done
-
-    wait_for(reached, runner=runner)
-    victims = [runner, *family(runner, "python")]
-    for process in victims:
-        if process.is_running():
-            process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(victims, timeout=10)
+    for moment in ("*/tape_*.pt", "*/metrics.json"):
+        runner = start(path, out, "--workers", "1")
+        wait_for(lambda pattern=moment: [*out.glob(pattern)], runner=runner)
+        victims = [runner, *family(runner, "python")]
+        for process in victims:
+            if process.is_running():
+                process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(victims, timeout=10)
     again = start(path, out, "--workers", "1")
     assert again.wait(180) == 0, out.with_suffix(".log").read_text()
     for alone in (folder / "alone").iterdir():

@@ -66,7 +66,7 @@ def test_a_job_for_each_training(tmp_path):
 
 @pytest.fixture(scope="module")
 def both(phantoms, tmp_path_factory):
-    """The grid with shared trainings, and two of its cells alone: the file, the folder of both, the lines it said, its board."""
+    """A grid of shared trainings, and two of its cells alone: its file, the folder of both, the lines it said, its board."""
     folder, said = tmp_path_factory.mktemp("sharing"), []
     path = small_grid(folder, phantoms, base=VOTES, **AXES)
     board = run_grid(path, out=folder / "shared", workers=1, say=said.append)

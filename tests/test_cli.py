@@ -106,7 +106,7 @@ def test_a_grid_with_a_failed_cell_does_not_exit_0(phantoms, tmp_path):
     (("run", "params/charm.yaml", "-p", "data_root=/nowhere"), "no folder /nowhere"),
     (("controls", "params/charm.yaml", "-p", "limit=50"), "whole test part"),
     (("run", "params/grid_demo.yaml"), "`python -m charmlib grid run params/grid_demo.yaml` runs it"),
-    (("controls", "params/grid_demo.yaml"), "is a grid file (it has axes"),
+    (("controls", "params/grid_demo.yaml"), "is a grid file (it has cells"),
     (("grid", "run", "params/plain.yaml"), "`python -m charmlib run params/plain.yaml` runs a file of parameters"),
     (("run", "params"), "params is a folder; name a YAML file"),
     (("run", "params/charm.yaml", "-p", "k"), "wanted name=value"),

@@ -58,7 +58,7 @@ def run_cell(job: dict, sockets: Path | None = None) -> None:
     if sockets:
         _execute({notebooks / f"{name}.ipynb": wanted[name] for name in NOTEBOOKS}, cell, sockets)
     else:
-        from charmlib.training.run import Run
+        from charmlib import Run  # as the notebooks have it
 
         run = Run.open(params)
         run.train()

@@ -31,8 +31,9 @@ def test_a_grid_leaves_all_its_files(done):
     board = leaderboard(out)
     assert board["status"].tolist() == ["done"] * 2 and board["rank"].tolist() == [1, 2]
     assert list(board.columns) == ["rank", "cell", "momentum", "k", "threshold", "valid_mean_auc", "test_mean_auc", "ci_low",
-                                   "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high", "split", "n_images",
-                                   "n_patients", "positive_share", "seconds", "overhead_seconds", "training_of", "status"]
+                                   "ci_high", "same_as_first", "diff_first", "diff_low", "diff_high", "configuration",
+                                   "seeds_diff", "seeds_low", "seeds_high", "survives", "split", "n_images", "n_patients",
+                                   "positive_share", "seconds", "overhead_seconds", "training_of", "status"]
     for name in ("leaderboard.csv", "roc.png", "roc_bands.png", "report.html", "grid.yaml", "split.csv", "enrichment.csv"):
         assert (out / name).stat().st_size > 0, name
     for cell in board["cell"]:

@@ -111,6 +111,6 @@ def test_names_that_are_not_utf8_and_junk_beside_them(tiny, tmp_path, monkeypatc
     table = pd.read_csv(tmp_path / "p.csv")
     assert [Path(name).name for name in table["image"]] == ["a.png", r"bad\xed.png", r"radiograf\xeda.png"]
     assert table["p_Mass"][0] == table["p_Mass"][2] and table["refused"].notna().tolist() == [False, True, False]
-    monkeypatch.setattr("charmlib.training.predict.load_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("charmlib.training.predict.kept_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     code, words = call()
     assert code == 130 and words.strip() == "stopped; the same command starts anew: nothing is kept"

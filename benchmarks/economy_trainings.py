@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("data_root")
     parser.add_argument("weights")
     parser.add_argument("--limit", type=int, default=0, help="images a part, to try it")
+    parser.add_argument("--drawn", type=int, default=3, help="cells to train alone")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -60,7 +61,7 @@ def main() -> None:
         timed(grid, folder / "warm", *first, "limit=200")  # decodes the images
         alone = timed(grid, folder / "alone", *first)
         shared = timed(grid, folder / "shared")
-        drawn = [{name: random.Random(i).choice(values) for name, values in AXES.items()} for i in range(3)]
+        drawn = [{name: random.Random(i).choice(values) for name, values in AXES.items()} for i in range(given.drawn)]
         for cell in drawn:
             timed(grid, folder / "drawn", *(f"{name}={value}" for name, value in cell.items()))
         equal = {path.name: RunFolder(path).card["sha256"] == RunFolder(folder / "shared" / path.name).card["sha256"]

@@ -153,7 +153,8 @@ def verdict(table: pd.DataFrame, first: str, second: str) -> str:
     row = table[(table["class"] == MEAN) & (table["figure"] == "AUC")].iloc[0]
     if np.isnan(row["low"]):
         return "A single patient: the difference has no interval."
-    words = "cannot be told apart" if row["low"] <= 0 <= row["high"] else \
-        f"differ; {second if row['difference'] > 0 else first} is better"
+    alike = row["low"] <= 0 <= row["high"]
+    words = "cannot be told apart" if alike else f"differ; {second if row['difference'] > 0 else first} is better"
+    why = "; the interval is widened for classes of few patients" if alike and row["agree"] > (1 + intervals.LEVEL) / 2 else ""
     return (f"On these images the mean AUCs {words}: {row['difference']:+.4f} (95 % {row['low']:+.4f} to {row['high']:+.4f}), "
-            f"{row['agree']:.1%} of the resamples agree in sign.")
+            f"{row['agree']:.1%} of the resamples agree in sign{why}.")

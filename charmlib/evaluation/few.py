@@ -80,7 +80,7 @@ def widened_difference(found: Interval, figure: str, first: np.ndarray, second: 
     else:
         error = np.sqrt(count / (count - 1) * (np.bincount(patient, difference - middle) ** 2).sum()) / len(difference)
         low, high = middle + np.array([-1, 1]) * scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1) * error
-    return Interval(float(np.fmin(found.low, low)), float(np.fmax(found.high, high)), found.undefined)
+    return Interval(max(float(np.fmin(found.low, low)), -1.0), min(float(np.fmax(found.high, high)), 1.0), found.undefined)
 
 
 def values_of_positives(figure: str, labels, logits, c: int, threshold: float | None = None) -> np.ndarray:

@@ -106,3 +106,9 @@ def test_the_auc_by_ranks_is_scikit_learns():
     want = auc_by_class(labels, logits, list("abc"))
     np.testing.assert_allclose([auc(labels, logits, c) for c in range(3)], list(want.values()), rtol=1e-12)
     assert np.isnan(auc(labels, logits, 2))
+
+
+def test_a_difference_of_two_shares_stays_between_minus_one_and_one():
+    patients = np.array(["a", "b"])
+    found = widened_difference(Interval(0.0, 0.5, 0), "auc", np.array([0.1, 0.9]), np.array([0.9, 0.2]), patients)
+    assert (found.low, found.high) == (-1.0, 1.0)

@@ -77,7 +77,8 @@ def best(run, cell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epochs", [1, 2, 4, 5])
+@pytest.mark.once
+@pytest.mark.parametrize("epochs", [1, 4, 5])
 def test_a_killed_training_goes_on_from_the_tape(base, alone, tmp_path, monkeypatch, epochs):
     """Killed after so many epochs over three phases, on both sides of writing the optimizer."""
     import charmlib.training.tape as module
@@ -100,6 +101,8 @@ def test_a_killed_training_goes_on_from_the_tape(base, alone, tmp_path, monkeypa
     equal(scored(shared(base, tmp_path, 5, tape)), alone[5])
 
 
+@pytest.mark.slow
+@pytest.mark.once
 def test_a_run_with_a_mean_that_the_tape_lacks_trains_again(base, alone, tmp_path):
     scored(shared(base, tmp_path, 0, Tape(tmp_path, "these")))
     tape = Tape(tmp_path, "these", MEANS)

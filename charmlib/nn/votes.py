@@ -17,10 +17,6 @@ CHOOSE, UNCHOSEN, WEIGHTS = -1, 0.5, tuple(i / 10 for i in range(11))
 """The weight that asks for a choice, the weight until it is made, and the weights to choose among."""
 
 
-DIRECT = 8192
-"""Slots up to which the regression is solved directly, and not step by step."""
-
-
 class VotingBank(RareMemoryBank):
     """Blends the head's logits with a kernel ridge regression on the labels of stored images.
 
@@ -42,8 +38,7 @@ class VotingBank(RareMemoryBank):
     :class:`charmlib.models.CharmNet`. The cosines of the blocks are averaged, so that wide and narrow blocks weigh the same.
 
     The regression is solved by :meth:`solve`, and at a change from training to eval mode if slots were written since. It needs
-    N^2 floats of temporary memory for N filled slots. Up to 8,192 slots it takes N^3 / 3 multiplications. More slots are solved
-    by conjugate gradients, to 1e-5 of the labels.
+    N^2 floats of temporary memory and N^3 / 3 multiplications for N filled slots.
 
     Differs from the published papers, whose slots contribute features (:class:`RareMemoryBank`). The combination of a label
     cache and a trained head follows Tip-Adapter (Zhang et al., ECCV 2022).
@@ -160,8 +155,13 @@ class VotingBank(RareMemoryBank):
             # the matrix is large: its factor takes its place, column by column as LAPACK has it
             matrix = (slots @ slots.T).sub_(1).div_(self.temperature).exp_().mT
             matrix.diagonal().add_(self.ridge)
+            # cholesky_ex does not wait for the GPU; coefficients are 0 if rounding makes the factorisation fail
+            failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+            torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
             self.coefficients.zero_()
-            self.coefficients[:filled] = conjugate_gradients(matrix, rest) if filled > DIRECT else factored(matrix, rest)
+            half = torch.linalg.solve_triangular(matrix, rest, upper=False)  # cholesky_solve copies the factor
+            solution = torch.linalg.solve_triangular(matrix.mT, half, upper=True)
+            self.coefficients[:filled] = torch.where(failed == 0, solution, 0.0)
         self._solved = self._written()
 
     def refuse(self, filled: int) -> None:
@@ -217,35 +217,3 @@ class VotingBank(RareMemoryBank):
     def extra_repr(self) -> str:
         return (f"{super().extra_repr()}, weight={self.weight:.6g}, temperature={self.temperature}, ridge={self.ridge}, "
                 f"blocks={self.blocks}")
-
-
-def factored(matrix: Tensor, values: Tensor) -> Tensor:
-    """x (N, C) with ``matrix x = values`` by Cholesky's factor of a positive definite matrix (N, N), which takes its place.
-
-    0 if rounding makes the factorisation fail. It does not wait for the GPU.
-    """
-    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
-    half = torch.linalg.solve_triangular(matrix, values, upper=False)  # cholesky_solve copies the factor
-    return torch.where(failed == 0, torch.linalg.solve_triangular(matrix.mT, half, upper=True), 0.0)
-
-
-def conjugate_gradients(matrix: Tensor, values: Tensor, *, precision: float = 1e-5, most: int = 500) -> Tensor:
-    """x (N, C) with ``matrix x = values``, each column by the method of Hestenes and Stiefel (1952), all at once.
-
-    It ends when each column's rest is below ``precision`` of its values (Euclidean norms), or after so many steps. Every tenth
-    step waits for the GPU.
-    """
-    x, rest = torch.zeros_like(values), values.clone()
-    way, left = rest.clone(), rest.square().sum(0)
-    enough = precision**2 * left
-    for step in range(most):
-        if step % 10 == 0 and bool((left <= enough).all()):
-            break
-        image = matrix @ way
-        length = left / (way * image).sum(0).clamp(min=torch.finfo(way.dtype).tiny)
-        x += length * way
-        rest -= length * image
-        before, left = left, rest.square().sum(0)
-        way = rest + left / before.clamp(min=torch.finfo(way.dtype).tiny) * way
-    return x

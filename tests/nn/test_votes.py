@@ -304,25 +304,3 @@ def test_a_trunk_without_these_strides_is_one_block():
         assert find_scales(trunk) == ([1], [7]) and trunk.training
         out, maps = maps_of(trunk, [1], torch.randn(2, 3, 8, 8), lambda part, x: part(x))
         assert len(maps) == 1 and maps[0] is out
-
-
-def test_many_slots_are_solved_step_by_step_to_the_same_votes(monkeypatch):
-    bank, keys = filled(size=600, count=600), torch.randn(50, 6) * 3
-    direct = bank.votes(keys)[0]
-    monkeypatch.setattr(votes, "DIRECT", 500)
-    bank.coefficients.zero_()
-    bank.solve()
-    assert not torch.equal(bank.votes(keys)[0], direct)
-    torch.testing.assert_close(bank.votes(keys)[0], direct, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("columns", [1, 5])
-def test_conjugate_gradients_solve_each_column_and_a_column_of_zeros(columns):
-    torch.manual_seed(0)
-    factor, values = torch.randn(80, 80, dtype=torch.float64), torch.randn(80, columns, dtype=torch.float64)
-    values[:, -1] *= columns > 1 and 1e-6
-    matrix = factor @ factor.T + torch.eye(80)
-    want = torch.linalg.solve(matrix, values)
-    assert torch.allclose(votes.conjugate_gradients(matrix, values, precision=1e-12), want, rtol=1e-6, atol=1e-12)
-    rough = votes.conjugate_gradients(matrix, values, precision=1e-2)
-    assert not torch.allclose(rough, want, rtol=1e-6, atol=1e-12) or columns == 1

@@ -67,9 +67,18 @@ class NetworkHooks(Callback):
         if hasattr(self.model, "follow") and not self.cancelled:
             self.model.follow(getattr(self.opt, "skipped", None))
 
+    @property
+    def renews(self) -> bool:
+        """Whether the next validation begins with ``renew``."""
+        return self.trained and getattr(self.dls.train.dataset, "known", False) and hasattr(self.model, "renew")
+
+    def after_train(self):
+        if isinstance(bank := getattr(self.model, "bank", None), VotingBank) and self.renews:
+            bank.training = False  # eval() would solve a bank that trained, which renew does once its slots are encoded
+
     def before_validate(self):
         images = self.dls.train.dataset
-        if not self.trained or not getattr(images, "known", False) or not hasattr(self.model, "renew"):
+        if not self.renews:
             return
         self.trained = False
         scale = next(t for t in self.dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))

@@ -120,11 +120,11 @@ class Tape(Callback):
         """Let a network in eval mode look up what ``encode`` gave for the same images with the same weights."""
         encode, parts = net.encode, [net.trunk, net.final, *filter(None, [net.momentum, net.attention])]
         wanted, weights = isinstance(net.head, CSRAHead), {}
+        tensors = [t for part in parts for t in itertools.chain(part.parameters(), part.buffers())]
 
         def remembered(x: Tensor) -> Encoded:
             if net.training or torch.is_grad_enabled():
                 return encode(x)
-            tensors = [t for part in parts for t in itertools.chain(part.parameters(), part.buffers())]
             versions = tuple((id(t), t._version) for t in tensors)  # torch counts the writes to a tensor
             if weights.get("versions") != versions:
                 weights.update(versions=versions, digest=_digest(tensors))

@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss
 from charmlib import Run
 from charmlib.data.loaders import grey_to_network
 from charmlib.evaluation.runs import RunFolder, chosen_on_validation, finish
+from charmlib.nn import VotingBank
 from charmlib.training.external import score_elsewhere
 from charmlib.training.predict import predict
 from charmlib.viz.retrieved import plot_explanation
@@ -235,3 +236,11 @@ def test_an_explanation_refuses_a_class_that_is_none_and_its_picture_has_signs_a
     run.net.bank.weight.fill_(0)
     silent = run.bank.explain(run.bank.cases(1)[0])
     assert silent.table.empty and silent.share == 0 and silent.parts["prior"] == silent.parts["votes"] == 0
+
+
+def test_each_epoch_solves_once(tiny, monkeypatch):
+    """The regression of three epochs, and of the one that is kept."""
+    solved, solve = [], VotingBank.solve
+    monkeypatch.setattr(VotingBank, "solve", lambda self: (solved.append(1), solve(self)))
+    run = Run.open(tiny, stage2_epochs=0, use_momentum=False, use_attention=False)
+    assert len(run.train()) == 3 and len(solved) == 4

@@ -66,7 +66,7 @@ def main() -> None:
             timed(grid, folder / "drawn", *(f"{name}={value}" for name, value in cell.items()))
         equal = {path.name: RunFolder(path).card["sha256"] == RunFolder(folder / "shared" / path.name).card["sha256"]
                  and (path / "predictions.npz").read_bytes() == (folder / "shared" / path.name / "predictions.npz").read_bytes()
-                 for path in (folder / "drawn").iterdir() if RunFolder(path).done}
+                 for path in (folder / "drawn").glob("*") if RunFolder(path).done}
         logs = "\n".join(path.read_text() for path in (folder / "shared").glob("*/log.txt"))
         trained = re.findall(r"trained (\d+) of (\d+) epochs", logs)
         epochs = [len(RunFolder(path).history) for path in (folder / "shared").iterdir() if RunFolder(path).done]

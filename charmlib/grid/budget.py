@@ -124,11 +124,11 @@ def probed(cells: Sequence[Cell], say: Callable[[str], None] = print) -> dict[st
         costs[cell.id] = cost = tuple(cell.params[name] for name in _COST)
         with suppress(ValueError, OSError):
             asked[cost] = asked.get(cost) or {"params": cell.params, "images": count_images(cell.params)}
-    if asked:
-        say(f"timing {len(asked)} kinds of cells by a few steps each")
-    found = dict(zip(asked, map(lambda one: Pace(one["epochs"], one["scoring"], None),
-                                _answer("charmlib.training.probe", list(asked.values())))))
-    return {cell: found[cost] for cell, cost in costs.items() if cost in found}
+    if not asked:
+        return {}
+    say(f"timing {len(asked)} kinds of cells by a few steps each")
+    found = dict(zip(asked, _answer("charmlib.training.probe", list(asked.values()))))
+    return {cell: Pace(found[cost]["epochs"], found[cost]["scoring"], None) for cell, cost in costs.items() if cost in found}
 
 
 def next_step(cell: Cell, run: RunFolder, pace: Pace) -> float:

@@ -53,10 +53,10 @@ def measured(params: Mapping, images: Mapping[str, int], folder: Path) -> dict:
            "run_dir": str(folder / "run"), "labels": "real", "normal_class": "", "resume": False}
     run, epochs, step = Run.open({**params, **own}), {}, {}
     for phase in run.phases():
-        learner, clock = run.learner(phase), _Clock()
-        Trains(phase.trains, phase.train_norms).apply(learner)
+        learner, clock, trains = run.learner(phase), _Clock(), Trains(phase.trains, phase.train_norms)
+        trains.apply(learner)
         with learner.no_bar(), learner.no_logging():
-            learner.fit(FIRST + STEPS, 1e-6, cbs=[clock, Trains(phase.trains, phase.train_norms)])
+            learner.fit(FIRST + STEPS, 1e-6, cbs=[clock, trains])
         step[phase.name] = clock.seconds / STEPS
     rows = run.data.rows("train")
     run.views("train", ["id"], rows[:batch])

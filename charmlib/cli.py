@@ -117,6 +117,22 @@ def run(params_yaml, assignments, **how):
 
 
 @cli.command()
+@click.argument("params_yaml", type=_PATH)
+@_ASSIGN
+@click.option("--out", type=_FOLDER, help="The run's folder [default: runs/<stem>].")
+def train(params_yaml, assignments, out):
+    """Train PARAMS_YAML as train.ipynb does; under torchrun in several processes, one a GPU. `run` goes on and tests."""
+    from charmlib.param_sources import load_params, parse_assignments
+    from charmlib.training import cards, run
+
+    params = {**load_params(params_yaml), **parse_assignments(assignments)}
+    folder = out or Path("runs", params_yaml.stem)
+    with cards.as_one():
+        run.Run.open(params, run_dir=str(folder)).train()
+        click.echo(f"trained; next: python -m charmlib run {params_yaml} with the same -p and --out tests it")
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, required=True, type=_RUN, metavar="RUN...")
 @_POINT
 @click.option("--ensemble", is_flag=True, help="Score the mean of all runs' probabilities as well.")

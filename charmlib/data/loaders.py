@@ -5,6 +5,7 @@ a pixel goes to the device. Augmentation, scaling and the expansion to three cha
 """
 
 import gc
+import itertools
 import math
 import numbers
 from collections import deque
@@ -119,8 +120,11 @@ class ChestDL(TfmdDL):
 
     ``ids`` are the rows of the last batch, (B,) int64 on the device; -1 for images from outside the data set. Shuffling draws
     from torch's generator, so that one seed fixes order and augmentation together. ``expected`` are the mean draws of each
-    image in a shuffled epoch (:func:`charmlib.data.sampling.expected_draws`); None takes each once.
+    image in a shuffled epoch (:func:`charmlib.data.sampling.expected_draws`); None takes each once. ``share`` (i, N) gives every
+    N-th batch from the i-th on.
     """
+
+    share = (0, 1)
 
     def __init__(self, dataset: ChestImages, bs: int = 64, shuffle: bool = False, num_workers: int = 0,
                  expected: np.ndarray | None = None, **kwargs):
@@ -138,7 +142,7 @@ class ChestDL(TfmdDL):
         device = torch.device("cpu" if self.device is None else self.device)
         ahead = deque()
         with ThreadPoolExecutor(1) as reader:
-            for chunk in self.chunkify(iter(samps)):
+            for chunk in itertools.islice(self.chunkify(iter(samps)), self.share[0], None, self.share[1]):
                 ahead.append(reader.submit(self.dataset.read, chunk, pin=device.type == "cuda"))
                 if len(ahead) > READ_AHEAD:
                     yield self._next(ahead, device)

@@ -22,6 +22,7 @@ from charmlib.files import write_whole
 from charmlib.nih import finding_columns
 from charmlib.nn.losses import MultiLabelLoss
 from charmlib.nn.votes import VotingBank
+from charmlib.training import cards
 from charmlib.training.recipes import Phase
 
 
@@ -50,7 +51,8 @@ class NetworkHooks(Callback):
     def before_batch(self):
         ids = getattr(self.dl, "ids", None)
         if hasattr(self.model, "see") and ids is not None and len(ids) == len(self.xb[0]):
-            self.model.see(ids, self.yb[0] if len(self.yb) else None)
+            own = cards.own(len(ids)) if self.training else slice(None)
+            self.model.see(ids[own], self.yb[0][own] if len(self.yb) else None)
 
     def after_loss(self):
         if others := self.training and getattr(self.model, "also", None):
@@ -219,7 +221,7 @@ class EpochRecord(Callback):
             seen, accepted, row["bank_filled"], *held = torch.cat([counts, held]).tolist()  # one wait for the device
             row["bank_accepted"] = round(accepted / max(seen, 1), 4)
             row["bank_labels"] = dict(zip([*classes, "no_finding"], held))
-        self.rows.append(row)
+        self.rows.append(cards.same(row))
         self.on_row(self.rows)
 
 

@@ -19,6 +19,7 @@ from charmlib.data.sampling import prior_shift, shares
 from charmlib.models.charm import CharmNet
 from charmlib.models.registry import Network, keywords
 from charmlib.nn.losses import MultiLabelLoss, make_loss
+from charmlib.training import cards
 from charmlib.training.average import AverageWeights
 from charmlib.training.callbacks import LossMode, NetworkHooks, SeedEpoch
 from charmlib.training.device import pick_precision, place
@@ -98,7 +99,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
             warnings.warn("class weights and uneven draws of images both raise rare classes, and multiply", stacklevel=2)
         loss.shift, own = (torch.from_numpy(a).float() for a in (prior_shift(labels, dls.train.expected), shares(labels)))
     callbacks = [NetworkHooks(), LossMode(weight_from, own), Callback(after_batch=lambda _: session.alive()), *cbs,
-                 *([] if seed is None else [SeedEpoch(seed)]),
+                 *([] if seed is None else [SeedEpoch(seed)]), *([cards.Cards()] if cards.size() > 1 else []),
                  *([AverageWeights(average, average_warmup)] if average else []),
                  *([GradientClip(clip_norm)] if clip_norm else []),
                  *([HalfPrecision()] if pick_precision(precision, device) == "fp16" else [])]

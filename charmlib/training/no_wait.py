@@ -16,6 +16,7 @@ from torch import Tensor
 
 from charmlib.evaluation.metrics import ap_by_class, mean_auc
 from charmlib.nih import finding_columns
+from charmlib.training import cards
 
 
 class _Verdict:
@@ -123,10 +124,17 @@ class SmoothLoss(AvgSmoothLoss):
 class MeanLoss(AvgLoss):
     """The mean validation loss over images, as fastai's."""
 
+    def reset(self):
+        self.sums, self.sizes = [], []
+
     def accumulate(self, learn):
-        size = len(learn.yb[0])
-        self.total = self.total + learn.loss.detach().mean() * size  # get_preds(with_loss=True) does not reduce the loss
-        self.count += size
+        self.sizes.append(torch.tensor(len(learn.yb[0])))
+        self.sums.append(learn.loss.detach().mean() * len(learn.yb[0]))  # get_preds(with_loss=True) does not reduce the loss
+
+    @property
+    def value(self):
+        sums, sizes = cards.in_order(self.sums), cards.in_order(self.sizes)
+        return sum(sums) / sum(sizes) if sums else None
 
 
 class MeanAUC(Metric):
@@ -148,9 +156,10 @@ class MeanAUC(Metric):
 
     @property
     def value(self) -> float:
-        if not self.logits:
+        found = [cards.in_order(parts) for parts in (self.labels, self.logits)]
+        if not found[0]:
             return float("nan")
-        labels, logits = (torch.cat(parts).float().cpu().numpy() for parts in (self.labels, self.logits))
+        labels, logits = (torch.cat(parts).float().cpu().numpy() for parts in found)
         return self.mean(labels, logits)
 
     def mean(self, labels, logits) -> float:

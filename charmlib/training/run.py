@@ -16,7 +16,7 @@ import yaml
 from fastai.callback.core import Callback
 from fastcore.foundation import L
 
-from charmlib import session
+from charmlib import files, session
 from charmlib.data.dataset import ChestData, digests, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, chest_dataloaders
 from charmlib.data.views import MENUS
@@ -33,6 +33,7 @@ from charmlib.nn.votes import WEIGHTS
 from charmlib.param_rows import WARMUPS
 from charmlib.param_sources import changed, read_yaml, with_absolute_paths
 from charmlib.params import PARAMS, UNHASHED, effective, missing_need, no_effect, resolve
+from charmlib.training import cards
 from charmlib.training.bank_evidence import BankEvidence
 from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
@@ -84,7 +85,7 @@ class Run:
         if not session.in_grid() and (words := no_effect({name: missing_need(name, p) for name in changed(p)})):
             print(words, flush=True)
         p["data_root"] = str(find_data(p["data_root"], p["csv"]))
-        device = pick_device(p["device"])
+        cards.join(device := pick_device(p["device"]))
         precision, data = pick_precision(p["precision"], device), open_dataset(p)
         leaked_start(p, data.index.table.name)
         seed_everything(p["seed"], "weights")
@@ -148,7 +149,8 @@ class Run:
         phase = phase or self.phase()
         if phase.sets:
             self.net.enter(**phase.sets)
-        path = self.folder / "fastai"  # CSVLogger's history.csv is another file than the run's
+        place = self.folder.path if files.WRITES else session.own_temporary_folder() / f"process{cards.rank()}"
+        path = place / "fastai"  # CSVLogger's history.csv is another file than the run's
         path.mkdir(parents=True, exist_ok=True)
         return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
                              **{name: self.params[name] for name in OF_LEARNER}, **keywords(make_loss, self.params), path=path)
@@ -168,8 +170,8 @@ class Run:
             phase = self.phase()
             learner = self.learner(phase)
             Trains(phase.trains, phase.train_norms).apply(learner)
-            with nullcontext() if session.person_watches() else learner.no_bar():
-                self._rate = float(learner.lr_find(show_plot=plot).valley)
+            with nullcontext() if session.person_watches() else learner.no_bar(), cards.each_saves():
+                self._rate = cards.same(float(learner.lr_find(show_plot=plot).valley))
             self.log(f"learning-rate finder: {self._rate:.2e}")
         return self._rate
 
@@ -225,9 +227,11 @@ class Run:
             self._choose_vote_weight()
         logits, labels = self.logits("valid")  # thresholds and temperature are of the logits with that weight
         self.bank.write()
-        save_model(self.net, folder.path, classes=self.data.classes, normal_class=self.data.index.normal_class,
-                   params={**self.params, "split_hash": self.data.split.hash},
-                   stage1_lr=self._rate, data=self._source(), **chosen_on_validation(labels, logits, self.data.classes))
+        if files.WRITES:
+            save_model(self.net, folder.path, classes=self.data.classes, normal_class=self.data.index.normal_class,
+                       params={**self.params, "split_hash": self.data.split.hash},
+                       stage1_lr=self._rate, data=self._source(), **chosen_on_validation(labels, logits, self.data.classes))
+        cards.same(None)  # nobody looks for the card before it is there
         self.folder = RunFolder(folder.path)
         return self.history
 
@@ -242,7 +246,7 @@ class Run:
         known = ~torch.isnan(labels)
         loss = {w: F.binary_cross_entropy_with_logits(torch.lerp(*ends, w)[known].double(), labels[known].double()).item()
                 for w in WEIGHTS}
-        weight.fill_(best := min(loss, key=loss.get))
+        weight.fill_(best := cards.same(min(loss, key=loss.get)))
         self.log(f"vote_weight {best} chosen on the validation part: log loss {loss[0]:.6f} at 0, {loss[0.5]:.6f} at 0.5, "
                  f"{loss[best]:.6f} at {best}")
 
@@ -301,6 +305,8 @@ class Run:
 
     def log(self, text: str) -> None:
         """Print one line and append it to ``log.txt``."""
+        if not files.WRITES:
+            return
         print(text, flush=True)
         self.folder.path.mkdir(parents=True, exist_ok=True)
         with open(self.folder.log_file, "a") as file:
@@ -327,7 +333,7 @@ class Run:
             return dict.fromkeys([*names, *branches], empty), empty
         images = ChestImages(data.images, data.labels, rows, data.classes)
         dl = ChestDL(images, bs=min(self.params["stage2_batch"], len(images)), device=self.device)
-        scale = tensors(self.net, self.device)
+        dl.share, scale = (cards.rank(), cards.size()), tensors(self.net, self.device)
         self.net.eval()
         out, labels = [], []
         for x, y in dl:
@@ -335,9 +341,10 @@ class Run:
             with torch.autocast("cuda", torch.float16, enabled=self.precision == "fp16"):
                 out.append(read_views(self.net, x.as_subclass(torch.Tensor), names, *scale))
             labels.append(y.as_subclass(torch.Tensor))
+        whole = {name: [batch[name] for batch in out] for name in cards.same([*out[0]] if out else [])} | {"": labels}
         # the first copy waits for the device, at the end
-        return {name: torch.cat([batch[name] for batch in out]).cpu().numpy() for name in out[0]}, \
-            torch.cat(labels).cpu().numpy()
+        found = {name: torch.cat(cards.in_order(batches)).cpu().numpy() for name, batches in whole.items()}
+        return found, found.pop("")
 
     def quick_check(self, images: int = 100) -> float:
         """Mean ROC-AUC on so many random test images, to see that a checkpoint works; never a result."""

@@ -1,0 +1,202 @@
+"""One training in several processes, one a card: each computes its share of every batch, and all of them hold one network.
+
+``torchrun --nproc_per_node=N -m charmlib train PARAMS.yaml`` starts them. A batch of the parameters is the batch of all processes
+together, so that N processes train what one trains: the same order, augmentation, steps and rates. In one process all of
+this is inert.
+"""
+
+import itertools
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from timm.layers import DropPath, convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import StochasticDepth
+
+from charmlib import files, session
+from charmlib.gpu_support import Unsupported
+
+RUN = "TORCHELASTIC_RUN_ID"  # environment variable that torchrun sets
+
+
+def join(device: torch.device) -> None:
+    """In a process that torchrun started: join the others, with the card of its number, and leave files to the first process.
+
+    Raises
+    ------
+    Unsupported
+        There are fewer cards than processes.
+    """
+    if RUN not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= found:
+            raise Unsupported(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes for the {found} GPUs of this machine: "
+                              f"say --nproc_per_node={found}, or -p device=cpu")
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    files.WRITES = rank() == 0
+
+
+def size() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own(n: int) -> slice:
+    """The rows of a batch of n that this process computes."""
+    return slice(n * rank() // size(), n * (rank() + 1) // size())
+
+
+def same(value):
+    """The first process's value of a plain object, so that what is decided by it is decided once."""
+    if size() > 1:
+        dist.broadcast_object_list(box := [value])
+        return box[0]
+    return value
+
+
+def in_order(batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The batches of all processes, each of which has every N-th, in their order; on the CPU where there are several."""
+    if size() == 1:
+        return batches
+    dist.all_gather_object(found := [None] * size(), [batch.as_subclass(Tensor).cpu() for batch in batches])
+    return [batch for turn in itertools.zip_longest(*found) for batch in turn if batch is not None]
+
+
+@contextmanager
+def as_one():
+    """Let the first process alone print, and all end together.
+
+    Raises
+    ------
+    ChildProcessError
+        Another process has ended.
+    """
+    if RUN in os.environ:
+        session.die_with_parent(os.getppid())
+    try:
+        with redirect_stdout(open(os.devnull, "w")) if int(os.environ.get("RANK", 0)) else nullcontext():
+            yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def each_saves():
+    """Let fastai save weights in every process: its rate finder restores them from there, elsewhere in the first alone."""
+    number = os.environ.pop("RANK", None)
+    try:
+        yield
+    finally:
+        os.environ.update({} if number is None else {"RANK": number})
+
+
+class _Joined(torch.autograd.Function):
+    """The rows (n, ...) of all processes from this one's; DistributedDataParallel takes the mean of gradients, and the gradient
+    of a loss of all rows is their sum."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, n: int) -> Tensor:
+        out = rows.new_zeros(n, *rows.shape[1:])
+        out[own(n)] = rows
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad[own(len(grad))] * size(), None
+
+
+class Cards(Callback):
+    """Trains in all processes: the network sees :func:`own` rows of a batch, the loss and the memory bank see all of them.
+
+    The loss is computed on the joined logits in every process. It is therefore that of the whole batch, whatever the loss,
+    the unknown labels and the shares of processes. Gradients are equal on all, and so is what follows from them: clipping, the
+    verdict of a gradient scaler, means of weights, the momentum encoder. A bank is written with the joined features in the
+    order of the batch. Dropout and stochastic depth draw for the whole batch and use the own rows, so that all random
+    generators stay together.
+
+    Batch norms use the statistics of all processes on CUDA (``SyncBatchNorm``). On CPUs, for which torch has none, each uses
+    those of its own rows, and their running statistics are averaged after each batch.
+
+    In validation each process has every N-th batch (:func:`in_order`).
+
+    Raises
+    ------
+    ValueError
+        A batch of fewer than two images a process.
+    """
+
+    order = 200  # the rows are taken after callbacks that mix images
+
+    def before_fit(self):
+        net, bs = self.model, self.dls.train.bs
+        if bs < 2 * size():
+            raise ValueError(f"a batch of {bs} images is too small for {size()} processes, which need two each: raise the batch "
+                             "or start fewer")
+        bank = getattr(net, "bank", None)
+        self.replaced = [] if bank is None else [(bank, "write")]
+        if bank is not None:
+            bank.write = partial(self._write, bank)
+        self.norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+        synced = [*self.norms] if self.dls.device.type == "cuda" else []
+        for module in (*synced, *(m for m in net.modules() if isinstance(m, nn.Dropout | StochasticDepth | DropPath))):
+            module.forward = partial(_synced, module, convert_sync_batchnorm(module)) if module in synced else \
+                partial(self._drawn, module)
+            self.replaced.append((module, "forward"))
+        self.norms = [] if synced else self.norms
+        self.net, self.together = net, DistributedDataParallel(net, broadcast_buffers=False)
+
+    def _write(self, bank: nn.Module, *batch: Tensor | None) -> None:
+        type(bank).write(bank, *(t if t is None else _Joined.apply(t.detach().as_subclass(Tensor), self.n) for t in batch))
+
+    def _drawn(self, module: nn.Module, x: Tensor) -> Tensor:
+        if not module.training:
+            return x
+        shape = x.shape[1:] if isinstance(module, nn.Dropout) else [1] * (x.dim() - 1)
+        return x * type(module).forward(module, x.new_ones(self.n, *shape))[own(self.n)]
+
+    def before_batch(self):
+        if self.training:
+            self.n = len(self.xb[0])
+            self.learn.xb = tuple(x[own(self.n)] for x in self.xb)
+            self.learn.model = self.together  # for the forward pass alone
+
+    def after_pred(self):
+        if not self.training:
+            return
+        self.learn.model = self.net
+        self.learn.pred = _Joined.apply(self.pred.as_subclass(Tensor), self.n)
+        if others := getattr(self.net, "also", None):
+            self.net.also = [_Joined.apply(logits, self.n) for logits in others]
+        if own_statistics := [t for norm in self.norms if norm.training for t in (norm.running_mean, norm.running_var)]:
+            dist.all_reduce(flat := torch.cat(own_statistics))
+            torch._foreach_copy_(own_statistics, list((flat / size()).split([len(t) for t in own_statistics])))
+
+    def before_validate(self):
+        self.dl.share = (0, 1) if hasattr(self.learn, "gather_preds") else (rank(), size())
+
+    def after_fit(self):
+        for module, name in self.replaced:
+            delattr(module, name)
+        self.replaced, self.together = [], None
+
+
+def _synced(norm: _BatchNorm, twin: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` by a ``SyncBatchNorm`` that shares its weights and statistics; ``norm`` itself stays what callbacks know."""
+    return twin.train(norm.training)(x)

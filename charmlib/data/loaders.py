@@ -120,8 +120,8 @@ class ChestDL(TfmdDL):
 
     ``ids`` are the rows of the last batch, (B,) int64 on the device; -1 for images from outside the data set. Shuffling draws
     from torch's generator, so that one seed fixes order and augmentation together. ``expected`` are the mean draws of each
-    image in a shuffled epoch (:func:`charmlib.data.sampling.expected_draws`); None takes each once. ``share`` (i, N) gives every
-    N-th batch from the i-th on.
+    image in a shuffled epoch (:func:`charmlib.data.sampling.expected_draws`); None takes each once. ``share`` (i, N) gives
+    every N-th batch from the i-th on.
     """
 
     share = (0, 1)

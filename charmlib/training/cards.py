@@ -1,8 +1,8 @@
 """One training in several processes, one a card: each computes its share of every batch, and all of them hold one network.
 
-``torchrun --nproc_per_node=N -m charmlib train PARAMS.yaml`` starts them. A batch of the parameters is the batch of all processes
-together, so that N processes train what one trains: the same order, augmentation, steps and rates. In one process all of
-this is inert.
+``torchrun --nproc_per_node=N -m charmlib train PARAMS.yaml`` starts them. A batch of the parameters is that of all processes
+together, so that N processes train what one trains: the same order, augmentation, steps and rates. In one process all of this
+is inert.
 """
 
 import itertools
@@ -39,8 +39,8 @@ def join(device: torch.device) -> None:
     if device.type == "cuda":
         local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= found:
-            raise Unsupported(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes for the {found} GPUs of this machine: "
-                              f"say --nproc_per_node={found}, or -p device=cpu")
+            raise Unsupported(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes for the {found} GPUs of this "
+                              f"machine: say --nproc_per_node={found}, or -p device=cpu")
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     files.WRITES = rank() == 0
@@ -147,8 +147,8 @@ class Cards(Callback):
     def before_fit(self):
         net, bs = self.model, self.dls.train.bs
         if bs < 2 * size():
-            raise ValueError(f"a batch of {bs} images is too small for {size()} processes, which need two each: raise the batch "
-                             "or start fewer")
+            raise ValueError(f"a batch of {bs} images is too small for {size()} processes, which need two each: raise the "
+                             "batch or start fewer")
         bank = getattr(net, "bank", None)
         self.replaced = [] if bank is None else [(bank, "write")]
         if bank is not None:
@@ -184,6 +184,8 @@ class Cards(Callback):
         self.learn.pred = _Joined.apply(self.pred.as_subclass(Tensor), self.n)
         if others := getattr(self.net, "also", None):
             self.net.also = [_Joined.apply(logits, self.n) for logits in others]
+
+    def after_backward(self):  # which still needs the own statistics
         if own_statistics := [t for norm in self.norms if norm.training for t in (norm.running_mean, norm.running_var)]:
             dist.all_reduce(flat := torch.cat(own_statistics))
             torch._foreach_copy_(own_statistics, list((flat / size()).split([len(t) for t in own_statistics])))

@@ -121,7 +121,7 @@ def run(params_yaml, assignments, **how):
 @_ASSIGN
 @click.option("--out", type=_FOLDER, help="The run's folder [default: runs/<stem>].")
 def train(params_yaml, assignments, out):
-    """Train PARAMS_YAML as train.ipynb does; under torchrun in several processes, one a GPU. `run` goes on and tests."""
+    """Train PARAMS_YAML as train.ipynb does; under torchrun in several processes, one a GPU. Then `run` tests it."""
     from charmlib.param_sources import load_params, parse_assignments
     from charmlib.training import cards, run
 
@@ -129,7 +129,7 @@ def train(params_yaml, assignments, out):
     folder = out or Path("runs", params_yaml.stem)
     with cards.as_one():
         run.Run.open(params, run_dir=str(folder)).train()
-        click.echo(f"trained; next: python -m charmlib run {params_yaml} with the same -p and --out tests it")
+        click.echo(f"trained in {folder}; next: python -m charmlib run, with the same parameters and --out, tests it")
 
 
 @cli.command()

@@ -7,12 +7,19 @@ is inert.
 
 import itertools
 import os
-from collections.abc import Sequence
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 from fastai.callback.core import Callback
 from timm.layers import DropPath, convert_sync_batchnorm
 from torch import Tensor, nn
@@ -91,9 +98,41 @@ def as_one():
     try:
         with redirect_stdout(open(os.devnull, "w")) if int(os.environ.get("RANK", 0)) else nullcontext():
             yield
+    except RuntimeError as error:
+        if size() == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise
+        raise ChildProcessError(
+            f"process {rank()} of {size()} cannot go on, because another one has ended or has lost its card; torchrun names "
+            "it. resume.pt holds the last finished epoch: the same command goes on, with any number of processes") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def launch(params: Mapping) -> None:
+    """Train a run in as many processes as its parameter ``processes`` says, and print their lines; they end with this one.
+
+    Raises
+    ------
+    ChildProcessError
+        The training has failed.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        (path := Path(place, "params.yaml")).write_text(yaml.safe_dump(dict(params)), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={params['processes']}",
+                   "-m", "charmlib", "train", str(path), "--out", params["run_dir"]]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                              env=session.with_this_package(os.environ),
+                              preexec_fn=partial(session.die_with_parent, os.getpid())) as child:
+            try:
+                for line in child.stdout:
+                    print(line, end="", flush=True)
+            except BaseException:
+                child.terminate()
+                raise
+    if child.returncode:
+        raise ChildProcessError(f"the training in {params['processes']} processes has failed, as the lines above say; once the "
+                                "cause is removed, the same call goes on after the last finished epoch")
 
 
 @contextmanager
@@ -160,6 +199,7 @@ class Cards(Callback):
                 partial(self._drawn, module)
             self.replaced.append((module, "forward"))
         self.norms = [] if synced else self.norms
+        warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 convolutions, laid out channels last
         self.net, self.together = net, DistributedDataParallel(net, broadcast_buffers=False)
 
     def _write(self, bank: nn.Module, *batch: Tensor | None) -> None:

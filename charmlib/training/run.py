@@ -160,6 +160,7 @@ class Run:
 
         The finder restores network, bank and momentum encoder. A resumed run keeps its first rate.
         """
+        self._train_in_processes()
         self.folder.path.mkdir(parents=True, exist_ok=True)
         if self._rate is None and self.trained():
             self._rate = self.folder.card["stage1_lr"]
@@ -192,6 +193,7 @@ class Run:
         folder, cbs = self.folder, L(cbs)
         if (folder / "grid.yaml").is_file():
             raise ValueError(f"{folder} is the folder of a grid, whose cells a run there would hide: name another run_dir")
+        self._train_in_processes(cbs)
         if self.trained():
             self.log("trained already; nothing to do")
             self.history = self._read_history()
@@ -234,6 +236,19 @@ class Run:
         cards.same(None)  # nobody looks for the card before it is there
         self.folder = RunFolder(folder.path)
         return self.history
+
+    def _train_in_processes(self, cbs: Sequence = ()) -> None:
+        """Under ``processes`` above 1: leave the training to that many, after which this run is trained."""
+        if self.params["processes"] == 1 or cards.RUN in os.environ or self.trained():
+            return
+        if session.in_grid():
+            raise ValueError("parameter 'processes': a grid gives each card a cell of its own; say processes: 1, or train one "
+                             "run with torchrun -m charmlib train")
+        if cbs:
+            raise ValueError("callbacks do not reach other processes: say processes=1, and start a script that makes them in "
+                             "each by torchrun")
+        cards.launch(self.params)
+        self.params["resume"] = True  # the folder holds this run now
 
     def _choose_vote_weight(self) -> None:
         """Give the votes the weight of :data:`charmlib.nn.votes.WEIGHTS` with the lowest mean log loss over the known labels of

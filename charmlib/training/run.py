@@ -111,7 +111,7 @@ class Run:
             raise ValueError(f"a trained run cannot be loaded with another {', '.join(sorted(wrong))}")
         p = resolve(read_yaml(folder.params_file), {k: v for k, v in changes.items() if v not in ("", None)},
                     {"run_dir": str(folder.path if os.access(folder, os.W_OK) else _writable_copy(folder.path))})
-        device = pick_device(p["device"])
+        cards.join(device := pick_device(p["device"]))
         net, card = load_model(p["run_dir"], device)
         data = open_dataset(p)
         same_order(card["classes"], data.classes, f"checkpoint {folder} and data {data.index.table}")

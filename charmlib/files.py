@@ -18,7 +18,7 @@ LEASE = ".lease"
 TOKEN = "CHARM_LEASE_TOKEN"  # environment variable: the token of this process's lease
 FOLDER = "CHARM_LEASE_FOLDER"  # environment variable: the folder of that lease
 TEMPORARY = ".tmp"
-WRITES = True  # False in the further processes of one training: the first alone writes
+OTHERS: set[Path] = set()  # folders in which another process of the same training writes, and this one does not
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without locks
 _FULL = 2**16  # bytes left on a disk that counts as full
 
@@ -109,12 +109,12 @@ def sync(path: str | Path) -> None:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary path in the same folder, then rename the result to ``path``. Nothing without ``WRITES``.
+    """Call ``write`` with a temporary path in the same folder, then rename the result to ``path``. Nothing in folders of ``OTHERS``.
 
     Raises DiskFull if no space is left (the previous file is kept), and LeaseLost as :func:`check_lease`.
     """
     path = Path(path)
-    if not WRITES:
+    if OTHERS and path.resolve().parent in OTHERS:
         return
     _remove_left(path)
     temporary = path.with_name(f".{path.name}.{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}")

@@ -33,15 +33,19 @@ from charmlib.gpu_support import Unsupported
 RUN = "TORCHELASTIC_RUN_ID"  # environment variable that torchrun sets
 
 
-def join(device: torch.device) -> None:
-    """In a process that torchrun started: join the others, with the card of its number, and leave files to the first process.
+def join(device: torch.device, folder: str | Path) -> None:
+    """In a process that torchrun started: join the others, with the card of its number, and leave the folder to the first.
 
     Raises
     ------
     Unsupported
         There are fewer cards than processes.
     """
-    if RUN not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+    if RUN not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    if int(os.environ["RANK"]):
+        files.OTHERS.add(Path(folder).resolve())
+    if dist.is_initialized():
         return
     if device.type == "cuda":
         local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -50,7 +54,6 @@ def join(device: torch.device) -> None:
                               f"machine: say --nproc_per_node={found}, or -p device=cpu")
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    files.WRITES = rank() == 0
 
 
 def size() -> int:

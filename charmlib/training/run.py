@@ -16,7 +16,7 @@ import yaml
 from fastai.callback.core import Callback
 from fastcore.foundation import L
 
-from charmlib import files, session
+from charmlib import session
 from charmlib.data.dataset import ChestData, digests, find_data, open_dataset
 from charmlib.data.loaders import ChestDataLoaders, ChestDL, ChestImages, chest_dataloaders
 from charmlib.data.views import MENUS
@@ -85,7 +85,7 @@ class Run:
         if not session.in_grid() and (words := no_effect({name: missing_need(name, p) for name in changed(p)})):
             print(words, flush=True)
         p["data_root"] = str(find_data(p["data_root"], p["csv"]))
-        cards.join(device := pick_device(p["device"]))
+        cards.join(device := pick_device(p["device"]), p["run_dir"])
         precision, data = pick_precision(p["precision"], device), open_dataset(p)
         leaked_start(p, data.index.table.name)
         seed_everything(p["seed"], "weights")
@@ -111,7 +111,7 @@ class Run:
             raise ValueError(f"a trained run cannot be loaded with another {', '.join(sorted(wrong))}")
         p = resolve(read_yaml(folder.params_file), {k: v for k, v in changes.items() if v not in ("", None)},
                     {"run_dir": str(folder.path if os.access(folder, os.W_OK) else _writable_copy(folder.path))})
-        cards.join(device := pick_device(p["device"]))
+        cards.join(device := pick_device(p["device"]), p["run_dir"])
         net, card = load_model(p["run_dir"], device)
         data = open_dataset(p)
         same_order(card["classes"], data.classes, f"checkpoint {folder} and data {data.index.table}")
@@ -149,7 +149,7 @@ class Run:
         phase = phase or self.phase()
         if phase.sets:
             self.net.enter(**phase.sets)
-        place = self.folder.path if files.WRITES else session.own_temporary_folder() / f"process{cards.rank()}"
+        place = self.folder.path if cards.rank() == 0 else session.own_temporary_folder() / f"process{cards.rank()}"
         path = place / "fastai"  # CSVLogger's history.csv is another file than the run's
         path.mkdir(parents=True, exist_ok=True)
         return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
@@ -229,7 +229,7 @@ class Run:
             self._choose_vote_weight()
         logits, labels = self.logits("valid")  # thresholds and temperature are of the logits with that weight
         self.bank.write()
-        if files.WRITES:
+        if cards.rank() == 0:
             save_model(self.net, folder.path, classes=self.data.classes, normal_class=self.data.index.normal_class,
                        params={**self.params, "split_hash": self.data.split.hash},
                        stage1_lr=self._rate, data=self._source(), **chosen_on_validation(labels, logits, self.data.classes))
@@ -320,7 +320,7 @@ class Run:
 
     def log(self, text: str) -> None:
         """Print one line and append it to ``log.txt``."""
-        if not files.WRITES:
+        if cards.rank():
             return
         print(text, flush=True)
         self.folder.path.mkdir(parents=True, exist_ok=True)

@@ -125,10 +125,9 @@ def train(params_yaml, assignments, out):
     from charmlib.param_sources import load_params, parse_assignments
     from charmlib.training import cards, run
 
-    params = {**load_params(params_yaml), **parse_assignments(assignments)}
     folder = out or Path("runs", params_yaml.stem)
     with cards.as_one():
-        run.Run.open(params, run_dir=str(folder)).train()
+        run.Run.open({**load_params(params_yaml), **parse_assignments(assignments)}, run_dir=str(folder)).train()
         click.echo(f"trained in {folder}; next: python -m charmlib run, with the same parameters and --out, tests it")
 
 

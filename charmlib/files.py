@@ -109,7 +109,7 @@ def sync(path: str | Path) -> None:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary path in the same folder, then rename the result to ``path``. Nothing in folders of ``OTHERS``.
+    """Call ``write`` with a temporary path in the same folder, then rename the result to ``path``; nothing in ``OTHERS``.
 
     Raises DiskFull if no space is left (the previous file is kept), and LeaseLost as :func:`check_lease`.
     """

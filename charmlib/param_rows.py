@@ -280,8 +280,7 @@ ROWS: tuple[Param, ...] = (
     # run
     Param("run", "run_dir", str, "runs/notebook", "folder of this run's files", shown=True, hashed=False),
     Param("run", "seed", int, 85, "seed of all randomness; 85 in the paper", low=0, shown=True),
-    Param("run", "processes", int, 1, "processes that train together, one a GPU, each with a share of every batch", low=1,
-          shown=True, hashed=False),
+    Param("run", "processes", int, 1, "processes that train together, one a GPU", low=1, shown=True, hashed=False),
     Param("run", "tta", str, "none", "views that scores and predictions merge: id, flip, turns of 5 degrees, zooms, brightness",
           ("none", "flip", "light", "medium", "heavy", "flip_scale"), scores=True),
     Param("run", "tta_merge", str, "mean", "how probabilities of views are merged; logit_mean takes the mean of the logits",

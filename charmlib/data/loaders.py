@@ -124,14 +124,12 @@ class ChestDL(TfmdDL):
     every N-th batch from the i-th on.
     """
 
-    share = (0, 1)
-
     def __init__(self, dataset: ChestImages, bs: int = 64, shuffle: bool = False, num_workers: int = 0,
                  expected: np.ndarray | None = None, **kwargs):
         # no worker processes: reading is one copy from memory, which a thread does ahead
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **{**kwargs, "pin_memory": False})
         self._n_inp, self._types, self.ids = 1, {tuple: [TensorImage, TensorMultiCategory]}, None
-        self.expected = expected
+        self.expected, self.share = expected, (0, 1)
 
     def shuffle_fn(self, idxs):
         if self.expected is not None:

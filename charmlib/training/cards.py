@@ -1,14 +1,12 @@
 """One training in several processes, one a card: each computes its share of every batch, and all of them hold one network.
 
-``torchrun --nproc_per_node=N -m charmlib train PARAMS.yaml`` starts them. A batch of the parameters is that of all processes
-together, so that N processes train what one trains: the same order, augmentation, steps and rates. In one process all of this
-is inert.
+A batch of the parameters is that of all processes together, so that N processes train what one trains: the same order,
+augmentation, steps and rates. In one process all of this is inert.
 """
 
 import itertools
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -16,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 import torch
 import torch.distributed as dist
@@ -34,24 +33,14 @@ RUN = "TORCHELASTIC_RUN_ID"  # environment variable that torchrun sets
 
 
 def join(device: torch.device, folder: str | Path) -> None:
-    """In a process that torchrun started: join the others, with the card of its number, and leave the folder to the first.
-
-    Raises
-    ------
-    Unsupported
-        There are fewer cards than processes.
-    """
-    if RUN not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        return
-    if int(os.environ["RANK"]):
+    """In a process that torchrun started: join the others, with the card of its number, and leave the folder to the first."""
+    if int(os.environ.get("RANK", 0)) and RUN in os.environ:
         files.OTHERS.add(Path(folder).resolve())
-    if dist.is_initialized():
+    if RUN not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         return
     if device.type == "cuda":
-        local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= found:
-            raise Unsupported(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes for the {found} GPUs of this "
-                              f"machine: say --nproc_per_node={found}, or -p device=cpu")
+        if (local := int(os.environ["LOCAL_RANK"])) >= (found := torch.cuda.device_count()):
+            raise Unsupported(f"more processes than GPUs: say --nproc_per_node={found}, or -p device=cpu")
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
@@ -73,10 +62,10 @@ def own(n: int) -> slice:
 
 def same(value):
     """The first process's value of a plain object, so that what is decided by it is decided once."""
-    if size() > 1:
-        dist.broadcast_object_list(box := [value])
-        return box[0]
-    return value
+    if size() == 1:
+        return value
+    dist.broadcast_object_list(box := [value])
+    return box[0]
 
 
 def in_order(batches: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -89,44 +78,30 @@ def in_order(batches: Sequence[Tensor]) -> Sequence[Tensor]:
 
 @contextmanager
 def as_one():
-    """Let the first process alone print, and all end together.
-
-    Raises
-    ------
-    ChildProcessError
-        Another process has ended.
-    """
+    """Let the first process alone print, and all end together: ChildProcessError says that another has ended."""
     if RUN in os.environ:
         session.die_with_parent(os.getppid())
     try:
-        with redirect_stdout(open(os.devnull, "w")) if int(os.environ.get("RANK", 0)) else nullcontext():
+        with redirect_stdout(open(os.devnull, "w")) if RUN in os.environ and int(os.environ["RANK"]) else nullcontext():
             yield
     except RuntimeError as error:
         if size() == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise
-        raise ChildProcessError(
-            f"process {rank()} of {size()} cannot go on, because another one has ended or has lost its card; torchrun names "
-            "it. resume.pt holds the last finished epoch: the same command goes on, with any number of processes") from error
+        raise ChildProcessError(f"process {rank()} of {size()} cannot go on, because another one has ended or lost its card; "
+                                "the same command goes on after the last finished epoch, in any number of them") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def launch(params: Mapping) -> None:
-    """Train a run in as many processes as its parameter ``processes`` says, and print their lines; they end with this one.
-
-    Raises
-    ------
-    ChildProcessError
-        The training has failed.
-    """
+    """Train a run in its ``processes``, and print their lines; ChildProcessError if they fail. They end with this process."""
     with tempfile.TemporaryDirectory() as place:
         (path := Path(place, "params.yaml")).write_text(yaml.safe_dump(dict(params)), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={params['processes']}",
                    "-m", "charmlib", "train", str(path), "--out", params["run_dir"]]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                              env=session.with_this_package(os.environ),
-                              preexec_fn=partial(session.die_with_parent, os.getpid())) as child:
+        with Popen(command, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", env=session.with_this_package(os.environ),
+                   preexec_fn=partial(session.die_with_parent, os.getpid())) as child:
             try:
                 for line in child.stdout:
                     print(line, end="", flush=True)
@@ -134,23 +109,12 @@ def launch(params: Mapping) -> None:
                 child.terminate()
                 raise
     if child.returncode:
-        raise ChildProcessError(f"the training in {params['processes']} processes has failed, as the lines above say; once the "
-                                "cause is removed, the same call goes on after the last finished epoch")
-
-
-@contextmanager
-def each_saves():
-    """Let fastai save weights in every process: its rate finder restores them from there, elsewhere in the first alone."""
-    number = os.environ.pop("RANK", None)
-    try:
-        yield
-    finally:
-        os.environ.update({} if number is None else {"RANK": number})
+        raise ChildProcessError(f"the training in {params['processes']} processes has failed: the lines above say why")
 
 
 class _Joined(torch.autograd.Function):
-    """The rows (n, ...) of all processes from this one's; DistributedDataParallel takes the mean of gradients, and the gradient
-    of a loss of all rows is their sum."""
+    """This process's rows -> those of all (n, ...). DistributedDataParallel takes the mean of the processes' gradients; that of
+    a loss of all rows is their sum."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, n: int) -> Tensor:
@@ -164,46 +128,38 @@ class _Joined(torch.autograd.Function):
         return grad[own(len(grad))] * size(), None
 
 
+def synced(twin: nn.Module, norm: _BatchNorm, x: Tensor) -> Tensor:
+    """``norm(x)`` by a ``SyncBatchNorm`` that shares its weights; callbacks and optimizers go on seeing the norm itself."""
+    return twin.train(norm.training)(x)
+
+
 class Cards(Callback):
     """Trains in all processes: the network sees :func:`own` rows of a batch, the loss and the memory bank see all of them.
 
-    The loss is computed on the joined logits in every process. It is therefore that of the whole batch, whatever the loss,
-    the unknown labels and the shares of processes. Gradients are equal on all, and so is what follows from them: clipping, the
-    verdict of a gradient scaler, means of weights, the momentum encoder. A bank is written with the joined features in the
-    order of the batch. Dropout and stochastic depth draw for the whole batch and use the own rows, so that all random
-    generators stay together.
+    Every process computes the loss of the joined logits: of the whole batch, whatever its unknown labels and the shares. Its
+    gradients are equal on all, and so is what follows: clipping, a scaler's verdict, means of weights, the momentum encoder. A
+    bank is written with the joined features in the order of the batch. Dropout and stochastic depth draw for the whole batch.
 
     Batch norms use the statistics of all processes on CUDA (``SyncBatchNorm``). On CPUs, for which torch has none, each uses
-    those of its own rows, and their running statistics are averaged after each batch.
-
-    In validation each process has every N-th batch (:func:`in_order`).
-
-    Raises
-    ------
-    ValueError
-        A batch of fewer than two images a process.
+    those of its own rows, and their running statistics are averaged. In validation each process has every N-th batch
+    (:func:`in_order`). ``before_fit`` refuses a batch of fewer than two images a process with ValueError.
     """
 
     order = 200  # the rows are taken after callbacks that mix images
 
     def before_fit(self):
-        net, bs = self.model, self.dls.train.bs
-        if bs < 2 * size():
-            raise ValueError(f"a batch of {bs} images is too small for {size()} processes, which need two each: raise the "
-                             "batch or start fewer")
-        bank = getattr(net, "bank", None)
-        self.replaced = [] if bank is None else [(bank, "write")]
-        if bank is not None:
-            bank.write = partial(self._write, bank)
-        self.norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
-        synced = [*self.norms] if self.dls.device.type == "cuda" else []
-        for module in (*synced, *(m for m in net.modules() if isinstance(m, nn.Dropout | StochasticDepth | DropPath))):
-            module.forward = partial(_synced, module, convert_sync_batchnorm(module)) if module in synced else \
-                partial(self._drawn, module)
-            self.replaced.append((module, "forward"))
-        self.norms = [] if synced else self.norms
+        if (bs := self.dls.train.bs) < 2 * size():
+            raise ValueError(f"a batch of {bs} is too small for {size()} processes, which need two images each: raise it")
+        self.net, bank, sync = self.model, getattr(self.model, "bank", None), self.dls.device.type == "cuda"
+        norms = [module for module in self.net.modules() if isinstance(module, _BatchNorm)]
+        self.norms, self.replaced = [] if sync else norms, [] if bank is None else [(bank, "write", self._write)]
+        self.replaced += [(module, "forward", self._drawn) for module in self.net.modules()
+                          if isinstance(module, nn.Dropout | StochasticDepth | DropPath)]
+        self.replaced += [(norm, "forward", partial(synced, convert_sync_batchnorm(norm))) for norm in norms if sync]
+        for module, name, replacement in self.replaced:
+            setattr(module, name, partial(replacement, module))
         warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 convolutions, laid out channels last
-        self.net, self.together = net, DistributedDataParallel(net, broadcast_buffers=False)
+        self.together = DistributedDataParallel(self.net, broadcast_buffers=False)
 
     def _write(self, bank: nn.Module, *batch: Tensor | None) -> None:
         type(bank).write(bank, *(t if t is None else _Joined.apply(t.detach().as_subclass(Tensor), self.n) for t in batch))
@@ -221,27 +177,21 @@ class Cards(Callback):
             self.learn.model = self.together  # for the forward pass alone
 
     def after_pred(self):
-        if not self.training:
-            return
-        self.learn.model = self.net
-        self.learn.pred = _Joined.apply(self.pred.as_subclass(Tensor), self.n)
-        if others := getattr(self.net, "also", None):
-            self.net.also = [_Joined.apply(logits, self.n) for logits in others]
+        if self.training:
+            self.learn.model = self.net
+            self.learn.pred = _Joined.apply(self.pred.as_subclass(Tensor), self.n)
+            if others := getattr(self.net, "also", None):
+                self.net.also = [_Joined.apply(logits, self.n) for logits in others]
 
     def after_backward(self):  # which still needs the own statistics
-        if own_statistics := [t for norm in self.norms if norm.training for t in (norm.running_mean, norm.running_var)]:
-            dist.all_reduce(flat := torch.cat(own_statistics))
-            torch._foreach_copy_(own_statistics, list((flat / size()).split([len(t) for t in own_statistics])))
+        if stats := [t for norm in self.norms if norm.training for t in (norm.running_mean, norm.running_var)]:
+            dist.all_reduce(flat := torch.cat(stats))
+            torch._foreach_copy_(stats, list((flat / size()).split([len(t) for t in stats])))
 
     def before_validate(self):
         self.dl.share = (0, 1) if hasattr(self.learn, "gather_preds") else (rank(), size())
 
     def after_fit(self):
-        for module, name in self.replaced:
+        for module, name, _ in self.replaced:
             delattr(module, name)
-        self.replaced, self.together = [], None
-
-
-def _synced(norm: _BatchNorm, twin: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)`` by a ``SyncBatchNorm`` that shares its weights and statistics; ``norm`` itself stays what callbacks know."""
-    return twin.train(norm.training)(x)
+        self.together = None

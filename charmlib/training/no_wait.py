@@ -124,17 +124,15 @@ class SmoothLoss(AvgSmoothLoss):
 class MeanLoss(AvgLoss):
     """The mean validation loss over images, as fastai's."""
 
-    def reset(self):
-        self.sums, self.sizes = [], []
-
     def accumulate(self, learn):
-        self.sizes.append(torch.tensor(len(learn.yb[0])))
-        self.sums.append(learn.loss.detach().mean() * len(learn.yb[0]))  # get_preds(with_loss=True) does not reduce the loss
+        size = len(learn.yb[0])
+        self.total = self.total + learn.loss.detach().mean() * size  # get_preds(with_loss=True) does not reduce the loss
+        self.count += size
 
     @property
     def value(self):
-        sums, sizes = cards.in_order(self.sums), cards.in_order(self.sizes)
-        return sum(sums) / sum(sizes) if sums else None
+        total, count = (sum(cards.in_order([torch.as_tensor(of_process)])) for of_process in (self.total, self.count))
+        return total / count if count else None
 
 
 class MeanAUC(Metric):

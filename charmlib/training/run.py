@@ -149,8 +149,8 @@ class Run:
         phase = phase or self.phase()
         if phase.sets:
             self.net.enter(**phase.sets)
-        place = self.folder.path if cards.rank() == 0 else session.own_temporary_folder() / f"process{cards.rank()}"
-        path = place / "fastai"  # CSVLogger's history.csv is another file than the run's
+        path = self.folder / "fastai"  # CSVLogger's history.csv is another file than the run's
+        path = session.own_temporary_folder() / f"process{cards.rank()}" if cards.rank() else path
         path.mkdir(parents=True, exist_ok=True)
         return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
                              **{name: self.params[name] for name in OF_LEARNER}, **keywords(make_loss, self.params), path=path)
@@ -171,8 +171,10 @@ class Run:
             phase = self.phase()
             learner = self.learner(phase)
             Trains(phase.trains, phase.train_norms).apply(learner)
-            with nullcontext() if session.person_watches() else learner.no_bar(), cards.each_saves():
+            rank = os.environ.pop("RANK", "")  # fastai's finder restores weights that fastai saves in the first process alone
+            with nullcontext() if session.person_watches() else learner.no_bar():
                 self._rate = cards.same(float(learner.lr_find(show_plot=plot).valley))
+            os.environ |= {"RANK": rank} if rank else {}
             self.log(f"learning-rate finder: {self._rate:.2e}")
         return self._rate
 
@@ -241,12 +243,9 @@ class Run:
         """Under ``processes`` above 1: leave the training to that many, after which this run is trained."""
         if self.params["processes"] == 1 or cards.RUN in os.environ or self.trained():
             return
-        if session.in_grid():
-            raise ValueError("parameter 'processes': a grid gives each card a cell of its own; say processes: 1, or train one "
-                             "run with torchrun -m charmlib train")
-        if cbs:
-            raise ValueError("callbacks do not reach other processes: say processes=1, and start a script that makes them in "
-                             "each by torchrun")
+        if cbs or session.in_grid():
+            raise ValueError("parameter 'processes': a grid gives each card a cell, and callbacks reach no other process; say "
+                             "processes: 1, or start a script that trains this one run with torchrun")
         cards.launch(self.params)
         self.params["resume"] = True  # the folder holds this run now
 

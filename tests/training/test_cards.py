@@ -177,7 +177,7 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(together, settings, t
         second = next(p for p in workers if p.environ()["RANK"] == "1")
         second.send_signal(signal.SIGKILL)
         output = child.stdout.read()
-    assert child.returncode == 2 and "process 0 of 2 cannot go on, because another one has ended" in output
+    assert child.returncode == 2 and "process 0 of 2 cannot go on, because another one has ended or lost its card" in output
     assert "Signal 9 (SIGKILL)" in output and "the training in 2 processes has failed" in output
     with suppress(psutil.NoSuchProcess):
         assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
@@ -253,7 +253,7 @@ def test_stopping_and_the_verdict_of_a_scaler_are_decided_once(together, setting
 
 
 def refuse(params: dict) -> None:
-    with pytest.raises(ValueError, match="a batch of 3 images is too small for 2 processes, which need two each"):
+    with pytest.raises(ValueError, match="a batch of 3 is too small for 2 processes, which need two images each"):
         train({**params, "stage1_batch": 3})
 
 
@@ -261,10 +261,10 @@ def test_what_cannot_be_is_refused(together, settings, monkeypatch):
     params = settings("refused", TINY)
     assert together(2, refuse, params) == [0, 0]
     run = Run.open({**params, "processes": 2})
-    with pytest.raises(ValueError, match="callbacks do not reach other processes"):
+    with pytest.raises(ValueError, match="callbacks reach no other process; say processes: 1"):
         run.train(Ends("", 0))
     monkeypatch.setenv("CHARM_CELL", "cell")
-    with pytest.raises(ValueError, match="a grid gives each card a cell of its own"):
+    with pytest.raises(ValueError, match="a grid gives each card a cell"):
         run.train()
 
 
@@ -275,4 +275,4 @@ def test_a_synchronised_batch_norm_shares_weights_statistics_and_activation(norm
     norm(x)
     twin = cards.convert_sync_batchnorm(norm)
     assert twin.weight is norm.weight and twin.running_mean is norm.running_mean
-    torch.testing.assert_close(cards._synced(norm.eval(), twin, x), norm(x), rtol=0, atol=0)
+    torch.testing.assert_close(cards.synced(twin, norm.eval(), x), norm(x), rtol=0, atol=0)

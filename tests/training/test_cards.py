@@ -102,11 +102,11 @@ def differences(one: dict, other: dict) -> tuple[float, float]:
 @pytest.mark.parametrize(("name", "params", "groups"), [("votes", VOTES, (2, 3)), ("features", FEATURES, (3,)),
                                                         ("published", {**FEATURES, **PUBLISHED, "tta": "none"}, (2,))])
 def test_several_processes_train_what_one_trains(together, settings, name, params, groups):
-    one = settings(f"{name}1", params)
-    assert together(1, train, one, (), True) == [0]
+    one, scores = settings(f"{name}1", params), name == "features"
+    assert together(1, train, one, (), scores) == [0]
     for n in groups:
         several = settings(f"{name}{n}", params)
-        assert together(n, train, several, (), True) == [0] * n
+        assert together(n, train, several, (), scores) == [0] * n
         figure, weight = differences(one, several)
         assert figure < 1e-5 and weight < 1e-5, (n, figure, weight)
         banks = [pd.read_csv(Path(p["run_dir"], "bank.csv")) for p in (one, several)]
@@ -114,9 +114,10 @@ def test_several_processes_train_what_one_trains(together, settings, name, param
         pd.testing.assert_frame_equal(*banks, atol=1e-5)
         files = [set(os.listdir(p["run_dir"])) for p in (one, several)]
         assert files[0] == files[1]
-        scores = [np.load(Path(p["run_dir"], "predictions.npz")) for p in (one, several)]
-        assert (scores[0]["test_ids"] == scores[1]["test_ids"]).all()
-        np.testing.assert_allclose(scores[0]["test_logits"], scores[1]["test_logits"], atol=1e-5)
+        if scores:
+            found = [np.load(Path(p["run_dir"], "predictions.npz")) for p in (one, several)]
+            assert (found[0]["test_ids"] == found[1]["test_ids"]).all()
+            np.testing.assert_allclose(found[0]["test_logits"], found[1]["test_logits"], atol=1e-5)
 
 
 def test_a_step_of_several_batches_is_that_of_one_process(together, settings):
@@ -157,6 +158,7 @@ class Ends(Callback):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="that nothing runs on is promised on Linux only")
 def test_a_killed_process_ends_all_and_one_process_goes_on(together, settings, tmp_path):
     from charmlib.params import resolve

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from fastai.callback.core import Callback
-from timm.layers import DropPath, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -148,6 +147,8 @@ class Cards(Callback):
     order = 200  # the rows are taken after callbacks that mix images
 
     def before_fit(self):
+        from timm.layers import DropPath, convert_sync_batchnorm  # takes a second, which one process does without
+
         if (bs := self.dls.train.bs) < 2 * size():
             raise ValueError(f"a batch of {bs} is too small for {size()} processes, which need two images each: raise it")
         self.net, bank, sync = self.model, getattr(self.model, "bank", None), self.dls.device.type == "cuda"

@@ -35,8 +35,9 @@ FEATURES = {**NO_BATCH_NORMS, "head": "linear", "answer": "features", "use_momen
             "bank_size": 20, "drop_path": 0.2, "stage1_batch": 25, "clip_norm": 0.5, "class_weight": "sqrt", "tta": "flip"}
 PUBLISHED = {"answer": "features", "retrieval": "published", "strategy": "rarity", "rule": "published", "head": "linear"}
 SMALLEST = {"image_size": 32, "input_size": 0, "crop": 0, "limit": 40, "arch": "timm:test_resnet", "weights": "none",
-            "norm": "half", "drop_path": 0, "bank_size": 16, "phase_batch": "", "stage1_batch": 16, "stage2_batch": 16,
-            "resume": False, "split": "official", "valid_fraction": 0.2, "stage1_lr": 1e-3, "vote_weight": 0.5,
+            "norm": "half", "contrast": "none", "drop_path": 0, "bank_size": 16, "phase_batch": "", "stage1_batch": 16,
+            "stage2_batch": 16, "resume": False, "split": "official", "valid_fraction": 0.2, "stage1_lr": 1e-3,
+            "vote_weight": 0.5,
             **{f"{name}_epochs": 1 for name in ("stage1_frozen", "stage1", "stage2", "global", "local", "fusion")}}
 PRESETS = ("charm", "plain", "published", "memaug/baseline_resnet50", "memaug/memory_hybrid_effv2s", "longtail_standard",
            "longtail_csra", "ag_cnn", "dual_path", "vgg16_lka", "vgg16_cbam")

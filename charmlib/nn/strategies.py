@@ -1,4 +1,4 @@
-"""Write strategies of memory banks: the seven of MemAug, its later loss-aware one, and a class-balanced one."""
+"""Write strategies of memory banks: the seven of MemAug, its later loss-aware one, a class-balanced one, and one by labels."""
 
 import math
 
@@ -17,6 +17,8 @@ class Strategy(nn.Module):
     needs_logits = needs_labels = False
     refreshes = False
     """Whether a stored image keeps its slot, which then takes the new feature, labels and score."""
+    chooses = False
+    """Whether ``choose`` selects from all labels at once, in place of ``judge`` and ``place`` in training."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -216,9 +218,41 @@ class Balanced(Strategy):
         return new | (at_home & stays[home]), torch.where(at_home, home, target)
 
 
+class Labels(Strategy):
+    """Images whose rarest finding is rare by its labels, and as many without a finding; for a :class:`charmlib.nn.VotingBank`.
+
+    An image is stored if the share of its rarest positive class, among the images at hand, is at or below ``threshold`` of the
+    bank. At most half of the N slots go to such images. If they do not fit, each is filed under its rarest class, and classes
+    give way evenly: those of few images keep all. A draw with a fixed seed decides within a class, and among images without a
+    finding. The score is the share. ``rule`` is unused.
+
+    The choice (:meth:`charmlib.nn.VotingBank.choose`) needs no feature, so that it waits until the bank is to answer, and
+    training writes nothing. CHARM's and MemAug's rarity is a feature's length; its threshold knows no labels.
+    """
+
+    chooses = True
+
+    def judge(self, bank, z, logits, labels):
+        return z.new_zeros(len(z)), torch.zeros(len(z), dtype=torch.bool, device=z.device)
+
+    def choose(self, bank, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (n, C) of 0, 1 or NaN -> the rows to store (m,), m at most N, in their order, and the scores (m,)."""
+        positive, known = labels == 1, ~torch.isnan(labels)
+        share = positive.sum(0) / known.sum(0).clamp(min=1)  # (C,)
+        score, rarest = torch.where(positive, share, torch.inf).min(1)
+        draw = torch.randperm(len(labels), generator=torch.Generator().manual_seed(85)).to(labels.device)
+        rare, none = (draw[of[draw]] for of in (score <= bank.threshold, ~positive.any(1) & known.any(1)))
+        of_class = rarest[rare]
+        same = of_class[:, None] == torch.arange(labels.shape[1], device=labels.device)
+        rank = same.cumsum(0)[torch.arange(len(rare), device=labels.device), of_class]  # from 1, within the class
+        rare = rare[torch.argsort(rank, stable=True)[:bank.size // 2]]
+        rows = torch.cat([rare, none[:min(len(rare), bank.size - len(rare))]]).sort().values
+        return rows, torch.where(positive.any(1), score, 1.0)[rows]
+
+
 STRATEGIES: dict[str, type[Strategy]] = {
     "rarity": Rarity, "statistical": Statistical, "entropy": Entropy, "diversity": Diversity, "hybrid": Hybrid, "fifo": Fifo,
-    "reservoir": Reservoir, "hard": Hard, "balanced": Balanced}
+    "reservoir": Reservoir, "hard": Hard, "balanced": Balanced, "labels": Labels}
 
 
 def batch_rarity(bank, z: Tensor) -> Tensor:

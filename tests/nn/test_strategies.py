@@ -173,7 +173,7 @@ def test_equals_lists_and_loops(strategy, size, rule):
 def test_the_parameters_know_them_all():
     from charmlib.params import PARAMS
 
-    assert set(ALL) == set(STRATEGIES) == set(PARAMS["strategy"].choices)
+    assert {*ALL, "labels"} == set(STRATEGIES) == set(PARAMS["strategy"].choices)
     assert all("MemAug" in (STRATEGIES[name].__doc__ or "") for name in PUBLISHED)
 
 

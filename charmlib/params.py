@@ -116,8 +116,6 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
     contradictions = {
         f"parameter 'k': {out['k']} is more than bank_size {out['bank_size']}; lower k.":
             out["use_bank"] and out["k"] > out["bank_size"],
-        "parameter 'strategy': labels chooses images that vote; with answer: features say rarity, or say answer: votes.":
-            out["use_bank"] and out["strategy"] == "labels" and out["answer"] == "features",
         "parameter 'average': the momentum encoder is a mean of the weights already; say use_momentum: false, momentum_form: "
         "branch, or average: 0.": out["average"] and out["use_momentum"] and out["momentum_form"] == "weights"
             and out["system"] == "charm",

@@ -69,8 +69,6 @@ class RareMemoryBank(nn.Module):
                 (1 <= k <= size, f"expected 1 <= k <= size, got k={k}, size={size}"),
                 (not threshold < 0, f"threshold must be 0 or more, got {threshold}"),
                 (0 <= bank_momentum <= 1, f"bank_momentum must be in [0, 1], got {bank_momentum}"),
-                (not self.policy.chooses or hasattr(self, "choose"),
-                 "strategy 'labels' chooses images that vote: say answer='votes', or another strategy"),
                 (strategy != "statistical" or rule != "angle",
                  "strategy 'statistical' keeps a running mean of lengths and has no rule 'angle'")):
             if not right:

@@ -219,35 +219,49 @@ class Balanced(Strategy):
 
 
 class Labels(Strategy):
-    """Images whose rarest finding is rare by its labels, and as many without a finding; for a :class:`charmlib.nn.VotingBank`.
+    """Images with a finding that is rare by its labels: the share of the images that have it is at or below ``threshold``.
 
-    An image is stored if the share of its rarest positive class, among the images at hand, is at or below ``threshold`` of the
-    bank. At most half of the N slots go to such images. If they do not fit, each is filed under its rarest class, and classes
-    give way evenly: those of few images keep all. A draw with a fixed seed decides within a class, and among images without a
-    finding. The score is the share. ``rule`` is unused.
+    A :class:`charmlib.nn.VotingBank` needs no feature until it answers. It stores the choice (``choose``) among all images at
+    hand, and as many images without a finding. At most half of the N slots go to images with one. If these do not fit, each is
+    filed under its rarest class, and classes give way evenly: those of few images keep all. A draw with a fixed seed decides
+    within a class, and among images without a finding. Other banks store each batch's images in a ring, by the shares so far.
 
-    The choice (:meth:`charmlib.nn.VotingBank.choose`) needs no feature, so that it waits until the bank is to answer, and
-    training writes nothing. CHARM's and MemAug's rarity is a feature's length; its threshold knows no labels.
+    The score is the share of an image's rarest positive class, 1 without one. ``rule`` is unused. CHARM's and MemAug's rarity
+    is a feature's length; its threshold knows no labels.
     """
 
-    chooses = True
+    needs_labels = chooses = True
+
+    def __init__(self, classes: int):
+        super().__init__(classes)
+        for name in ("positives", "known"):
+            self.register_buffer(name, torch.zeros(classes, dtype=torch.int64))
 
     def judge(self, bank, z, logits, labels):
-        return z.new_zeros(len(z)), torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        finite = torch.isfinite(z).all()
+        self.positives += (labels == 1).sum(0) * finite
+        self.known += (~torch.isnan(labels)).sum(0) * finite
+        score, _ = rarest(labels, self.positives, self.known)
+        return score, (labels == 1).any(1) & (score <= bank.threshold)
 
     def choose(self, bank, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (n, C) of 0, 1 or NaN -> the rows to store (m,), m at most N, in their order, and the scores (m,)."""
         positive, known = labels == 1, ~torch.isnan(labels)
-        share = positive.sum(0) / known.sum(0).clamp(min=1)  # (C,)
-        score, rarest = torch.where(positive, share, torch.inf).min(1)
+        score, of_image = rarest(labels, positive.sum(0), known.sum(0))
         draw = torch.randperm(len(labels), generator=torch.Generator().manual_seed(85)).to(labels.device)
-        rare, none = (draw[of[draw]] for of in (score <= bank.threshold, ~positive.any(1) & known.any(1)))
-        of_class = rarest[rare]
-        same = of_class[:, None] == torch.arange(labels.shape[1], device=labels.device)
-        rank = same.cumsum(0)[torch.arange(len(rare), device=labels.device), of_class]  # from 1, within the class
+        has = positive.any(1)
+        rare, none = (draw[of[draw]] for of in (has & (score <= bank.threshold), ~has & known.any(1)))
+        same = of_image[rare, None] == torch.arange(labels.shape[1], device=labels.device)
+        rank = same.cumsum(0)[torch.arange(len(rare), device=labels.device), of_image[rare]]  # from 1, within the class
         rare = rare[torch.argsort(rank, stable=True)[:bank.size // 2]]
         rows = torch.cat([rare, none[:min(len(rare), bank.size - len(rare))]]).sort().values
-        return rows, torch.where(positive.any(1), score, 1.0)[rows]
+        return rows, score[rows]
+
+
+def rarest(labels: Tensor, positives: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Share and index (n,) of the rarest positive class of labels (n, C), by numbers (C,) of positive and known ones; share 1
+    without a positive class."""
+    return torch.where(labels == 1, positives / known.clamp(min=1), 1.0).min(1)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -11,11 +11,11 @@ from charmlib.grid import run_grid
 from charmlib.grid.cells import CellFolder, code_hash, find_notebooks, notebook_code
 from charmlib.grid.sharing import NOTEBOOKS, shared_jobs, training_of
 from charmlib.params import PARAMS, resolve
-from tests.conftest import TINY
+from tests.conftest import OURS, TINY
 from tests.grid.conftest import family, same_results, small_grid, start, wait_for
 
 VOTES = {"answer": "votes", "strategy": "balanced", "use_momentum": False, "use_attention": False, "vote_weight": 0.5}
-CHARM = {"answer": "votes", "vote_weight": 0.5, "momentum": 0.5, "bank_size": 24}
+CHARM = {**OURS, "vote_weight": 0.5, "momentum": 0.5, "bank_size": 24}
 AXES = {"use_bank": [True, False], "momentum": [0.5, 0.0]}
 
 

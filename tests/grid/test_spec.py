@@ -174,8 +174,8 @@ def test_an_axis_without_effect_is_refused_with_what_would_give_it_one(tmp_path)
                        ("vote_weight: [0.1, 0.2], use_bank: [false]", "'vote_weight'.*use_bank: true")):
         with pytest.raises(ParameterError, match=says):
             load_grid(grid_file(tmp_path, f"base: base.yaml\naxes: {{{axes}}}\n", base="seed: 1\n"))
-    with pytest.raises(ParameterError, match="axis 'k' has no effect"):
-        load_grid(grid_file(tmp_path, "cells: [{seed: [1, 2], use_bank: false}]\n"), ["k=[1,2]"])
+    with pytest.raises(ParameterError, match="axis 'retrieval' has no effect"):
+        load_grid(grid_file(tmp_path, "cells: [{seed: [1, 2]}]\n"), ["retrieval=[cosine,softmax]"])
     half = load_grid(grid_file(tmp_path, "base: base.yaml\naxes: {use_bank: [true, false], k: [1, 2]}\n"))
     assert len(half.cells) == 4
     with pytest.raises(ParameterError, match="all values of axis 'valid_fraction' amount to 1"):

@@ -121,8 +121,6 @@ def test_other_answers_and_keys_are_refused(wrong):
         make(**wrong)
     with pytest.raises(ValueError, match="momentum_form must be one of weights, branch"):
         make(momentum_form="copy")
-    with pytest.raises(ValueError, match="strategy 'labels' chooses images that vote"):
-        make(strategy="labels", answer="features")
 
 
 def test_by_default_it_starts_as_the_plain_network_and_momentum_is_no_part_of_it():

@@ -43,6 +43,7 @@ def by_hand(bank, key, image, c):
     used = range(int(bank.filled))
     slots = bank.slots.double().numpy()[:len(used)]
     mean, deviation = slots.mean(0), slots.std(0)
+    deviation[deviation == 0] = 1
 
     def unit(v):
         v = (v - mean) / deviation

@@ -105,8 +105,8 @@ def test_it_explains_and_loads_as_it_scores(tiny, keys):
     assert told.table["similarity"].between(-1, 1).all()
 
 
-CHOOSES = {**PLAIN, "strategy": "labels", "vote_weight": -1, "bank_size": 64, "k": 5, "classes": "nih15", "stage1_lr": 1e-2,
-           "stage1_epochs": 5, "stage2_loss": "bce", "patience": 0}
+CHOOSES = {**PLAIN, "strategy": "labels", "threshold": 1.0, "vote_weight": -1, "vote_temperature": 0.3, "bank_size": 128, "k": 5,
+           "classes": "nih15", "stage1_lr": 1e-2, "stage1_epochs": 5, "stage2_loss": "bce", "patience": 0}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from charmlib.evaluation.runs import RunFolder, chosen_on_validation, finish
 from charmlib.nn import VotingBank
 from charmlib.training.external import score_elsewhere
 from charmlib.training.predict import predict
-from charmlib.viz.retrieved import plot_explanation
+from charmlib.viz.retrieved import SLOTS, plot_explanation
 from tests.conftest import OURS, TINY
 from tests.nn.test_votes import by_hand
 
@@ -105,8 +105,8 @@ def test_it_explains_and_loads_as_it_scores(tiny, keys):
     assert told.table["similarity"].between(-1, 1).all()
 
 
-CHOOSES = {**PLAIN, "strategy": "labels", "threshold": 1.0, "vote_weight": -1, "vote_temperature": 0.3, "bank_size": 128, "k": 5,
-           "classes": "nih15", "stage1_lr": 1e-2, "stage1_epochs": 5, "stage2_loss": "bce", "patience": 0}
+CHOOSES = {**PLAIN, "strategy": "labels", "threshold": 1.0, "vote_weight": -1, "vote_temperature": 0.3, "bank_size": 128,
+           "k": 5, "classes": "nih15", "stage1_lr": 1e-2, "stage1_epochs": 5, "stage2_loss": "bce", "patience": 0}
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_an_explanation_refuses_a_class_that_is_none_and_its_picture_has_signs_a
     words = " ".join(" ".join(t.get_text() for t in figure.findobj(plt.Text)).split())
     plt.close(figure)
     for case in cases:
-        assert all(f"contribution {x:+.3f}" in words for x in case.table["contribution"])
+        assert all(f"contribution {x:+.3f}" in words for x in case.table["contribution"][:SLOTS])
         assert f"Mass: logit {sum(case.parts.values()):+.2f} = head {case.parts['head']:+.2f}, prior" in words
         assert f"votes {case.parts['votes']:+.2f} ({case.share:.1%} shown)" in words
     assert "largest contributions" in words and "weight" not in words and "retrieved" not in words

@@ -22,7 +22,7 @@ class Param:
     - ``shown``: whether the train notebook's parameters cell has a line for it; the others go through its ``options``.
     - ``hashed``: False for parameters that say where and how a run happens: they stay out of a cell's hash.
     - ``scores``: whether it acts when scoring and choosing an epoch only: cells that differ in no other parameter share a
-      training.
+      training. A callable says so of the parameters.
     """
 
     group: str
@@ -40,7 +40,7 @@ class Param:
     effective: Callable[[Any, Mapping, int | None], Any] | None = None
     shown: bool = False
     hashed: bool = True
-    scores: bool = False
+    scores: bool | Callable[[Mapping], bool] = False
 
 
 ABOVE_0 = "above 0"
@@ -48,6 +48,7 @@ SAMPLERS = ("natural", "class_aware", "repeat")
 LOSSES = ("bce", "focal", "asl", "asl_published", "ldam", "db")
 _CHARM = {"of": ("charm",)}
 _MOMENTUM = {**_CHARM, "needs": {"use_momentum": (True,)}}
+_BRANCH = {**_CHARM, "needs": {"momentum_form": ("branch",)}}
 _BANK = {**_CHARM, "needs": {"use_bank": (True,)}}
 _VOTES = {**_CHARM, "needs": {"answer": ("votes",)}}
 _FEATURES = {**_CHARM, "needs": {"answer": ("features",)}}
@@ -60,6 +61,16 @@ _STAGE1 = {"not_of": ("two_path",), "needs": {"stage1_frozen_epochs|stage1_epoch
 _STAGE2 = {"needs": {"stage2_epochs|global_epochs|local_epochs|fusion_epochs": ABOVE_0}}
 
 
+def _mean_scores(params: Mapping) -> bool:
+    """Whether the momentum encoder is a mean of the weights or switched off: training then goes on without it."""
+    return not params["use_momentum"] or params["momentum_form"] == "weights"
+
+
+def _bank_scores(params: Mapping) -> bool:
+    """Whether the memory bank is chosen by labels after training, or switched off: training then goes on without it."""
+    return not params["use_bank"] or (params["answer"], params["strategy"]) == ("votes", "labels")
+
+
 WARMUPS = {"momentum": "momentum_warmup", "average": "average_warmup"}  # decays, and what says whether each rises to its value
 
 
@@ -68,7 +79,8 @@ def warmup_end(momentum: float, params: Mapping, steps: int | None, of: str = "m
 
     See :class:`charmlib.nn.MomentumEncoder`; m = 0.99, 0.999 and 0.9999 are reached after 890, 8,990 and 89,990 steps.
     """
-    return momentum if steps is None or not params[WARMUPS[of]] else min(momentum, steps / (9 + steps))
+    without = steps is None or not params[WARMUPS[of]] or (of == "momentum" and params["momentum_form"] == "weights")
+    return momentum if without else min(momentum, steps / (9 + steps))
 
 
 def _share_used(fraction: float, params: Mapping, steps: int | None) -> float:
@@ -116,41 +128,47 @@ ROWS: tuple[Param, ...] = (
     Param("network", "norm", str, "auto", "input normalisation; auto follows the weights, half is -1 to 1, xrv -1024 to 1024",
           ("auto", "imagenet", "half", "xrv")),
     Param("network", "allow_leak", bool, False, "whether NIH images may be scored with start weights that have seen them"),
-    Param("network", "use_momentum", bool, False, "momentum encoder of CHARM; no gain in our measurements", **_CHARM),
-    Param("network", "use_attention", bool, False, "multi-scale attention of CHARM; lowers the AUC in short training",
-          **_CHARM),
-    Param("network", "use_bank", bool, True, "memory bank of CHARM and MemAug", **_CHARM),
-    Param("network", "attention", str, "layers",
-          "parameters of the attention: four convolutions, or the one 5x5 filter that they amount to", ("layers", "filter"),
+    Param("network", "use_momentum", bool, True, "momentum encoder of CHARM", **_CHARM, scores=_mean_scores),
+    Param("network", "use_attention", bool, True, "multi-scale attention of CHARM", **_CHARM),
+    Param("network", "use_bank", bool, True, "memory bank of CHARM and MemAug", **_CHARM, scores=_bank_scores),
+    Param("network", "attention", str, "scales",
+          "attention to maps at strides 8, 16 and 32, added to the feature; or the published sigmoid of one map, as four "
+          "convolutions or as the one 5x5 filter that they amount to", ("scales", "layers", "filter"),
           needs={"use_attention": (True,)}, **_CHARM),
     Param("network", "momentum", float, 0.99, "momentum m of the momentum encoder", low=0, high=1, shown=True,
-          effective=warmup_end, **_MOMENTUM),
-    Param("network", "momentum_warmup", bool, True, "whether m starts at 0.1 and rises to momentum", **_MOMENTUM),
-    Param("network", "momentum_before_step", bool, False, "update the momentum encoder before each optimizer step",
-          **_MOMENTUM),
+          effective=warmup_end, **_MOMENTUM, scores=_mean_scores),
+    Param("network", "momentum_form", str, "weights",
+          "a bias-corrected running mean of all weights that scores and makes the memory's keys; or as published a branch, a "
+          "slow copy of the final block", ("weights", "branch"), **_MOMENTUM, scores=_mean_scores),
+    Param("network", "momentum_warmup", bool, True, "whether m starts at 0.1 and rises to momentum", **_BRANCH),
+    Param("network", "momentum_before_step", bool, False, "update the momentum encoder before each optimizer step", **_BRANCH),
     Param("network", "momentum_batch_norms", bool, False,
-          "norms of the momentum branch use the batch's statistics in training, not averages", **_MOMENTUM),
-    Param("network", "k", int, 5, "number of retrieved slots, 2 to 5 in the paper", low=1, shown=True, **_FEATURES),
+          "norms of the momentum branch use the batch's statistics in training, not averages", **_BRANCH),
+    Param("network", "k", int, 5, "slots for and against each class that vote; retrieved slots of answer features", low=1,
+          shown=True, **_BANK, scores=_bank_scores),
     Param("network", "threshold", float, 0.2,
-          "rarity above which a feature is stored (below, for rule published); share of the batch for ranked scores", low=0,
-          shown=True, needs={"strategy": ("rarity", "statistical", "entropy", "diversity", "hybrid")}, **_CHARM),
-    Param("network", "bank_size", int, 3072, "number of slots; 512 in the paper", low=1, high=65536, shown=True, **_BANK),
-    Param("network", "strategy", str, "balanced", "score by which the bank selects images; rarity in the paper",
-          ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard", "balanced"), **_BANK),
+          "for strategy labels, share of the training images up to which a finding is rare; for the others, rarity above which "
+          "a feature is stored (below, for rule published), or share of the batch for ranked scores", low=0, shown=True,
+          needs={"strategy": ("labels", "rarity", "statistical", "entropy", "diversity", "hybrid")}, **_CHARM,
+          scores=_bank_scores),
+    Param("network", "bank_size", int, 4096, "number of slots; 512 in the paper", low=1, high=65536, shown=True, **_BANK,
+          scores=_bank_scores),
+    Param("network", "strategy", str, "labels", "by what the bank selects images; rarity in the paper",
+          ("labels", "rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard", "balanced"),
+          **_BANK, scores=_bank_scores),
     Param("network", "answer", str, "votes",
           "what slots contribute: votes of their labels, or features added to the query as in the paper", ("votes", "features"),
-          **_BANK),
+          **_BANK, scores=_bank_scores),
     Param("network", "keys", str, "scales",
           "what voting slots are compared by: trunk maps at strides 4, 8 and 16, or the feature z", ("scales", "features"),
-          **_VOTES),
+          **_VOTES, scores=_bank_scores),
     Param("network", "vote_weight", float, -1.0,
           "share of the bank's votes in the logits; -1 chooses among 0, 0.1 to 1 by the log loss on the validation part, and "
           "is 0.5 without one",
           low=-1, high=1, **_VOTES, scores=True),
-    Param("network", "vote_temperature", float, 0.8,
-          "temperature of the voting kernel; small values let only similar slots vote", low=1e-3, **_VOTES, scores=True),
-    Param("network", "vote_ridge", float, 3.0, "ridge penalty of the voting regression; large values rely less on single slots",
-          low=1e-3, **_VOTES, scores=True),
+    Param("network", "vote_temperature", float, 0.1,
+          "what differences of similarities are divided by; small values make votes more certain", low=1e-3, **_VOTES,
+          scores=True),
     Param("network", "rule", str, "rare",
           "rare stores rare features, published the common ones as the code does, angle compares directions",
           ("rare", "published", "angle"), needs={"strategy": ("rarity", "statistical", "hybrid")}, **_CHARM),

@@ -115,14 +115,19 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
     charmlib.systems.find(out["system"])
     contradictions = {
         f"parameter 'k': {out['k']} is more than bank_size {out['bank_size']}; lower k.":
-            out["use_bank"] and out["answer"] == "features" and out["k"] > out["bank_size"],
+            out["use_bank"] and out["k"] > out["bank_size"],
+        "parameter 'average': the momentum encoder is a mean of the weights already; say use_momentum: false, momentum_form: "
+        "branch, or average: 0.": out["average"] and out["use_momentum"] and out["momentum_form"] == "weights"
+            and out["system"] == "charm",
         f"parameter 'arch': {out['arch']!r} is none of {', '.join(ARCHS)}, nor timm:NAME.{nearest(out['arch'], ARCHS)}":
             out["arch"] not in ARCHS and not out["arch"].startswith("timm:"),
         f"parameter 'drop_path': {out['drop_path']:g} is for timm models, not for torchvision's {out['arch']}; say "
         "drop_path: 0, or arch: timm:NAME.": out["drop_path"] and not out["arch"].startswith("timm:"),
-        "parameter 'head': csra reads a map, and the momentum branch and answer features add to a pooled feature; say "
-        "use_momentum: false and answer: votes, or head: charm.":
-            out["head"] == "csra" and (out["use_momentum"] or (out["use_bank"] and out["answer"] == "features")),
+        "parameter 'head': csra reads a map, and the momentum branch, attention scales and answer features add to a pooled "
+        "feature; say momentum_form: weights, use_attention: false and answer: votes, or head: charm.":
+            out["head"] == "csra" and ((out["use_momentum"] and out["momentum_form"] == "branch")
+                                       or (out["use_attention"] and out["attention"] == "scales")
+                                       or (out["use_bank"] and out["answer"] == "features")),
         f"parameter 'norm': auto cannot know what {out['weights']} was trained on; say norm: imagenet, norm: half for "
         "inputs in [-1, 1], or norm: xrv for torchxrayvision's.":
             out["norm"] == "auto" and out["weights"] not in ("imagenet", "none"),
@@ -154,6 +159,13 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
     if found := [words for words, wrong in contradictions.items() if wrong]:
         raise ParameterError(found[0])
     return out
+
+
+def mean_of(params: Mapping[str, Any]) -> tuple[float, bool]:
+    """The running mean of the weights that is scored: its decay, 0 for none, and whether it has a warm-up."""
+    if params["system"] == "charm" and params["use_momentum"] and params["momentum_form"] == "weights":
+        return params["momentum"], False
+    return params["average"], params["average_warmup"]
 
 
 def changes(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -14,9 +14,11 @@ matplotlib.use("Agg")
 # Two test processes share two cores, and the processes that they start inherit this: more threads only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-TINY = {"image_size": 32, "arch": "timm:test_resnet", "weights": "none", "norm": "half", "use_momentum": True,
-        "use_attention": True, "bank_size": 16, "k": 2, "valid_fraction": 0.2, "stage1_frozen_epochs": 1, "stage1_epochs": 2,
-        "stage1_batch": 16, "stage1_lr": 1e-3, "stage2_epochs": 2, "stage2_batch": 32, "hidden": 16}
+TINY = {"image_size": 32, "arch": "timm:test_resnet", "weights": "none", "norm": "half", "momentum_form": "branch",
+        "attention": "layers", "strategy": "balanced", "bank_size": 16, "k": 2, "valid_fraction": 0.2,
+        "stage1_frozen_epochs": 1, "stage1_epochs": 2, "stage1_batch": 16, "stage1_lr": 1e-3, "stage2_epochs": 2,
+        "stage2_batch": 32, "hidden": 16}
+OURS = {"momentum_form": "weights", "attention": "scales", "strategy": "labels"}  # the default of what TINY changes
 
 
 def pytest_report_header() -> str:

@@ -49,10 +49,10 @@ def test_contradictions_are_refused():
         resolve({"answer": "features", "retrieval": "published", "strategy": "hard"})
     with pytest.raises(ParameterError, match="'drop_path': 0.2 is for timm models, not for torchvision's resnet18; say"):
         resolve({"arch": "resnet18", "drop_path": 0.2})
-    for pooled in ({"use_momentum": True}, {"answer": "features"}):
-        with pytest.raises(ParameterError, match="'head': csra reads a map.*say use_momentum: false and answer: votes"):
+    for pooled in ({"momentum_form": "branch"}, {"attention": "scales"}, {"answer": "features"}):
+        with pytest.raises(ParameterError, match="'head': csra reads a map.*say momentum_form: weights, use_attention: false"):
             resolve({"head": "csra", **pooled})
-    assert resolve({"head": "csra", "use_bank": False, "answer": "features"})["head"] == "csra"  # no bank, no answer
+    assert resolve({"head": "csra", "use_attention": False, "use_bank": False, "answer": "features"})  # no bank, no answer
     with pytest.raises(ParameterError, match="nothing would be trained"):
         phases(resolve({"stage1_epochs": 0, "stage1_frozen_epochs": 0, "stage2_epochs": 0}))
 
@@ -124,13 +124,14 @@ def test_library_keywords_have_the_declared_defaults():
 
 
 def test_a_parameter_says_what_would_give_it_an_effect():
-    p = resolve({"use_bank": False})
+    p = resolve({"use_bank": False, "use_momentum": False})
     assert {n: missing_need(n, p) for n in ("k", "strategy", "vote_weight", "momentum", "dropout")} == {
         "k": "use_bank: true", "strategy": "use_bank: true", "vote_weight": "use_bank: true", "momentum": "use_momentum: true",
         "dropout": ""}
-    assert no_effect({name: missing_need(name, resolve()) for name in ("k", "retrieval", "momentum", "seed")}) == \
-        "without effect: k, retrieval (needs answer: features); momentum (needs use_momentum: true)"
-    assert {n: missing_need(n, resolve({"head": "csra"})) for n in ("csra_heads", "hidden", "dropout")} == {
+    assert no_effect({name: missing_need(name, resolve()) for name in ("rule", "retrieval", "momentum", "seed")}) == \
+        "without effect: rule (needs strategy: rarity or statistical or hybrid); retrieval (needs answer: features)"
+    csra = resolve({"head": "csra", "use_attention": False})
+    assert {n: missing_need(n, csra) for n in ("csra_heads", "hidden", "dropout")} == {
         "csra_heads": "", "hidden": "head: charm or standard", "dropout": "head: charm or standard or linear"}
     assert missing_need("csra_lambda", resolve()) == "head: csra"
     assert missing_need("stage2_loss", resolve({"stage2_epochs": 0})) == "stage2_epochs: above 0"
@@ -141,7 +142,7 @@ def test_a_parameter_says_what_would_give_it_an_effect():
 
 def test_two_settings_of_one_effect_are_one_run():
     """The warm-up reaches 0.99 after 890 steps and 0.999 after 8,990: in fewer, a larger momentum changes nothing."""
-    on = {"use_momentum": True}
+    on = {"momentum_form": "branch"}
     for momentum, steps in ((0.99, 890), (0.999, 8990), (0.9999, 89990)):
         p = resolve(on, {"momentum": momentum})
         larger = resolve(on, {"momentum": (1 + momentum) / 2})
@@ -153,7 +154,7 @@ def test_two_settings_of_one_effect_are_one_run():
         encoder.update(torch.nn.Linear(1, 1))
     assert float(encoder.current_momentum()) == pytest.approx(effective(resolve(on, {"momentum": 0.999}), 51)["momentum"])
     assert effective(resolve({"split": "patient", "valid_fraction": 0.3})) == effective(resolve({"split": "patient"}))
-    assert effective(resolve({"k": 3})) == effective(resolve({"k": 4, "run_dir": "x", "workers": 7}))
+    assert effective(resolve()) == effective(resolve({"retrieval": "cosine", "run_dir": "x", "workers": 7}))
 
 
 def test_the_weight_of_votes_is_a_share_or_chosen():

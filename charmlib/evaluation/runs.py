@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from charmlib.evaluation.intervals import Resamples
 
-FORMAT = 6
+FORMAT = 7
 """Of ``model.json`` and ``metrics.json``; files of another number are refused."""
 NUMBERS = ("train_loss", "valid_loss", "valid_auc", "valid_ap", "lr", "seconds")
 HISTORY = ("stage", "epoch", *NUMBERS, "bank_filled", "bank_accepted")

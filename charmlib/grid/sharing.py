@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from charmlib.grid.cells import CellFolder, code_hash
-from charmlib.params import PARAMS, effective
+from charmlib.params import PARAMS, effective, mean_of
 
 NOTEBOOKS = "9cfaa81cfd082439"
 """What :func:`charmlib.grid.cells.code_hash` gives of this version's notebooks.
@@ -13,6 +13,7 @@ NOTEBOOKS = "9cfaa81cfd082439"
 Those of a user may do more than train and score. The cells after the first run without notebooks, and would leave it out. So
 with others no training is shared.
 """
+_MEAN = ("average", "average_warmup", "use_momentum", "momentum", "momentum_form")
 _BY_SLOTS = ("diversity", "hybrid")  # strategies that look at the slots, which the mean of the weights encodes
 
 
@@ -22,10 +23,15 @@ def training_of(params: Mapping) -> str:
     Parameters that the table marks ``scores`` stay out. Schedule 'plateau' shares nothing, since its rates follow the
     validation part; a bank whose strategy compares images with its slots shares no mean of the weights.
     """
-    hashed = PARAMS.keys() if params["schedule"] == "plateau" else \
-        ("average", "average_warmup") if params["use_bank"] and params["strategy"] in _BY_SLOTS else ()
-    acting = {name: value for name, value in effective(params).items() if name in hashed or not PARAMS[name].scores}
+    hashed = PARAMS.keys() if params["schedule"] == "plateau" else _MEAN if params["use_bank"] and \
+        params["strategy"] in _BY_SLOTS else ()
+    acting = {name: value for name, value in effective(params).items() if name in hashed or not _scores(name, params)}
     return code_hash(json.dumps(acting, sort_keys=True))
+
+
+def _scores(name: str, params: Mapping) -> bool:
+    scores = PARAMS[name].scores
+    return scores(params) if callable(scores) else scores
 
 
 def shared_jobs(jobs: Sequence[dict]) -> list[dict]:
@@ -48,7 +54,7 @@ def shared_jobs(jobs: Sequence[dict]) -> list[dict]:
         elif len(cells) == 1 or (not others and not _tape(cells[0]["folder"])):
             found.append(first)
         else:
-            means = sorted({(job["params"]["average"], job["params"]["average_warmup"]) for job in todo})
+            means = sorted({mean_of(job["params"]) for job in todo})
             found.append(first | {"members": others, "tape": {"folder": cells[0]["folder"], "training": training,
                                                              "means": [list(mean) for mean in means]}})
     return found

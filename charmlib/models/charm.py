@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from charmlib.nn import MomentumEncoder, RareMemoryBank, VotingBank, make_attention, recompute, split_backbone
+from charmlib.nn import MomentumEncoder, RareMemoryBank, ScaleAttention, VotingBank, make_attention, recompute, split_backbone
 from charmlib.nn.head import CSRAHead, make_head
 from charmlib.nn.scales import GRID, cells, find_scales, maps_of
 
-ANSWERS, KEYS = ("votes", "features"), ("scales", "features")
+ANSWERS, KEYS, MOMENTA = ("votes", "features"), ("scales", "features"), ("weights", "branch")
 
 
 class Encoded(NamedTuple):
@@ -30,18 +30,21 @@ class CharmNet(nn.Module):
 
         f = trunk(x)                        trunk features
         q = final(f)                        (B, D, H, W)
-        r = mean(q * attention(q))          region feature (B, D); mean(q) without attention
-        z = r + mean(momentum(f))           fused feature;         r without the momentum branch
+        r = mean(q) + attention(maps)       region feature (B, D) with attention 'scales'; mean(q) without attention;
+            mean(q * attention(q))          with 'layers' or 'filter', as published
+        z = r + mean(momentum(f))           fused feature; r without the momentum branch
         logits = head(z), and the bank's    answer 'votes', in eval mode: its slots vote with their labels
                  head(z + bank's answer)    answer 'features', as published; head(z) without the bank
 
-    A head 'csra' reads the map q * attention(q) in place of z. With all three switched off this is the plain network; with the
-    bank alone and ``answer='features'`` it is MemAug. It works in any loop::
+    The momentum encoder is a running mean of the weights, which scores and makes the memory's keys, or, as published, the
+    momentum branch. A head 'csra' reads the map q, or q * attention(q), in place of z. With all three switched off this is the
+    plain network; with the bank alone and ``answer='features'`` it is MemAug. It works in any loop::
 
         net.see(ids, labels)       # which images the batch holds; without it a voting bank stays empty
         loss(net(x), y).backward(); optimizer.step()
         net.follow()               # updates the momentum encoder; leave it out if the scaler skipped the step
-        net.renew(images)          # before scoring: encodes the images of a voting bank again
+        net.bank.choose(ids, labels)   # before scoring: which training images a voting bank holds
+        net.renew(images)              # and their keys
 
     Everything that training changes is in ``state_dict``.
 
@@ -59,10 +62,14 @@ class CharmNet(nn.Module):
     keys : {'scales', 'features'}
         What slots that vote are compared by: means over a 2 x 2 grid of the trunk's last maps at strides 4, 8 and 16, where
         small and faint findings still show and which training hardly overfits; or the fused feature z.
+    momentum_form : {'weights', 'branch'}
+        'weights': ``momentum`` is the decay of a running mean of all weights
+        (:class:`charmlib.training.average.AverageWeights`), which the network has as ``mean_decay``, and no further part.
+        'branch': a :class:`charmlib.nn.MomentumEncoder` of the final block, whose features are added.
     momentum_before_step : bool
         As in the published code, each forward pass of training updates the momentum encoder, and ``follow`` does nothing.
     attention, momentum, momentum_warmup, momentum_batch_norms, k, threshold, bank_size, strategy, rule, retrieval, bank_norm,
-    normalize_retrieved, bank_momentum, vote_weight, vote_temperature, vote_ridge
+    normalize_retrieved, bank_momentum, vote_weight, vote_temperature
         See the parts.
     head, dropout, hidden, csra_lambda, csra_heads, csra_attention
         See :func:`charmlib.nn.make_head`.
@@ -75,25 +82,31 @@ class CharmNet(nn.Module):
     Raises
     ------
     ValueError
-        ``norm='auto'`` with a weight file, which cannot tell; head 'csra' with the momentum branch or ``answer='features'``,
-        whose features have no positions; or a parameter that a part refuses.
+        ``norm='auto'`` with a weight file, which cannot tell; head 'csra' with the momentum branch, attention 'scales' or
+        ``answer='features'``, whose features have no positions; or a parameter that a part refuses.
     """
 
     def __init__(self, arch: str = "efficientnet_v2_s", classes: int = 14, *, weights: str | Path = "imagenet",
-                 norm: str = "auto", use_momentum: bool = False, use_attention: bool = False, use_bank: bool = True,
-                 attention: str = "layers", momentum: float = 0.99, momentum_warmup: bool = True,
+                 norm: str = "auto", use_momentum: bool = True, use_attention: bool = True, use_bank: bool = True,
+                 attention: str = "scales", momentum: float = 0.99, momentum_form: str = "weights",
+                 momentum_warmup: bool = True,
                  momentum_before_step: bool = False, momentum_batch_norms: bool = False, k: int = 5, threshold: float = 0.2,
-                 bank_size: int = 3072, strategy: str = "balanced", rule: str = "rare", answer: str = "votes",
-                 keys: str = "scales", vote_weight: float = -1.0, vote_temperature: float = 0.8, vote_ridge: float = 3.0,
+                 bank_size: int = 4096, strategy: str = "labels", rule: str = "rare", answer: str = "votes",
+                 keys: str = "scales", vote_weight: float = -1.0, vote_temperature: float = 0.1,
                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
                  bank_momentum: float = 0.9, head: str = "charm", dropout: float = 0.3, hidden: int = 512,
                  csra_lambda: float = 0.1, csra_heads: int = 1, csra_attention: str = "scores", drop_path: float = 0.0,
                  refine: str = "none", refine_start: str = "identity", ldam_scale: float = 1.0,
                  grad_checkpointing: bool = False):
         super().__init__()
-        if head == "csra" and (use_momentum or (use_bank and answer == "features")):
-            raise ValueError("head csra reads a map, and the momentum branch and answer 'features' add to a pooled feature; "
-                             "switch them off, or say head='charm'")
+        if momentum_form not in MOMENTA:
+            raise ValueError(f"momentum_form must be one of {', '.join(MOMENTA)}, got {momentum_form!r}")
+        branch = use_momentum and momentum_form == "branch"
+        self.mean_decay = momentum if use_momentum and not branch else 0.0
+        scales = use_attention and attention == "scales"
+        if head == "csra" and (branch or scales or (use_bank and answer == "features")):
+            raise ValueError("head csra reads a map, and the momentum branch, attention 'scales' and answer 'features' add to "
+                             "a pooled feature; switch them off, or say head='charm'")
         backbone = split_backbone(arch, weights, drop_path, refine=refine, refine_start=refine_start)
         self.grad_checkpointing, self.ldam_scale = grad_checkpointing, ldam_scale
         self.arch, self.classes, self.features = arch, classes, backbone.features
@@ -101,12 +114,13 @@ class CharmNet(nn.Module):
         self.trunk, self.final = backbone.trunk, backbone.final
         self.momentum_before_step = momentum_before_step
         self.momentum = MomentumEncoder(self.final, momentum, warmup=momentum_warmup, batch_norms=momentum_batch_norms) \
-            if use_momentum else None
-        self.attention = make_attention(attention, self.features) if use_attention else None
+            if branch else None
         if answer not in ANSWERS or keys not in KEYS:
             raise ValueError(f"answer must be one of {', '.join(ANSWERS)} and keys one of {', '.join(KEYS)}, got {answer!r} "
                              f"and {keys!r}")
-        self.ends, channels = find_scales(self.trunk) if use_bank and (answer, keys) == ("votes", "scales") else ([], [])
+        by_scales = use_bank and (answer, keys) == ("votes", "scales")
+        self.ends, channels = find_scales(self.trunk) if by_scales or scales else ([], [])
+        self.attention = make_attention(attention, self.features, [*channels[-2:], self.features]) if use_attention else None
         common = {"size": bank_size, "k": k, "threshold": threshold, "strategy": strategy, "rule": rule,
                   "bank_momentum": bank_momentum}
         self.bank = None
@@ -114,9 +128,9 @@ class CharmNet(nn.Module):
             self.bank = RareMemoryBank(self.features, classes, retrieval=retrieval, bank_norm=bank_norm,
                                        normalize_retrieved=normalize_retrieved, **common)
         elif use_bank:
-            blocks = [GRID * GRID * width for width in channels] or [self.features]
-            self.bank = VotingBank(sum(blocks), classes, blocks=blocks, weight=vote_weight, temperature=vote_temperature,
-                                   ridge=vote_ridge, **common)
+            self.bank = VotingBank(GRID * GRID * sum(channels) if by_scales else self.features, classes, weight=vote_weight,
+                                   temperature=vote_temperature, **common)
+        self.keys = (keys if answer == "votes" else "") if use_bank else ""  # of a bank that votes
         self.head = make_head(head, self.features, classes, hidden=hidden, dropout=dropout, csra_lambda=csra_lambda,
                               csra_heads=csra_heads, csra_attention=csra_attention)
 
@@ -126,15 +140,18 @@ class CharmNet(nn.Module):
         run = recompute if again else nn.Module.__call__
         shared, maps = maps_of(self.trunk, self.ends, x, run) if self.ends else (run(self.trunk, x), [])
         features = run(self.final, shared)  # (B, D, H, W)
-        attended = features if self.attention is None else features * self.attention(features)
+        by_scales = isinstance(self.attention, ScaleAttention)
+        attended = features if self.attention is None or by_scales else features * self.attention(features)
         z = attended.mean((2, 3))
+        if by_scales:
+            z = z + self.attention([*maps[-2:], features])
         if self.momentum is not None:
             z = z + self.momentum(shared).mean((2, 3))
             if self.training and self.momentum_before_step:
                 self.momentum.update(self.final)
         if not isinstance(self.bank, VotingBank):
             return Encoded(attended, z, None)
-        return Encoded(attended, z, cells([m.detach() for m in maps]) if maps else z.detach().float())
+        return Encoded(attended, z, cells([m.detach() for m in maps]) if self.keys == "scales" else z.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> logits (B, C)."""
@@ -180,7 +197,8 @@ class CharmNet(nn.Module):
     def renew(self, images: Callable[[Tensor], Tensor], batch: int = 256) -> None:
         """Before scoring: encode the images of a voting bank again, in eval mode; does nothing for other banks.
 
-        Training writes slots with earlier weights, from augmented images, with the batch's norm statistics.
+        Strategy 'labels' leaves keys to this; the others write them in training with earlier weights, from augmented images,
+        with the batch's norm statistics.
 
         Parameters
         ----------
@@ -192,11 +210,11 @@ class CharmNet(nn.Module):
         if not isinstance(self.bank, VotingBank) or not (self.bank.slot_ids >= 0).any():
             return
         was = self.training
-        self.bank.training = False  # eval() would solve a bank that trained, which follows below
+        self.bank.training = False  # eval() would calibrate a bank that trained, which follows below
         self.eval()
         for some in torch.nonzero(self.bank.slot_ids >= 0).flatten().split(batch):
             self.bank.renew(some, self.encode(images(self.bank.slot_ids[some])).keys)
-        self.bank.solve()
+        self.bank.calibrate()
         self.train(was)
 
     def parts(self) -> dict[str, nn.Module]:

@@ -1,6 +1,6 @@
 """Building blocks of networks, with tensors as inputs and outputs and without files or fastai."""
 
-from charmlib.nn.attention import FilterAttention, MultiScaleAttention, make_attention
+from charmlib.nn.attention import FilterAttention, MultiScaleAttention, ScaleAttention, make_attention
 from charmlib.nn.backbone import Backbone, split_backbone
 from charmlib.nn.bank import RareMemoryBank
 from charmlib.nn.head import ClassifierHead, CSRAHead, LinearHead, StandardHead, make_head
@@ -14,5 +14,5 @@ from charmlib.nn.votes import VotingBank
 
 __all__ = ["CBAM", "LKA", "AsymmetricLoss", "BCELoss", "Backbone", "CSRAHead", "ClassifierHead", "DistributionBalancedLoss",
            "FilterAttention", "FocalLoss", "LDAMLoss", "LinearHead", "MomentumEncoder", "MultiScaleAttention", "Neck",
-           "RareMemoryBank", "StandardHead", "VotingBank", "find_scales", "make_attention", "make_head", "make_loss",
-           "make_refine", "recompute", "split_backbone"]
+           "RareMemoryBank", "ScaleAttention", "StandardHead", "VotingBank", "find_scales", "make_attention", "make_head",
+           "make_loss", "make_refine", "recompute", "split_backbone"]

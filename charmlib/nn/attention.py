@@ -1,11 +1,14 @@
 """Multi-scale spatial attention of CHARM-Xray."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALES = (1, 3, 5)
-FORMS = ("layers", "filter")
+FORMS = ("scales", "layers", "filter")
+HEADS = 4
 
 
 class MultiScaleAttention(nn.Module):
@@ -66,8 +69,58 @@ class FilterAttention(nn.Module):
         return torch.sigmoid(F.conv2d(features, self.weight, self.bias, padding=max(SCALES) // 2))
 
 
-def make_attention(form: str, channels: int) -> nn.Module:
-    """:class:`MultiScaleAttention` for the form 'layers', :class:`FilterAttention` for 'filter'.
+class ScaleAttention(nn.Module):
+    """Attention over the positions of several maps, whose readings are added to the pooled feature: maps -> (B, D).
+
+    Each map (B, C_i, H_i, W_i) is reduced to ``min(C_i, D // 8)`` channels f by a 1x1 convolution, and read by four heads::
+
+        r_h = sum_x softmax_x(u_h . f(x) + p_h(x)) f(x)         u from 0; p, one value a quarter of the film, from 0 in the
+                                                                head's own quarter and -4 in the others
+
+    A batch norm and a linear layer, whose weights start at 0, follow the readings of all maps and heads. So the network starts
+    as the one without attention.
+
+    Differs from the published code, which multiplies the last map by a sigmoid (:class:`MultiScaleAttention`), and sees other
+    scales only through the sizes of its filters.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Channels C_i of the maps.
+    features : int
+        D, the length of the pooled feature.
+    """
+
+    def __init__(self, widths: Sequence[int], features: int):
+        super().__init__()
+        inner = [min(width, max(features // 8, 1)) for width in widths]
+        self.reduce = nn.ModuleList(nn.Conv2d(width, to, 1, bias=False) if width > to else nn.Identity()
+                                    for width, to in zip(widths, inner))
+        self.scores = nn.ModuleList(nn.Conv2d(width, HEADS, 1, bias=False) for width in inner)
+        quarters = -4 * (1 - torch.eye(HEADS).view(HEADS, 2, 2))
+        self.places = nn.ParameterList(nn.Parameter(quarters.clone()) for _ in widths)
+        self.norm = nn.BatchNorm1d(HEADS * sum(inner))
+        self.read = nn.Linear(HEADS * sum(inner), features, bias=False)
+        for layer in (*self.scores, self.read):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, C_i, H_i, W_i) -> (B, D)."""
+        maps = [reduce(m) for m, reduce in zip(maps, self.reduce)]
+        readings = [torch.einsum("bhn,bcn->bhc", share.flatten(2), m.flatten(2)).flatten(1)
+                    for m, share in zip(maps, self.shares(maps))]
+        return self.read(self.norm(torch.cat(readings, 1)))
+
+    def shares(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Of each reduced map, what each head takes of each position: (B, heads, H_i, W_i), with the sum 1."""
+        scores = [score(m) + F.interpolate(place[None], m.shape[2:], mode="nearest")
+                  for m, score, place in zip(maps, self.scores, self.places)]
+        return [s.flatten(2).softmax(2).view_as(s) for s in scores]
+
+
+def make_attention(form: str, channels: int, widths: Sequence[int] = ()) -> nn.Module:
+    """:class:`ScaleAttention` over maps of ``widths`` for the form 'scales', :class:`MultiScaleAttention` for 'layers',
+    :class:`FilterAttention` for 'filter'.
 
     Raises
     ------
@@ -76,4 +129,6 @@ def make_attention(form: str, channels: int) -> nn.Module:
     """
     if form not in FORMS:
         raise ValueError(f"attention must be one of {', '.join(FORMS)}, got {form!r}")
+    if form == "scales":
+        return ScaleAttention(widths, channels)
     return MultiScaleAttention(channels) if form == "layers" else FilterAttention(channels)

@@ -64,6 +64,7 @@ class RareMemoryBank(nn.Module):
                                      ("retrieval", retrieval, RETRIEVALS), ("bank_norm", bank_norm, NORMS)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self.policy = STRATEGIES[strategy](classes)
         for right, message in (
                 (1 <= k <= size, f"expected 1 <= k <= size, got k={k}, size={size}"),
                 (not threshold < 0, f"threshold must be 0 or more, got {threshold}"),
@@ -75,7 +76,6 @@ class RareMemoryBank(nn.Module):
         self.size, self.k, self.threshold = size, k, threshold
         self.strategy, self.rule, self.retrieval, self.bank_norm = strategy, rule, retrieval, bank_norm
         self.normalize_retrieved, self.bank_momentum = normalize_retrieved, bank_momentum
-        self.policy = STRATEGIES[strategy](classes)
         self.gate = nn.Parameter(torch.zeros(())) if retrieval == "gated" else None
 
         for name, start in (

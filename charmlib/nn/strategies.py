@@ -1,4 +1,4 @@
-"""Write strategies of memory banks: the seven of MemAug, its later loss-aware one, and a class-balanced one."""
+"""Write strategies of memory banks: the seven of MemAug, its later loss-aware one, a class-balanced one, and one by labels."""
 
 import math
 
@@ -17,6 +17,8 @@ class Strategy(nn.Module):
     needs_logits = needs_labels = False
     refreshes = False
     """Whether a stored image keeps its slot, which then takes the new feature, labels and score."""
+    chooses = False
+    """Whether ``choose`` selects from all labels at once, in place of ``judge`` and ``place`` in training."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -216,9 +218,55 @@ class Balanced(Strategy):
         return new | (at_home & stays[home]), torch.where(at_home, home, target)
 
 
+class Labels(Strategy):
+    """Images with a finding that is rare by its labels: the share of the images that have it is at or below ``threshold``.
+
+    A :class:`charmlib.nn.VotingBank` needs no feature until it answers. It stores the choice (``choose``) among all images at
+    hand, and as many images without a finding. At most half of the N slots go to images with one. If these do not fit, each is
+    filed under its rarest class, and classes give way evenly: those of few images keep all. A draw with a fixed seed decides
+    within a class, and among images without a finding. Other banks store each batch's images in a ring, by the shares so far.
+
+    The score is the share of an image's rarest positive class, 1 without one. ``rule`` is unused. CHARM's and MemAug's rarity
+    is a feature's length; its threshold knows no labels.
+    """
+
+    needs_labels = chooses = True
+
+    def __init__(self, classes: int):
+        super().__init__(classes)
+        for name in ("positives", "known"):
+            self.register_buffer(name, torch.zeros(classes, dtype=torch.int64))
+
+    def judge(self, bank, z, logits, labels):
+        finite = torch.isfinite(z).all()
+        self.positives += (labels == 1).sum(0) * finite
+        self.known += (~torch.isnan(labels)).sum(0) * finite
+        score, _ = rarest(labels, self.positives, self.known)
+        return score, (labels == 1).any(1) & (score <= bank.threshold)
+
+    def choose(self, bank, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (n, C) of 0, 1 or NaN -> the rows to store (m,), m at most N, in their order, and the scores (m,)."""
+        positive, known = labels == 1, ~torch.isnan(labels)
+        score, of_image = rarest(labels, positive.sum(0), known.sum(0))
+        draw = torch.randperm(len(labels), generator=torch.Generator().manual_seed(85)).to(labels.device)
+        has = positive.any(1)
+        rare, none = (draw[of[draw]] for of in (has & (score <= bank.threshold), ~has & known.any(1)))
+        same = of_image[rare, None] == torch.arange(labels.shape[1], device=labels.device)
+        rank = same.cumsum(0)[torch.arange(len(rare), device=labels.device), of_image[rare]]  # from 1, within the class
+        rare = rare[torch.argsort(rank, stable=True)[:bank.size // 2]]
+        rows = torch.cat([rare, none[:min(len(rare), bank.size - len(rare))]]).sort().values
+        return rows, score[rows]
+
+
+def rarest(labels: Tensor, positives: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Share and index (n,) of the rarest positive class of labels (n, C), by numbers (C,) of positive and known ones; share 1
+    without a positive class."""
+    return torch.where(labels == 1, positives / known.clamp(min=1), 1.0).min(1)
+
+
 STRATEGIES: dict[str, type[Strategy]] = {
     "rarity": Rarity, "statistical": Statistical, "entropy": Entropy, "diversity": Diversity, "hybrid": Hybrid, "fifo": Fifo,
-    "reservoir": Reservoir, "hard": Hard, "balanced": Balanced}
+    "reservoir": Reservoir, "hard": Hard, "balanced": Balanced, "labels": Labels}
 
 
 def batch_rarity(bank, z: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from charmlib.nn import RareMemoryBank, VotingBank
 from charmlib.training.recipes import batches
 from charmlib.training.views import tensors
 
+SHOWN = 10  # voting slots of an explanation
 COLUMNS = ("slot", "image", "patient", "labels", "similarity", "weight", "step")
 VOTED = tuple(name.replace("weight", "contribution") for name in COLUMNS)
 
@@ -37,14 +38,15 @@ class Explanation:
         The class that is explained.
     table : DataFrame
         One row a slot: ``slot``, ``image`` (file name of a training image), ``patient``, ``labels`` ('Effusion|Mass'),
-        ``similarity``, ``weight`` or ``contribution``, and ``step``, the training batch that wrote it. In a voting bank all
-        slots vote. The table has the k with the largest absolute contribution, the largest first; the contribution is what the
-        slot adds to the logit of ``finding``, signed, and similarity is the mean cosine of the keys. Other banks have the k
-        retrieved slots, the most similar first; similarity is as ``bank_norm`` says, and weight is that of the feature, with
-        the gate and before ``normalize_retrieved``. One image may fill several slots.
+        ``similarity``, ``weight`` or ``contribution``, and ``step``, the training batch that wrote it. In a voting bank k slots
+        vote for a finding and k against it. The table has those with the largest absolute contribution, the largest first, and
+        at most :data:`SHOWN`; the contribution is what the slot adds to the logit of ``finding``, signed, and similarity is the
+        cosine of the standardised keys. Other banks have the k retrieved slots, the most similar first; similarity is as
+        ``bank_norm`` says, and weight is that of the feature, with the gate and before ``normalize_retrieved``. One image may
+        fill several slots.
     parts : dict
-        The terms of the logit of ``finding``: 'head', 'prior', and 'votes', the sum of the contributions of all slots. Empty
-        without a voting bank.
+        The terms of the logit of ``finding``: 'head', 'prior' (with the centre of the votes), and 'votes', the sum of the
+        contributions of all slots. Empty without a voting bank.
     share : float
         Share of the table in the sum of the absolute contributions of all slots, 0 to 1; 0 without votes.
     pixels, retrieved : arrays (S, S) and (k, S, S) uint8
@@ -131,6 +133,8 @@ class BankEvidence:
     def _offered(self, steps: np.ndarray, history: list[dict]) -> np.ndarray:
         """Weights (n,) of the training images, had each slot written at ``steps`` been drawn from its stage's images."""
         rows, plan, images = self.data.rows("train"), self.run.phases(), self.data.train_images()
+        if self.bank.policy.chooses:
+            return np.ones(len(rows))
         with_finding = self.data.index.has_finding()[rows].astype(float)
         end, left, weights = self.bank.steps.item(), np.ones(len(steps), bool), np.zeros(len(rows))
         for stage, phase in reversed({phase.stage: phase for phase in plan}.items()):  # each with its last phase
@@ -211,7 +215,8 @@ def answer(bank: RareMemoryBank | None, seen: dict[str, torch.Tensor], classes: 
     table, parts, share = _voted(bank, seen, list(classes).index(finding), slots(), ids)
     return table, f"{finding}: logit {sum(parts.values()):+.3f} = " + ", ".join(
         f"{name} {value:+.3f}" for name, value in parts.items()) + (
-        f" of all {int(bank.filled):,} slots; those shown make {share:.1%} of the absolute contributions"), parts, share
+        f" of the nearest of {int(bank.filled):,} slots; those shown make {share:.1%} of the absolute contributions"
+    ), parts, share
 
 
 def _voted(bank: VotingBank, seen: dict[str, torch.Tensor], c: int, slots: pd.DataFrame, ids: torch.Tensor | None
@@ -219,8 +224,8 @@ def _voted(bank: VotingBank, seen: dict[str, torch.Tensor], c: int, slots: pd.Da
     """Table, parts and share of an :class:`Explanation` of class c."""
     head, prior, votes = bank.contributions(seen["keys"], seen["head"].float(), ids)
     votes = votes[0, :, c].double()
-    top = votes.abs().topk(bank.k).indices
-    top = top[votes[top] != 0]  # without the image's own slot and empty ones
+    top = votes.abs().topk(min(2 * bank.k, SHOWN, len(votes))).indices
+    top = top[votes[top] != 0]
     found = pd.DataFrame({"slot": top.tolist(), "similarity": bank.similarity(seen["keys"], top[None])[0].tolist(),
                           "contribution": votes[top].tolist()})
     share = float(votes[top].abs().sum() / votes.abs().sum().clamp(min=1e-30))

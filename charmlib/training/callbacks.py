@@ -76,13 +76,15 @@ class NetworkHooks(Callback):
 
     def after_train(self):
         if isinstance(bank := getattr(self.model, "bank", None), VotingBank) and self.renews:
-            bank.training = False  # eval() would solve a bank that trained, which renew does once its slots are encoded
+            bank.training = False  # eval() would calibrate it, which renew does once its slots are encoded
 
     def before_validate(self):
         images = self.dls.train.dataset
         if not self.renews:
             return
         self.trained = False
+        if (bank := getattr(self.model, "bank", None)) is not None and bank.policy.chooses:
+            bank.choose(torch.from_numpy(images.rows), torch.from_numpy(images.labels[images.rows]))
         scale = next(t for t in self.dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))
         device = self.dls.device
 

@@ -56,7 +56,7 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
         One parameter group instead of the network's own: ``freeze`` and slices of rates then do nothing.
     average, average_warmup
         If above 0, the decay of a running mean of the weights that is validated, and left in the network, and whether it has a
-        warm-up; see :class:`charmlib.training.average.AverageWeights`.
+        warm-up; see :class:`charmlib.training.average.AverageWeights`. By default the network's own ``mean_decay``.
     clip_norm : float
         If above 0, longer gradients are scaled to this Euclidean norm (fastai's ``GradientClip``).
     precision : {'auto', 'fp16', 'fp32'}
@@ -98,6 +98,8 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
         if loss.weights is not None:
             warnings.warn("class weights and uneven draws of images both raise rare classes, and multiply", stacklevel=2)
         loss.shift, own = (torch.from_numpy(a).float() for a in (prior_shift(labels, dls.train.expected), shares(labels)))
+    if not average:
+        average, average_warmup = getattr(net, "mean_decay", 0.0), False
     callbacks = [NetworkHooks(), LossMode(weight_from, own), Callback(after_batch=lambda _: session.alive()), *cbs,
                  *([] if seed is None else [SeedEpoch(seed)]), *([cards.Cards()] if cards.size() > 1 else []),
                  *([AverageWeights(average, average_warmup)] if average else []),

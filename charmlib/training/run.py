@@ -205,8 +205,6 @@ class Run:
                          folder.bank_history_file, folder.predictions_file, folder.branches_file, folder.scored_file,
                          folder.metrics_file):
                 file.unlink(missing_ok=True)
-        if hasattr(self.bank.bank, "refuse"):
-            self.bank.bank.refuse(min(self.bank.bank.size, len(self.data.rows("train"))))
         folder.path.mkdir(parents=True, exist_ok=True)
         runner = self._runner()
         state = runner.saved(self.params["resume"])  # refuses a folder of other settings before writing to it

@@ -65,9 +65,7 @@ class Tape(Callback):
         entry = load_resume(path := self._path(self.at))
         if entry is None or not self.followed.keys() <= entry["means"].keys():
             return self._go_on()
-        bank = getattr(self.model, "bank", None)
-        own = {"bank.weight": bank.weight.clone()} if isinstance(bank, VotingBank) else {}
-        fill(self.model, entry["model"] | own, str(path))
+        fill(self.model, entry["model"] | self._own(), str(path))
         self.fresh, self.entry = False, entry
         if self.own is not None:
             self.own.resumed, self.own.started = entry["means"][self.mine], False
@@ -108,10 +106,17 @@ class Tape(Callback):
         scaler, losses = getattr(self.learn, "scaler", None), self.learn.epoch_record.losses
         save_resume(self._path(self.at, "_opt"), {"opt": self.opt.state_dict(), "scaler": scaler and scaler.state_dict()})
         save_resume(self._path(self.at), {
-            "model": self.model.state_dict(), "means": {name: mean.state() for name, mean in self.followed.items()},
+            "model": {name: value for name, value in self.model.state_dict().items() if name not in self._own()},
+            "means": {name: mean.state() for name, mean in self.followed.items()},
             "loss": torch.stack(losses).mean().item() if losses else float("nan"), "lr": float(self.recorder.lrs[-1])})
         if self.epoch:
             self._path(self.before, "_opt").unlink(missing_ok=True)
+
+    def _own(self) -> dict[str, Tensor]:
+        """Of a bank that votes, what a run does not share with others: all of one that is chosen by labels."""
+        bank = getattr(self.model, "bank", None)
+        names = () if not isinstance(bank, VotingBank) else bank.state_dict() if bank.policy.chooses else ("weight",)
+        return {f"bank.{name}": bank.get_buffer(name).clone() for name in names}
 
     def _path(self, key: str, more: str = "") -> Path:
         return self.folder / f"tape_{key}{more}.pt"
@@ -128,7 +133,7 @@ class Tape(Callback):
             versions = tuple((id(t), t._version) for t in tensors)  # torch counts the writes to a tensor
             if weights.get("versions") != versions:
                 weights.update(versions=versions, digest=_digest(tensors))
-            key = weights["digest"], _digest([x[:, :1]]), tuple(x.shape), torch.is_autocast_enabled(x.device.type)
+            key = net.keys, weights["digest"], _digest([x[:, :1]]), tuple(x.shape), torch.is_autocast_enabled(x.device.type)
             if key not in self._seen:
                 encoded = encode(x)
                 if psutil.virtual_memory().available < _SPARE:

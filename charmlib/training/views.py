@@ -35,7 +35,7 @@ def read_views(net: nn.Module, grey: Tensor, names: Iterable[str], mean: Tensor,
 def head_share(net: nn.Module) -> np.ndarray:
     """The head's share (C,) in the logits: 1 but for the classes that a voting bank votes on."""
     bank = getattr(net, "bank", None)
-    return (1 - bank.weight * bank.coefficients.any(0)).cpu().numpy() if isinstance(bank, VotingBank) else np.ones(1)
+    return (1 - bank.weight * bank.fitted).cpu().numpy() if isinstance(bank, VotingBank) else np.ones(1)
 
 
 def merged(views: Mapping[str, np.ndarray], menu: str, how: str, share: np.ndarray, *, votes: str = "once") -> np.ndarray:

@@ -11,11 +11,12 @@ from charmlib.grid import run_grid
 from charmlib.grid.cells import CellFolder, code_hash, find_notebooks, notebook_code
 from charmlib.grid.sharing import NOTEBOOKS, shared_jobs, training_of
 from charmlib.params import PARAMS, resolve
-from tests.conftest import TINY
+from tests.conftest import OURS, TINY
 from tests.grid.conftest import family, same_results, small_grid, start, wait_for
 
 VOTES = {"answer": "votes", "strategy": "balanced", "use_momentum": False, "use_attention": False, "vote_weight": 0.5}
-AXES = {"average": [0.0, 0.5], "vote_temperature": [0.8, 0.2]}
+CHARM = {**OURS, "vote_weight": 0.5, "momentum": 0.5, "bank_size": 24}
+AXES = {"use_bank": [True, False], "momentum": [0.5, 0.0]}
 
 
 def test_the_notebooks_are_those_that_shared_cells_do_without():
@@ -25,21 +26,37 @@ def test_the_notebooks_are_those_that_shared_cells_do_without():
 def test_trainings_differ_in_what_acts_in_training():
     base = resolve({**TINY, **VOTES})
     same = training_of(base)
-    for changes in ({"vote_temperature": 0.1}, {"vote_ridge": 1}, {"vote_weight": -1}, {"average": 0.9}, {"tta": "flip"},
-                    {"patience": 2}, {"monitor": "valid_auc"}, {"k": 3}, {"run_dir": "elsewhere"}):
+    for changes in ({"vote_temperature": 0.2}, {"vote_weight": -1}, {"average": 0.9}, {"tta": "flip"},
+                    {"patience": 2}, {"monitor": "valid_auc"}, {"run_dir": "elsewhere"}):
         assert training_of(base | changes) == same, changes
+    ours = resolve({**TINY, **CHARM})
+    for changes in ({"k": 3}, {"threshold": 0.01}, {"bank_size": 8}, {"momentum": 0.9}, {"use_momentum": False},
+                    {"use_bank": False}, {"keys": "features"}):
+        assert training_of(ours | changes) == training_of(ours), changes
+    for changes in ({"use_attention": False}, {"strategy": "balanced"}, {"momentum_form": "branch"},
+                    {"answer": "features", "strategy": "rarity"}):
+        assert training_of(ours | changes) != training_of(ours), changes
+    features = ours | {"answer": "features", "strategy": "rarity"}
+    assert training_of(features | {"k": 3}) != training_of(features)
+    branch = ours | {"momentum_form": "branch", "momentum_warmup": False}
+    assert training_of(branch | {"momentum": 0.9}) != training_of(branch)
+    assert training_of(base | {"use_bank": False}) != same  # which takes features while training, though none acts
     for changes in ({"seed": 1}, {"stage1_lr": 1e-4}, {"bank_size": 8}, {"strategy": "fifo"}, {"answer": "features"},
                     {"weight_decay": 0.1}, {"stage2_loss": "asl"}):
         assert training_of(base | changes) != same, changes
     plateau, slots = base | {"schedule": "plateau"}, base | {"strategy": "diversity"}
-    assert training_of(plateau | {"vote_temperature": 0.1}) != training_of(plateau)
-    assert training_of(slots | {"average": 0.9}) != training_of(slots) == training_of(slots | {"vote_ridge": 1})
+    assert training_of(plateau | {"vote_temperature": 0.2}) != training_of(plateau)
+    assert training_of(slots | {"average": 0.9}) != training_of(slots) == training_of(slots | {"vote_temperature": 1})
+    mean = slots | {"use_momentum": True}
+    assert training_of(mean | {"momentum": 0.5}) != training_of(mean)
 
 
 def test_no_parameter_of_a_learner_or_a_phase_but_the_mean_is_marked_as_scoring():
-    assert {name for name, p in PARAMS.items() if p.scores} == {
-        "vote_weight", "vote_temperature", "vote_ridge", "average", "average_warmup", "tta", "tta_merge", "patience",
-        "min_delta", "save_delta", "monitor"}
+    assert {name for name, p in PARAMS.items() if p.scores is True} == {
+        "vote_weight", "vote_temperature", "average", "average_warmup", "tta", "tta_merge", "patience", "min_delta",
+        "save_delta", "monitor"}
+    assert {name for name, p in PARAMS.items() if callable(p.scores)} == {
+        "use_momentum", "momentum", "momentum_form", "use_bank", "k", "threshold", "bank_size", "strategy", "answer", "keys"}
 
 
 def test_a_job_for_each_training(tmp_path):
@@ -48,7 +65,8 @@ def test_a_job_for_each_training(tmp_path):
         return {"id": name, "folder": str(tmp_path / name), "params": resolve({**TINY, **VOTES}, changes), "split": split,
                 "code": code, "digests": {}}
 
-    cells = [job("a"), job("b", average=0.9), job("c", seed=3), job("d", vote_ridge=1), job("e", vote_ridge=2, split="other")]
+    cells = [job("a"), job("b", average=0.9), job("c", seed=3), job("d", vote_temperature=1),
+             job("e", vote_temperature=2, split="other")]
     first, *others = shared_jobs(cells)
     assert [one["id"] for one in first["members"]] == ["b", "d"] and others == [cells[2], cells[4]]
     assert first["tape"]["folder"] == str(tmp_path / "a") and first["tape"]["means"] == [[0.0, False], [0.9, False]]
@@ -68,10 +86,10 @@ def test_a_job_for_each_training(tmp_path):
 def both(phantoms, tmp_path_factory):
     """A grid of shared trainings, and two of its cells alone: its file, the folder of both, the lines it said, its board."""
     folder, said = tmp_path_factory.mktemp("sharing"), []
-    path = small_grid(folder, phantoms, base=VOTES, **AXES)
+    path = small_grid(folder, phantoms, base=CHARM, **AXES)
     board = run_grid(path, out=folder / "shared", workers=1, say=said.append)
-    for average, temperature in ((0.5, 0.2), (0.0, 0.8)):
-        run_grid(path, [f"average={average}", f"vote_temperature={temperature}"], out=folder / "alone", workers=1)
+    for use_bank, momentum in ((True, 0.0), (False, 0.5)):
+        run_grid(path, [f"use_bank={use_bank}", f"momentum={momentum}"], out=folder / "alone", workers=1)
     return path, folder, said, board
 
 
@@ -120,7 +138,7 @@ def test_a_killed_training_goes_on(both, tmp_path):
 def test_a_cell_that_fails_keeps_its_error_and_the_others_go_on(both, phantoms, tmp_path):
     path, *_ = both
     out = tmp_path / "out"
-    second = out / "average=0.0_vote_temperature=0.2"
+    second = out / "m0.0_use_bank=True"
     second.mkdir(parents=True)
     (second / "history.csv").mkdir()  # cannot be written
     said = []

@@ -110,10 +110,10 @@ def test_the_text_of_the_paper_differs_from_its_code_where_it_says_so():
 
 def test_our_grids():
     charm = load_grid(PARAMS_DIR / "grid_charm.yaml")
-    assert len(charm.cells) == 36 + 2 and [c.id for c in charm.cells[-2:]] == ["plain", "ours"]
+    assert len(charm.cells) == 36 + 2 and [c.id for c in charm.cells[-2:]] == ["plain", "published"]
     assert all(c.params["stage1_lr"] > 0 for c in charm.cells)  # a finder in each cell would be a fourth axis
     demo = load_grid(PARAMS_DIR / "grid_demo.yaml")
-    assert len(demo.cells) == 8 and set(demo.axes) == {"bank_size", "vote_temperature"}
+    assert len(demo.cells) == 8 and set(demo.axes) == {"k", "threshold"}
     cells = {cell.id: cell.params for cell in demo.cells}
     size, published = load_params(PARAMS_DIR / "demo.yaml"), resolve(load_params(PARAMS_DIR / "published.yaml"))
     free = {*size, "split", "keys", "vote_weight"}  # ... and the last two act in no bank that answers with features
@@ -157,7 +157,7 @@ def test_the_parts_differ_by_their_parts_only():
     regime = {"image_size", "stage1_lr", "stage2_epochs", "stage2_lr_min", "stage2_lr_max"}
     assert {name for name in plain if plain[name] != before[name]} == regime
     own = {"use_momentum", "use_attention", "use_bank", "momentum", "k", "threshold", "bank_size", "strategy", "rule", "answer",
-           "keys", "vote_weight", "vote_temperature", "vote_ridge", "retrieval", "bank_norm", "attention",
+           "keys", "vote_weight", "vote_temperature", "momentum_form", "retrieval", "bank_norm", "attention",
            "momentum_warmup", "momentum_before_step", "momentum_batch_norms"}
     for name, cells in by_name.items():
         assert {k for k in plain if plain[k] != cells[0][k]} <= own, name
@@ -168,14 +168,14 @@ def test_the_parts_differ_by_their_parts_only():
 
 def test_an_axis_without_effect_is_refused_with_what_would_give_it_one(tmp_path):
     """momentum x k x threshold over the default were eight equal trainings."""
-    for axes, says in (("k: [1, 2]", "axis 'k' has no effect in any cell; it needs answer: features"),
-                       ("momentum: [0.9, 0.99]", "'momentum'.*use_momentum: true"),
-                       ("threshold: [0.1]", "'threshold'.*strategy"),
+    for axes, says in (("k: [1, 2], use_bank: [false]", "axis 'k' has no effect in any cell; it needs use_bank: true"),
+                       ("momentum: [0.9, 0.99], use_momentum: [false]", "'momentum'.*use_momentum: true"),
+                       ("threshold: [0.1], strategy: [fifo]", "'threshold'.*strategy"),
                        ("vote_weight: [0.1, 0.2], use_bank: [false]", "'vote_weight'.*use_bank: true")):
         with pytest.raises(ParameterError, match=says):
             load_grid(grid_file(tmp_path, f"base: base.yaml\naxes: {{{axes}}}\n", base="seed: 1\n"))
-    with pytest.raises(ParameterError, match="axis 'k' has no effect"):
-        load_grid(grid_file(tmp_path, "cells: [{seed: [1, 2]}]\n"), ["k=[1,2]"])
+    with pytest.raises(ParameterError, match="axis 'retrieval' has no effect"):
+        load_grid(grid_file(tmp_path, "cells: [{seed: [1, 2]}]\n"), ["retrieval=[cosine,softmax]"])
     half = load_grid(grid_file(tmp_path, "base: base.yaml\naxes: {use_bank: [true, false], k: [1, 2]}\n"))
     assert len(half.cells) == 4
     with pytest.raises(ParameterError, match="all values of axis 'valid_fraction' amount to 1"):
@@ -185,18 +185,19 @@ def test_an_axis_without_effect_is_refused_with_what_would_give_it_one(tmp_path)
 def test_steps_say_whether_a_momentum_is_reached(tmp_path):
     """The warm-up reaches 0.99 after 890 steps: in fewer, all larger values are one run."""
     text = "base: base.yaml\naxes: {momentum: [0.99, 0.999]}\n"
-    short = load_grid(grid_file(tmp_path, text, base="use_momentum: on\nstage1_batch: 100\nstage2_batch: 100\n"))
+    short = load_grid(grid_file(tmp_path, text, base="momentum_form: branch\nstage1_batch: 100\nstage2_batch: 100\n"))
     few = {cell.id: {"all": 1000, "findings": 500} for cell in short.cells}
     with pytest.raises(ParameterError, match=r"all values of axis 'momentum' amount to 0\.9\d* in every cell"):
         refuse_dead_axes(short, few)
     refuse_dead_axes(short, {cell.id: {"all": 100000, "findings": 50000} for cell in short.cells})
-    both = load_grid(grid_file(tmp_path, text.replace("[0.99", "[0.5, 0.99"), base="use_momentum: on\n"))
+    both = load_grid(grid_file(tmp_path, text.replace("[0.99", "[0.5, 0.99"), base="momentum_form: branch\n"))
     assert remarks(both, {cell.id: few["m0.99"] for cell in both.cells}) == ["the same run: m0.99 = m0.999"]
 
 
 def test_given_values_without_effect_are_named_in_one_line(tmp_path):
     """Those of -p and of the grid file; what a base pins is left alone."""
-    path = grid_file(tmp_path, "base: base.yaml\ncells: [{name: a, rule: angle}, {name: b, seed: 2}]\n", base="k: 4\n")
+    path = grid_file(tmp_path, "base: base.yaml\ncells: [{name: a, rule: angle}, {name: b, seed: 2}]\n",
+                     base="hidden: 4\nuse_momentum: false\n")
     grid = load_grid(path, ["momentum=0.5", "vote_weight=0.3"])
     (line,) = remarks(grid, {cell.id: {"all": 1000, "findings": 500} for cell in grid.cells})
     assert line == "without effect: momentum (needs use_momentum: true); rule (needs strategy: rarity or statistical or hybrid)"

@@ -3,10 +3,12 @@ import torch
 import torchvision
 
 from charmlib.models import CharmNet
+from charmlib.nn.scales import maps_of
 from charmlib.nn.votes import RAREST
 
-SMALL = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "use_momentum": True, "use_attention": True,
-         "bank_size": 16, "k": 2, "hidden": 16}
+SMALL = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "attention": "layers", "momentum_form": "branch",
+         "strategy": "balanced", "bank_size": 16, "k": 2, "hidden": 16}
+PLAIN = {"use_momentum": False, "use_attention": False}
 
 
 def make(**changes):
@@ -104,29 +106,66 @@ def test_votes_are_added_in_eval_mode_only_by_keys_of_three_scales():
     blocks = list(net.trunk)
     maps = [torch.nn.functional.adaptive_avg_pool2d(torch.nn.Sequential(*blocks[:end])(x), 2).flatten(1) for end in net.ends]
     torch.testing.assert_close(keys, torch.cat(maps, 1))
-    assert net.bank.blocks == [m.shape[1] for m in maps] and len(maps) == 3 and not keys.requires_grad
-    votes, heard = net.bank.votes(keys)
+    assert net.bank.slots.shape[1] == sum(m.shape[1] for m in maps) and len(maps) == 3 and not keys.requires_grad
+    votes, heard = net.bank.votes(keys), net.bank.fitted
     prior = torch.logit(net.bank.shares.clamp(RAREST, 1 - RAREST))
     want = torch.where(heard, (net.head(z) + prior + votes) / 2, net.head(z))
     torch.testing.assert_close(net(x), want)
     assert heard.any()
-    assert make(keys="features").bank.blocks == [net.features]
+    assert make(keys="features").bank.slots.shape[1] == net.features
 
 
 @pytest.mark.parametrize("wrong", [{"answer": "labels"}, {"keys": "maps"}])
 def test_other_answers_and_keys_are_refused(wrong):
     with pytest.raises(ValueError, match="answer must be one of votes, features"):
         make(**wrong)
+    with pytest.raises(ValueError, match="momentum_form must be one of weights, branch"):
+        make(momentum_form="copy")
 
 
-PLAIN = {"use_momentum": False, "use_attention": False}
+def test_by_default_it_starts_as_the_plain_network_and_momentum_is_no_part_of_it():
+    """Attention's last layer starts at 0, the bank votes in eval mode only, and the mean of the weights is kept outside."""
+    ours, x = make(attention="scales", momentum_form="weights", strategy="labels"), torch.randn(4, 3, 64, 64)
+    plain = make(**PLAIN, use_bank=False)
+    plain.load_state_dict({name: value for name, value in ours.state_dict().items() if name.split(".")[0] not in (
+        "attention", "bank")})
+    assert ours.momentum is None and ours.mean_decay == 0.99 and plain.mean_decay == 0 == make().mean_decay
+    assert torch.equal(ours.eval()(x), plain.eval()(x))
+    ours.train()(x).square().sum().backward()
+    assert ours.attention.read.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("arch", ["timm:test_resnet", "timm:test_convnext", "mobilenet_v2", "timm:efficientformerv2_s0"])
+@pytest.mark.parametrize("use_bank", [False, True])
+def test_attention_reads_the_last_maps_of_the_trunk_and_the_final_one(arch, use_bank):
+    net = make(arch=arch, attention="scales", use_bank=use_bank, use_momentum=False).eval()
+    torch.nn.init.normal_(net.attention.read.weight)
+    x = torch.randn(2, 3, 64 if "former" not in arch else 224, 64 if "former" not in arch else 224)
+    shared, maps = maps_of(net.trunk, net.ends, x, torch.nn.Module.__call__)
+    last = net.final(shared)
+    want = last.mean((2, 3)) + net.attention([*maps[-2:], last])
+    torch.testing.assert_close(net.encode(x).z, want)
+    assert not torch.allclose(want, last.mean((2, 3)), atol=1e-2)
+
+
+def test_a_bank_by_labels_is_chosen_then_renewed_and_then_votes():
+    net = make(strategy="labels", threshold=1.0, use_momentum=False)
+    images, y = torch.randn(12, 3, 64, 64), torch.zeros(12, 5)
+    y[:6, 0] = 1
+    net.bank.choose(torch.arange(12), y)
+    net.train().renew(lambda ids: images[ids])
+    assert net.training and net.bank.filled == 12 and net.bank.fitted.tolist() == [True] + [False] * 4
+    slots = net.bank.slots[:12].clone()
+    torch.testing.assert_close(slots, net.eval().encode(images).keys)
+    head, logits = net.classify(net.encode(images).z), net(images)
+    assert torch.equal(head[:, 1:], logits[:, 1:]) and not torch.equal(head[:, 0], logits[:, 0])
 
 
 def test_encode_names_what_it_gives():
     net, x = make(**PLAIN).eval(), torch.randn(3, 3, 64, 64)
     encoded = net.encode(x)
     assert torch.equal(encoded.map, net.final(net.trunk(x))) and torch.equal(encoded.z, encoded.map.mean((2, 3)))
-    assert encoded.keys.shape == (3, sum(net.bank.blocks)) and make(**PLAIN, use_bank=False).encode(x).keys is None
+    assert encoded.keys.shape == (3, net.bank.slots.shape[1]) and make(**PLAIN, use_bank=False).encode(x).keys is None
 
 
 @pytest.mark.parametrize("attended", [False, True])
@@ -142,7 +181,7 @@ def test_a_csra_head_reads_the_map_and_votes_are_added_to_it(attended):
     logits, seen = net.read(x)
     torch.testing.assert_close(seen["head"], head)
     _, _, keys = net.encode(x)
-    votes, heard = net.bank.votes(keys)
+    votes, heard = net.bank.votes(keys), net.bank.fitted
     torch.testing.assert_close(logits, torch.where(heard, (head + net.bank.prior() + votes) / 2, head))
     assert heard.any() and not torch.equal(logits, head)
     alone = make(use_momentum=False, use_attention=attended, head="csra", use_bank=False).eval()
@@ -164,7 +203,8 @@ def test_other_heads_train_in_the_head_group_and_a_bare_loop():
         assert losses[-1] < 0.8 * losses[0], head
 
 
-@pytest.mark.parametrize("pooled", [{"use_momentum": True}, {"answer": "features"}])
+@pytest.mark.parametrize("pooled", [{"use_momentum": True}, {"use_attention": True, "attention": "scales"},
+                                    {"answer": "features"}])
 def test_csra_is_refused_where_features_have_no_positions(pooled):
     with pytest.raises(ValueError, match="csra reads a map"):
         make(**{**PLAIN, "head": "csra", **pooled})
@@ -182,7 +222,7 @@ def test_half_precision_csra():
 def test_the_default_head_and_backbone_draw_the_random_numbers_that_they_always_drew():
     """Stored runs of torchvision's backbones can be repeated: the layers written out, in the order in which they are made."""
     torch.manual_seed(0)
-    net = CharmNet("resnet18", 5, weights="none", use_bank=False)
+    net = CharmNet("resnet18", 5, weights="none", use_bank=False, use_attention=False)
     torch.manual_seed(0)
     body = torchvision.models.resnet18(weights=None)
     head = torch.nn.Sequential(torch.nn.BatchNorm1d(512), torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Dropout(0.3),

@@ -2,7 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from charmlib.nn import ClassifierHead, CSRAHead, FilterAttention, MultiScaleAttention, StandardHead, make_attention, make_head
+from charmlib.nn import (
+    ClassifierHead,
+    CSRAHead,
+    FilterAttention,
+    MultiScaleAttention,
+    ScaleAttention,
+    StandardHead,
+    make_attention,
+    make_head,
+)
 from charmlib.nn.head import TEMPERATURES
 
 
@@ -47,6 +56,38 @@ def test_half_precision_features_get_a_half_precision_map_from_float32_weights()
     weight, bias = (part.bfloat16() for part in attention.filter())  # multiplied out in float32, rounded once
     assert torch.equal(got, torch.sigmoid(F.conv2d(x.bfloat16(), weight, bias, padding=2)))
     torch.testing.assert_close(got.float(), attention(x), atol=0.02, rtol=0.02)
+
+
+def test_attention_over_scales_position_by_position():
+    torch.manual_seed(0)
+    attention = ScaleAttention([6, 40], 64).eval()
+    for part in (attention.read, *attention.scores):
+        torch.nn.init.normal_(part.weight)
+    for place in attention.places:
+        torch.nn.init.normal_(place)
+    maps = [torch.randn(2, 6, 7, 4), torch.randn(2, 40, 3, 2)]
+    readings = []
+    for m, reduce, score, place in zip(maps, (None, attention.reduce[1].weight), attention.scores, attention.places):
+        f = m if reduce is None else F.conv2d(m, reduce)  # 40 channels become 64 / 8
+        assert f.shape[1] == (6 if reduce is None else 8)
+        height, width = f.shape[2:]
+        for h in range(4):
+            power = {(i, j): torch.exp((score.weight[h, :, 0, 0] * f[:, :, i, j]).sum(1)
+                                       + place[h, 2 * i // height, 2 * j // width])
+                     for i in range(height) for j in range(width)}
+            total = sum(power.values())
+            readings.append(sum((p / total)[:, None] * f[:, :, i, j] for (i, j), p in power.items()))
+    read = torch.cat(readings, 1) / (1 + attention.norm.eps) ** 0.5  # its running mean is 0, its variance 1
+    torch.testing.assert_close(attention(maps), read @ attention.read.weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_over_scales_starts_at_0_each_head_at_a_quarter_of_the_film():
+    attention, maps = make_attention("scales", 16, [3, 5]), [torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)]
+    assert not attention(maps).any()
+    for share in attention.shares([reduce(m) for m, reduce in zip(maps, attention.reduce)]):
+        torch.testing.assert_close(share.sum((2, 3)), torch.ones(2, 4))
+        quarters = F.adaptive_avg_pool2d(share, 2).flatten(2)
+        assert quarters.argmax(2).tolist() == [[0, 1, 2, 3]] * 2 and (quarters.amax(2) / quarters.sum(2) > 0.9).all()
 
 
 def test_attention_width_for_wide_features():

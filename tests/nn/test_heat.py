@@ -9,7 +9,8 @@ import torch
 from charmlib.models import CharmNet
 from charmlib.nn.heat import grad_cam
 
-TINY = {"arch": "timm:test_resnet", "classes": 3, "weights": "none", "norm": "half", "head": "standard"}
+TINY = {"arch": "timm:test_resnet", "classes": 3, "weights": "none", "norm": "half", "head": "standard",
+        "use_attention": False, "momentum_form": "branch", "use_momentum": False}
 
 
 def network(**changes):
@@ -30,7 +31,8 @@ def test_behind_pooling_and_a_linear_head_it_is_the_class_activation_map():
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
 @pytest.mark.parametrize("changes", [{"use_bank": False}, {}, {"use_attention": True, "use_momentum": True, "head": "charm"},
-                                     {"head": "csra"}], ids=["plain", "votes", "parts", "csra"])
+                                     {"use_attention": True, "attention": "layers"}, {"head": "csra"}],
+                         ids=["plain", "votes", "parts", "layers", "csra"])
 def test_weights_are_the_slopes_of_the_heads_logit(changes, stride):
     """Beside a twin that lets autograd run through the whole network from the same map."""
     net, x = network(**changes), torch.randn(2, 3, 64, 64)

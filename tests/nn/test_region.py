@@ -156,7 +156,8 @@ def test_vgg16_with_attention_has_the_published_number_of_weights():
     from charmlib.models import CharmNet
 
     with torch.device("meta"):
-        net = CharmNet("vgg16_bn", weights="none", norm="imagenet", use_bank=False, head="linear", dropout=0.5, refine="lka")
+        net = CharmNet("vgg16_bn", weights="none", norm="imagenet", use_bank=False, use_attention=False, head="linear",
+                       dropout=0.5, refine="lka")
     assert sum(p.numel() for p in net.parameters()) == 15_418_702
     behind = [name for name, module in net.named_modules() if isinstance(module, LKA)]
     assert behind == ["trunk.22.1", "trunk.32.1", "final.42.1"]

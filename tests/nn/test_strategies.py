@@ -12,7 +12,7 @@ from charmlib.nn.strategies import STRATEGIES
 from tests.nn.test_bank import NoReading
 
 PUBLISHED = ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard")
-ALL = (*PUBLISHED, "balanced")
+ALL = (*PUBLISHED, "balanced", "labels")
 
 
 class ListBank:
@@ -110,6 +110,12 @@ class ListBank:
                 self.slots[easiest] = row
 
 
+    def labels(self, z, ids, labels, logits, draws):
+        self.shown = [*getattr(self, "shown", []), *labels]
+        share = [np.nanmean([y[c] for y in self.shown] or [0]) for c in range(labels.shape[1])]
+        scores = [min((share[c] for c, a in enumerate(y) if a == 1), default=2) for y in labels]
+        self.put_in_ring(z, ids, scores, [s <= self.threshold for s in scores])
+
     def balanced(self, z, ids, labels, logits, draws):
         step = self.seen // len(z)
         if not hasattr(self, "positives"):
@@ -153,8 +159,9 @@ def batches(count, batch=10, features=6, classes=4, images=40):
 @pytest.mark.parametrize("size", [7, 24, 200])
 @pytest.mark.parametrize("strategy", ALL)
 def test_equals_lists_and_loops(strategy, size, rule):
-    bank = RareMemoryBank(6, 4, size=size, k=2, threshold=0.3, strategy=strategy, rule=rule, bank_momentum=0.7).train()
-    slow = ListBank(strategy, size, 0.3, rule, 0.7)
+    threshold = 0.5 if strategy == "labels" else 0.3
+    bank = RareMemoryBank(6, 4, size=size, k=2, threshold=threshold, strategy=strategy, rule=rule, bank_momentum=0.7).train()
+    slow = ListBank(strategy, size, threshold, rule, 0.7)
     for step, (z, ids, labels, logits) in enumerate(batches(12)):
         torch.manual_seed(step)
         draws = torch.rand(len(z), dtype=torch.float64).tolist()
@@ -179,7 +186,7 @@ def test_the_parameters_know_them_all():
 
 @pytest.mark.parametrize("strategy", ALL)
 def test_no_synchronisation(strategy):
-    bank = RareMemoryBank(6, 4, size=8, k=3, threshold=0.1, strategy=strategy, normalize_retrieved=True).train()
+    bank = RareMemoryBank(6, 4, size=8, k=3, threshold=0.6, strategy=strategy, normalize_retrieved=True).train()
     head = torch.nn.Linear(6, 4)
     with NoReading():
         for z, ids, labels, _ in batches(3):
@@ -197,7 +204,7 @@ def test_a_checkpoint_goes_on_as_if_never_stopped(strategy):
         return bank.state_dict()
 
     def make():
-        return RareMemoryBank(6, 4, size=16, k=2, threshold=0.3, strategy=strategy)
+        return RareMemoryBank(6, 4, size=16, k=2, threshold=0.6, strategy=strategy)
 
     data = list(enumerate(batches(10)))
     whole = run(make(), data)
@@ -343,7 +350,7 @@ def test_a_gate_opens_what_was_scaled():
 
 @pytest.mark.parametrize("strategy", ALL)
 def test_the_largest_bank_takes_no_more_memory_with_time(strategy):
-    bank = RareMemoryBank(8, 2, size=65536, k=5, threshold=0.2, strategy=strategy).train()
+    bank = RareMemoryBank(8, 2, size=65536, k=5, threshold=0.6 if strategy == "labels" else 0.2, strategy=strategy).train()
     sizes = set()
     for z, ids, labels, logits in batches(4, batch=64, features=8, classes=2, images=200):
         bank.write(*map(torch.tensor, (z, ids, labels, logits)))

@@ -1,25 +1,20 @@
 """The bank whose slots vote, beside one written with loops, and the scales that its keys are made of."""
 
 import copy
-import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from charmlib.nn import VotingBank, find_scales, split_backbone, votes
+from charmlib.nn import VotingBank, find_scales, split_backbone
 from charmlib.nn.scales import maps_of
-from charmlib.nn.votes import FLOOR
 from tests.nn.test_bank import NoReading
 
-BLOCKS = (2, 4)
 
-
-def filled(size=24, k=5, count=20, **options):
+def filled(size=24, k=3, count=20, **options):
     torch.manual_seed(0)
-    bank = VotingBank(6, 3, size=size, k=k, blocks=BLOCKS, **options)
+    bank = VotingBank(6, 3, size=size, k=k, **{"strategy": "balanced", **options})
     keys = torch.randn(count, 6) * torch.tensor([5.0, 5.0, 1.0, 1.0, 1.0, 1.0]) + 3
     labels = (torch.rand(count, 3) < torch.tensor([0.5, 0.3, 0.1])).float()
     labels[torch.rand(count, 3) < 0.15] = torch.nan
@@ -31,8 +26,7 @@ def filled(size=24, k=5, count=20, **options):
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 0.77, 1.0])
 def test_a_weight_blends_as_the_formula_with_a_number_does_to_the_bit(weight):
     bank, keys, logits = filled(weight=weight), torch.randn(37, 6), torch.randn(37, 3)
-    votes, _ = bank.votes(keys)
-    want = torch.lerp(logits, torch.logit(bank.shares.clamp(1e-4, 1 - 1e-4)) + votes, weight)
+    want = torch.lerp(logits, torch.logit(bank.shares.clamp(1e-4, 1 - 1e-4)) + bank.votes(keys), weight)
     assert torch.equal(bank(keys, logits), want) and bank.weight.dtype == torch.float32 and bank.weight.ndim == 0
 
 
@@ -44,84 +38,91 @@ def test_a_weight_to_be_chosen_starts_at_a_half_and_a_state_dict_carries_the_cho
     assert torch.equal(bank(keys, logits), fixed(keys, logits)) and "weight=0.3," in repr(bank)
 
 
-def cosine(a, b):
-    return a @ b / max(math.sqrt(a @ a), 1e-12) / max(math.sqrt(b @ b), 1e-12)
-
-
-def similar(bank, key, j, mean):
-    parts, start = [], 0
-    for width in bank.blocks:
-        parts.append(cosine((key - mean)[start:start + width], (bank.slots[j].double().numpy() - mean)[start:start + width]))
-        start += width
-    return np.mean(parts)
-
-
-def by_hand(bank, key, image):
-    """One slot after the other, in float64: the regression as gradient descent would find it, then the votes."""
+def by_hand(bank, key, image, c):
+    """One slot after the other, in float64: the difference of the two mean similarities, and the slots that make it."""
     used = range(int(bank.filled))
-    slots, labels = bank.slots.double().numpy(), bank.slot_labels.numpy()
-    mean = sum(slots[j] for j in used) / len(used)
+    slots = bank.slots.double().numpy()[:len(used)]
+    mean, deviation = slots.mean(0), slots.std(0)
+    deviation[deviation == 0] = 1
 
-    def kernel(a, j):
-        return math.exp((similar(bank, a, j, mean) - 1) / bank.temperature)
+    def unit(v):
+        v = (v - mean) / deviation
+        return v / np.sqrt(v @ v)
 
-    matrix = np.array([[kernel(slots[i], j) for j in used] for i in used])
-    out = []
-    for c in range(labels.shape[1]):
-        known = [labels[j, c] for j in used if labels[j, c] >= 0]
-        base = np.mean(known) if known else 0
-        target = np.array([(labels[j, c] - base) if labels[j, c] >= 0 else 0 for j in used]) / (base * (1 - base) + FLOOR)
-        a = np.linalg.inv(matrix + bank.ridge * np.eye(len(used))) @ target
-        out.append(sum(a[j] * kernel(key.double().numpy(), j) for j in used if image < 0 or bank.slot_ids[j] != image))
-    return out
+    sides = []
+    for label in (1, 0):
+        near = sorted(((unit(key) @ unit(slots[j]), j) for j in used if bank.slot_labels[j, c] == label
+                       and (image < 0 or bank.slot_ids[j] != image)), reverse=True)[:bank.k]
+        sides.append(near)
+    if not all(sides):
+        return None, {}
+    signed = {j: sign * similarity / len(near) for sign, near in zip((1, -1), sides) for similarity, j in near}
+    return sum(signed.values()), signed
+
+
+def centres(bank):
+    slots = bank.slots.double().numpy()
+    some = [j * int(bank.filled) // 1024 for j in range(1024)]
+    of = {(j, c): by_hand(bank, slots[j], int(bank.slot_ids[j]), c)[0] for j in set(some) for c in range(3)}
+    return [np.mean([of[j, c] for j in some if bank.slot_labels[j, c] == 0]) for c in range(3)]
+
+
+@pytest.mark.parametrize("size", [24, 12])
+@pytest.mark.parametrize("k", [1, 3, 12])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_equals_the_nearest_slots_by_hand(size, k, temperature):
+    bank = filled(size=size, temperature=temperature, k=k, weight=0.4)
+    keys, ids = torch.randn(9, 6) * 2 + 3, torch.tensor([0, 3, 5, 7, -1, -1, 40, 41, 19])
+    centre = centres(bank)
+    np.testing.assert_allclose(bank.centre, centre, atol=1e-5)
+    want = np.array([[(by_hand(bank, key, int(i), c)[0] - centre[c]) / temperature for c in range(3)]
+                     for key, i in zip(keys.double().numpy(), ids)])
+    np.testing.assert_allclose(bank.votes(keys, ids), want, rtol=1e-4, atol=1e-4)
+    logits = torch.randn(9, 3)
+    bank.expect(ids)
+    prior = torch.logit(bank.shares).numpy()
+    np.testing.assert_allclose(bank(keys, logits), 0.6 * logits.numpy() + 0.4 * (prior + want), rtol=1e-4, atol=1e-4)
+    assert bank.fitted.all() and np.abs(want).max() > 0.01
 
 
 def test_contributions_are_signed_one_slot_after_the_other_and_their_sum_is_the_logit():
     bank, logits = filled(weight=0.4), torch.randn(4, 3)
     keys, ids = torch.randn(4, 6) * 2 + 3, torch.tensor([3, -1, 40, 19])
-    mean = bank.slots[:20].double().numpy().mean(0)
     head, prior, each = bank.contributions(keys, logits, ids)
     want = np.zeros((4, 24, 3))
     for b, (key, image) in enumerate(zip(keys.double().numpy(), ids.tolist())):
-        for j in range(20):
-            if image < 0 or bank.slot_ids[j] != image:
-                kernel = math.exp((similar(bank, key, j, mean) - 1) / bank.temperature)
-                want[b, j] = 0.4 * bank.coefficients[j].numpy() * kernel
+        for c in range(3):
+            for j, value in by_hand(bank, key, image, c)[1].items():
+                want[b, j, c] = 0.4 * value / bank.temperature
     np.testing.assert_allclose(each, want, rtol=1e-4, atol=1e-6)
-    assert not each[0, 3].any() and not each[3, 19].any() and each[1, 3].all() and (each > 0).any() and (each < 0).any()
+    assert not each[0, 3].any() and not each[3, 19].any() and (each > 0).any() and (each < 0).any()
     bank.expect(ids)
     torch.testing.assert_close(head + prior + each.sum(1), bank(keys, logits), rtol=0, atol=1e-5)
     torch.testing.assert_close(head, 0.6 * logits)
-    bank.coefficients[:, 1] = 0  # a class without votes has the head's logit
+    bank.fitted[1] = False  # a class without votes has the head's logit
     head, prior, each = bank.contributions(keys, logits, ids)
     assert torch.equal(head[:, 1], logits[:, 1]) and prior[1] == 0 and not each[:, :, 1].any() and prior[2] != 0
 
 
-def test_a_positive_slot_alone_speaks_for_its_class_and_a_negative_one_against_it():
-    bank = VotingBank(2, 1, size=4)
-    bank.write(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.arange(2), torch.tensor([[1.0], [0.0]]))
-    _, _, each = bank.eval().contributions(torch.tensor([[1.0, 0.1]]), torch.zeros(1, 1))
-    assert each[0, 0, 0] > 0 > each[0, 1, 0] and each[0, 0, 0] > -each[0, 1, 0] and not each[0, 2:].any()
+def test_a_positive_slot_speaks_for_its_class_and_a_negative_one_against_it():
+    bank = VotingBank(2, 1, size=4, k=1, strategy="fifo")
+    bank.write(torch.tensor([[1.0, 0.0], [-1.0, 0.3], [-1.0, -0.3]]), torch.arange(3), torch.tensor([[1.0], [0.0], [0.0]]))
+    near, far = bank.eval().votes(torch.tensor([[1.0, 0.1], [-1.0, 0.1]]))[:, 0]
+    assert near > far
 
 
-@pytest.mark.parametrize("size", [24, 12])
-@pytest.mark.parametrize("ridge", [0.01, 3.0])
-@pytest.mark.parametrize("temperature", [0.05, 0.8, 5.0])
-def test_equals_the_regression_by_hand(size, ridge, temperature):
-    bank = filled(size=size, temperature=temperature, ridge=ridge, weight=0.4)
-    keys, ids = torch.randn(9, 6) * 2 + 3, torch.tensor([0, 3, 5, 7, -1, -1, 40, 41, 19])
-    want = np.array([by_hand(bank, key, int(i)) for key, i in zip(keys, ids)])
-    votes, heard = bank.votes(keys, ids)
-    np.testing.assert_allclose(votes, want, rtol=2e-3, atol=2e-3)
-    logits = torch.randn(9, 3)
-    bank.expect(ids)
-    prior = torch.logit(bank.shares).numpy()
-    np.testing.assert_allclose(bank(keys, logits), 0.6 * logits.numpy() + 0.4 * (prior + want), rtol=2e-3, atol=3e-3)
-    assert heard.all() and np.abs(want).max() > 0.01
+def test_of_equal_prevalence_in_the_bank_or_not_the_mean_vote_of_an_image_without_the_class_is_near_0():
+    """A rare class has fewer slots, so that its nearest lie farther away: without the centre it would be voted down."""
+    torch.manual_seed(0)
+    bank = VotingBank(8, 2, size=400, k=5, strategy="fifo")
+    labels = (torch.rand(400, 2) < torch.tensor([0.5, 0.03])).float()
+    bank.write(torch.randn(400, 8), torch.arange(400), labels)
+    votes = bank.eval().votes(torch.randn(500, 8)).mean(0) * bank.temperature
+    assert votes.abs().max() < 0.05 and bank.centre[1] < -0.2 < bank.centre[0]
 
 
 def test_training_passes_the_logits_through_and_remembers_the_batch():
-    bank = VotingBank(6, 3, size=8, k=2).train()
+    bank = VotingBank(6, 3, size=8, k=2, strategy="balanced").train()
     keys, logits = torch.randn(4, 6, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     bank.expect(torch.arange(4), torch.eye(4)[:, :3])
     assert bank(keys, logits) is logits and bank.filled.item() == 4
@@ -135,38 +136,20 @@ def test_an_empty_bank_a_weight_of_0_and_a_class_that_nobody_has_change_nothing(
     keys, logits = torch.randn(4, 6), torch.randn(4, 3)
     assert torch.equal(VotingBank(6, 3, size=8, k=2).eval()(keys, logits), logits)
     assert torch.equal(filled(weight=0.0)(torch.randn(4, 6), logits), logits)
-    bank = VotingBank(6, 3, size=8, k=2)
+    bank = VotingBank(6, 3, size=8, k=2, strategy="balanced")
     bank.write(torch.randn(8, 6), torch.arange(8), torch.tensor([[0.0, 1.0, i % 2] for i in range(8)]))
     out = bank.eval()(keys, logits)
     assert torch.equal(out[:, :2], logits[:, :2]) and (out[:, 2] != logits[:, 2]).all()
 
 
-def test_a_small_ridge_and_a_narrow_kernel_give_the_slots_own_labels():
-    bank = filled(temperature=1e-2, ridge=1e-3)
-    votes, _ = bank.votes(bank.slots[:20])
-    known = bank.slot_labels[:20] >= 0
-    assert ((votes > 0) == (bank.slot_labels[:20] == 1))[known].all()
-
-
-def test_slots_that_say_the_same_share_one_vote():
-    """Nine copies of one positive are hardly more than one where the ridge is small; a count of votes would give nine."""
-    near, far = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.2], [-1.0, -0.2], [-0.9, 0.1], [0.0, 1.0], [0.0, -1.0]])
-    said = []
-    for copies in (1, 9):
-        bank = VotingBank(2, 1, size=32, ridge=1e-3)
-        keys = torch.cat([near.expand(copies, 2), far])
-        # unequal shares, so hold the votes against the class's own variance
-        labels = torch.cat([torch.ones(copies, 1), torch.zeros(5, 1)])
-        bank.write(keys, torch.arange(len(keys)), labels)
-        bank.eval()
-        base = labels.mean()
-        votes, _ = bank.votes(near)
-        said.append(float(votes * (base * (1 - base) + FLOOR) + base))
-    assert said == pytest.approx([1.0, 1.0], abs=0.02)
+def test_the_only_slot_of_a_class_does_not_vote_on_its_own_image():
+    bank = VotingBank(2, 1, size=4, k=2, strategy="fifo", weight=1.0)
+    bank.write(torch.randn(3, 2), torch.arange(3), torch.tensor([[1.0], [0.0], [0.0]]))
+    assert bank.eval().votes(bank.slots[:1], torch.tensor([0])).item() == 0 != bank.votes(bank.slots[:1]).item()
 
 
 def test_the_prior_is_the_share_of_late_batches_and_the_bank_knows_it_from_the_first():
-    bank = VotingBank(4, 3, size=8)
+    bank = VotingBank(4, 3, size=8, strategy="fifo")
     first = torch.tensor([[1.0, 0.0, torch.nan]] * 5 + [[0.0, 0.0, torch.nan]] * 5)
     bank.write(torch.randn(10, 4), torch.arange(10), first)
     torch.testing.assert_close(bank.shares, torch.tensor([0.5, 0.0, 0.0]))
@@ -175,44 +158,73 @@ def test_the_prior_is_the_share_of_late_batches_and_the_bank_knows_it_from_the_f
     assert bank.shares[0] < 0.01 and (bank.shares[1:] > 0.99).all()
 
 
-def test_training_and_back_solves_again():
-    bank = filled()
-    before = bank.coefficients.clone()
-    bank.train().write(torch.randn(4, 6), torch.arange(50, 54), torch.ones(4, 3))
-    assert torch.equal(bank.coefficients, before)
-    assert not torch.equal(bank.eval().coefficients, before)
-
-
-def test_what_is_solved_is_not_solved_again_and_kept_directions_are_of_todays_slots(monkeypatch):
-    bank, solved = filled(), []
-    keys, another = torch.randn(5, 6), filled(ridge=5.0).state_dict()
-    first = bank.votes(keys)[0]
+def test_what_is_calibrated_is_not_calibrated_again_and_kept_directions_are_of_todays_slots(monkeypatch):
+    bank, calls = filled(), []
+    keys, another = torch.randn(5, 6), filled(count=18).state_dict()
+    first = bank.votes(keys)
     assert torch.equal(bank.slot_directions(), bank.directions(bank.slots)) and bank.slot_directions() is bank.slot_directions()
-    solve = VotingBank.solve
-    monkeypatch.setattr(VotingBank, "solve", lambda self: (solved.append(1), solve(self)))
+    calibrate = VotingBank.calibrate
+    monkeypatch.setattr(VotingBank, "calibrate", lambda self: (calls.append(1), calibrate(self)))
     bank.train().eval()
-    assert not solved and torch.equal(bank.votes(keys)[0], first)
+    assert not calls and torch.equal(bank.votes(keys), first)
     for change in (lambda: bank.slots.mul_(1.5), lambda: bank.slot_labels.neg_(), lambda: bank.filled.sub_(1),
                    lambda: bank.load_state_dict(another), lambda: bank._buffers.update(slots=bank.slots.clone())):
-        before = len(solved)
+        before = len(calls)
         bank.train()
         change()
         bank.eval()
-        assert len(solved) == before + 1 and torch.equal(bank.slot_directions(), bank.directions(bank.slots))
+        assert len(calls) == before + 1 and torch.equal(bank.slot_directions(), bank.directions(bank.slots))
     other = copy.deepcopy(bank)
     other.slots[0].mul_(-2)
     assert not torch.equal(other.slot_directions(), bank.slot_directions())
 
 
-def test_the_factor_takes_the_place_of_the_matrix():
-    bank = filled(size=600, count=600)
-    slots = bank.directions(bank.slots)
-    matrix = bank.kernel(slots @ slots.T) + bank.ridge * torch.eye(600)
-    labels = bank.slot_labels.float()
-    known = (labels >= 0).float()
-    base = ((labels == 1) * known).sum(0) / known.sum(0)
-    want = torch.linalg.solve(matrix.double(), ((labels - base) * known / (base * (1 - base) + FLOOR)).double())
-    torch.testing.assert_close(bank.coefficients.double(), want, rtol=1e-4, atol=1e-4)
+def drawn_labels(n=400):
+    torch.manual_seed(3)
+    labels = (torch.rand(n, 4) < torch.tensor([0.3, 0.15, 0.05, 0.01])).float()
+    labels[:20] = torch.nan
+    return labels
+
+
+@pytest.mark.parametrize(("threshold", "size"), [(0.06, 400), (0.2, 400), (1.0, 400), (0.2, 60), (1.0, 13)])
+def test_labels_choose_the_rare_evenly_and_as_many_without_a_finding(threshold, size):
+    """By hand: the rarest finding of each image, its share, and no class far ahead of one that has images left."""
+    labels = drawn_labels()
+    share = np.nanmean(labels, 0)
+    bank = VotingBank(6, 4, size=size, k=2, threshold=threshold)
+    bank.choose(torch.arange(1000, 1400), labels)
+    held = [i - 1000 for i in bank.slot_ids[:bank.filled].tolist()]
+    of = {i: min((share[c], c) for c in range(4) if labels[i, c] == 1) if (labels[i] == 1).any() else None
+          for i in range(20, 400)}
+    rare = {i for i, found in of.items() if found and found[0] <= threshold}
+    none = {i for i, found in of.items() if found is None}
+    kept = rare & set(held)
+    assert set(held) <= rare | none and held == sorted(set(held)) and len(held) <= size
+    assert len(kept) == min(len(rare), size // 2) and len(set(held) & none) == min(len(none), len(kept), size - len(kept))
+    filed = {c: [sum(of[i][1] == c for i in some) for some in (kept, rare)] for c in range(4)}
+    most = max(here for here, _ in filed.values())
+    assert all(here == there or here >= most - 1 for here, there in filed.values())
+    assert torch.equal(bank.slot_labels[:len(held)].float(), torch.nan_to_num(labels[held], nan=-1.0))
+    torch.testing.assert_close(bank.shares.double(), torch.from_numpy(share.astype(float)))
+    assert not bank.slots.any() and bank.slot_ids[len(held):].eq(-1).all()
+
+
+def test_a_choice_made_again_is_the_same_and_a_smaller_one_leaves_no_slot_behind():
+    bank, labels = VotingBank(6, 4, size=100, k=2, threshold=0.2), drawn_labels()
+    bank.choose(torch.arange(400), labels)
+    first = bank.slot_ids.clone()
+    bank.renew(torch.arange(int(bank.filled)), torch.ones(int(bank.filled), 6))
+    bank.choose(torch.arange(400), labels)
+    assert torch.equal(bank.slot_ids, first) and bank.seen == 800
+    bank.choose(torch.arange(100), labels[:100])
+    assert bank.filled < 100 and not bank.slots[bank.filled:].any() and bank.slot_ids[:bank.filled].max() < 100
+
+
+def test_training_writes_nothing_to_a_bank_by_labels():
+    bank = VotingBank(6, 3, size=8, k=2).train()
+    bank.expect(torch.arange(4), torch.eye(4)[:, :3])
+    bank(torch.randn(4, 6), torch.randn(4, 3))
+    assert bank.filled == 0 and bank.steps == 0 and not bank.shares.any()
 
 
 def test_eval_is_frozen_and_state_dict_carries_all():
@@ -222,39 +234,26 @@ def test_eval_is_frozen_and_state_dict_carries_all():
     bank.expect(torch.arange(5), torch.ones(5, 3))
     first = bank(keys, torch.zeros(5, 3))
     assert all(torch.equal(v, before[n]) for n, v in bank.state_dict().items())
-    other = VotingBank(6, 3, size=24, k=5, blocks=BLOCKS).eval()
+    other = VotingBank(6, 3, size=24, k=3, strategy="balanced").eval()
     other.load_state_dict(before)
     other.expect(torch.arange(5))
     assert torch.equal(other(keys, torch.zeros(5, 3)), first)
 
 
 def test_nothing_reads_the_device():
-    bank = VotingBank(6, 3, size=8, k=3, blocks=BLOCKS)
+    bank = VotingBank(6, 3, size=8, k=3, strategy="balanced")
     keys, logits, ids, labels = torch.randn(5, 6), torch.randn(5, 3), torch.arange(5), torch.eye(5)[:, :3]
     for training in (True, True, False):
-        bank.train(training)  # solving reads the number of filled slots, once an epoch
+        bank.train(training)
         with NoReading():
             bank.expect(ids, labels)
             bank(keys, logits).sum()
     assert bank.filled.item() == 5
 
 
-def test_a_large_bank_costs_what_is_filled_and_one_that_cannot_fit_is_refused(monkeypatch):
-    large, small = (VotingBank(6, 3, size=size, blocks=BLOCKS) for size in (65536, 64))
-    keys, labels = torch.randn(42, 6), torch.randint(0, 2, (42, 3)).float()
-    for bank in (large, small):
-        bank.write(keys, torch.arange(42), labels)
-        bank.eval()
-    torch.testing.assert_close(large.coefficients[:42], small.coefficients[:42], rtol=1e-4, atol=1e-5)
-    assert not large.coefficients[42:].any()
-    with pytest.raises(MemoryError, match=r"65,536 slots need 21\.5 GB .* GB are free: lower bank_size"):
-        monkeypatch.setattr(votes.psutil, "virtual_memory", lambda: SimpleNamespace(available=16e9))
-        large.refuse(65536)
-
-
 def test_refusals():
-    for wrong in ({"weight": -0.5}, {"weight": 1.5}, {"temperature": 0.0}, {"ridge": 0.0},
-                  {"blocks": (2, 2)}, {"k": 0}, {"strategy": "best"}):
+    for wrong in ({"weight": -0.5}, {"weight": 1.5}, {"temperature": 0.0}, {"k": 0}, {"k": 9},
+                  {"strategy": "best"}):
         with pytest.raises(ValueError):
             VotingBank(6, 3, **{"size": 8, "k": 2, **wrong})
     bank = filled()

@@ -8,8 +8,8 @@ from charmlib.data.dataset import open_dataset
 from charmlib.data.loaders import chest_dataloaders
 
 HALF = (0.5, 0.5, 0.5)
-NET = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "use_momentum": True, "use_attention": True,
-       "bank_size": 16, "k": 2, "hidden": 16, "threshold": 0.0}
+NET = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "momentum_form": "branch", "attention": "layers",
+       "strategy": "balanced", "bank_size": 16, "k": 2, "hidden": 16, "threshold": 0.0}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from sklearn.metrics import log_loss
 
 from charmlib import Run
@@ -16,18 +17,32 @@ from charmlib.evaluation.runs import RunFolder, chosen_on_validation, finish
 from charmlib.nn import VotingBank
 from charmlib.training.external import score_elsewhere
 from charmlib.training.predict import predict
-from charmlib.viz.retrieved import plot_explanation
-from tests.conftest import TINY
-from tests.nn.test_votes import similar
+from charmlib.viz.retrieved import SLOTS, plot_explanation
+from tests.conftest import OURS, TINY
+from tests.nn.test_votes import by_hand
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*undefined for:UserWarning")
 PLAIN = {"use_momentum": False, "use_attention": False}
 
 
-def test_it_trains_the_plain_network_bit_by_bit(tiny, tmp_path):
+class EndAfter(Callback):
+    """As a person who interrupts training in an epoch, counted from 1 over all phases."""
+
+    def __init__(self, epochs):
+        self.left = epochs
+
+    def before_epoch(self):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "labels"])
+def test_it_trains_the_plain_network_bit_by_bit(tiny, tmp_path, strategy):
     """All that votes change is the score: weights, order of images and augmentation are those without a bank. No validation
     part, so that both keep their last epoch."""
-    runs = [Run.open(tiny, **PLAIN, use_bank=bank, valid_fraction=0, patience=0, run_dir=str(tmp_path / str(bank)))
+    runs = [Run.open(tiny, **PLAIN, use_bank=bank, strategy=strategy, threshold=1.0, valid_fraction=0, patience=0,
+                     run_dir=str(tmp_path / str(bank)))
             for bank in (False, True)]
     for run in runs:
         run.train()
@@ -36,8 +51,9 @@ def test_it_trains_the_plain_network_bit_by_bit(tiny, tmp_path):
     assert {name.split(".")[0] for name in set(ours) - set(plain)} == {"bank"} and runs[1].net.bank.filled == 16
 
 
-def test_before_each_validation_slots_hold_what_scoring_sees(tiny):
-    run = Run.open(tiny, **PLAIN, bank_size=32)
+@pytest.mark.parametrize("strategy", ["balanced", "labels"])
+def test_before_each_validation_slots_hold_what_scoring_sees(tiny, strategy):
+    run = Run.open(tiny, **PLAIN, bank_size=32, strategy=strategy)
     learn = run.learner(run.phase("stage2"))
     learn.create_opt()
     with learn.no_bar(), learn.no_logging():
@@ -54,9 +70,15 @@ def test_before_each_validation_slots_hold_what_scoring_sees(tiny):
     learn.validate()  # not training: whatever data the loaders have, the bank is let alone
     assert torch.equal(bank.slots, before["slots"] + 1.0)
     bank.slots.sub_(1.0)
-    solved = bank.coefficients.clone()
-    bank.solve()
-    torch.testing.assert_close(bank.coefficients, solved, rtol=1e-3, atol=1e-3)
+    centre = bank.centre.clone()
+    bank.calibrate()
+    torch.testing.assert_close(bank.centre, centre, rtol=1e-3, atol=1e-3)
+    if strategy == "labels":
+        assert ids.tolist() and set(ids.tolist()) <= set(run.data.rows("train").tolist())
+        labels = torch.from_numpy(run.data.labels[ids.numpy()])
+        assert torch.equal(bank.slot_labels[:bank.filled].float(), torch.nan_to_num(labels, nan=-1.0))
+        share = np.nanmean(run.data.labels[run.data.rows("train")], 0)
+        torch.testing.assert_close(bank.shares, torch.from_numpy(share), rtol=1e-5, atol=1e-6)
 
 
 def test_refreshing_other_banks_and_strangers_does_nothing(tiny):
@@ -79,12 +101,12 @@ def test_it_explains_and_loads_as_it_scores(tiny, keys):
     logits, _ = again.logits("test")
     at = again.data.index.frame["id"].iloc[again.data.rows("test")].tolist().index(image)
     assert list(told.probabilities.values()) == pytest.approx(torch.sigmoid(torch.tensor(logits[at])).tolist(), rel=1e-4)
-    assert len(told.table) == 8 and f"of all {int(again.net.bank.filled)} slots" in told.note
+    assert 2 <= len(told.table) <= 10 and f"of the nearest of {int(again.net.bank.filled)} slots" in told.note
     assert told.table["similarity"].between(-1, 1).all()
 
 
-CHOOSES = {**PLAIN, "vote_weight": -1, "bank_size": 64, "k": 5, "classes": "nih15", "stage1_lr": 1e-2, "stage1_epochs": 5,
-           "stage2_loss": "bce", "patience": 0}
+CHOOSES = {**PLAIN, "strategy": "labels", "threshold": 1.0, "vote_weight": -1, "vote_temperature": 0.3, "bank_size": 128,
+           "k": 5, "classes": "nih15", "stage1_lr": 1e-2, "stage1_epochs": 5, "stage2_loss": "bce", "patience": 0}
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +189,7 @@ def test_a_run_that_ended_before_the_choice_chooses_the_same(chosen, tiny):
 def test_an_earlier_checkpoint_is_refused_by_its_format(chosen, tmp_path):
     text = Path(chosen, "model.json").read_text()
     (tmp_path / "model.json").write_text(re.sub(r'"format": \d+', '"format": 4', text))
-    with pytest.raises(ValueError, match=r"model\.json: format 4, this charmlib reads 6"):
+    with pytest.raises(ValueError, match=r"model\.json: format 4, this charmlib reads 7"):
         _ = RunFolder(tmp_path).card
 
 
@@ -187,8 +209,7 @@ def test_head_prior_and_every_slots_contribution_by_hand(chosen, finding):
     """One slot after the other; of a test image, and of an image whose own slot does not vote."""
     run = Run.load(chosen)
     bank, classes, frame = run.net.bank, list(run.data.classes), run.data.index.frame
-    slots, weight, filled = bank.slots.double().numpy(), float(bank.weight), int(bank.filled)
-    mean = slots[:filled].mean(0)
+    weight = float(bank.weight)
     scale = [torch.tensor(v).view(1, -1, 1, 1) for v in (run.net.mean, run.net.std)]
     for image in (run.bank.cases(1)[0], run.bank.table()["image"].iloc[0]):
         told = run.bank.explain(image, finding=finding)
@@ -200,13 +221,10 @@ def test_head_prior_and_every_slots_contribution_by_hand(chosen, finding):
             head = run.net.head(z)[0]
         shown = {name: p for name, p in told.probabilities.items() if name != "No Finding"}
         assert told.finding == (finding or max(shown, key=shown.get)) in classes
-        c, hand = classes.index(told.finding), {}
-        for j in range(filled):
-            if bank.slot_ids[j] != row:
-                kernel = math.exp((similar(bank, key[0].double().numpy(), j, mean) - 1) / bank.temperature)
-                hand[j] = weight * float(bank.coefficients[j, c]) * kernel
-        best = sorted(hand, key=lambda j: -abs(hand[j]))[:5]
-        assert len(hand) == filled - (image in set(run.bank.table()["image"])) and image not in set(told.table["image"])
+        c = classes.index(told.finding)
+        hand = {j: weight * value / bank.temperature for j, value in by_hand(bank, key[0].double().numpy(), row, c)[1].items()}
+        best = sorted(hand, key=lambda j: -abs(hand[j]))[:10]
+        assert 5 < len(hand) <= 10 and image not in set(told.table["image"])
         np.testing.assert_allclose(np.abs(told.table["contribution"]), [abs(hand[j]) for j in best], rtol=1e-3)
         for _, slot in told.table.iterrows():
             assert slot["contribution"] == pytest.approx(hand[slot["slot"]], rel=1e-3)
@@ -229,7 +247,7 @@ def test_an_explanation_refuses_a_class_that_is_none_and_its_picture_has_signs_a
     words = " ".join(" ".join(t.get_text() for t in figure.findobj(plt.Text)).split())
     plt.close(figure)
     for case in cases:
-        assert all(f"contribution {x:+.3f}" in words for x in case.table["contribution"])
+        assert all(f"contribution {x:+.3f}" in words for x in case.table["contribution"][:SLOTS])
         assert f"Mass: logit {sum(case.parts.values()):+.2f} = head {case.parts['head']:+.2f}, prior" in words
         assert f"votes {case.parts['votes']:+.2f} ({case.share:.1%} shown)" in words
     assert "largest contributions" in words and "weight" not in words and "retrieved" not in words
@@ -238,9 +256,27 @@ def test_an_explanation_refuses_a_class_that_is_none_and_its_picture_has_signs_a
     assert silent.table.empty and silent.share == 0 and silent.parts["prior"] == silent.parts["votes"] == 0
 
 
-def test_each_epoch_solves_once(tiny, monkeypatch):
-    """The regression of three epochs, and of the one that is kept."""
-    solved, solve = [], VotingBank.solve
-    monkeypatch.setattr(VotingBank, "solve", lambda self: (solved.append(1), solve(self)))
+def test_each_epoch_calibrates_once(tiny, monkeypatch):
+    """The bank of three epochs, and that of the one that is kept."""
+    calls, calibrate = [], VotingBank.calibrate
+    monkeypatch.setattr(VotingBank, "calibrate", lambda self: (calls.append(1), calibrate(self)))
     run = Run.open(tiny, stage2_epochs=0, use_momentum=False, use_attention=False)
-    assert len(run.train()) == 3 and len(solved) == 4
+    assert len(run.train()) == 3 and len(calls) == 4
+
+
+def test_the_default_scores_the_mean_of_the_weights_and_goes_on_to_the_bit(tiny, tmp_path):
+    """Three parts at once: a resumed run ends in the same bits, and a mean of decay 0 is the network itself."""
+    whole = Run.open(tiny, **OURS, momentum=0.9, run_dir=str(tmp_path / "whole"))
+    whole.train()
+    stopped = Run.open(tiny, **OURS, momentum=0.9)
+    after = EndAfter(3)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(after)
+    again = Run.open(tiny, **OURS, momentum=0.9)
+    again.train()
+    ours, theirs = whole.net.state_dict(), again.net.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert whole.net.bank.filled == 16 and whole.net.attention.read.weight.abs().sum() > 0
+    last = Run.open(tiny, **OURS, momentum=0.0, run_dir=str(tmp_path / "last"))
+    last.train()
+    assert not torch.equal(last.net.head[1].weight, ours["head.1.weight"])

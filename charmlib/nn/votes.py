@@ -10,7 +10,7 @@ RATE, RAREST = 0.01, 1e-4
 """Step size of the running class prevalence, and the lower bound of that prevalence in the prior."""
 CHOOSE, UNCHOSEN, WEIGHTS = -1, 0.5, tuple(i / 10 for i in range(11))
 """The weight that asks for a choice, the weight until it is made, and the weights to choose among."""
-_SAMPLE = 1024  # slots whose own votes give the centre
+_SAMPLE = 1024  # slots that give the usual similarities
 
 
 class VotingBank(RareMemoryBank):
@@ -18,19 +18,20 @@ class VotingBank(RareMemoryBank):
 
     In eval mode, for each class c::
 
-        e_c     = (similarity to the k nearest slots with c - to the k nearest without c - centre_c) / temperature
+        e_c     = (for_c - against_c) / temperature
         logit_c = (1 - weight) logit_c + weight (prior_c + e_c)
 
-    Both similarities are means over the k slots. ``centre`` is the mean difference of slots without c, each without its own
-    slot: it is below 0 for rare classes, whose nearest of few slots lies farther away. ``prior`` is the log odds of the class
-    prevalence. Logit c is unchanged if the slots hold no positive label or no negative label of c.
+    ``for`` and ``against`` are the mean similarities to the k nearest slots with c and without c, each less its usual value:
+    the mean over slots without c, which leave themselves out. The nearest of few slots lies farther away, so that a rare class
+    would be voted down otherwise. ``prior`` is the log odds of the class prevalence. Logit c is unchanged if the slots hold no
+    positive label or no negative label of c.
 
     In training mode the logits are returned unchanged. Training therefore equals training without a bank to the bit. Only the
     epoch selected by validation may differ, because validation includes the votes. Strategy 'labels' chooses the images before
     they vote (:meth:`choose`), and the others write slots in training.
 
     Similarities are cosines of keys, whose entries are standardised by mean and deviation over the slots.
-    :meth:`calibrate` computes these and the centre. A change from training to eval mode calls it if slots were written since.
+    :meth:`calibrate` computes these and the usual similarities. A change from training to eval mode calls it if slots were written since.
 
     Differs from the published papers, whose slots contribute features (:class:`RareMemoryBank`). The combination of a label
     cache and a trained head follows Tip-Adapter (Zhang et al., ECCV 2022); the nearest for less the nearest against is a
@@ -64,7 +65,7 @@ class VotingBank(RareMemoryBank):
         self.temperature = temperature
         self.register_buffer("weight", torch.tensor(UNCHOSEN if self.chooses else weight, dtype=torch.float32))
         self.register_buffer("fitted", torch.zeros(classes, dtype=torch.bool))
-        for name, start in (("centre", torch.zeros(classes)), ("shares", torch.zeros(classes)),
+        for name, start in (("usual", torch.zeros(2, classes)), ("shares", torch.zeros(classes)),
                             ("mean", torch.zeros(features)), ("deviation", torch.ones(features))):
             self.register_buffer(name, start)
         self._calibrated, self._directions = None, (None, None)  # the writes at the last calibration; of the kept directions
@@ -118,29 +119,26 @@ class VotingBank(RareMemoryBank):
     @torch.no_grad()
     def votes(self, keys: Tensor, ids: Tensor | None = None) -> Tensor:
         """Votes ``e`` (B, C) of keys (B, K) in logits; 0 where a side has no slot. An image's own slot is excluded."""
-        votes = []
-        for (near, _, share), (far, _, other) in self._nearest(keys, ids):
-            both = share.any(1) & other.any(1)
-            votes.append(torch.where(both, (share * near).sum(1) - (other * far).sum(1), self.centre[len(votes)]))
-        return (torch.stack(votes, 1) - self.centre) / self.temperature
+        votes = [sum(sign * (share * (near - usual)).sum(1) for sign, usual, (near, _, share) in zip((1, -1), usuals, sides))
+                 for usuals, sides in zip(self.usual.T, self._nearest(keys, ids))]
+        return torch.stack(votes, 1) / self.temperature
 
     @torch.no_grad()
     def contributions(self, keys: Tensor, logits: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The terms whose sum is :meth:`forward` in eval mode, of keys (B, K) and the head's logits (B, C).
 
-        Returns the head's part (B, C), that of prior and centre (C,), and the signed contribution of each slot (B, N, C), in
-        logits: 0 for those that do not vote.
+        Returns the head's part (B, C), the prior's (C,), and the signed contribution of each slot (B, N, C), in logits: 0 for
+        those that do not vote. A slot with the class adds if it is more similar than usual, and one without it takes.
         """
-        weight, slots = self.weight * self.fitted, []
-        for sides in self._nearest(keys, ids):
-            empty = keys.new_zeros(len(keys), self.size)
-            slots.append(sum(empty.scatter(1, of, sign * share * near) for sign, (near, of, share) in zip((1, -1), sides)))
-        scale = weight / self.temperature
-        return (1 - weight) * logits, weight * self.prior() - scale * self.centre, scale * torch.stack(slots, 2)
+        weight, slots, empty = self.weight * self.fitted, [], keys.new_zeros(len(keys), self.size)
+        for usuals, sides in zip(self.usual.T, self._nearest(keys, ids)):
+            slots.append(sum(empty.scatter(1, of, sign * share * (near - usual))
+                             for sign, usual, (near, of, share) in zip((1, -1), usuals, sides)))
+        return (1 - weight) * logits, weight * self.prior(), weight / self.temperature * torch.stack(slots, 2)
 
     def _nearest(self, keys: Tensor, ids: Tensor | None = None):
-        """For each class its two sides, for and against: similarities, slots and shares (B, k), with the sum 1, or 0 without a
-        slot."""
+        """For each class its two sides, for and against: similarities, slots and shares (B, k), with the sum 1, or 0 if a side
+        has no slot."""
         similarity = self.directions(keys) @ self.slot_directions().T
         there = (torch.arange(self.size, device=keys.device) < self.filled)[None]
         if ids is not None:
@@ -149,24 +147,25 @@ class VotingBank(RareMemoryBank):
             sides = []
             for side in (label == 1, label == 0):
                 near, of = similarity.masked_fill(~(there & side), -torch.inf).topk(self.k)
-                votes = near > -torch.inf
-                sides.append((near.clamp(min=-1), of, votes / votes.sum(1, keepdim=True).clamp(min=1)))
-            yield sides
+                sides.append((near.clamp(min=-1), of, near > -torch.inf))
+            both = torch.stack([votes.any(1) for _, _, votes in sides]).all(0)[:, None]
+            yield [(near, of, both * votes / votes.sum(1, keepdim=True).clamp(min=1)) for near, of, votes in sides]
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Mean and deviation of the keys over the filled slots, the classes with slots on both sides, and their centres."""
+        """Mean and deviation of the keys over the filled slots, the classes with slots on both sides, and the usual
+        similarities."""
         filled = (torch.arange(self.size, device=self.slots.device) < self.filled)[:, None]
         number = self.filled.clamp(min=1)
         self.mean.copy_(self.slots.sum(0) / number)  # empty slots are 0
         deviation = (((self.slots - self.mean) * filled).square().sum(0) / number).sqrt()
         self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
         self.fitted.copy_(((self.slot_labels == 1) & filled).any(0) & ((self.slot_labels == 0) & filled).any(0))
-        self.centre.zero_()
         some = torch.arange(_SAMPLE, device=filled.device) * number // _SAMPLE  # evenly; those of few slots repeat
-        own = torch.where(self.slot_ids[some] >= 0, self.slot_ids[some], -1)
-        votes, without = self.votes(self.slots[some], own) * self.temperature, self.slot_labels[some] == 0
-        self.centre.copy_((votes * without).sum(0) / without.sum(0).clamp(min=1))
+        for c, sides in enumerate(self._nearest(self.slots[some], self.slot_ids[some])):
+            for usual, (near, _, share) in zip(self.usual, sides):
+                without = share * (self.slot_labels[some, c] == 0)[:, None]
+                usual[c] = (without * near).sum() / without.sum().clamp(min=1)
         self._calibrated = self._written()
 
     def train(self, mode: bool = True):

@@ -45,8 +45,8 @@ class Explanation:
         ``bank_norm`` says, and weight is that of the feature, with the gate and before ``normalize_retrieved``. One image may
         fill several slots.
     parts : dict
-        The terms of the logit of ``finding``: 'head', 'prior' (with the centre of the votes), and 'votes', the sum of the
-        contributions of all slots. Empty without a voting bank.
+        The terms of the logit of ``finding``: 'head', 'prior', and 'votes', the sum of the contributions of all slots. Empty
+        without a voting bank.
     share : float
         Share of the table in the sum of the absolute contributions of all slots, 0 to 1; 0 without votes.
     pixels, retrieved : arrays (S, S) and (k, S, S) uint8

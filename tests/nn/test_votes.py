@@ -39,7 +39,7 @@ def test_a_weight_to_be_chosen_starts_at_a_half_and_a_state_dict_carries_the_cho
 
 
 def by_hand(bank, key, image, c):
-    """One slot after the other, in float64: the difference of the two mean similarities, and the slots that make it."""
+    """One slot after the other, in float64: the two mean similarities, and those of the slots that make them."""
     used = range(int(bank.filled))
     slots = bank.slots.double().numpy()[:len(used)]
     mean, deviation = slots.mean(0), slots.std(0)
@@ -54,17 +54,14 @@ def by_hand(bank, key, image, c):
         near = sorted(((unit(key) @ unit(slots[j]), j) for j in used if bank.slot_labels[j, c] == label
                        and (image < 0 or bank.slot_ids[j] != image)), reverse=True)[:bank.k]
         sides.append(near)
-    if not all(sides):
-        return None, {}
-    signed = {j: sign * similarity / len(near) for sign, near in zip((1, -1), sides) for similarity, j in near}
-    return sum(signed.values()), signed
+    return [np.mean([similarity for similarity, _ in near]) for near in sides] if all(sides) else None, sides
 
 
-def centres(bank):
+def usual(bank):
     slots = bank.slots.double().numpy()
     some = [j * int(bank.filled) // 1024 for j in range(1024)]
     of = {(j, c): by_hand(bank, slots[j], int(bank.slot_ids[j]), c)[0] for j in set(some) for c in range(3)}
-    return [np.mean([of[j, c] for j in some if bank.slot_labels[j, c] == 0]) for c in range(3)]
+    return np.array([np.mean([of[j, c] for j in some if bank.slot_labels[j, c] == 0], 0) for c in range(3)]).T
 
 
 @pytest.mark.parametrize("size", [24, 12])
@@ -73,9 +70,8 @@ def centres(bank):
 def test_equals_the_nearest_slots_by_hand(size, k, temperature):
     bank = filled(size=size, temperature=temperature, k=k, weight=0.4)
     keys, ids = torch.randn(9, 6) * 2 + 3, torch.tensor([0, 3, 5, 7, -1, -1, 40, 41, 19])
-    centre = centres(bank)
-    np.testing.assert_allclose(bank.centre, centre, atol=1e-5)
-    want = np.array([[(by_hand(bank, key, int(i), c)[0] - centre[c]) / temperature for c in range(3)]
+    np.testing.assert_allclose(bank.usual, usual(bank), atol=1e-5)
+    want = np.array([[np.subtract(*by_hand(bank, key, int(i), c)[0] - usual(bank)[:, c]) / temperature for c in range(3)]
                      for key, i in zip(keys.double().numpy(), ids)])
     np.testing.assert_allclose(bank.votes(keys, ids), want, rtol=1e-4, atol=1e-4)
     logits = torch.randn(9, 3)
@@ -92,8 +88,9 @@ def test_contributions_are_signed_one_slot_after_the_other_and_their_sum_is_the_
     want = np.zeros((4, 24, 3))
     for b, (key, image) in enumerate(zip(keys.double().numpy(), ids.tolist())):
         for c in range(3):
-            for j, value in by_hand(bank, key, image, c)[1].items():
-                want[b, j, c] = 0.4 * value / bank.temperature
+            for sign, mean, near in zip((1, -1), usual(bank)[:, c], by_hand(bank, key, image, c)[1]):
+                for similarity, j in near:
+                    want[b, j, c] = 0.4 * sign * (similarity - mean) / len(near) / bank.temperature
     np.testing.assert_allclose(each, want, rtol=1e-4, atol=1e-6)
     assert not each[0, 3].any() and not each[3, 19].any() and (each > 0).any() and (each < 0).any()
     bank.expect(ids)
@@ -112,13 +109,13 @@ def test_a_positive_slot_speaks_for_its_class_and_a_negative_one_against_it():
 
 
 def test_of_equal_prevalence_in_the_bank_or_not_the_mean_vote_of_an_image_without_the_class_is_near_0():
-    """A rare class has fewer slots, so that its nearest lie farther away: without the centre it would be voted down."""
+    """A rare class has fewer slots, so that its nearest lie farther away: without what is usual it would be voted down."""
     torch.manual_seed(0)
     bank = VotingBank(8, 2, size=400, k=5, strategy="fifo")
     labels = (torch.rand(400, 2) < torch.tensor([0.5, 0.03])).float()
     bank.write(torch.randn(400, 8), torch.arange(400), labels)
     votes = bank.eval().votes(torch.randn(500, 8)).mean(0) * bank.temperature
-    assert votes.abs().max() < 0.05 and bank.centre[1] < -0.2 < bank.centre[0]
+    assert votes.abs().max() < 0.05 and torch.sub(*bank.usual)[1] < -0.2 < torch.sub(*bank.usual)[0]
 
 
 def test_training_passes_the_logits_through_and_remembers_the_batch():
@@ -146,6 +143,7 @@ def test_the_only_slot_of_a_class_does_not_vote_on_its_own_image():
     bank = VotingBank(2, 1, size=4, k=2, strategy="fifo", weight=1.0)
     bank.write(torch.randn(3, 2), torch.arange(3), torch.tensor([[1.0], [0.0], [0.0]]))
     assert bank.eval().votes(bank.slots[:1], torch.tensor([0])).item() == 0 != bank.votes(bank.slots[:1]).item()
+    assert not bank.contributions(bank.slots[:1], torch.zeros(1, 1), torch.tensor([0]))[2].any()
 
 
 def test_the_prior_is_the_share_of_late_batches_and_the_bank_knows_it_from_the_first():

@@ -70,9 +70,9 @@ def test_before_each_validation_slots_hold_what_scoring_sees(tiny, strategy):
     learn.validate()  # not training: whatever data the loaders have, the bank is let alone
     assert torch.equal(bank.slots, before["slots"] + 1.0)
     bank.slots.sub_(1.0)
-    centre = bank.centre.clone()
+    usual = bank.usual.clone()
     bank.calibrate()
-    torch.testing.assert_close(bank.centre, centre, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bank.usual, usual, rtol=1e-3, atol=1e-3)
     if strategy == "labels":
         assert ids.tolist() and set(ids.tolist()) <= set(run.data.rows("train").tolist())
         labels = torch.from_numpy(run.data.labels[ids.numpy()])

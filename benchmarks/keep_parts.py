@@ -3,10 +3,13 @@
     python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
 
 keeps each finished cell's test predictions, and those of its baselines, as ``<target>/CELL.npz`` (float16) with its figures in
-``CELL.json``. So a long grid can be made in several sittings, on several machines. From all that is kept it then writes
+``CELL.json``. Of the cells of CHARM's grid, it keeps the one that validation picks in each fold and seed, and the validation
+figures of all (``grid.csv``). So a long grid can be made in several sittings, on several machines. From all that is kept it then
+writes
 
 - ``<target>.csv``: a row a configuration, with mean AUC within folds and the figures beside it, intervals, each seed's value;
 - ``<target>_comparisons.csv``: the comparisons that the protocol names, with Holm's correction;
+- ``<target>_axes.csv``: what each axis of CHARM's grid moves on validation;
 - ``<target>_per_class.csv``, ``<target>_views.csv`` (images of one view position) and ``<target>.png``;
 - ``<target>.json``: splits, seeds, parameters, device, versions, seconds.
 
@@ -30,15 +33,18 @@ import pandas as pd
 from charmlib.evaluation.combine import mean_ensemble
 from charmlib.evaluation.compare import holm, p_of
 from charmlib.evaluation.intervals import RESAMPLES, bootstrap, draws, interval, mean_of_defined, over_seeds
-from charmlib.evaluation.metrics import ap_by_class, auc_by_class
-from charmlib.evaluation.runs import Predictions, RunFolder, write_arrays
+from charmlib.evaluation.metrics import ap_by_class, auc_by_class, mean_auc
+from charmlib.evaluation.runs import Predictions, RunFolder, valid_auc, write_arrays
 from charmlib.files import write_csv, write_json
 from charmlib.params import UNHASHED
 
 PLAIN, BEFORE, OURS, PUBLISHED, PAIR = "plain", "plain_0.5", "charm", "published", "plain, two seeds"
-KERNEL = "plain, own_kernel_ridge+head"
-NAMED = ((PLAIN, BEFORE), (OURS, PLAIN), (OURS, KERNEL), (PUBLISHED, PLAIN))
-"""(configuration, less this one), in the order of the protocol."""
+BASELINE, GRID, PICK = "plain, best baseline", "charm_grid_", "charm, picked by its grid"
+NAMED = {2: ((PLAIN, BEFORE),),
+         6: ((OURS, PLAIN), (OURS, BASELINE), (OURS, "no_momentum"), (OURS, "no_attention"), (OURS, "no_memory"),
+             (OURS, PUBLISHED))}
+"""By part of the protocol: (configuration, less this one). Holm's correction is within a part."""
+AXES = ("momentum", "k", "threshold")
 RARE = ("Hernia", "Pneumonia", "Edema", "Emphysema")
 FIGURES = ("mean_auc", "auc_without_hernia", "rare_auc", "mean_ap", "log_loss")
 Folds = Mapping[str, Predictions]  # by name of the fold
@@ -54,9 +60,10 @@ class Measured(NamedTuple):
     auc_drawn: np.ndarray  # (S, resamples, C)
 
 
-def keep(cell: RunFolder, target: Path) -> None:
+def keep(cell: RunFolder, target: Path, name: str = "") -> None:
     """Write a finished cell's predictions by configuration, and what they were made with."""
-    test, name = cell.test, cell.path.name.partition("_split=")[0]
+    own, at, where = cell.path.name.partition("_split=")
+    test, name, file_name = cell.test, name or own, ("picked" if name else own) + at + where
     logits = {name: test.logits}
     if (file := cell.baselines_arrays).is_file():
         with np.load(file, allow_pickle=False) as found:
@@ -64,16 +71,64 @@ def keep(cell: RunFolder, target: Path) -> None:
             order = [at[image] for image in test.ids.tolist()]
             logits |= {f"{name}, {key.removeprefix('test_')}": found[key][order] for key in found.files
                        if key.startswith("test_") and key not in ("test_ids", "test_patients", "test_labels", "test_run")}
+            logits |= {BASELINE: found[f"test_{best_baseline(found, cell.valid)}"][order]} if name == PLAIN else {}
     target.mkdir(parents=True, exist_ok=True)
-    write_arrays(target / f"{cell.path.name}.npz", ids=test.ids, patients=test.patients, labels=test.labels.astype(np.float16),
+    write_arrays(target / f"{file_name}.npz", ids=test.ids, patients=test.patients, labels=test.labels.astype(np.float16),
                  view=test.about.get("view", np.full(len(test.ids), "")), classes=np.array(test.classes),
                  names=np.array(list(logits)), logits=np.stack(list(logits.values())).astype(np.float16))
     kept = ("split", "seconds", "device", "precision", "versions", "code", "hash")
     metrics = cell.metrics
     params = {key: value for key, value in metrics["params"].items() if key not in UNHASHED}
     params["weights"] = Path(params["weights"]).name
-    write_json(target / f"{cell.path.name}.json",
+    write_json(target / f"{file_name}.json",
                {"configuration": name, "params": params, **{key: metrics.get(key) for key in kept}})
+
+
+def best_baseline(found: Mapping[str, np.ndarray], valid: Predictions) -> str:
+    """The baseline with the highest mean AUC on validation."""
+    at = {image: i for i, image in enumerate(found["valid_ids"].tolist())}
+    order = [at[image] for image in valid.ids.tolist()]
+    names = [key.removeprefix("valid_") for key in found.files if key.startswith("valid_")]
+    names = [name for name in names if name not in ("ids", "patients", "labels", "run", "head", "shuffled", "shuffled+head")]
+    return max(names, key=lambda name: mean_auc(valid.labels, found[f"valid_{name}"][order], valid.classes))
+
+
+def keep_grid(folder: Path, target: Path) -> None:
+    """Of CHARM's grid: add the validation figures of all cells to ``grid.csv``, and keep each fold's and seed's pick."""
+    file, rows = target / "grid.csv", []
+    for path in sorted(folder.glob(f"{GRID}*_split=*/metrics.json")):
+        cell = RunFolder(path.parent)
+        metrics = cell.metrics
+        rows.append({"cell": cell.path.name, "split": metrics["split"]["name"], "seed": metrics["params"]["seed"],
+                     **{axis: metrics["params"][axis] for axis in AXES}, "valid_auc": valid_auc(metrics),
+                     "valid_log_loss": log_loss(cell.valid, 1, 0)[0]})
+    if not rows:
+        return
+    before = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=list(rows[0]))
+    made = pd.DataFrame(rows)
+    table = pd.concat([before[~before["cell"].isin(made["cell"])], made])
+    target.mkdir(parents=True, exist_ok=True)
+    write_csv(file, table.sort_values(["split", "seed", *AXES]))
+    whole = table.groupby(["split", "seed"])["cell"].transform("size") == table.groupby(list(AXES)).ngroups
+    for _, some in table[whole].groupby(["split", "seed"]):
+        best = some.loc[some["valid_auc"].idxmax(), "cell"]
+        if (folder / best / "metrics.json").is_file():
+            keep(RunFolder(folder / best), target, PICK)
+
+
+def axes(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each value of each axis: its mean effect on validation AUC, by seed, and the range of the axis beside the
+    spread of its effects over seeds."""
+    rows, middle = [], table.groupby(["split", "seed"])["valid_auc"].transform("mean")
+    for axis in AXES:
+        effect = (table["valid_auc"] - middle).groupby([table[axis], table["seed"]]).mean().unstack()
+        mean = effect.mean(axis=1)
+        for value in effect.index:
+            rows.append({"axis": axis, "value": value, "effect": mean[value],
+                         "by_seed": " ".join(f"{v:+.4f}" for v in effect.loc[value]), "range": mean.max() - mean.min(),
+                         "range_without_this": mean.drop(value).max() - mean.drop(value).min(),
+                         "spread_over_seeds": effect.std(axis=1).max() if effect.shape[1] > 1 else float("nan")})
+    return pd.DataFrame(rows)
 
 
 def read(target: Path) -> tuple[Configurations, dict[str, dict]]:
@@ -98,7 +153,7 @@ def read(target: Path) -> tuple[Configurations, dict[str, dict]]:
         for seed in sorted(set(found[name]) - set(whole)):
             print(f"{name}, seed {seed}: {len(found[name][seed])} of {len(wanted)} folds, left out")
         found[name] = whole
-    first = [BEFORE, PLAIN, OURS, PUBLISHED]
+    first = [BEFORE, PLAIN, OURS, "no_momentum", "no_attention", "no_memory", "momentum_alone", PICK, PUBLISHED, BASELINE]
     order = sorted(found, key=lambda name: (first.index(name) if name in first else len(first), name))
     return {name: found[name] for name in order if found[name]}, cells
 
@@ -184,15 +239,13 @@ def tables(configurations: Configurations) -> tuple[pd.DataFrame, pd.DataFrame, 
             by_class.append({"configuration": name, "class": label, "images": len(positive[c]),
                              "patients": len(set(positive[c])), "auc": m.auc[:, c].mean(),
                              "less_plain": (one.auc - plain.auc)[:, c].mean(), "low": low, "high": high})
-    for name, other in NAMED:
-        if name in measured and other in measured:
-            found = differences(*pair(name, other))
-            pairs.append({"configuration": name, "less": other, **found,
-                          "p": p_of(found["mean_auc"], (found["mean_auc_low"], found["mean_auc_high"]))})
-    comparisons = pd.DataFrame(pairs)
-    if len(comparisons):
-        comparisons.insert(4, "p_holm", holm(comparisons["p"]))
-    return pd.DataFrame(rows), comparisons, pd.DataFrame(by_class)
+    for part, named in NAMED.items():
+        named = [(name, other) for name, other in named if name in measured and other in measured]
+        found = [differences(*pair(name, other)) for name, other in named]
+        p = np.array([p_of(row["mean_auc"], (row["mean_auc_low"], row["mean_auc_high"])) for row in found])
+        pairs += [{"part": part, "configuration": name, "less": other, "p": own, "p_holm": corrected, **row}
+                  for (name, other), own, corrected, row in zip(named, p, holm(p), found)]
+    return pd.DataFrame(rows), pd.DataFrame(pairs), pd.DataFrame(by_class)
 
 
 def by_view(configurations: Configurations) -> pd.DataFrame:
@@ -228,7 +281,9 @@ def picture(by_class: pd.DataFrame, note: str):
 def main(folder: Path, target: Path) -> None:
     """Keep what is finished in a grid's folder, which may be missing, and write the tables of all that is kept."""
     for file in sorted(folder.glob("*_split=*/metrics.json")):
-        keep(RunFolder(file.parent), target)
+        if not file.parent.name.startswith(GRID):
+            keep(RunFolder(file.parent), target)
+    keep_grid(folder, target)
     configurations, cells = read(target)
     if not configurations:
         raise SystemExit(f"no whole cross-validation in {target}; run the grid first")
@@ -236,6 +291,8 @@ def main(folder: Path, target: Path) -> None:
     write_csv(f"{target}.csv", rows.round(4))
     write_csv(f"{target}_comparisons.csv", comparisons.round(5))
     write_csv(f"{target}_per_class.csv", by_class.round(4))
+    if (target / "grid.csv").is_file():
+        write_csv(f"{target}_axes.csv", axes(pd.read_csv(target / "grid.csv")).round(5))
     if PLAIN in configurations:
         write_csv(f"{target}_views.csv", by_view(configurations).round(4))
     some = next(iter(configurations.values()))

@@ -9,8 +9,8 @@ from charmlib.models import CharmNet
 from charmlib.nn import MultiScaleAttention
 
 PARTS = ("use_momentum", "use_attention", "use_bank")
-PUBLISHED = {"answer": "features", "strategy": "rarity", "bank_size": 512, "k": 5}
-"""The published bank, whose costs are measured; today's default one votes."""
+PUBLISHED = {"momentum_form": "branch", "answer": "features", "strategy": "rarity", "bank_size": 512, "k": 5}
+"""The published parts, whose costs are measured. The default ones cost a training step less than 1 % beside the plain network."""
 
 
 class LayeredAttention(MultiScaleAttention):

@@ -15,6 +15,9 @@ from charmlib.evaluation.metrics import auc_by_class
 from charmlib.evaluation.runs import RunFolder
 
 
+KERNEL = "own_kernel_ridge+head"
+
+
 def folds(make_run, name, count=3, **settings):
     return [make_run(f"{name}_split=fold-{i}-{count}", split=f"fold:{i}/{count}", **settings) for i in range(1, count + 1)]
 
@@ -66,14 +69,20 @@ def test_the_table_of_parts_pairs_within_folds_over_seeds(make_run, phantoms, tm
             for i in (1, 2, 3):
                 make_run(f"{name}_split=fold-{i}-3_seed={seed}", split=f"fold:{i}/3", seed=seed, skill=skill, **own)
     run = RunFolder(grid / "plain_split=fold-1-3_seed=1")
-    own = {"test_ids": run.test.ids[::-1], "test_own_kernel_ridge+head": run.test.logits[::-1] + 3 * run.test.labels[::-1]}
+    own = {f"{name}_{key}": value[::-1] for name, part in (("valid", run.valid), ("test", run.test)) for key, value in (
+        ("ids", part.ids), ("view", part.logits), (KERNEL, part.logits + 3 * part.labels),
+        ("run", part.logits + 9 * part.labels))}
     np.savez(run.path / "baselines.npz", **own)
+    skills = {(1, 2): 0.2, (1, 3): 2.0, (2, 2): 2.0, (2, 3): 0.2, (3, 2): 0.2, (3, 3): 2.0}  # by fold and k
+    cells = {at: make_run(f"charm_grid_k{at[1]}_split=fold-{at[0]}-3_seed=1", split=f"fold:{at[0]}/3", seed=1, skill=skill,
+                          k=at[1]) for at, skill in skills.items()}
     (grid / "charm_split=fold-3-3_seed=2/metrics.json").unlink()
     main(grid, target)
     said = capsys.readouterr().out
-    assert "charm, seed 2: 2 of 3 folds, left out" in said and "plain, own_kernel_ridge+head, seed 1: 1 of 3 folds" in said
+    assert "charm, seed 2: 2 of 3 folds, left out" in said and f"plain, {KERNEL}, seed 1: 1 of 3 folds" in said
     rows = pd.read_csv(f"{target}.csv").set_index("configuration")
-    assert list(rows.index) == ["plain_0.5", "plain", "charm", "plain, two seeds"] and rows["seeds"].tolist() == [2, 2, 1, 2]
+    assert list(rows.index) == ["plain_0.5", "plain", "charm", "charm, picked by its grid", "plain, two seeds"]
+    assert rows["seeds"].tolist() == [2, 2, 1, 1, 2] and "plain, best baseline, seed 1: 1 of 3 folds, left out" in said
     parts = {s: [RunFolder(grid / f"plain_split=fold-{i}-3_seed={s}").test for i in (1, 2, 3)] for s in (1, 2)}
     halves = {s: [p.logits.astype(np.float16).astype(float) for p in found] for s, found in parts.items()}
 
@@ -88,6 +97,19 @@ def test_the_table_of_parts_pairs_within_folds_over_seeds(make_run, phantoms, tm
     assert rows.loc["plain, two seeds", "mean_auc"] > rows.loc["plain", "mean_auc"]
 
     configurations, _ = read(target)
+    picked = configurations["charm, picked by its grid"][1]
+    for (fold, k), path in cells.items():
+        same = np.array_equal(picked[f"fold:{fold}/3"].logits[0], RunFolder(path).test.logits[np.argsort(RunFolder(path).test.ids)[0]]
+                              .astype(np.float16).astype(np.float32))
+        assert same == (skills[fold, k] == 2.0)
+    with np.load(target / "plain_split=fold-1-3_seed=1.npz") as kept:
+        assert kept["names"].tolist()[-1] == "plain, best baseline"
+        np.testing.assert_array_equal(kept["logits"][-1], kept["logits"][kept["names"].tolist().index(f"plain, {KERNEL}")])
+    moved = pd.read_csv(f"{target}_axes.csv").set_index(["axis", "value"])
+    auc = {at: RunFolder(path).metrics["valid"]["mean_auc"] for at, path in cells.items()}
+    want = np.mean([auc[i, 3] - auc[i, 2] for i in (1, 2, 3)])
+    assert moved.loc[("k", 3), "effect"] == pytest.approx(want / 2, abs=1e-4)
+    assert moved.loc[("k", 2), "range"] == pytest.approx(abs(want), abs=1e-4) and moved.loc[("momentum", 0.99), "range"] == 0
     one, other = (measure(configurations[name], 200) for name in ("plain", "plain_0.5"))
     found = differences(one, other)
     by_seed = one.values["mean_auc"] - other.values["mean_auc"]
@@ -96,8 +118,9 @@ def test_the_table_of_parts_pairs_within_folds_over_seeds(make_run, phantoms, tm
     drawn = over_seeds(np.stack([np.zeros((4000, 1)), np.ones((4000, 1))]))  # of two seeds: 0, a half, a half, or 1
     assert np.bincount((2 * drawn[:, 0]).astype(int)) / 4000 == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
     compared = pd.read_csv(f"{target}_comparisons.csv")
-    assert compared[["configuration", "less"]].values.tolist() == [["plain", "plain_0.5"], ["charm", "plain"]]
-    np.testing.assert_allclose(compared["p_holm"], holm(compared["p"]), atol=1e-5)
+    assert compared[["part", "configuration", "less"]].values.tolist() == [[2, "plain", "plain_0.5"], [6, "charm", "plain"]]
+    for _, some in compared.groupby("part"):
+        np.testing.assert_allclose(some["p_holm"], holm(some["p"]), atol=1e-5)
     seen = {n: {s: {f: replace(p, about={"view": np.where(p.patients > p.patients[0], "AP", "PA")}) for f, p in folds.items()}
                 for s, folds in seeds.items()} for n, seeds in configurations.items()}
     views = by_view(seen)
@@ -107,4 +130,5 @@ def test_the_table_of_parts_pairs_within_folds_over_seeds(make_run, phantoms, tm
     assert ours.loc[("plain", "Effusion"), "less_plain"] == 0 and ours.loc[("charm", "Effusion"), "less_plain"] > 0
 
     main(tmp_path / "gone", target)  # of what is kept alone
+    assert pd.read_csv(f"{target}_axes.csv").set_index(["axis", "value"]).equals(moved)
     assert pd.read_csv(f"{target}.csv").equals(rows.reset_index())

@@ -5,7 +5,7 @@ The public names below load on first use, so that tools which only read files ne
 
 from importlib import import_module
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 _PUBLIC = {
     "CharmNet": "charmlib.models.charm",

@@ -149,8 +149,8 @@ class Run:
         phase = phase or self.phase()
         if phase.sets:
             self.net.enter(**phase.sets)
-        path = self.folder / "fastai"  # CSVLogger's history.csv is another file than the run's
-        path = session.own_temporary_folder() / f"process{cards.rank()}" if cards.rank() else path
+        path = session.own_temporary_folder() / f"process{cards.rank()}" if cards.rank() else \
+            self.folder / "fastai"  # CSVLogger's history.csv is another file than the run's
         path.mkdir(parents=True, exist_ok=True)
         return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
                              **{name: self.params[name] for name in OF_LEARNER}, **keywords(make_loss, self.params), path=path)
@@ -172,9 +172,11 @@ class Run:
             learner = self.learner(phase)
             Trains(phase.trains, phase.train_norms).apply(learner)
             rank = os.environ.pop("RANK", "")  # fastai's finder restores weights that fastai saves in the first process alone
-            with nullcontext() if session.person_watches() else learner.no_bar():
-                self._rate = cards.same(float(learner.lr_find(show_plot=plot).valley))
-            os.environ |= {"RANK": rank} if rank else {}
+            try:
+                with nullcontext() if session.person_watches() else learner.no_bar():
+                    self._rate = cards.same(float(learner.lr_find(show_plot=plot).valley))
+            finally:
+                os.environ |= {"RANK": rank} if rank else {}
             self.log(f"learning-rate finder: {self._rate:.2e}")
         return self._rate
 

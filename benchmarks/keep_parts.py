@@ -4,8 +4,8 @@
 
 keeps each finished cell's test predictions, and those of its baselines, as ``<target>/CELL.npz`` (float16) with its figures in
 ``CELL.json``. Of the cells of CHARM's grid, it keeps the one that validation picks in each fold and seed, and the validation
-figures of all (``grid.csv``). So a long grid can be made in several sittings, on several machines. From all that is kept it then
-writes
+figures of all (``grid.csv``). So a long grid can be made in several sittings, on several machines. From all that is kept it
+then writes
 
 - ``<target>.csv``: a row a configuration, with mean AUC within folds and the figures beside it, intervals, each seed's value;
 - ``<target>_comparisons.csv``: the comparisons that the protocol names, with Holm's correction;

@@ -31,7 +31,8 @@ class VotingBank(RareMemoryBank):
     they vote (:meth:`choose`), and the others write slots in training.
 
     Similarities are cosines of keys, whose entries are standardised by mean and deviation over the slots.
-    :meth:`calibrate` computes these and the usual similarities. A change from training to eval mode calls it if slots were written since.
+    :meth:`calibrate` computes these and the usual similarities. A change from training to eval mode calls it if slots were
+    written since.
 
     Differs from the published papers, whose slots contribute features (:class:`RareMemoryBank`). The combination of a label
     cache and a trained head follows Tip-Adapter (Zhang et al., ECCV 2022); the nearest for less the nearest against is a

@@ -133,7 +133,7 @@ class BankEvidence:
     def _offered(self, steps: np.ndarray, history: list[dict]) -> np.ndarray:
         """Weights (n,) of the training images, had each slot written at ``steps`` been drawn from its stage's images."""
         rows, plan, images = self.data.rows("train"), self.run.phases(), self.data.train_images()
-        if self.bank.policy.chooses:
+        if isinstance(self.bank, VotingBank) and self.bank.policy.chooses:
             return np.ones(len(rows))
         with_finding = self.data.index.has_finding()[rows].astype(float)
         end, left, weights = self.bank.steps.item(), np.ones(len(steps), bool), np.zeros(len(rows))

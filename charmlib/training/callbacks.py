@@ -83,7 +83,7 @@ class NetworkHooks(Callback):
         if not self.renews:
             return
         self.trained = False
-        if (bank := getattr(self.model, "bank", None)) is not None and bank.policy.chooses:
+        if isinstance(bank := getattr(self.model, "bank", None), VotingBank) and bank.policy.chooses:
             bank.choose(torch.from_numpy(images.rows), torch.from_numpy(images.labels[images.rows]))
         scale = next(t for t in self.dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))
         device = self.dls.device

@@ -273,7 +273,7 @@ def test_shuffled_labels_keep_everything_but_the_match(phantoms):
 
 def test_an_axis_acts_by_the_images_of_each_cell_not_by_those_of_the_first():
     """In few steps both momenta amount to the same, in many they differ."""
-    params = {cell: resolve({"use_momentum": True, "momentum": value}) for cell, value in (("a", 0.999), ("b", 0.9999))}
+    params = {cell: resolve({"momentum_form": "branch", "momentum": value}) for cell, value in (("a", 0.999), ("b", 0.9999))}
     few, many = {"all": 640, "findings": 640}, {"all": 10**7, "findings": 10**7}
 
     def values(images):

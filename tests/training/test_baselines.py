@@ -14,8 +14,7 @@ from sklearn.metrics import roc_auc_score
 from charmlib import Run
 from charmlib.cli import cli
 from charmlib.evaluation.runs import Predictions, RunFolder, finish
-from charmlib.nn.votes import FLOOR
-from charmlib.training.baselines import LAMBDAS, RIDGES, averaged, choose, kernel_ridge, ridge, run_baselines
+from charmlib.training.baselines import FLOOR, LAMBDAS, RIDGES, averaged, choose, kernel_ridge, ridge, run_baselines
 from tests.conftest import TINY
 from tests.test_systems import TOY, toy  # noqa: F401
 
@@ -72,7 +71,7 @@ def test_ridge_solves_the_normal_equations():
     assert right > 0.85 and abs(wrong - 0.5) < 0.1
 
 
-def test_kernel_ridge_is_scikit_learns_with_the_kernel_of_the_votes():
+def test_kernel_ridge_is_scikit_learns_with_the_kernel_written_down():
     (keys, labels), (new, _) = drawn(), drawn(1)
 
     def kernel(a, b):

@@ -40,7 +40,8 @@ def test_convnext_trains_scores_and_comes_back_from_its_checkpoint(tiny, head):
 def test_no_batch_of_another_head_waits_for_the_device(phantoms, tmp_path, head, half):
     data = open_dataset(data_root=str(phantoms), image_size=32, valid_fraction=0.2)
     learn = charm_learner(chest_dataloaders(data, bs=16, mean=HALF, std=HALF, path=tmp_path), "timm:test_convnext", seed=1,
-                          path=tmp_path, weights="none", norm="half", bank_size=16, head=head, csra_heads=4, drop_path=0.3)
+                          path=tmp_path, weights="none", norm="half", bank_size=16, head=head, csra_heads=4, drop_path=0.3,
+                          use_attention=head != "csra")
     if half:
         learn.add_cb(HalfPrecision())
     with learn.no_bar():

@@ -15,7 +15,6 @@ from charmlib.evaluation.metrics import mean_auc
 from charmlib.evaluation.operating import choose_thresholds
 from charmlib.evaluation.runs import RunFolder, finish
 from charmlib.files import Damaged
-from charmlib.nn import votes
 from charmlib.params import ParameterError
 from charmlib.training import fit
 from charmlib.training.checkpoint import load_model, load_resume
@@ -130,7 +129,7 @@ def test_each_stage_has_its_bank_momentum(tiny):
 VOTES = {"momentum": (0.123, lambda net: net.momentum.momentum), "threshold": (0.321, lambda net: net.bank.threshold),
          "k": (7, lambda net: net.bank.k), "bank_size": (23, lambda net: net.bank.size),
          "vote_weight": (0.77, lambda net: net.bank.weight), "vote_temperature": (0.35, lambda net: net.bank.temperature),
-         "vote_ridge": (1.7, lambda net: net.bank.ridge), "strategy": ("hybrid", lambda net: net.bank.strategy),
+         "strategy": ("hybrid", lambda net: net.bank.strategy),
          "rule": ("angle", lambda net: net.bank.rule), "dropout": (0.45, lambda net: net.head[3].p),
          "hidden": (19, lambda net: net.head[1].out_features)}
 FEATURES = {name: VOTES[name] for name in ("k", "threshold", "bank_size", "strategy", "rule")} | {
@@ -262,14 +261,6 @@ def test_a_training_that_diverges_names_its_rate(tiny):
 def test_images_that_a_backbone_shrinks_to_nothing_are_refused_at_once(tiny):
     with pytest.raises(ValueError, match="image_size 16 is too small for vgg16"):
         Run.open(tiny, arch="vgg16", image_size=16, hidden=8, use_attention=False, use_momentum=False)
-
-
-def test_a_bank_whose_votes_cannot_be_solved_is_refused_before_training(tiny, monkeypatch):
-    run = Run.open(tiny, bank_size=65536, use_momentum=False, use_attention=False)
-    monkeypatch.setattr(votes.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(MemoryError, match="lower bank_size"):
-        run.train()
-    assert not run.folder.resume_file.exists()
 
 
 def test_no_image_with_a_finding_trains_without_stage_1_and_names_the_remedy_with_it(phantoms, tmp_path, tiny):

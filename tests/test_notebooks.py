@@ -145,7 +145,7 @@ def test_charm_uses_public_names_alone():
 @pytest.mark.slow
 def test_charm_runs(phantoms, tmp_path):
     """Its own assertions hold each step against the network's."""
-    book = papermill("charm", tmp_path / "charm.ipynb", {"data_root": phantoms, "image_size": 64}, tmp_path)
+    book = papermill("charm", tmp_path / "charm.ipynb", {"data_root": phantoms, "image_size": 64, "threshold": 0.2}, tmp_path)
     assert pictures(book) == 8 and "64 of 64 slots filled" in text(book) and "equal to encode: True" in text(book)
 
 

@@ -15,7 +15,7 @@ from tests.conftest import OURS, TINY
 from tests.grid.conftest import family, same_results, small_grid, start, wait_for
 
 VOTES = {"answer": "votes", "strategy": "balanced", "use_momentum": False, "use_attention": False, "vote_weight": 0.5}
-CHARM = {**OURS, "vote_weight": 0.5, "momentum": 0.5, "bank_size": 24}
+CHARM = {**OURS, "answer": "votes", "vote_weight": 0.5, "momentum": 0.5, "bank_size": 24}
 AXES = {"use_bank": [True, False], "momentum": [0.5, 0.0]}
 
 

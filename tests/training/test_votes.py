@@ -222,7 +222,8 @@ def test_head_prior_and_every_slots_contribution_by_hand(chosen, finding):
         shown = {name: p for name, p in told.probabilities.items() if name != "No Finding"}
         assert told.finding == (finding or max(shown, key=shown.get)) in classes
         c = classes.index(told.finding)
-        hand = {j: weight * value / bank.temperature for j, value in by_hand(bank, key[0].double().numpy(), row, c)[1].items()}
+        hand = {j: weight * sign * (similarity - float(usual)) / len(near) / bank.temperature for sign, usual, near in
+                zip((1, -1), bank.usual[:, c], by_hand(bank, key[0].double().numpy(), row, c)[1]) for similarity, j in near}
         best = sorted(hand, key=lambda j: -abs(hand[j]))[:10]
         assert 5 < len(hand) <= 10 and image not in set(told.table["image"])
         np.testing.assert_allclose(np.abs(told.table["contribution"]), [abs(hand[j]) for j in best], rtol=1e-3)

@@ -67,8 +67,8 @@ def _mean_scores(params: Mapping) -> bool:
 
 
 def _bank_scores(params: Mapping) -> bool:
-    """Whether the memory bank is chosen by labels after training, or switched off: training then goes on without it."""
-    return not params["use_bank"] or (params["answer"], params["strategy"]) == ("votes", "labels")
+    """Whether the memory bank votes or is switched off: training then goes on without it."""
+    return not params["use_bank"] or params["answer"] == "votes"
 
 
 WARMUPS = {"momentum": "momentum_warmup", "average": "average_warmup"}  # decays, and what says whether each rises to its value
@@ -147,15 +147,14 @@ ROWS: tuple[Param, ...] = (
     Param("network", "k", int, 5, "slots for and against each class that vote; retrieved slots of answer features", low=1,
           shown=True, **_BANK, scores=_bank_scores),
     Param("network", "threshold", float, 0.2,
-          "for strategy labels, share of the training images up to which a finding is rare; for the others, rarity above which "
-          "a feature is stored (below, for rule published), or share of the batch for ranked scores", low=0, shown=True,
-          needs={"strategy": ("labels", "rarity", "statistical", "entropy", "diversity", "hybrid")}, **_CHARM,
+          "for votes, share of the training images up to which a finding is rare; for features, rarity above which one is "
+          "stored (below, for rule published), or share of the batch for ranked scores", low=0, shown=True,
+          needs={"answer|strategy": ("votes", "rarity", "statistical", "entropy", "diversity", "hybrid")}, **_CHARM,
           scores=_bank_scores),
     Param("network", "bank_size", int, 4096, "number of slots; 512 in the paper", low=1, high=65536, shown=True, **_BANK,
           scores=_bank_scores),
-    Param("network", "strategy", str, "labels", "by what the bank selects images; rarity in the paper",
-          ("labels", "rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard", "balanced"),
-          **_BANK, scores=_bank_scores),
+    Param("network", "strategy", str, "rarity", "score by which the bank selects features; rarity in the paper",
+          ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard"), **_FEATURES),
     Param("network", "answer", str, "votes",
           "what slots contribute: votes of their labels, or features added to the query as in the paper", ("votes", "features"),
           **_BANK, scores=_bank_scores),

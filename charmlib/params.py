@@ -144,7 +144,7 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
         "parameters 'grad_checkpointing' and 'compile' cannot be used together; switch one off.":
             out["grad_checkpointing"] and out["compile"],
         "parameter 'rule': 'angle' has no running mean of norms; with strategy statistical say rare or published.":
-            out["use_bank"] and out["strategy"] == "statistical" and out["rule"] == "angle",
+            out["use_bank"] and out["answer"] == "features" and (out["strategy"], out["rule"]) == ("statistical", "angle"),
         f"parameter 'retrieval': published stores a batch before its logits are known, which strategy {out['strategy']} needs; "
         "say cosine.": out["use_bank"] and out["answer"] == "features" and out["retrieval"] == "published"
             and out["strategy"] in ("entropy", "hard"),

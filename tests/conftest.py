@@ -15,10 +15,10 @@ matplotlib.use("Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = {"image_size": 32, "arch": "timm:test_resnet", "weights": "none", "norm": "half", "momentum_form": "branch",
-        "attention": "layers", "strategy": "balanced", "bank_size": 16, "k": 2, "valid_fraction": 0.2,
+        "attention": "layers", "bank_size": 16, "k": 2, "valid_fraction": 0.2,
         "stage1_frozen_epochs": 1, "stage1_epochs": 2, "stage1_batch": 16, "stage1_lr": 1e-3, "stage2_epochs": 2,
         "stage2_batch": 32, "hidden": 16}
-OURS = {"momentum_form": "weights", "attention": "scales", "strategy": "labels"}  # the default of what TINY changes
+OURS = {"momentum_form": "weights", "attention": "scales"}  # the default of what TINY changes
 
 
 def pytest_report_header() -> str:

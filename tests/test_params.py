@@ -129,7 +129,7 @@ def test_a_parameter_says_what_would_give_it_an_effect():
         "k": "use_bank: true", "strategy": "use_bank: true", "vote_weight": "use_bank: true", "momentum": "use_momentum: true",
         "dropout": ""}
     assert no_effect({name: missing_need(name, resolve()) for name in ("rule", "retrieval", "momentum", "seed")}) == \
-        "without effect: rule (needs strategy: rarity or statistical or hybrid); retrieval (needs answer: features)"
+        "without effect: rule, retrieval (needs answer: features)"
     csra = resolve({"head": "csra", "use_attention": False})
     assert {n: missing_need(n, csra) for n in ("csra_heads", "hidden", "dropout")} == {
         "csra_heads": "", "hidden": "head: charm or standard", "dropout": "head: charm or standard or linear"}

@@ -13,19 +13,16 @@ NOTEBOOKS = "0b5dc87be1810499"
 Those of a user may do more than train and score. The cells after the first run without notebooks, and would leave it out. So
 with others no training is shared.
 """
-_MEAN = ("average", "average_warmup", "use_momentum", "momentum", "momentum_form")
-_BY_SLOTS = ("diversity", "hybrid")  # strategies that look at the slots, which the mean of the weights encodes
 
 
 def training_of(params: Mapping) -> str:
     """16 hex digits over the parameters that act in training; equal for cells that share one.
 
     Parameters that the table marks ``scores`` stay out. Schedule 'plateau' shares nothing, since its rates follow the
-    validation part; a bank whose strategy compares images with its slots shares no mean of the weights.
+    validation part.
     """
-    hashed = PARAMS.keys() if params["schedule"] == "plateau" else _MEAN if params["use_bank"] and \
-        params["strategy"] in _BY_SLOTS else ()
-    acting = {name: value for name, value in effective(params).items() if name in hashed or not _scores(name, params)}
+    acting = {name: value for name, value in effective(params).items()
+              if params["schedule"] == "plateau" or not _scores(name, params)}
     return code_hash(json.dumps(acting, sort_keys=True))
 
 

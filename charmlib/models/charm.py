@@ -40,10 +40,10 @@ class CharmNet(nn.Module):
     momentum branch. A head 'csra' reads the map q, or q * attention(q), in place of z. With all three switched off this is the
     plain network; with the bank alone and ``answer='features'`` it is MemAug. It works in any loop::
 
-        net.see(ids, labels)       # which images the batch holds; without it a voting bank stays empty
+        net.see(ids, labels)       # which images the batch holds
         loss(net(x), y).backward(); optimizer.step()
         net.follow()               # updates the momentum encoder; leave it out if the scaler skipped the step
-        net.bank.choose(ids, labels)   # before scoring: which training images a voting bank holds
+        net.bank.choose(ids, labels)   # before scoring: which training images vote
         net.renew(images)              # and their keys
 
     Everything that training changes is in ``state_dict``.
@@ -91,7 +91,7 @@ class CharmNet(nn.Module):
                  attention: str = "scales", momentum: float = 0.99, momentum_form: str = "weights",
                  momentum_warmup: bool = True,
                  momentum_before_step: bool = False, momentum_batch_norms: bool = False, k: int = 5, threshold: float = 0.2,
-                 bank_size: int = 4096, strategy: str = "labels", rule: str = "rare", answer: str = "votes",
+                 bank_size: int = 4096, strategy: str = "rarity", rule: str = "rare", answer: str = "votes",
                  keys: str = "scales", vote_weight: float = -1.0, vote_temperature: float = 0.1,
                  retrieval: str = "softmax", bank_norm: str = "both", normalize_retrieved: bool = False,
                  bank_momentum: float = 0.9, head: str = "charm", dropout: float = 0.3, hidden: int = 512,
@@ -121,12 +121,11 @@ class CharmNet(nn.Module):
         by_scales = use_bank and (answer, keys) == ("votes", "scales")
         self.ends, channels = find_scales(self.trunk) if by_scales or scales else ([], [])
         self.attention = make_attention(attention, self.features, [*channels[-2:], self.features]) if use_attention else None
-        common = {"size": bank_size, "k": k, "threshold": threshold, "strategy": strategy, "rule": rule,
-                  "bank_momentum": bank_momentum}
-        self.bank = None
+        common, self.bank = {"size": bank_size, "k": k, "threshold": threshold}, None
         if use_bank and answer == "features":
-            self.bank = RareMemoryBank(self.features, classes, retrieval=retrieval, bank_norm=bank_norm,
-                                       normalize_retrieved=normalize_retrieved, **common)
+            self.bank = RareMemoryBank(self.features, classes, strategy=strategy, rule=rule, retrieval=retrieval,
+                                       bank_norm=bank_norm, normalize_retrieved=normalize_retrieved,
+                                       bank_momentum=bank_momentum, **common)
         elif use_bank:
             self.bank = VotingBank(GRID * GRID * sum(channels) if by_scales else self.features, classes, weight=vote_weight,
                                    temperature=vote_temperature, **common)
@@ -179,7 +178,7 @@ class CharmNet(nn.Module):
 
     def enter(self, bank_momentum: float) -> None:
         """Before a phase: the bank's momentum from here on."""
-        if self.bank is not None:
+        if isinstance(self.bank, RareMemoryBank):
             self.bank.bank_momentum = bank_momentum
 
     def see(self, ids: Tensor, labels: Tensor | None) -> None:
@@ -195,24 +194,20 @@ class CharmNet(nn.Module):
 
     @torch.no_grad()
     def renew(self, images: Callable[[Tensor], Tensor], batch: int = 256) -> None:
-        """Before scoring: encode the images of a voting bank again, in eval mode; does nothing for other banks.
-
-        Strategy 'labels' leaves keys to this; the others write them in training with earlier weights, from augmented images,
-        with the batch's norm statistics.
+        """Before scoring: encode the images of a voting bank, in eval mode; does nothing for other banks.
 
         Parameters
         ----------
         images : callable
-            ids (n,) -> normalised images (n, 3, H, W). Slots without an id stay as they are.
+            ids (n,) -> normalised images (n, 3, H, W).
         batch : int
             Images at a time.
         """
-        if not isinstance(self.bank, VotingBank) or not (self.bank.slot_ids >= 0).any():
+        if not isinstance(self.bank, VotingBank):
             return
         was = self.training
-        self.bank.training = False  # eval() would calibrate a bank that trained, which follows below
         self.eval()
-        for some in torch.nonzero(self.bank.slot_ids >= 0).flatten().split(batch):
+        for some in torch.arange(int(self.bank.filled), device=self.bank.slots.device).split(batch):
             self.bank.renew(some, self.encode(images(self.bank.slot_ids[some])).keys)
         self.bank.calibrate()
         self.train(was)

@@ -26,7 +26,7 @@ class Network(Protocol):
     Optional too are ``also``, logits (B, C) of the last training batch whose losses are added to that of ``forward``; and
     ``branches``, names under which ``read`` gives logits, which the run's files keep.
 
-    ``bank``, a :class:`charmlib.nn.RareMemoryBank` or None, is optional too: the run's files and pictures show what it holds.
+    ``bank``, a :class:`charmlib.nn.bank.Slots` or None, is optional too: the run's files and pictures show what it holds.
     """
 
     arch: str

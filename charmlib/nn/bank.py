@@ -1,4 +1,4 @@
-"""The rare memory bank of CHARM-Xray and MemAug."""
+"""The rare memory bank of CHARM-Xray and MemAug, whose slots answer with features."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,94 @@ RETRIEVALS = ("softmax", "cosine", "gated", "published")
 NORMS = ("both", "query", "memory", "none")
 
 
-class RareMemoryBank(nn.Module):
+class Slots(nn.Module):
+    """The slots of a memory bank: what each holds, of which image, and with which labels.
+
+    Parameters
+    ----------
+    features, classes, size : int
+        D; C, the number of labels per slot; N, the number of slots.
+    k : int
+        Slots that answer, 1 to N.
+    threshold : float
+        0 or more.
+
+    Raises
+    ------
+    ValueError
+        ``k`` or ``threshold`` outside its range.
+    """
+
+    def __init__(self, features: int, classes: int, size: int, k: int, threshold: float):
+        super().__init__()
+        if not 1 <= k <= size:
+            raise ValueError(f"expected 1 <= k <= size, got k={k}, size={size}")
+        if threshold < 0:
+            raise ValueError(f"threshold must be 0 or more, got {threshold}")
+        self.size, self.k, self.threshold = size, k, threshold
+        for name, start in (
+                ("slots", torch.zeros(size, features)), ("slot_ids", torch.full((size,), -1)),
+                ("slot_labels", torch.zeros(size, classes, dtype=torch.int8)),  # -1 where unknown
+                ("slot_steps", torch.full((size,), -1)), ("slot_scores", torch.zeros(size)),
+                *((count, torch.zeros((), dtype=torch.int64)) for count in ("filled", "pointer", "steps", "seen", "accepted"))):
+            self.register_buffer(name, start)
+        self._expected: tuple[Tensor | None, Tensor | None] = None, None
+
+    def expect(self, ids: Tensor, labels: Tensor | None = None) -> None:
+        """Announce the images of the next batch: integer ids (B,) of 0 or more, and labels (B, C) of 0, 1 or NaN (unknown).
+
+        The announcement holds for one call. Without it slots get the id -1 and self-matches are not excluded.
+        """
+        self._expected = ids, labels
+
+    def announced(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Ids (B,) on the batch's device, and labels (B, C), from :meth:`expect`, whose announcement this call consumes; raises
+        ValueError if it was of a batch of another size."""
+        (ids, labels), self._expected = self._expected, (None, None)
+        if ids is not None and len(ids) != len(batch):
+            raise ValueError(f"expect() announced {len(ids)} images, this batch has {len(batch)}")
+        return ids if ids is None else torch.as_tensor(ids).to(batch.device), labels
+
+    @torch.no_grad()
+    def label_counts(self, findings: Sequence[int] | None = None) -> Tensor:
+        """Numbers of filled slots with each class positive, then without a finding: (C + 1,) int64 on the bank's device.
+
+        ``findings`` are the columns of findings, by default all; 'No Finding' is no finding. Slots whose findings are all
+        unknown are excluded from the last number.
+        """
+        labels = self.slot_labels[:, list(findings)] if findings is not None else self.slot_labels
+        filled = torch.arange(self.size, device=labels.device) < self.filled
+        none = filled & ~(labels == 1).any(1) & (labels >= 0).any(1)
+        return torch.cat([((self.slot_labels == 1) & filled[:, None]).sum(0), none.sum()[None]])
+
+    def table(self, names: Sequence[str] | None = None, classes: Sequence[str] | None = None) -> pd.DataFrame:
+        """One row for each filled slot, by index.
+
+        ``image`` is the id, or its entry in ``names``, and <NA> without an announcement (:meth:`expect`). ``labels`` joins the
+        positive classes as the NIH does ('Effusion|Mass', 'No Finding') and is empty if all are unknown. ``step`` is the
+        training batch that wrote the slot, from 0; ``score`` is the strategy's. One column for each class follows, with values
+        0, 1 or <NA>, named by ``classes`` or numbered.
+
+        Raises
+        ------
+        ValueError
+            The number of names in ``classes`` is not C.
+        """
+        labels = self.slot_labels[:int(self.filled)].cpu().numpy()
+        classes = [str(c) for c in range(labels.shape[1])] if classes is None else [str(c) for c in classes]
+        if len(classes) != labels.shape[1]:
+            raise ValueError(f"the bank's slots have {labels.shape[1]} labels, {len(classes)} class names were given")
+        ids, steps, scores = (store[:len(labels)].tolist() for store in (self.slot_ids, self.slot_steps, self.slot_scores))
+        images = pd.array([pd.NA if i < 0 else i if names is None else names[i] for i in ids],
+                          dtype="Int64" if names is None else "string")
+        text = ["|".join(c for c, value in zip(classes, row) if value == 1) or ("No Finding" if (row >= 0).any() else "")
+                for row in labels]
+        values = pd.DataFrame(labels, columns=classes).astype("Int8")
+        return pd.concat([pd.DataFrame({"slot": range(len(labels)), "image": images, "labels": text, "step": steps,
+                                        "score": scores}), values.mask(values < 0)], axis=1)
+
+
+class RareMemoryBank(Slots):
     """Adds the ``k`` most similar stored features to each query: ``z' = z + sum_j w_j m_j`` (MemAug, ISCIT 2024, eq. 5, 6).
 
     In training mode the bank stores features of the batch after retrieval. The ``strategy`` selects them and their slots
@@ -35,7 +122,7 @@ class RareMemoryBank(nn.Module):
     threshold : float
         0 or more. The threshold of the score for 'rarity' and 'statistical'; the fraction of the batch to store for
         'entropy', 'diversity' and 'hybrid'; unused by the other strategies.
-    strategy : {'rarity', 'statistical', 'entropy', 'diversity', 'hybrid', 'fifo', 'reservoir', 'hard', 'balanced'}
+    strategy : {'rarity', 'statistical', 'entropy', 'diversity', 'hybrid', 'fifo', 'reservoir', 'hard'}
         A key of :data:`charmlib.nn.strategies.STRATEGIES`.
     rule : {'rare', 'published', 'angle'}
         The rarity score and the side of the threshold, see :class:`charmlib.nn.strategies.Rarity`.
@@ -59,39 +146,19 @@ class RareMemoryBank(nn.Module):
     def __init__(self, features: int, classes: int, *, size: int = 512, k: int = 5, threshold: float = 0.2,
                  strategy: str = "rarity", rule: str = "rare", retrieval: str = "softmax", bank_norm: str = "both",
                  normalize_retrieved: bool = False, bank_momentum: float = 0.9):
-        super().__init__()
+        super().__init__(features, classes, size, k, threshold)
         for name, value, allowed in (("strategy", strategy, STRATEGIES), ("rule", rule, RULES),
                                      ("retrieval", retrieval, RETRIEVALS), ("bank_norm", bank_norm, NORMS)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0 <= bank_momentum <= 1:
+            raise ValueError(f"bank_momentum must be in [0, 1], got {bank_momentum}")
+        if strategy == "statistical" and rule == "angle":
+            raise ValueError("strategy 'statistical' keeps a running mean of lengths and has no rule 'angle'")
         self.policy = STRATEGIES[strategy](classes)
-        for right, message in (
-                (1 <= k <= size, f"expected 1 <= k <= size, got k={k}, size={size}"),
-                (not threshold < 0, f"threshold must be 0 or more, got {threshold}"),
-                (0 <= bank_momentum <= 1, f"bank_momentum must be in [0, 1], got {bank_momentum}"),
-                (strategy != "statistical" or rule != "angle",
-                 "strategy 'statistical' keeps a running mean of lengths and has no rule 'angle'")):
-            if not right:
-                raise ValueError(message)
-        self.size, self.k, self.threshold = size, k, threshold
         self.strategy, self.rule, self.retrieval, self.bank_norm = strategy, rule, retrieval, bank_norm
         self.normalize_retrieved, self.bank_momentum = normalize_retrieved, bank_momentum
         self.gate = nn.Parameter(torch.zeros(())) if retrieval == "gated" else None
-
-        for name, start in (
-                ("slots", torch.zeros(size, features)), ("slot_ids", torch.full((size,), -1)),
-                ("slot_labels", torch.zeros(size, classes, dtype=torch.int8)),  # -1 where unknown
-                ("slot_steps", torch.full((size,), -1)), ("slot_scores", torch.zeros(size)),
-                *((count, torch.zeros((), dtype=torch.int64)) for count in ("filled", "pointer", "steps", "seen", "accepted"))):
-            self.register_buffer(name, start)
-        self._expected: tuple[Tensor | None, Tensor | None] = None, None
-
-    def expect(self, ids: Tensor, labels: Tensor | None = None) -> None:
-        """Announce the images of the next batch: integer ids (B,) of 0 or more, and labels (B, C) of 0, 1 or NaN (unknown).
-
-        The announcement holds for one call. Without it slots get the id -1 and self-matches are not excluded.
-        """
-        self._expected = ids, labels
 
     def forward(self, z: Tensor, predict: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Features (B, D) -> z' (B, D) in float32: retrieve, then write in training mode; 'published' writes first.
@@ -119,14 +186,6 @@ class RareMemoryBank(nn.Module):
             with torch.autocast(device_type=z.device.type, enabled=False):
                 self.write(z, ids, labels, None if predict is None else answer)
         return answer
-
-    def announced(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Ids (B,) on the batch's device, and labels (B, C), from :meth:`expect`, whose announcement this call consumes; raises
-        ValueError if it was of a batch of another size."""
-        (ids, labels), self._expected = self._expected, (None, None)
-        if ids is not None and len(ids) != len(batch):
-            raise ValueError(f"expect() announced {len(ids)} images, this batch has {len(batch)}")
-        return ids if ids is None else torch.as_tensor(ids).to(batch.device), labels
 
     def answer(self, z: Tensor, ids: Tensor | None = None) -> Tensor:
         """The term that the bank adds to each query (B, D): the weighted sum of its slots, scaled and gated."""
@@ -214,44 +273,6 @@ class RareMemoryBank(nn.Module):
         self.steps += 1
         self.seen += batch * finite
         self.accepted += (taken & ~renewed).sum()
-
-    @torch.no_grad()
-    def label_counts(self, findings: Sequence[int] | None = None) -> Tensor:
-        """Numbers of filled slots with each class positive, then without a finding: (C + 1,) int64 on the bank's device.
-
-        ``findings`` are the columns of findings, by default all; 'No Finding' is no finding. Slots whose findings are all
-        unknown are excluded from the last number.
-        """
-        labels = self.slot_labels[:, list(findings)] if findings is not None else self.slot_labels
-        filled = torch.arange(self.size, device=labels.device) < self.filled
-        none = filled & ~(labels == 1).any(1) & (labels >= 0).any(1)
-        return torch.cat([((self.slot_labels == 1) & filled[:, None]).sum(0), none.sum()[None]])
-
-    def table(self, names: Sequence[str] | None = None, classes: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row for each filled slot, by index.
-
-        ``image`` is the id, or its entry in ``names``, and <NA> without an announcement (:meth:`expect`). ``labels`` joins the
-        positive classes as the NIH does ('Effusion|Mass', 'No Finding') and is empty if all are unknown. ``step`` is the
-        training batch that wrote the slot, from 0; ``score`` is the strategy's. One column for each class follows, with values
-        0, 1 or <NA>, named by ``classes`` or numbered.
-
-        Raises
-        ------
-        ValueError
-            The number of names in ``classes`` is not C.
-        """
-        labels = self.slot_labels[:int(self.filled)].cpu().numpy()
-        classes = [str(c) for c in range(labels.shape[1])] if classes is None else [str(c) for c in classes]
-        if len(classes) != labels.shape[1]:
-            raise ValueError(f"the bank's slots have {labels.shape[1]} labels, {len(classes)} class names were given")
-        ids, steps, scores = (store[:len(labels)].tolist() for store in (self.slot_ids, self.slot_steps, self.slot_scores))
-        images = pd.array([pd.NA if i < 0 else i if names is None else names[i] for i in ids],
-                          dtype="Int64" if names is None else "string")
-        text = ["|".join(c for c, value in zip(classes, row) if value == 1) or ("No Finding" if (row >= 0).any() else "")
-                for row in labels]
-        values = pd.DataFrame(labels, columns=classes).astype("Int8")
-        return pd.concat([pd.DataFrame({"slot": range(len(labels)), "image": images, "labels": text, "step": steps,
-                                        "score": scores}), values.mask(values < 0)], axis=1)
 
     @torch.no_grad()
     def similarity(self, z: Tensor, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Write strategies of memory banks: the seven of MemAug, its later loss-aware one, a class-balanced one, and one by labels."""
+"""Write strategies of memory banks: the seven of MemAug, and its later loss-aware one."""
 
 import math
 
@@ -17,8 +17,6 @@ class Strategy(nn.Module):
     needs_logits = needs_labels = False
     refreshes = False
     """Whether a stored image keeps its slot, which then takes the new feature, labels and score."""
-    chooses = False
-    """Whether ``choose`` selects from all labels at once, in place of ``judge`` and ``place`` in training."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -167,106 +165,9 @@ class Hard(Strategy):
         return (at_home & ~evicted) | fits, torch.where(at_home, home, rival)
 
 
-class Balanced(Strategy):
-    """An equal number of slots for each class, filled with its newest images; all images of rare classes are stored.
-
-    Each image is filed under its rarest positive class, by the positives seen so far, or under 'no finding'. Slots that a rare
-    class cannot fill go to the other classes. The score is the index of the class, C for 'no finding'. A stored image keeps
-    and updates its slot. Images without a known label are rejected. ``threshold`` and ``rule`` are unused.
-
-    This strategy is unpublished. The rarity of CHARM and MemAug concerns the norm of a feature, and banks filled by it hold
-    rare findings no more often than the training part. The closest published method is class-balancing reservoir sampling
-    (Chrysakis and Moens, ICML 2020), which draws images at random instead of keeping the newest.
-    """
-
-    needs_labels = refreshes = True
-
-    def __init__(self, classes: int):
-        super().__init__(classes)
-        self.register_buffer("positives", torch.zeros(classes, dtype=torch.int64))
-
-    def judge(self, bank, z, logits, labels):
-        positive = labels == 1  # False for an unknown label (NaN)
-        self.positives += positive.sum(0) * torch.isfinite(z).all()
-        rarest = torch.where(positive, self.positives, torch.iinfo(torch.int64).max).argmin(1)
-        return torch.where(positive.any(1), rarest, positive.shape[1]).float(), ~torch.isnan(labels).all(1)
-
-    def place(self, bank, keep, score, ids):
-        keep = keep & ~has_later_duplicate(ids, keep & (ids >= 0))  # the last row of each image
-        at_home, home, again, row = match_ids(bank, ids, keep)
-        slots = torch.arange(bank.size, device=keep.device)
-
-        # Slots and new images together: the class of each, and the number of steps since it was written.
-        present = torch.cat([slots < bank.filled, keep & ~at_home])
-        shelf = torch.cat([torch.where(again, score[row], bank.slot_scores), score]).long()
-        age = torch.cat([torch.where(again, 0, bank.steps - bank.slot_steps), torch.zeros_like(ids)])
-        span = bank.steps + 2  # more than any age
-        absent = torch.iinfo(torch.int64).max // 4 // span
-
-        # The rank of each within its class, newest first. The lowest ranks stay, which gives all classes equal shares.
-        order = torch.argsort(torch.where(present, shelf, absent) * span + age, stable=True)
-        sorted_shelf = torch.where(present, shelf, absent)[order]
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=keep.device) - torch.searchsorted(sorted_shelf, sorted_shelf)
-        best = torch.argsort(torch.where(present, rank, absent) * span + age, stable=True)[:bank.size]
-        stays = torch.zeros_like(present)
-        stays[best] = True
-        stays = stays & present
-
-        new, free = stays[bank.size:], torch.argsort(stays[:bank.size].to(torch.uint8), stable=True)
-        target = free[(torch.cumsum(new, 0) - 1).clamp(min=0, max=bank.size - 1)]
-        return new | (at_home & stays[home]), torch.where(at_home, home, target)
-
-
-class Labels(Strategy):
-    """Images with a finding that is rare by its labels: the share of the images that have it is at or below ``threshold``.
-
-    A :class:`charmlib.nn.VotingBank` needs no feature until it answers. It stores the choice (``choose``) among all images at
-    hand, and as many images without a finding. At most half of the N slots go to images with one. If these do not fit, each is
-    filed under its rarest class, and classes give way evenly: those of few images keep all. A draw with a fixed seed decides
-    within a class, and among images without a finding. Other banks store each batch's images in a ring, by the shares so far.
-
-    The score is the share of an image's rarest positive class, 1 without one. ``rule`` is unused. CHARM's and MemAug's rarity
-    is a feature's length; its threshold knows no labels.
-    """
-
-    needs_labels = chooses = True
-
-    def __init__(self, classes: int):
-        super().__init__(classes)
-        for name in ("positives", "known"):
-            self.register_buffer(name, torch.zeros(classes, dtype=torch.int64))
-
-    def judge(self, bank, z, logits, labels):
-        finite = torch.isfinite(z).all()
-        self.positives += (labels == 1).sum(0) * finite
-        self.known += (~torch.isnan(labels)).sum(0) * finite
-        score, _ = rarest(labels, self.positives, self.known)
-        return score, (labels == 1).any(1) & (score <= bank.threshold)
-
-    def choose(self, bank, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels (n, C) of 0, 1 or NaN -> the rows to store (m,), m at most N, in their order, and the scores (m,)."""
-        positive, known = labels == 1, ~torch.isnan(labels)
-        score, of_image = rarest(labels, positive.sum(0), known.sum(0))
-        draw = torch.randperm(len(labels), generator=torch.Generator().manual_seed(85)).to(labels.device)
-        has = positive.any(1)
-        rare, none = (draw[of[draw]] for of in (has & (score <= bank.threshold), ~has & known.any(1)))
-        same = of_image[rare, None] == torch.arange(labels.shape[1], device=labels.device)
-        rank = same.cumsum(0)[torch.arange(len(rare), device=labels.device), of_image[rare]]  # from 1, within the class
-        rare = rare[torch.argsort(rank, stable=True)[:bank.size // 2]]
-        rows = torch.cat([rare, none[:min(len(rare), bank.size - len(rare))]]).sort().values
-        return rows, score[rows]
-
-
-def rarest(labels: Tensor, positives: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Share and index (n,) of the rarest positive class of labels (n, C), by numbers (C,) of positive and known ones; share 1
-    without a positive class."""
-    return torch.where(labels == 1, positives / known.clamp(min=1), 1.0).min(1)
-
-
 STRATEGIES: dict[str, type[Strategy]] = {
     "rarity": Rarity, "statistical": Statistical, "entropy": Entropy, "diversity": Diversity, "hybrid": Hybrid, "fifo": Fifo,
-    "reservoir": Reservoir, "hard": Hard, "balanced": Balanced, "labels": Labels}
+    "reservoir": Reservoir, "hard": Hard}
 
 
 def batch_rarity(bank, z: Tensor) -> Tensor:

@@ -4,19 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from charmlib.nn.bank import RareMemoryBank
+from charmlib.nn.bank import Slots
 
-RATE, RAREST = 0.01, 1e-4
-"""Step size of the running class prevalence, and the lower bound of that prevalence in the prior."""
+RAREST = 1e-4
+"""The lower bound of a class's prevalence in the prior."""
 CHOOSE, UNCHOSEN, WEIGHTS = -1, 0.5, tuple(i / 10 for i in range(11))
 """The weight that asks for a choice, the weight until it is made, and the weights to choose among."""
 _SAMPLE = 1024  # slots that give the usual similarities
 
 
-class VotingBank(RareMemoryBank):
+class VotingBank(Slots):
     """Blends the head's logits with the votes of the nearest slots for and against each class.
 
-    In eval mode, for each class c::
+    The slots hold images of rare findings, and images without a finding (:func:`rare_rows`). In eval mode, for each class c::
 
         e_c     = (for_c - against_c) / temperature
         logit_c = (1 - weight) logit_c + weight (prior_c + e_c)
@@ -27,21 +27,25 @@ class VotingBank(RareMemoryBank):
     positive label or no negative label of c.
 
     In training mode the logits are returned unchanged. Training therefore equals training without a bank to the bit. Only the
-    epoch selected by validation may differ, because validation includes the votes. Strategy 'labels' chooses the images before
-    they vote (:meth:`choose`), and the others write slots in training.
+    epoch selected by validation may differ, because validation includes the votes. Before that, in this order::
+
+        bank.choose(ids, labels)                  # the images
+        bank.renew(slots, keys)                   # their keys by today's weights, in as many calls as one likes
+        bank.calibrate()
 
     Similarities are cosines of keys, whose entries are standardised by mean and deviation over the slots.
-    :meth:`calibrate` computes these and the usual similarities. A change from training to eval mode calls it if slots were
-    written since.
+    :meth:`calibrate` computes these and the usual similarities.
 
-    Differs from the published papers, whose slots contribute features (:class:`RareMemoryBank`). The combination of a label
-    cache and a trained head follows Tip-Adapter (Zhang et al., ECCV 2022); the nearest for less the nearest against is a
-    balanced k-nearest-neighbour rule.
+    Differs from the published papers, whose slots contribute features (:class:`charmlib.nn.RareMemoryBank`). The combination of
+    a label cache and a trained head follows Tip-Adapter (Zhang et al., ECCV 2022); the nearest for less the nearest against is
+    a balanced k-nearest-neighbour rule.
 
     Parameters
     ----------
-    features, classes, size, threshold, strategy, rule, bank_momentum
-        As in :class:`RareMemoryBank`; ``features`` is K, the length of a key.
+    features, classes, size : int
+        K, the length of a key; C, the number of labels per slot; N, the number of slots.
+    threshold : float
+        Share of the images to choose from, 0 to 1, up to which a finding is rare.
     k : int
         Slots for and slots against a class that vote on it, 1 to N; fewer where the bank has fewer.
     weight : float
@@ -56,9 +60,9 @@ class VotingBank(RareMemoryBank):
         A parameter outside its range.
     """
 
-    def __init__(self, features: int, classes: int, *, size: int = 3072, k: int = 5, weight: float = 0.5,
-                 temperature: float = 0.1, strategy: str = "labels", **options):
-        super().__init__(features, classes, size=size, k=k, strategy=strategy, **options)
+    def __init__(self, features: int, classes: int, *, size: int = 4096, k: int = 5, threshold: float = 0.2,
+                 weight: float = 0.5, temperature: float = 0.1):
+        super().__init__(features, classes, size, k, threshold)
         self.chooses = weight == CHOOSE
         if not (self.chooses or 0 <= weight <= 1) or temperature <= 0:
             raise ValueError(f"expected weight in [0, 1] or -1, and temperature above 0, got weight={weight}, "
@@ -69,29 +73,24 @@ class VotingBank(RareMemoryBank):
         for name, start in (("usual", torch.zeros(2, classes)), ("shares", torch.zeros(classes)),
                             ("mean", torch.zeros(features)), ("deviation", torch.ones(features))):
             self.register_buffer(name, start)
-        self._calibrated, self._directions = None, (None, None)  # the writes at the last calibration; of the kept directions
+        self._directions = None, None  # the writes at which they were made, and the directions
 
     def forward(self, keys: Tensor, logits: Tensor) -> Tensor:
-        """Keys (B, K) and logits (B, C) -> logits (B, C): with votes in eval mode; unchanged in training mode, which writes.
-
-        A batch without labels from :meth:`expect` is not stored. Raises as :meth:`announced`.
-        """
-        ids, labels = self.announced(keys)
+        """Keys (B, K) and logits (B, C) -> logits (B, C): with votes in eval mode, unchanged in training mode. Raises as
+        :meth:`announced`."""
+        ids, _ = self.announced(keys)
+        if self.training:
+            return logits
         with torch.autocast(device_type=keys.device.type, enabled=False):
-            keys = keys.detach().float()
-            if self.training:
-                if labels is not None and not self.policy.chooses:  # images without labels cannot vote
-                    self.write(keys, ids, labels, logits)
-                return logits
-            votes = self.prior() + self.votes(keys, ids)
+            votes = self.prior() + self.votes(keys.detach().float(), ids)
             return torch.where(self.fitted, torch.lerp(logits.float(), votes, self.weight), logits.float())
 
     @torch.no_grad()
     def choose(self, ids: Tensor, labels: Tensor) -> None:
-        """With strategy 'labels': store the images that it chooses among ids (n,) with labels (n, C), and their prevalence as
-        the prior; call :meth:`renew` for their keys next, and then :meth:`calibrate`."""
+        """Store the images that :func:`rare_rows` chooses among ids (n,) with labels (n, C), and the prevalence of all for the
+        prior; :meth:`renew` gives them keys."""
         labels = torch.as_tensor(labels, dtype=torch.float32).to(self.slots.device)
-        rows, score = self.policy.choose(self, labels)
+        rows, score = rare_rows(labels, self.threshold, self.size)
         filled, known = len(rows), ~torch.isnan(labels)
         self.shares.copy_(torch.nan_to_num(labels).sum(0) / known.sum(0).clamp(min=1))
         for store, new in ((self.slot_ids, torch.as_tensor(ids).to(labels.device)[rows]), (self.slot_scores, score),
@@ -104,18 +103,8 @@ class VotingBank(RareMemoryBank):
         self.accepted += filled
 
     def prior(self) -> Tensor:
-        """Log odds (C,) of the class prevalence in recent batches, or among the images to choose from."""
+        """Log odds (C,) of the class prevalence among the images to choose from."""
         return torch.logit(self.shares.clamp(RAREST, 1 - RAREST))
-
-    @torch.no_grad()
-    def write(self, z: Tensor, ids: Tensor | None = None, labels: Tensor | None = None, logits: Tensor | None = None) -> None:
-        super().write(z, ids, labels, logits)
-        if labels is not None:
-            labels = torch.as_tensor(labels).to(z.device).as_subclass(Tensor).float()
-            known = ~torch.isnan(labels)
-            share = torch.nan_to_num(labels).sum(0) / known.sum(0).clamp(min=1)
-            rate = torch.clamp(1 / self.steps, min=RATE) * known.any(0)  # at first the mean of all batches
-            self.shares.lerp_(share, rate)
 
     @torch.no_grad()
     def votes(self, keys: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -167,24 +156,13 @@ class VotingBank(RareMemoryBank):
             for usual, (near, _, share) in zip(self.usual, sides):
                 without = share * (self.slot_labels[some, c] == 0)[:, None]
                 usual[c] = (without * near).sum() / without.sum().clamp(min=1)
-        self._calibrated = self._written()
-
-    def train(self, mode: bool = True):
-        ends = self.training and not mode
-        super().train(mode)
-        if ends and self._calibrated != self._written():
-            self.calibrate()
-        return self
-
-    def _written(self) -> tuple:
-        """Changes whenever slots, labels or their number do: torch counts the writes to a tensor."""
-        return tuple((id(store), store._version) for store in (self.slots, self.slot_labels, self.filled))
 
     def slot_directions(self) -> Tensor:
-        """:meth:`directions` of all slots (N, K); in eval mode they are kept until slots are written."""
-        if self.training or torch.is_inference(self.slots):
+        """:meth:`directions` of all slots (N, K), kept until slots are written."""
+        if torch.is_inference(self.slots):
             return self.directions(self.slots)
-        if self._directions[0] != (written := (*self._written(), self.deviation._version)):
+        written = tuple((id(store), store._version) for store in (self.slots, self.mean, self.deviation))  # torch counts writes
+        if self._directions[0] != written:
             self._directions = written, self.directions(self.slots)
         return self._directions[1]
 
@@ -204,4 +182,27 @@ class VotingBank(RareMemoryBank):
         self.slots.index_copy_(0, slots, keys.float())
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight={self.weight:.6g}, temperature={self.temperature}"
+        return (f"features={self.slots.shape[1]}, size={self.size}, k={self.k}, threshold={self.threshold}, "
+                f"weight={self.weight:.6g}, temperature={self.temperature}")
+
+
+def rare_rows(labels: Tensor, threshold: float, size: int) -> tuple[Tensor, Tensor]:
+    """Images with a finding that is rare, and as many without a finding; at most ``size`` rows (m,) in their order.
+
+    A finding is rare if its share of labels (n, C) of 0, 1 or NaN (unknown) is at or below ``threshold``. At most half of the
+    rows go to images with one. If these do not fit, each is filed under its rarest class, and classes give way evenly: those of
+    few images keep all. A draw with a fixed seed decides within a class, and among images without a finding.
+
+    Returns the rows, and for each the share of its rarest positive class, 1 without one. CHARM's and MemAug's rarity is a
+    feature's length; its threshold knows no labels.
+    """
+    positive, known = labels == 1, ~torch.isnan(labels)
+    score, rarest = torch.where(positive, positive.sum(0) / known.sum(0).clamp(min=1), 1.0).min(1)
+    draw = torch.randperm(len(labels), generator=torch.Generator().manual_seed(85)).to(labels.device)
+    has = positive.any(1)
+    rare, none = (draw[of[draw]] for of in (has & (score <= threshold), ~has & known.any(1)))
+    same = rarest[rare, None] == torch.arange(labels.shape[1], device=labels.device)
+    rank = same.cumsum(0)[torch.arange(len(rare), device=labels.device), rarest[rare]]  # from 1, within the class
+    rare = rare[torch.argsort(rank, stable=True)[:size // 2]]
+    rows = torch.cat([rare, none[:min(len(rare), size - len(rare))]]).sort().values
+    return rows, score[rows]

@@ -14,6 +14,7 @@ from charmlib.evaluation.runs import RunFolder, kept_epoch
 from charmlib.files import reading, write_csv
 from charmlib.nih import NO_FINDING, PARTS
 from charmlib.nn import RareMemoryBank, VotingBank
+from charmlib.nn.bank import Slots
 from charmlib.training.recipes import batches
 from charmlib.training.views import tensors
 
@@ -82,14 +83,14 @@ class BankEvidence:
         self.run, self.data = run, run.data
 
     @property
-    def bank(self) -> RareMemoryBank | None:
+    def bank(self) -> Slots | None:
         """The network's bank."""
         return getattr(self.run.net, "bank", None)
 
     def table(self) -> pd.DataFrame:
         """The filled slots: slot, image (file name), patient, labels as text, step, score, and one column a class.
 
-        See :meth:`charmlib.nn.RareMemoryBank.table`.
+        See :meth:`charmlib.nn.bank.Slots.table`.
 
         Raises
         ------
@@ -133,7 +134,7 @@ class BankEvidence:
     def _offered(self, steps: np.ndarray, history: list[dict]) -> np.ndarray:
         """Weights (n,) of the training images, had each slot written at ``steps`` been drawn from its stage's images."""
         rows, plan, images = self.data.rows("train"), self.run.phases(), self.data.train_images()
-        if isinstance(self.bank, VotingBank) and self.bank.policy.chooses:
+        if isinstance(self.bank, VotingBank):
             return np.ones(len(rows))
         with_finding = self.data.index.has_finding()[rows].astype(float)
         end, left, weights = self.bank.steps.item(), np.ones(len(steps), bool), np.zeros(len(rows))
@@ -198,7 +199,7 @@ class BankEvidence:
                            np.stack(retrieved) if retrieved else np.empty((0, *pixels.shape), np.uint8), note, *votes)
 
 
-def answer(bank: RareMemoryBank | None, seen: dict[str, torch.Tensor], classes: Sequence[str], finding: str,
+def answer(bank: Slots | None, seen: dict[str, torch.Tensor], classes: Sequence[str], finding: str,
            slots: Callable[[], pd.DataFrame], ids: torch.Tensor | None = None
            ) -> tuple[pd.DataFrame, str, dict[str, float], float]:
     """``table``, ``note``, ``parts`` and ``share`` of an :class:`Explanation`, for the one image that the network has ``seen``.

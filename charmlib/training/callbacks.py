@@ -74,16 +74,12 @@ class NetworkHooks(Callback):
         """Whether the next validation begins with ``renew``."""
         return self.trained and getattr(self.dls.train.dataset, "known", False) and hasattr(self.model, "renew")
 
-    def after_train(self):
-        if isinstance(bank := getattr(self.model, "bank", None), VotingBank) and self.renews:
-            bank.training = False  # eval() would calibrate it, which renew does once its slots are encoded
-
     def before_validate(self):
         images = self.dls.train.dataset
         if not self.renews:
             return
         self.trained = False
-        if isinstance(bank := getattr(self.model, "bank", None), VotingBank) and bank.policy.chooses:
+        if isinstance(bank := getattr(self.model, "bank", None), VotingBank):
             bank.choose(torch.from_numpy(images.rows), torch.from_numpy(images.labels[images.rows]))
         scale = next(t for t in self.dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))
         device = self.dls.device

@@ -153,7 +153,7 @@ class Cards(Callback):
             raise ValueError(f"a batch of {bs} is too small for {size()} processes, which need two images each: raise it")
         self.net, bank, sync = self.model, getattr(self.model, "bank", None), self.dls.device.type == "cuda"
         norms = [module for module in self.net.modules() if isinstance(module, _BatchNorm)]
-        self.norms, self.replaced = [] if sync else norms, [] if bank is None else [(bank, "write", self._write)]
+        self.norms, self.replaced = [] if sync else norms, [(bank, "write", self._write)] if hasattr(bank, "write") else []
         self.replaced += [(module, "forward", self._drawn) for module in self.net.modules()
                           if isinstance(module, nn.Dropout | StochasticDepth | DropPath)]
         self.replaced += [(norm, "forward", partial(synced, convert_sync_batchnorm(norm))) for norm in norms if sync]

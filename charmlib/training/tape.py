@@ -113,10 +113,9 @@ class Tape(Callback):
             self._path(self.before, "_opt").unlink(missing_ok=True)
 
     def _own(self) -> dict[str, Tensor]:
-        """Of a bank that votes, what a run does not share with others: all of one that is chosen by labels."""
+        """A bank that votes, which a run does not share with others."""
         bank = getattr(self.model, "bank", None)
-        names = () if not isinstance(bank, VotingBank) else bank.state_dict() if bank.policy.chooses else ("weight",)
-        return {f"bank.{name}": bank.get_buffer(name).clone() for name in names}
+        return {f"bank.{name}": buffer.clone() for name, buffer in bank.named_buffers()} if isinstance(bank, VotingBank) else {}
 
     def _path(self, key: str, more: str = "") -> Path:
         return self.folder / f"tape_{key}{more}.pt"

@@ -7,7 +7,7 @@ from charmlib.nn.scales import maps_of
 from charmlib.nn.votes import RAREST
 
 SMALL = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "attention": "layers", "momentum_form": "branch",
-         "strategy": "balanced", "bank_size": 16, "k": 2, "hidden": 16}
+         "bank_size": 16, "k": 2, "hidden": 16}
 PLAIN = {"use_momentum": False, "use_attention": False}
 
 
@@ -53,7 +53,7 @@ def test_groups_hold_every_trained_parameter_once_and_the_momentum_branch_never(
 
 
 def test_a_bare_loop_trains_it():
-    net, x = make(), torch.randn(16, 3, 32, 32)
+    net, x = make(answer="features", threshold=0.0), torch.randn(16, 3, 32, 32)
     y = torch.stack([(x.mean((1, 2, 3)) > 0).float()] * 5, 1)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-3)
     losses = []
@@ -93,9 +93,10 @@ def test_auto_norm_refuses_to_guess_for_a_file(tmp_path):
 
 
 def test_votes_are_added_in_eval_mode_only_by_keys_of_three_scales():
-    net = make(use_momentum=False, use_attention=False)
+    net = make(use_momentum=False, use_attention=False, threshold=1.0)
     x, y = torch.randn(8, 3, 64, 64), (torch.rand(8, 5) < 0.5).float()
-    net.bank.expect(torch.arange(8), y)
+    net.bank.choose(torch.arange(8), y)
+    net.renew(lambda ids: x[ids])
     torch.manual_seed(1)
     got = net.train()(x)
     torch.manual_seed(1)
@@ -125,7 +126,7 @@ def test_other_answers_and_keys_are_refused(wrong):
 
 def test_by_default_it_starts_as_the_plain_network_and_momentum_is_no_part_of_it():
     """Attention's last layer starts at 0, the bank votes in eval mode only, and the mean of the weights is kept outside."""
-    ours, x = make(attention="scales", momentum_form="weights", strategy="labels"), torch.randn(4, 3, 64, 64)
+    ours, x = make(attention="scales", momentum_form="weights"), torch.randn(4, 3, 64, 64)
     plain = make(**PLAIN, use_bank=False)
     plain.load_state_dict({name: value for name, value in ours.state_dict().items() if name.split(".")[0] not in (
         "attention", "bank")})
@@ -149,7 +150,7 @@ def test_attention_reads_the_last_maps_of_the_trunk_and_the_final_one(arch, use_
 
 
 def test_a_bank_by_labels_is_chosen_then_renewed_and_then_votes():
-    net = make(strategy="labels", threshold=1.0, use_momentum=False)
+    net = make(threshold=1.0, use_momentum=False)
     images, y = torch.randn(12, 3, 64, 64), torch.zeros(12, 5)
     y[:6, 0] = 1
     net.bank.choose(torch.arange(12), y)
@@ -170,10 +171,11 @@ def test_encode_names_what_it_gives():
 
 @pytest.mark.parametrize("attended", [False, True])
 def test_a_csra_head_reads_the_map_and_votes_are_added_to_it(attended):
-    net = make(use_momentum=False, use_attention=attended, head="csra", csra_heads=2)
+    net = make(use_momentum=False, use_attention=attended, head="csra", csra_heads=2, threshold=1.0)
     x, y = torch.randn(8, 3, 64, 64), (torch.rand(8, 5) < 0.5).float()
-    net.bank.expect(torch.arange(8), y)
     net.train()(x).sum().backward()
+    net.bank.choose(torch.arange(8), y)
+    net.renew(lambda ids: x[ids])
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     net.eval()
     q = net.final(net.trunk(x))

@@ -11,8 +11,7 @@ from charmlib.nn import RareMemoryBank
 from charmlib.nn.strategies import STRATEGIES
 from tests.nn.test_bank import NoReading
 
-PUBLISHED = ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard")
-ALL = (*PUBLISHED, "balanced", "labels")
+ALL = ("rarity", "statistical", "entropy", "diversity", "hybrid", "fifo", "reservoir", "hard")
 
 
 class ListBank:
@@ -110,41 +109,6 @@ class ListBank:
                 self.slots[easiest] = row
 
 
-    def labels(self, z, ids, labels, logits, draws):
-        self.shown = [*getattr(self, "shown", []), *labels]
-        share = [np.nanmean([y[c] for y in self.shown] or [0]) for c in range(labels.shape[1])]
-        scores = [min((share[c] for c, a in enumerate(y) if a == 1), default=2) for y in labels]
-        self.put_in_ring(z, ids, scores, [s <= self.threshold for s in scores])
-
-    def balanced(self, z, ids, labels, logits, draws):
-        step = self.seen // len(z)
-        if not hasattr(self, "positives"):
-            self.positives = [0] * labels.shape[1]
-        for y in labels:
-            self.positives = [n + (a == 1) for n, a in zip(self.positives, y)]
-        rows = []
-        for v, image, y in zip(z, ids, labels):
-            have = [c for c, a in enumerate(y) if a == 1]
-            shelf = min(have, key=lambda c: (self.positives[c], c)) if have else len(y)
-            rows.append((v, int(image), shelf, step))
-        for slot, (_, image, *_) in enumerate(self.slots):
-            self.slots[slot] = next((r for r in rows if r[1] == image), self.slots[slot])
-        here = {image for _, image, *_ in self.slots}
-        everyone = [(s, entry) for s, entry in enumerate(self.slots)] + [(None, r) for r in rows if r[1] not in here]
-        newest = sorted(range(len(everyone)), key=lambda i: (-everyone[i][1][3], i))
-        before, ranked = {}, []
-        for i in newest:
-            shelf = everyone[i][1][2]
-            ranked.append((before.get(shelf, 0), -everyone[i][1][3], i))
-            before[shelf] = before.get(shelf, 0) + 1
-        staying = {i for *_, i in sorted(ranked)[:self.size]}
-        free = [s for s, (slot, _) in enumerate(everyone) if slot is not None and s not in staying]
-        free += range(len(self.slots), self.size)
-        for i, (slot, entry) in enumerate(everyone):
-            if slot is None and i in staying:
-                self.set(free.pop(0), entry)
-
-
 def batches(count, batch=10, features=6, classes=4, images=40):
     random = np.random.default_rng(0)
     for _ in range(count):
@@ -159,9 +123,8 @@ def batches(count, batch=10, features=6, classes=4, images=40):
 @pytest.mark.parametrize("size", [7, 24, 200])
 @pytest.mark.parametrize("strategy", ALL)
 def test_equals_lists_and_loops(strategy, size, rule):
-    threshold = 0.5 if strategy == "labels" else 0.3
-    bank = RareMemoryBank(6, 4, size=size, k=2, threshold=threshold, strategy=strategy, rule=rule, bank_momentum=0.7).train()
-    slow = ListBank(strategy, size, threshold, rule, 0.7)
+    bank = RareMemoryBank(6, 4, size=size, k=2, threshold=0.3, strategy=strategy, rule=rule, bank_momentum=0.7).train()
+    slow = ListBank(strategy, size, 0.3, rule, 0.7)
     for step, (z, ids, labels, logits) in enumerate(batches(12)):
         torch.manual_seed(step)
         draws = torch.rand(len(z), dtype=torch.float64).tolist()
@@ -181,7 +144,7 @@ def test_the_parameters_know_them_all():
     from charmlib.params import PARAMS
 
     assert set(ALL) == set(STRATEGIES) == set(PARAMS["strategy"].choices)
-    assert all("MemAug" in (STRATEGIES[name].__doc__ or "") for name in PUBLISHED)
+    assert all("MemAug" in (STRATEGIES[name].__doc__ or "") for name in ALL)
 
 
 @pytest.mark.parametrize("strategy", ALL)
@@ -350,7 +313,7 @@ def test_a_gate_opens_what_was_scaled():
 
 @pytest.mark.parametrize("strategy", ALL)
 def test_the_largest_bank_takes_no_more_memory_with_time(strategy):
-    bank = RareMemoryBank(8, 2, size=65536, k=5, threshold=0.6 if strategy == "labels" else 0.2, strategy=strategy).train()
+    bank = RareMemoryBank(8, 2, size=65536, k=5, threshold=0.2, strategy=strategy).train()
     sizes = set()
     for z, ids, labels, logits in batches(4, batch=64, features=8, classes=2, images=200):
         bank.write(*map(torch.tensor, (z, ids, labels, logits)))

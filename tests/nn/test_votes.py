@@ -12,15 +12,23 @@ from charmlib.nn.scales import maps_of
 from tests.nn.test_bank import NoReading
 
 
+def fill(bank, keys, labels):
+    """A bank that chose among images of ids 0, 1, ... with these keys."""
+    bank.choose(torch.arange(len(keys)), labels)
+    held = bank.slot_ids[:bank.filled]
+    bank.renew(torch.arange(len(held)), keys[held])
+    bank.calibrate()
+    return bank.eval()
+
+
 def filled(size=24, k=3, count=20, **options):
     torch.manual_seed(0)
-    bank = VotingBank(6, 3, size=size, k=k, **{"strategy": "balanced", **options})
+    bank = VotingBank(6, 3, size=size, k=k, **{"threshold": 1.0, **options})
     keys = torch.randn(count, 6) * torch.tensor([5.0, 5.0, 1.0, 1.0, 1.0, 1.0]) + 3
     labels = (torch.rand(count, 3) < torch.tensor([0.5, 0.3, 0.1])).float()
     labels[torch.rand(count, 3) < 0.15] = torch.nan
     labels[:, 0] = torch.arange(count) % 2
-    bank.write(keys, torch.arange(count), labels)
-    return bank.eval()
+    return fill(bank, keys, labels)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 0.77, 1.0])
@@ -83,7 +91,8 @@ def test_equals_the_nearest_slots_by_hand(size, k, temperature):
 
 def test_contributions_are_signed_one_slot_after_the_other_and_their_sum_is_the_logit():
     bank, logits = filled(weight=0.4), torch.randn(4, 3)
-    keys, ids = torch.randn(4, 6) * 2 + 3, torch.tensor([3, -1, 40, 19])
+    keys, ids = torch.randn(4, 6) * 2 + 3, bank.slot_ids[[3, 0, 0, 12]]
+    ids[1:3] = torch.tensor([-1, 40])
     head, prior, each = bank.contributions(keys, logits, ids)
     want = np.zeros((4, 24, 3))
     for b, (key, image) in enumerate(zip(keys.double().numpy(), ids.tolist())):
@@ -92,7 +101,7 @@ def test_contributions_are_signed_one_slot_after_the_other_and_their_sum_is_the_
                 for similarity, j in near:
                     want[b, j, c] = 0.4 * sign * (similarity - mean) / len(near) / bank.temperature
     np.testing.assert_allclose(each, want, rtol=1e-4, atol=1e-6)
-    assert not each[0, 3].any() and not each[3, 19].any() and (each > 0).any() and (each < 0).any()
+    assert not each[0, 3].any() and not each[3, 12].any() and (each > 0).any() and (each < 0).any()
     bank.expect(ids)
     torch.testing.assert_close(head + prior + each.sum(1), bank(keys, logits), rtol=0, atol=1e-5)
     torch.testing.assert_close(head, 0.6 * logits)
@@ -102,29 +111,27 @@ def test_contributions_are_signed_one_slot_after_the_other_and_their_sum_is_the_
 
 
 def test_a_positive_slot_speaks_for_its_class_and_a_negative_one_against_it():
-    bank = VotingBank(2, 1, size=4, k=1, strategy="fifo")
-    bank.write(torch.tensor([[1.0, 0.0], [-1.0, 0.3], [-1.0, -0.3]]), torch.arange(3), torch.tensor([[1.0], [0.0], [0.0]]))
-    near, far = bank.eval().votes(torch.tensor([[1.0, 0.1], [-1.0, 0.1]]))[:, 0]
+    bank = VotingBank(2, 1, size=4, k=1, threshold=1.0)
+    fill(bank, torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.3], [-1.0, -0.3]]), torch.tensor([[1.0], [1.0], [0.0], [0.0]]))
+    near, far = bank.votes(torch.tensor([[1.0, 0.1], [-1.0, 0.1]]))[:, 0]
     assert near > far
 
 
 def test_of_equal_prevalence_in_the_bank_or_not_the_mean_vote_of_an_image_without_the_class_is_near_0():
     """A rare class has fewer slots, so that its nearest lie farther away: without what is usual it would be voted down."""
     torch.manual_seed(0)
-    bank = VotingBank(8, 2, size=400, k=5, strategy="fifo")
+    bank = VotingBank(8, 2, size=400, k=5, threshold=1.0)
     labels = (torch.rand(400, 2) < torch.tensor([0.5, 0.03])).float()
-    bank.write(torch.randn(400, 8), torch.arange(400), labels)
-    votes = bank.eval().votes(torch.randn(500, 8)).mean(0) * bank.temperature
+    fill(bank, torch.randn(400, 8), labels)
+    votes = bank.votes(torch.randn(500, 8)).mean(0) * bank.temperature
     assert votes.abs().max() < 0.05 and torch.sub(*bank.usual)[1] < -0.2 < torch.sub(*bank.usual)[0]
 
 
-def test_training_passes_the_logits_through_and_remembers_the_batch():
-    bank = VotingBank(6, 3, size=8, k=2, strategy="balanced").train()
-    keys, logits = torch.randn(4, 6, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+def test_training_passes_the_logits_through_and_no_gradient_reaches_the_votes():
+    bank, keys, logits = filled().train(), torch.randn(4, 6, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    before = copy.deepcopy(bank.state_dict())
     bank.expect(torch.arange(4), torch.eye(4)[:, :3])
-    assert bank(keys, logits) is logits and bank.filled.item() == 4
-    bank(keys, logits)  # nobody said whose these are
-    assert bank.filled.item() == 4 and bank.steps.item() == 1
+    assert bank(keys, logits) is logits and all(torch.equal(value, before[name]) for name, value in bank.state_dict().items())
     bank.eval()(keys, logits).sum().backward()
     assert keys.grad is None and logits.grad.eq(0.5).all()  # the head's half
 
@@ -133,45 +140,26 @@ def test_an_empty_bank_a_weight_of_0_and_a_class_that_nobody_has_change_nothing(
     keys, logits = torch.randn(4, 6), torch.randn(4, 3)
     assert torch.equal(VotingBank(6, 3, size=8, k=2).eval()(keys, logits), logits)
     assert torch.equal(filled(weight=0.0)(torch.randn(4, 6), logits), logits)
-    bank = VotingBank(6, 3, size=8, k=2, strategy="balanced")
-    bank.write(torch.randn(8, 6), torch.arange(8), torch.tensor([[0.0, 1.0, i % 2] for i in range(8)]))
-    out = bank.eval()(keys, logits)
+    bank = VotingBank(6, 3, size=8, k=2, threshold=1.0)
+    out = fill(bank, torch.randn(8, 6), torch.tensor([[0.0, 1.0, i % 2] for i in range(8)]))(keys, logits)
     assert torch.equal(out[:, :2], logits[:, :2]) and (out[:, 2] != logits[:, 2]).all()
 
 
 def test_the_only_slot_of_a_class_does_not_vote_on_its_own_image():
-    bank = VotingBank(2, 1, size=4, k=2, strategy="fifo", weight=1.0)
-    bank.write(torch.randn(3, 2), torch.arange(3), torch.tensor([[1.0], [0.0], [0.0]]))
-    assert bank.eval().votes(bank.slots[:1], torch.tensor([0])).item() == 0 != bank.votes(bank.slots[:1]).item()
+    bank = VotingBank(2, 1, size=4, k=2, threshold=1.0, weight=1.0)
+    fill(bank, torch.randn(2, 2), torch.tensor([[1.0], [0.0]]))
+    assert bank.votes(bank.slots[:1], torch.tensor([0])).item() == 0 != bank.votes(bank.slots[:1]).item()
     assert not bank.contributions(bank.slots[:1], torch.zeros(1, 1), torch.tensor([0]))[2].any()
 
 
-def test_the_prior_is_the_share_of_late_batches_and_the_bank_knows_it_from_the_first():
-    bank = VotingBank(4, 3, size=8, strategy="fifo")
-    first = torch.tensor([[1.0, 0.0, torch.nan]] * 5 + [[0.0, 0.0, torch.nan]] * 5)
-    bank.write(torch.randn(10, 4), torch.arange(10), first)
-    torch.testing.assert_close(bank.shares, torch.tensor([0.5, 0.0, 0.0]))
-    for _ in range(600):
-        bank.write(torch.randn(10, 4), torch.arange(10), torch.tensor([[0.0, 1.0, 1.0]] * 10))
-    assert bank.shares[0] < 0.01 and (bank.shares[1:] > 0.99).all()
-
-
-def test_what_is_calibrated_is_not_calibrated_again_and_kept_directions_are_of_todays_slots(monkeypatch):
-    bank, calls = filled(), []
-    keys, another = torch.randn(5, 6), filled(count=18).state_dict()
-    first = bank.votes(keys)
+def test_kept_directions_are_of_todays_slots():
+    bank, another = filled(), filled(count=18).state_dict()
     assert torch.equal(bank.slot_directions(), bank.directions(bank.slots)) and bank.slot_directions() is bank.slot_directions()
-    calibrate = VotingBank.calibrate
-    monkeypatch.setattr(VotingBank, "calibrate", lambda self: (calls.append(1), calibrate(self)))
-    bank.train().eval()
-    assert not calls and torch.equal(bank.votes(keys), first)
-    for change in (lambda: bank.slots.mul_(1.5), lambda: bank.slot_labels.neg_(), lambda: bank.filled.sub_(1),
-                   lambda: bank.load_state_dict(another), lambda: bank._buffers.update(slots=bank.slots.clone())):
-        before = len(calls)
-        bank.train()
+    for change in (lambda: bank.slots.mul_(1.5), lambda: bank.load_state_dict(another), lambda: bank.deviation.mul_(2),
+                   lambda: bank._buffers.update(slots=bank.slots.clone() + 1), bank.calibrate):
+        before = bank.slot_directions()
         change()
-        bank.eval()
-        assert len(calls) == before + 1 and torch.equal(bank.slot_directions(), bank.directions(bank.slots))
+        assert torch.equal(bank.slot_directions(), bank.directions(bank.slots)) and bank.slot_directions() is not before
     other = copy.deepcopy(bank)
     other.slots[0].mul_(-2)
     assert not torch.equal(other.slot_directions(), bank.slot_directions())
@@ -218,13 +206,6 @@ def test_a_choice_made_again_is_the_same_and_a_smaller_one_leaves_no_slot_behind
     assert bank.filled < 100 and not bank.slots[bank.filled:].any() and bank.slot_ids[:bank.filled].max() < 100
 
 
-def test_training_writes_nothing_to_a_bank_by_labels():
-    bank = VotingBank(6, 3, size=8, k=2).train()
-    bank.expect(torch.arange(4), torch.eye(4)[:, :3])
-    bank(torch.randn(4, 6), torch.randn(4, 3))
-    assert bank.filled == 0 and bank.steps == 0 and not bank.shares.any()
-
-
 def test_eval_is_frozen_and_state_dict_carries_all():
     bank = filled()
     before = copy.deepcopy(bank.state_dict())
@@ -232,52 +213,29 @@ def test_eval_is_frozen_and_state_dict_carries_all():
     bank.expect(torch.arange(5), torch.ones(5, 3))
     first = bank(keys, torch.zeros(5, 3))
     assert all(torch.equal(v, before[n]) for n, v in bank.state_dict().items())
-    other = VotingBank(6, 3, size=24, k=3, strategy="balanced").eval()
+    other = VotingBank(6, 3, size=24, k=3, threshold=1.0).eval()
     other.load_state_dict(before)
     other.expect(torch.arange(5))
     assert torch.equal(other(keys, torch.zeros(5, 3)), first)
 
 
 def test_nothing_reads_the_device():
-    bank = VotingBank(6, 3, size=8, k=3, strategy="balanced")
-    keys, logits, ids, labels = torch.randn(5, 6), torch.randn(5, 3), torch.arange(5), torch.eye(5)[:, :3]
-    for training in (True, True, False):
+    bank, keys, logits, ids, labels = filled(), torch.randn(5, 6), torch.randn(5, 3), torch.arange(5), torch.eye(5)[:, :3]
+    for training in (True, False):
         bank.train(training)
         with NoReading():
             bank.expect(ids, labels)
             bank(keys, logits).sum()
-    assert bank.filled.item() == 5
 
 
 def test_refusals():
-    for wrong in ({"weight": -0.5}, {"weight": 1.5}, {"temperature": 0.0}, {"k": 0}, {"k": 9},
-                  {"strategy": "best"}):
+    for wrong in ({"weight": -0.5}, {"weight": 1.5}, {"temperature": 0.0}, {"k": 0}, {"k": 9}, {"threshold": -0.1}):
         with pytest.raises(ValueError):
             VotingBank(6, 3, **{"size": 8, "k": 2, **wrong})
     bank = filled()
     bank.expect(torch.arange(3))
     with pytest.raises(ValueError, match="announced 3"):
         bank(torch.randn(4, 6), torch.randn(4, 3))
-
-
-def test_a_balanced_bank_holds_every_rare_image_and_no_image_twice():
-    """A class of 1 in 100 fills its share with all that there are, as fresh as they come, and fifo loses most of them."""
-    random = np.random.default_rng(0)
-    rare, common = random.random(2000) < 0.01, random.random(2000) < 0.3
-    labels = torch.tensor(np.stack([common, rare], 1).astype(np.float32))
-    held = {}
-    for strategy in ("balanced", "fifo"):
-        bank = VotingBank(4, 2, size=90, k=5, strategy=strategy)
-        for epoch in range(3):
-            for ids in torch.tensor(random.permutation(2000)).split(50):
-                bank.write(torch.full((50, 4), float(epoch)), ids, labels[ids])
-        ids = bank.slot_ids.tolist()
-        held[strategy] = {i for i in ids if rare[i]}
-        if strategy == "balanced":
-            assert len(set(ids)) == 90 and bank.slots[bank.slot_labels[:, 1] == 1].eq(2).all()
-            shelves = np.bincount(bank.slot_scores.long().numpy(), minlength=3)
-            assert shelves[1] == rare.sum() and abs(shelves[0] - shelves[2]) <= 1
-    assert held["balanced"] == set(np.flatnonzero(rare)) and len(held["fifo"]) < rare.sum() / 3
 
 
 @pytest.mark.parametrize(("arch", "channels"), [

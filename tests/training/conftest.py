@@ -9,7 +9,7 @@ from charmlib.data.loaders import chest_dataloaders
 
 HALF = (0.5, 0.5, 0.5)
 NET = {"arch": "timm:test_resnet", "weights": "none", "norm": "half", "momentum_form": "branch", "attention": "layers",
-       "strategy": "balanced", "bank_size": 16, "k": 2, "hidden": 16, "threshold": 0.0}
+       "bank_size": 16, "k": 2, "hidden": 16}
 
 
 @pytest.fixture

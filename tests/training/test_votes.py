@@ -37,12 +37,10 @@ class EndAfter(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("strategy", ["balanced", "labels"])
-def test_it_trains_the_plain_network_bit_by_bit(tiny, tmp_path, strategy):
+def test_it_trains_the_plain_network_bit_by_bit(tiny, tmp_path):
     """All that votes change is the score: weights, order of images and augmentation are those without a bank. No validation
     part, so that both keep their last epoch."""
-    runs = [Run.open(tiny, **PLAIN, use_bank=bank, strategy=strategy, threshold=1.0, valid_fraction=0, patience=0,
-                     run_dir=str(tmp_path / str(bank)))
+    runs = [Run.open(tiny, **PLAIN, use_bank=bank, valid_fraction=0, patience=0, run_dir=str(tmp_path / str(bank)))
             for bank in (False, True)]
     for run in runs:
         run.train()
@@ -51,9 +49,8 @@ def test_it_trains_the_plain_network_bit_by_bit(tiny, tmp_path, strategy):
     assert {name.split(".")[0] for name in set(ours) - set(plain)} == {"bank"} and runs[1].net.bank.filled == 16
 
 
-@pytest.mark.parametrize("strategy", ["balanced", "labels"])
-def test_before_each_validation_slots_hold_what_scoring_sees(tiny, strategy):
-    run = Run.open(tiny, **PLAIN, bank_size=32, strategy=strategy)
+def test_before_each_validation_slots_hold_what_scoring_sees(tiny):
+    run = Run.open(tiny, **PLAIN, bank_size=32)
     learn = run.learner(run.phase("stage2"))
     learn.create_opt()
     with learn.no_bar(), learn.no_logging():
@@ -73,22 +70,19 @@ def test_before_each_validation_slots_hold_what_scoring_sees(tiny, strategy):
     usual = bank.usual.clone()
     bank.calibrate()
     torch.testing.assert_close(bank.usual, usual, rtol=1e-3, atol=1e-3)
-    if strategy == "labels":
-        assert ids.tolist() and set(ids.tolist()) <= set(run.data.rows("train").tolist())
-        labels = torch.from_numpy(run.data.labels[ids.numpy()])
-        assert torch.equal(bank.slot_labels[:bank.filled].float(), torch.nan_to_num(labels, nan=-1.0))
-        share = np.nanmean(run.data.labels[run.data.rows("train")], 0)
-        torch.testing.assert_close(bank.shares, torch.from_numpy(share), rtol=1e-5, atol=1e-6)
+    assert ids.tolist() and set(ids.tolist()) <= set(run.data.rows("train").tolist())
+    labels = torch.from_numpy(run.data.labels[ids.numpy()])
+    assert torch.equal(bank.slot_labels[:bank.filled].float(), torch.nan_to_num(labels, nan=-1.0))
+    share = np.nanmean(run.data.labels[run.data.rows("train")], 0)
+    torch.testing.assert_close(bank.shares, torch.from_numpy(share), rtol=1e-5, atol=1e-6)
 
 
-def test_refreshing_other_banks_and_strangers_does_nothing(tiny):
-    run = Run.open(tiny, **PLAIN, answer="features", strategy="rarity")
+def test_refreshing_other_banks_and_an_empty_one_does_nothing(tiny):
+    run = Run.open(tiny, **PLAIN, answer="features")
     run.net.renew(lambda ids: pytest.fail("features stay as they were written"))
     run = Run.open(tiny, **PLAIN)
-    run.net.bank.write(torch.randn(4, run.net.bank.slots.shape[1]), None, torch.ones(4, 14))
-    kept = run.net.bank.slots.clone()
-    run.net.renew(lambda ids: pytest.fail("nobody knows these images"))
-    assert torch.equal(run.net.bank.slots, kept) and run.net.training
+    run.net.renew(lambda ids: pytest.fail("no image is held"))
+    assert run.net.training and not run.net.bank.fitted.any()
 
 
 @pytest.mark.parametrize("keys", ["scales", "features"])
@@ -105,7 +99,7 @@ def test_it_explains_and_loads_as_it_scores(tiny, keys):
     assert told.table["similarity"].between(-1, 1).all()
 
 
-CHOOSES = {**PLAIN, "strategy": "labels", "threshold": 1.0, "vote_weight": -1, "vote_temperature": 0.3, "bank_size": 128,
+CHOOSES = {**PLAIN, "vote_weight": -1, "vote_temperature": 0.3, "bank_size": 128,
            "k": 5, "classes": "nih15", "stage1_lr": 1e-2, "stage1_epochs": 5, "stage2_loss": "bce", "patience": 0}
 
 

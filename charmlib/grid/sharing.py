@@ -7,7 +7,7 @@ from pathlib import Path
 from charmlib.grid.cells import CellFolder, code_hash
 from charmlib.params import PARAMS, effective, mean_of
 
-NOTEBOOKS = "0b5dc87be1810499"
+NOTEBOOKS = "b0d086d96d9975d2"
 """What :func:`charmlib.grid.cells.code_hash` gives of this version's notebooks.
 
 Those of a user may do more than train and score. The cells after the first run without notebooks, and would leave it out. So

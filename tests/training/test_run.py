@@ -107,18 +107,18 @@ def test_a_bank_that_answers_with_features_resumes_in_the_same_bits(tiny, tmp_pa
 def test_a_bank_of_any_strategy_resumes_in_the_same_bits(tiny, tmp_path, monkeypatch, strategy):
     """Killed inside stage 1 and again inside stage 2. Rarity is in the test above."""
     quiet = tmp_path / "quiet"
-    Run.open(tiny, strategy=strategy, run_dir=str(quiet)).train()
+    Run.open(tiny, answer="features", strategy=strategy, run_dir=str(quiet)).train()
     for saves in (2, 2):
         with monkeypatch.context() as m, pytest.raises(Killed):
             killed_after(m, saves)
-            Run.open(tiny, strategy=strategy).train()
+            Run.open(tiny, answer="features", strategy=strategy).train()
         torch.manual_seed(12345)
-    Run.open(tiny, strategy=strategy).train()
+    Run.open(tiny, answer="features", strategy=strategy).train()
     same_run(Path(tiny["run_dir"]), quiet)
 
 
 def test_each_stage_has_its_bank_momentum(tiny):
-    run = Run.open(tiny, strategy="statistical", bank_momentum=0.5)
+    run = Run.open(tiny, answer="features", strategy="statistical", bank_momentum=0.5)
     run.learner()
     assert run.net.bank.bank_momentum == 0.5
     run.learner(run.phase("stage2"))
@@ -129,10 +129,10 @@ def test_each_stage_has_its_bank_momentum(tiny):
 VOTES = {"momentum": (0.123, lambda net: net.momentum.momentum), "threshold": (0.321, lambda net: net.bank.threshold),
          "k": (7, lambda net: net.bank.k), "bank_size": (23, lambda net: net.bank.size),
          "vote_weight": (0.77, lambda net: net.bank.weight), "vote_temperature": (0.35, lambda net: net.bank.temperature),
-         "strategy": ("hybrid", lambda net: net.bank.strategy),
-         "rule": ("angle", lambda net: net.bank.rule), "dropout": (0.45, lambda net: net.head[3].p),
+         "dropout": (0.45, lambda net: net.head[3].p),
          "hidden": (19, lambda net: net.head[1].out_features)}
-FEATURES = {name: VOTES[name] for name in ("k", "threshold", "bank_size", "strategy", "rule")} | {
+FEATURES = {name: VOTES[name] for name in ("k", "threshold", "bank_size")} | {
+    "strategy": ("hybrid", lambda net: net.bank.strategy), "rule": ("angle", lambda net: net.bank.rule),
     "momentum_warmup": (False, lambda net: net.momentum.warmup),
     "momentum_batch_norms": (True, lambda net: net.momentum.batch_norms),
     "momentum_before_step": (True, lambda net: net.momentum_before_step),

@@ -205,9 +205,9 @@ class CharmNet(nn.Module):
         """
         if not isinstance(self.bank, VotingBank):
             return
-        was = self.training
+        was, held = self.training, torch.arange(int(self.bank.filled), device=self.bank.slots.device)
         self.eval()
-        for some in torch.arange(int(self.bank.filled), device=self.bank.slots.device).split(batch):
+        for some in held.split(batch) if len(held) else ():
             self.bank.renew(some, self.encode(images(self.bank.slot_ids[some])).keys)
         self.bank.calibrate()
         self.train(was)

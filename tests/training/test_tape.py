@@ -122,8 +122,8 @@ def test_another_training_and_damaged_files_are_noticed(base, tmp_path):
         content.seek(1000)
         content.write(b"xxxx")
     with pytest.raises(Damaged, match=file.name):
-        for training in ("these", "those"):
-            shared(base, tmp_path / "again", 0, Tape(tmp_path, training)).train()
+        for i, training in enumerate(("these", "those")):
+            shared(base, tmp_path / "again", i, Tape(tmp_path, training)).train()
 
 
 def test_features_are_looked_up_for_the_same_images_and_weights_only(base, tmp_path):

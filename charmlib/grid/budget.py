@@ -16,6 +16,7 @@ from typing import NamedTuple
 from charmlib.data.dataset import count_images
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid.cells import GridError
+from charmlib.grid.sharing import training_of
 from charmlib.grid.spec import Cell
 from charmlib.params import ParameterError
 from charmlib.session import with_this_package
@@ -86,6 +87,8 @@ class Pace(NamedTuple):
     epochs: Mapping[str, float]
     scoring: float | None
     overhead: float | None
+    looks: float | None = None
+    """Seconds of all validations of a cell that shares the training of another with another mean of the weights."""
 
     def epoch(self, phase: str) -> float | None:
         """Of this phase, else of the slowest phase with finished epochs; None if there is none."""
@@ -94,21 +97,29 @@ class Pace(NamedTuple):
 
 def paces(folder: Path, cells: Iterable[Cell]) -> dict[str, Pace]:
     """The pace of each cell: from cells of about its cost if any have run, else from all that have."""
-    epochs, totals, costs = [], [], {}
+    trainings, totals, costs, looks = {}, [], {}, {}
     for cell in cells:
         run = RunFolder(folder / cell.id)
         cost = costs[cell.id] = tuple(cell.params[name] for name in _COST)
         plan = phases(cell.params)
         with suppress(ValueError, KeyError, TypeError, OSError):  # a damaged one, which the board names
-            epochs += [(cost, phase_of(plan, row).name, float(row["seconds"])) for row in run.history]
+            rows = [(cost, phase_of(plan, row).name, float(row["seconds"])) for row in run.history]
+            if run.done and run.metrics.get("shares_training_with"):
+                looks[cost] = max(looks.get(cost, 0.0), run.metrics["seconds"]["train"])
+                continue
             totals += [(cost, run.metrics["seconds"])] if run.done else []
+            if rows:  # of unfinished cells that share a training, those of the one that trains
+                key = training_of(cell.params)
+                trainings[key] = max(trainings.get(key, []), rows, key=lambda rows: sum(s for *_, s in rows))
+    epochs = [row for rows in trainings.values() for row in rows]
 
     def pace(cost: tuple) -> Pace:
         alike = [epoch for epoch in epochs if epoch[0] == cost] or epochs
         finished = [s for c, s in totals if c == cost] or [s for _, s in totals]
         return Pace({phase: median(s for _, p, s in alike if p == phase) for phase in {p for _, p, _ in alike}},
                     median(s["score"] for s in finished) if finished else None,
-                    min(s["overhead"] or 0.0 for s in finished) if finished else None)  # the least: of an uninterrupted one
+                    min(s["overhead"] or 0.0 for s in finished) if finished else None,  # the least: of an uninterrupted one
+                    looks.get(cost, max(looks.values(), default=None)))
 
     known = {cost: pace(cost) for cost in set(costs.values())}
     return {cell: known[cost] for cell, cost in costs.items()}
@@ -128,7 +139,8 @@ def probed(cells: Sequence[Cell], say: Callable[[str], None] = print) -> dict[st
         return {}
     say(f"timing {len(asked)} kinds of cells by a few steps each")
     found = dict(zip(asked, _answer("charmlib.training.probe", list(asked.values()))))
-    return {cell: Pace(found[cost]["epochs"], found[cost]["scoring"], None) for cell, cost in costs.items() if cost in found}
+    return {cell: Pace(found[cost]["epochs"], found[cost]["scoring"], None, found[cost]["looks"])
+            for cell, cost in costs.items() if cost in found}
 
 
 def next_step(cell: Cell, run: RunFolder, pace: Pace) -> float:

@@ -26,7 +26,7 @@ from charmlib.grid.schedule import Schedule
 from charmlib.grid.sharing import shared_jobs, training_of
 from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell, refuse_dead_axes, remarks
 from charmlib.param_sources import find_file, read_yaml, with_absolute_paths
-from charmlib.params import READING, changes
+from charmlib.params import READING, changes, mean_of
 
 _DATA = (*READING, "data_root", "labels", "split", "never_test", "valid_fraction", "limit", "image_size", "aspect", "contrast",
          "cache_dir", "workers")
@@ -168,13 +168,14 @@ def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
 
 def _seconds_left(grid: Grid, part: Grid, folder: Path, known: Mapping[str, Pace] | None = None) -> list[float]:
     """Of each cell of a part, by the finished epochs of the whole grid, or by what is ``known``; the first of those that share
-    a training trains."""
+    a training trains, and the first of those that share a mean of the weights too encodes."""
     pace, trained, found = {**paces(folder, grid.cells), **(known or {})}, set(), []
     for cell in part.cells:
-        run, training = CellFolder(folder / cell.id), training_of(cell.params)
-        found.append(remaining(cell, run, pace[cell.id]) if training not in trained else
-                     0.0 if run.done else pace[cell.id].scoring or 0.0)
-        trained |= set() if run.done else {training}
+        run, training, own = CellFolder(folder / cell.id), training_of(cell.params), pace[cell.id]
+        mean = training, *mean_of(cell.params)
+        found.append(remaining(cell, run, own) if training not in trained else 0.0 if run.done else
+                     (own.scoring or 0.0) + (mean not in trained) * (own.looks or 0.0))
+        trained |= set() if run.done else {training, mean}
     return found
 
 

@@ -39,7 +39,7 @@ class _Clock(Callback):
 
 
 def measured(params: Mapping, images: Mapping[str, int], folder: Path) -> dict:
-    """``epochs`` (phase -> seconds of an epoch with its validation) and ``scoring``, in seconds.
+    """``epochs`` (phase -> seconds of an epoch with its validation), ``scoring``, and ``looks`` (all validations), in seconds.
 
     ``images`` are the numbers of training images 'all' and 'findings', and those of 'valid' and 'test'. Steps are those of
     training, on drawn images of 64 pixels in ``folder``, enlarged to ``image_size``, from random weights.
@@ -64,9 +64,11 @@ def measured(params: Mapping, images: Mapping[str, int], folder: Path) -> dict:
     run.views("train", ["id"], rows[:2 * batch])
     image = (time.perf_counter() - start) / min(len(rows), 2 * batch)
     slots = run.net.bank.size if getattr(run.net, "bank", None) is not None else 0
-    for phase in run.phases():
-        epochs[phase.name] = step[phase.name] * batches(phase, images) + image * (images["valid"] + min(slots, images["all"]))
-    return {"epochs": epochs, "scoring": image * (images["valid"] + images["test"])}
+    look, plan = image * (images["valid"] + min(slots, images["all"])), run.phases()
+    for phase in plan:
+        epochs[phase.name] = step[phase.name] * batches(phase, images) + look
+    return {"epochs": epochs, "scoring": image * (images["valid"] + images["test"]),
+            "looks": look * sum(phase.epochs for phase in plan)}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The time budget: what starts, what ends in time, what is said of the rest."""
 
+import json
 import re
 import shutil
 import time
 
 import pytest
+import yaml
 
 from charmlib.evaluation.runs import RunFolder
 from charmlib.grid.budget import Budget, hours, next_step, paces, remaining, seconds_of
@@ -106,3 +108,26 @@ def test_estimates_from_what_has_run(done, tmp_path):
     nothing = paces(tmp_path / "none", grid.cells)[one.id]
     assert remaining(one, RunFolder(tmp_path / "none"), nothing) == float("inf")
     assert next_step(one, RunFolder(tmp_path / "none"), nothing) == 0
+
+
+def test_cells_that_share_a_training_are_not_taken_for_trainings(make_run, tmp_path):
+    """Of six cells one trains. Its epochs are the pace of the next training, and a second mean of the weights encodes again."""
+    from charmlib.grid.runner import _seconds_left
+    from charmlib.grid.spec import load_grid
+    from tests.conftest import OURS, TINY
+
+    base = {**TINY, **OURS, "stage1_frozen_epochs": 0, "stage1_epochs": 2, "stage2_epochs": 2}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "grid_x.yaml").write_text("base: base.yaml\naxes: {seed: [1, 2], momentum: [0.9, 0.99], k: [1, 2, 3]}\n")
+    grid = load_grid(tmp_path / "grid_x.yaml")
+    for cell in (cells := [cell for cell in grid.cells if cell.params["seed"] == 1]):
+        run = make_run(f"out/{cell.id}", **{**base, "seed": 1, "momentum": cell.params["momentum"], "k": cell.params["k"]})
+        lead, encodes = cell is cells[0], cell.params["k"] == 1
+        seconds = 100.0 if lead else 7.0 if encodes else 0.5
+        text = (run / "history.csv").read_text()
+        (run / "history.csv").write_text(text.replace(",1.0,,", f",{seconds},,"))
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["seconds"] = {"train": 4 * seconds, "score": 3.0, "overhead": 0.0}
+        (run / "metrics.json").write_text(json.dumps(metrics | ({} if lead else {"shares_training_with": cells[0].id})))
+    left = _seconds_left(grid, grid, tmp_path / "out")
+    assert left == [0] * 6 + [403, 3, 3, 31, 3, 3]

@@ -31,7 +31,7 @@ LAST = ["valid_mean_auc", "test_mean_auc", "ci_low", "ci_high", "same_as_first",
         "configuration", *SEEDS, "split", "n_images", "n_patients", "positive_share", "seconds", "overhead_seconds",
         "training_of", "status"]
 
-PLAIN = {"system": "charm", "use_momentum": False, "use_attention": False, "use_bank": False}
+PLAIN = {"system": "charm", "use_momentum": False, "use_attention": False, "use_bank": False, "head": "charm", "refine": "none"}
 """Parameters that make a plain network."""
 NO_VALIDATION = "no validation"  # status of a finished cell that was trained on the validation patients too
 DAMAGED = "damaged"  # of a finished cell with a file that cannot be read

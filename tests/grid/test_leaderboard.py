@@ -89,6 +89,14 @@ def three_configurations(make_run):
     return as_grid(run.parent, ("seed",))
 
 
+def test_a_cell_of_another_head_is_not_taken_for_the_plain_network(make_run):
+    off = {"use_momentum": False, "use_attention": False, "use_bank": False}
+    make_run("h/csra", **off, head="csra", skill=2.0)
+    folder = as_grid(make_run("h/plain", **off, skill=0.5).parent, ("head",))
+    lead = write_report(folder, leaderboard(folder)).read_text().split("class='lead'>")[1].split("</p>")[0]
+    assert "Ranked first: csra" in lead and "Less the plain network (plain): +" in lead
+
+
 def test_configurations_that_the_grids_axes_do_not_name_are_kept_apart(make_run):
     """Nine cells of three systems once made one line, because seed was the only axis."""
     folder = three_configurations(make_run)

@@ -111,7 +111,7 @@ def test_a_grid_compares_the_banks_of_its_cells(make_run, labels):
     from charmlib.grid.report import bank_table, write_report
 
     for strategy, seed in (("rarity", 0), ("fifo", 1), ("fifo", 0)):
-        run = make_run(f"g/{strategy}_{seed}", strategy=strategy, seed=seed)
+        run = make_run(f"g/{strategy}_{seed}", answer="features", strategy=strategy, seed=seed)
         metrics = json.loads((run / "metrics.json").read_text())
         names = list(metrics["train_prevalence"])
         found = json.loads(json.dumps(found_in(labels, seed)))

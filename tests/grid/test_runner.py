@@ -303,12 +303,12 @@ def test_a_board_whose_cells_set_the_split_and_switch_parts_off(tmp_path):
     (tmp_path / "base.yaml").write_text("answer: features\n")
     (tmp_path / "grid_x.yaml").write_text("base: base.yaml\naxes: {k: [2]}\n"
                                           "cells: [{name: plain, use_bank: off, split: patient},"
-                                          " {name: own, split: patient, answer: votes, strategy: rarity, rule: angle},"
+                                          " {name: own, split: patient, answer: votes, vote_weight: 0.4},"
                                           " {name: other, split: patient, retrieval: gated}]\n")
     board = leaderboard(tmp_path, load_grid(tmp_path / "grid_x.yaml")).set_index("cell")
     assert board.columns.is_unique and set(board["status"]) == {"pending"}
     assert board.loc["k2", "k"] == 2 and board.loc["other", "k"] == 5
-    assert pd.isna(board.loc["plain", "k"]) and board.loc["own", "k"] == 5 and board.loc["own", "rule"] == "angle"
+    assert pd.isna(board.loc["plain", "k"]) and board.loc["own", "k"] == 5 and board.loc["own", "vote_weight"] == 0.4
     assert pd.isna(board.loc["own", "retrieval"]) and board.loc["other", "retrieval"] == "gated"  # votes retrieve no features
 
 

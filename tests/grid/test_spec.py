@@ -170,7 +170,7 @@ def test_an_axis_without_effect_is_refused_with_what_would_give_it_one(tmp_path)
     """momentum x k x threshold over the default were eight equal trainings."""
     for axes, says in (("k: [1, 2], use_bank: [false]", "axis 'k' has no effect in any cell; it needs use_bank: true"),
                        ("momentum: [0.9, 0.99], use_momentum: [false]", "'momentum'.*use_momentum: true"),
-                       ("threshold: [0.1], strategy: [fifo]", "'threshold'.*strategy"),
+                       ("threshold: [0.1], strategy: [fifo], answer: [features]", "'threshold'.*strategy"),
                        ("vote_weight: [0.1, 0.2], use_bank: [false]", "'vote_weight'.*use_bank: true")):
         with pytest.raises(ParameterError, match=says):
             load_grid(grid_file(tmp_path, f"base: base.yaml\naxes: {{{axes}}}\n", base="seed: 1\n"))
@@ -200,4 +200,4 @@ def test_given_values_without_effect_are_named_in_one_line(tmp_path):
                      base="hidden: 4\nuse_momentum: false\n")
     grid = load_grid(path, ["momentum=0.5", "vote_weight=0.3"])
     (line,) = remarks(grid, {cell.id: {"all": 1000, "findings": 500} for cell in grid.cells})
-    assert line == "without effect: momentum (needs use_momentum: true); rule (needs strategy: rarity or statistical or hybrid)"
+    assert line == "without effect: momentum (needs use_momentum: true); rule (needs answer: features)"

@@ -209,6 +209,7 @@ def test_a_bank_votes_with_the_prevalence_of_the_images(make):
     learn = fit(make("class_aware"))
     dataset = learn.dls.train.dataset
     np.testing.assert_allclose(learn.model.bank.shares, shares(dataset.labels[dataset.rows]), rtol=1e-6)
+    assert torch.equal(fit(make()).model.bank.shares, learn.model.bank.shares)
 
 
 def test_what_uneven_draws_cannot_go_with(make):

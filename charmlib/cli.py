@@ -360,7 +360,8 @@ def explain(run, paths, out, **how):
         terms = ", ".join(f"{term} {value:+.2f}" for term, value in found["parts"].items())
         words = f"{readable(path.name)}: {found['finding']} {p:.1%}, logit {found['logit']:+.2f}" + (
             f" = {terms}; the map is of the head alone" if terms else "")
-        figure = plot_heat(found.pop("pixels"), found["heat"], found["finding"], note=f"{words}. {origin}")
+        figure = plot_heat(found.pop("pixels"), found["heat"], found["finding"], margin=found["margin"],
+                           note=f"{words}. {origin}")
         write_whole(out / f"{name}.png", lambda temporary, figure=figure: figure.savefig(temporary, format="png", dpi=130))
         write_json(out / f"{name}.json", found)
         click.echo(f"{out / name}.png: {words}")

@@ -289,5 +289,17 @@ def test_predict_equals_the_test_notebook_and_names_what_it_refuses(phantoms, ti
     assert scaled["p_Effusion"] == pytest.approx(expit(logit / temperature), abs=1e-5)
     done = charm("predict", run.folder, tmp_path / "in", "--out", tmp_path / "new/r.csv", "--point", "sensitivity_0.55")
     assert set(pd.read_csv(tmp_path / "new/r.csv")["point"]) == {"sensitivity_0.55"}
+    ids = test.ids[:40][::-1].tolist()
+    pd.DataFrame({"ImageID": ids}).to_csv(tmp_path / "test.csv", index=False)
+    asked = ("predict", run.folder, phantoms, "--csv", tmp_path / "test.csv", "--submission")
+    done = charm(*asked, tmp_path / "to/send.csv")
+    assert done.returncode == 0 and "40 images, 14 classes" in done.stdout, done.stderr
+    sent = pd.read_csv(tmp_path / "to/send.csv")
+    assert list(sent) == ["ImageID", *test.classes] and sent["ImageID"].tolist() == ids
+    np.testing.assert_allclose(sent["Effusion"], table.loc[ids, "p_Effusion"], atol=1e-6)
+    (tmp_path / "test.csv").write_text("ImageID\nnowhere.png\n")
+    done = charm(*asked, tmp_path / "none.csv")
+    assert done.returncode == 2 and "nowhere" in done.stderr and not (tmp_path / "none.csv").exists()
+    assert charm(*asked[:-3], "--submission", tmp_path / "none.csv").returncode == 2
     assert charm("predict", run.folder, tmp_path / "nowhere").returncode == 2
     assert charm("predict", run.folder, tmp_path / "in", "--point", "yuden").returncode == 2

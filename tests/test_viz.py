@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from charmlib.viz.curves import plot_roc
+from charmlib.viz.heat import plot_heat
 from charmlib.viz.heat_maps import heat_maps
 
 STRANGE = r"Cost $5 $\frac$ {x}"  # matplotlib's mathematics, with an error in it
@@ -48,6 +49,15 @@ def test_drawn_maps_say_so():
     assert "drawn" in heat_maps(board(split="official abc (drawn phantoms)")).get_suptitle()
     whole = board(n_images=608, n_patients=266, positive_share=0.66)
     assert "608 test images of 266 patients, 66.0% with a" in " ".join(heat_maps(whole).get_suptitle().split())
+
+
+def test_a_map_lies_on_the_window_that_the_network_reads():
+    """Without a margin on the whole image, with an eighth a side on the middle 48 of 64 pixels."""
+    pixels, heat = np.zeros((64, 64), np.uint8), np.eye(3)
+    for margin, (low, high) in ((0.0, (-0.5, 63.5)), (0.125, (7.5, 55.5))):
+        right = plot_heat(pixels, heat, "Mass", margin=margin).axes[1]
+        assert right.images[1].get_extent() == [low, high, high, low]
+        assert right.get_xlim() == (-0.5, 63.5) and right.get_ylim() == (63.5, -0.5)
 
 
 def test_all_curves_with_their_auc_in_the_legend():
@@ -191,7 +201,7 @@ def history(epochs=((1, 4), (2, 3)), best=(2, 1)):
 
 
 @pytest.mark.parametrize("monitor, changes, kept", [("valid_loss", {}, [2, 5]), ("valid_auc", {}, [4, 7]),
-                                                    ("valid_ap", {}, [1, 5]),
+                                                    ("valid_ap", {}, [1, 5]), ("last", {}, [4, 7]),
                                                     ("valid_loss", {"valid_loss": np.nan, "valid_auc": np.nan}, [4, 7])])
 def test_curves_mark_the_kept_epochs_and_count_as_the_history_does(monitor, changes, kept):
     from charmlib.viz.history import plot_history

@@ -300,15 +300,16 @@ def number(value: float | None, otherwise: float = float("nan")) -> float:
 
 
 def monitored(row: Mapping, monitor: str) -> float:
-    """The figure of an epoch whose smallest value is the best: 'valid_loss', or minus 'valid_auc' or 'valid_ap'."""
-    return number(row[monitor]) if monitor == "valid_loss" else -number(row[monitor])
+    """The figure of an epoch whose smallest value is the best: 'valid_loss' (also for 'last'), or minus 'valid_auc' or
+    'valid_ap'."""
+    return -number(row[monitor]) if monitor in ("valid_auc", "valid_ap") else number(row["valid_loss"])
 
 
 def kept_epoch(rows: Sequence[Mapping], monitor: str) -> int:
     """Position of the kept epoch among the rows of ``history.csv`` of one stage: the best by 'valid_loss', 'valid_auc' or
-    'valid_ap', the last without a validation part."""
-    values = [monitored(row, monitor) for row in rows]
-    return min((i for i, value in enumerate(values) if value == value), key=values.__getitem__, default=len(values) - 1)
+    'valid_ap', the last for 'last' and without a validation part."""
+    values = [] if monitor == "last" else [monitored(row, monitor) for row in rows]
+    return min((i for i, value in enumerate(values) if value == value), key=values.__getitem__, default=len(rows) - 1)
 
 
 def valid_auc(metrics: Mapping) -> float:

@@ -232,13 +232,13 @@ class KeepProgress(Callback):
     ``raw`` (the network's own), and ``at`` (its place on a tape); ``mark`` (the value that patience compares with), ``waited``
     (epochs since) and ``values`` (of all epochs of the phase; small is good). ``phase`` says the patience and the smallest
     improvements. ``save`` gets the number of finished epochs and whether the phase is over, after the epoch's other callbacks.
-    ``monitor`` None keeps the last epoch, and epochs before ``start`` are skipped. ``scale`` is the state of a resumed phase's
-    gradient scaler, since each fit starts with a new one.
+    With ``monitor`` 'last' it is the last epoch. Epochs before ``start`` are skipped. ``scale`` is the state of a resumed
+    phase's gradient scaler, since each fit starts with a new one.
 
     Raises
     ------
     ValueError
-        Without a monitor: an epoch's weights are not finite.
+        With monitor 'last': an epoch's weights are not finite.
     charmlib.session.OutOfTime
         A deadline is set, and the next epoch with its save would not fit.
     """
@@ -246,7 +246,7 @@ class KeepProgress(Callback):
     order = 90
     longest = 0.0  # seconds of the longest epoch with its save, and a margin because epochs scatter
 
-    def __init__(self, best: dict, save, monitor: str | None, phase: Phase, *, start: int = 0, scale: dict | None = None):
+    def __init__(self, best: dict, save, monitor: str, phase: Phase, *, start: int = 0, scale: dict | None = None):
         store_attr()
 
     def before_fit(self):
@@ -266,16 +266,16 @@ class KeepProgress(Callback):
             return
         self.kept = len(self.learn.epoch_record.rows)
         row = self.learn.epoch_record.rows[-1]
-        value = monitored(row, self.monitor or "valid_loss")
+        last, value = self.monitor == "last", monitored(row, self.monitor)
         self.best["waited"] += 1
         self.best["values"].append(value)
-        if self.monitor is None or value < self.best["mark"] - self.phase.min_delta:
+        if last or value < self.best["mark"] - self.phase.min_delta:
             self.best.update(mark=value, waited=0)
-        if self.monitor is None or value < self.best["value"] - self.phase.save_delta:
+        if last or value < self.best["value"] - self.phase.save_delta:
             state = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
-            if self.monitor is None and not all(state[name].isfinite().all() for name, _ in self.model.named_parameters()):
-                raise ValueError(f"epoch {self.epoch + 1} ended with weights that are not finite; without a validation part no "
-                                 "earlier epoch can be chosen. Lower the learning rate or check the labels")
+            if last and not all(state[name].isfinite().all() for name, _ in self.model.named_parameters()):
+                raise ValueError(f"epoch {self.epoch + 1} ended with weights that are not finite, and the last epoch is the "
+                                 "one that is kept. Lower the learning rate or check the labels")
             mean, tape = getattr(self.learn, "average_weights", None), getattr(self.learn, "tape", None)
             raw = {} if mean is None else {k: v.detach().to("cpu", copy=True) for k, v in mean.raw.items()}
             self.best.update(value=value, state=state, raw=raw, at=tape.at if tape else "")

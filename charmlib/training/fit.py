@@ -27,13 +27,12 @@ class PhaseRunner:
 
     ``make_learner`` makes a Learner around the one network from a phase. ``path`` is that of ``resume.pt``, ``identity`` holds
     the settings in which the file and this run must agree, and ``rate`` is the learning rate of stage 1, kept for a resumed
-    run. With a ``tape`` (:class:`charmlib.training.tape.Tape`), which holds all epochs, no ``resume.pt`` is written. Without a
-    validation part ``monitor`` is None, and each stage keeps its last epoch. ``on_row`` gets the history so far after each
-    epoch.
+    run. With a ``tape`` (:class:`charmlib.training.tape.Tape`), which holds all epochs, no ``resume.pt`` is written.
+    ``monitor`` is the figure that chooses a stage's epoch, or 'last'. ``on_row`` gets the history so far after each epoch.
     """
 
     def __init__(self, make_learner: Callable[[Phase], Learner], net: torch.nn.Module, path: Path, identity: dict, *,
-                 monitor: str | None, seed: int, rate: float | None, on_row: Callable, bars: bool, tape: Tape | None = None):
+                 monitor: str, seed: int, rate: float | None, on_row: Callable, bars: bool, tape: Tape | None = None):
         store_attr()
 
     def saved(self, resume: bool) -> dict | None:

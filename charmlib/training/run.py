@@ -300,8 +300,9 @@ class Run:
 
     def _runner(self) -> PhaseRunner:
         return PhaseRunner(self.learner, self.net, self.folder.resume_file, self._identity(),
-                           monitor=self.params["monitor"] if self.data.split.has_valid else None, seed=self.params["seed"],
-                           rate=self._rate, on_row=self._on_row, bars=session.person_watches(), tape=self.tape)
+                           monitor=self.params["monitor"] if self.data.split.has_valid else "last",
+                           seed=self.params["seed"], rate=self._rate, on_row=self._on_row, bars=session.person_watches(),
+                           tape=self.tape)
 
     def _on_row(self, history: list[dict]) -> None:
         write_history(self.folder, history)

@@ -7,9 +7,11 @@ from charmlib.viz.style import OKABE_ITO, heading, readable, styled
 
 
 @styled
-def plot_heat(pixels: np.ndarray, heat: np.ndarray, finding: str, *, boxes: np.ndarray = (), note: str = ""):
+def plot_heat(pixels: np.ndarray, heat: np.ndarray, finding: str, *, boxes: np.ndarray = (), margin: float = 0.0,
+              note: str = ""):
     """The image (S, S) with ``boxes`` (k, 4) in shares of its sides, then the same under the map (h, w), with its scale.
 
+    ``margin`` is the share of each side of the image outside the map, where the network reads a window.
     The map is drawn in its own cells, without smoothing: it can show nothing smaller. A map without positive evidence says so.
     Returns the figure.
     """
@@ -23,9 +25,10 @@ def plot_heat(pixels: np.ndarray, heat: np.ndarray, finding: str, *, boxes: np.n
     left.set_title("image" + (", with the radiologists' box" if len(boxes) else ""))
     top = float(heat.max())
     if top > 0:
-        share = heat / top
+        share, (low, high) = heat / top, (size * margin - 0.5, size * (1 - margin) - 0.5)
         drawn = right.imshow(share, cmap="inferno", alpha=0.65 * share, vmin=0, vmax=1, interpolation="nearest",
-                             extent=(-0.5, size - 0.5, size - 0.5, -0.5))
+                             extent=(low, high, high, low))
+        right.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
         figure.colorbar(plt.cm.ScalarMappable(drawn.norm, drawn.cmap), ax=right, shrink=0.75, label="share of the largest")
     right.set_title(f"evidence for {readable(finding)}" if top > 0 else f"no positive evidence for {readable(finding)}")
     return heading(figure, "", f"{heat.shape[0]} x {heat.shape[1]} cells: nothing smaller shows. {note}".strip())

@@ -347,6 +347,24 @@ def test_the_epoch_of_the_highest_auc_stays_where_the_auc_is_monitored(tiny):
     assert mean_auc(labels, logits, run.data.classes) == pytest.approx(max(aucs), abs=1e-9) and min(aucs) < max(aucs) - 1e-3
 
 
+def test_the_last_epoch_stays_where_the_last_is_asked_for(tiny, monkeypatch):
+    from charmlib.training.callbacks import EpochRecord
+
+    real_row, states = EpochRecord.after_epoch, []
+
+    def row(self):  # each epoch worse than the one before
+        real_row(self)
+        self.rows[-1]["valid_loss"] = float(len(states))
+        states.append({name: value.clone() for name, value in self.model.state_dict().items()})
+
+    monkeypatch.setattr(EpochRecord, "after_epoch", row)
+    with pytest.raises(ParameterError, match="monitor last does not; say patience: 0"):
+        Run.open(tiny, monitor="last", patience=3)
+    run = Run.open(tiny, monitor="last", patience=0, stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=3, vote_weight=0.5)
+    assert len(run.train()) == 3
+    assert all(torch.equal(value, states[-1][name]) for name, value in run.net.state_dict().items())
+
+
 def test_early_stopping_counts_on_after_a_kill(tiny, monkeypatch):
     from charmlib.training.callbacks import EpochRecord
 

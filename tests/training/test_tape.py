@@ -39,7 +39,7 @@ def scored(run):
 
 
 def shared(base, folder, i, tape, **changes):
-    run = Run.open(base, run_dir=str(folder / f"run{i}"), **CELLS[i], **changes)
+    run = Run.open({**base, **CELLS[i], **changes}, run_dir=str(folder / f"run{i}"))
     run.tape = tape
     tape.remember(run.net)
     return run
@@ -69,6 +69,16 @@ def test_each_of_eight_runs_of_one_training_equals_itself_alone(base, alone, tmp
     # one training, and a stage 2 of two epochs more for each other epoch of stage 1 that is kept
     assert sum(trained) <= 4 + 2 * len(kept) and sum(trained) < sum(lengths) / 2
     assert len({json.dumps(bits(run.folder)[1]) for run in alone}) > 4, "the eight runs differ"
+
+
+def test_runs_that_keep_the_last_epoch_share_all_of_it(base, tmp_path):
+    tape, last = Tape(tmp_path, "these", MEANS), {"monitor": "last", "patience": 0}
+    first = scored(shared(base, tmp_path, 0, tape, **last))
+    assert tape.trained == len(first.history)
+    second = scored(shared(base, tmp_path, 2, tape, **last))
+    assert tape.trained == 0
+    equal(second, scored(Run.open({**base, **CELLS[2], **last}, run_dir=str(tmp_path / "alone"))))
+    assert not np.array_equal(first.logits("test")[0], second.logits("test")[0])
 
 
 def best(run, cell):

@@ -18,7 +18,7 @@ from charmlib.evaluation.runs import RunFolder
 from charmlib.grid.cells import GridError
 from charmlib.grid.sharing import training_of
 from charmlib.grid.spec import Cell
-from charmlib.params import ParameterError
+from charmlib.params import ParameterError, mean_of
 from charmlib.session import with_this_package
 from charmlib.training.recipes import phase_of, phases
 
@@ -34,7 +34,7 @@ _COST = ("system", "arch", "image_size", "use_momentum", "use_attention", "use_b
          "grad_checkpointing")
 _MARGIN = 1.15  # epochs scatter, and the history does not count the time to save one
 # above these bytes for each finished cell and each in training, more than any network here needs, no sizes are computed
-_PLENTY = 1.5e9, 8e9
+_PLENTY = 1.5e9, 3e10
 _REST = 12e6  # bytes of a finished cell without its checkpoint: notebooks, predictions, report
 
 
@@ -181,13 +181,26 @@ def refuse_without_space(cells: Sequence[Cell], folder: Path, at_once: int, *, s
     computed = (0, 0) if kept and resumes else computed_sizes([cell.params for cell in cells])
     cell = median(kept) if kept else computed[0] + _REST
     training = 2 * (max(resumes) if resumes else computed[1])  # twice while a new resume file is written
-    need = todo * cell + at_once * training
+    shared = sorted(_tapes([cell.params for cell, run in zip(cells, runs) if not run.done]), key=lambda found: -found[0])
+    tapes = [networks * computed_sizes([params])[0] for networks, params in shared[:at_once]]
+    need = todo * cell + at_once * training + sum(tapes[:at_once])
+    training += max(tapes, default=0)
     words = (f"{todo} cells need about {_gb(need)} in {folder} ({_gb(cell)} a finished cell, {_gb(training)} more while "
              f"one trains, {at_once} at once); {_gb(free)} are free")
     if free < cell + training:
         raise GridError(f"{words}: not even one fits. Make room, or name another --out.")
     say(words if free >= need else f"WARNING: {words}, so the grid will stop at a full disk, losing nothing. Run a part of it "
         "elsewhere (--shard).")
+
+
+def _tapes(params: Sequence[dict]) -> list[tuple[int, dict]]:
+    """Of each training that several cells share: how many networks its tape holds, which are the network and its means after
+    each epoch, and the parameters of one cell."""
+    sharing = {}
+    for some in params:
+        sharing.setdefault(training_of(some), []).append(some)
+    return [(sum(phase.epochs for phase in phases(some[0])) * len({(0.0, False), *map(mean_of, some)}), some[0])
+            for some in sharing.values() if len(some) > 1]
 
 
 def free_bytes(folder: Path, *, working: Path = KAGGLE_WORKING, limit: float = KAGGLE_LIMIT) -> float:

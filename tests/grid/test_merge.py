@@ -223,6 +223,23 @@ def test_a_grid_that_will_not_fit_is_told_so_beforehand(done, tmp_path, monkeypa
         refuse_without_space(cells, tmp_path, 1)
 
 
+def test_the_epochs_that_cells_share_need_room(tmp_path, monkeypatch):
+    """Two momenta of one training of 3 + 2 epochs: the network and two means of it after each."""
+    from charmlib.grid import budget
+    from charmlib.grid.spec import Cell
+    from charmlib.params import resolve
+
+    short = {"stage1_frozen_epochs": 1, "stage1_epochs": 2, "stage2_epochs": 2, "patience": 0}
+    cells, said = [Cell(f"m{m}", resolve({**short, "momentum": m}), {"momentum": m}) for m in (0.9, 0.99)], []
+    model, resume = computed_sizes([cell.params for cell in cells])
+    monkeypatch.setattr(budget, "free_bytes", lambda folder: 12e6 + model + 2 * resume + 15 * model - 1e3)
+    with pytest.raises(GridError, match="not even one fits"):
+        refuse_without_space(cells, tmp_path, 1)
+    monkeypatch.setattr(budget, "free_bytes", lambda folder: 2 * (12e6 + model) + 2 * resume + 15 * model + 1e3)
+    refuse_without_space(cells, tmp_path, 1, say=said.append)
+    assert not said[0].startswith("WARNING")
+
+
 @pytest.mark.parametrize("text", ["3/2", "0/2", "2", "a/b", "1/2/3"])
 def test_a_wrong_shard_is_refused(text):
     with pytest.raises(ParameterError, match=r"--shard .*wanted I/N such as 2/3"):

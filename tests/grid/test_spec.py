@@ -154,7 +154,7 @@ def test_the_parts_differ_by_their_parts_only():
     judged = sorted((f"fold:{i}/5", seed) for i in range(1, 6) for seed in (85, 1, 2))
     assert all(sorted((p["split"], p["seed"]) for p in cells) == judged for cells in by_name.values())
     plain, ours, before = by_name["plain"][0], by_name["charm"][0], by_name.pop("plain_0.5")[0]
-    regime = {"image_size", "stage1_lr", "stage2_epochs", "stage2_lr_min", "stage2_lr_max"}
+    regime = {"monitor", "image_size", "stage1_lr", "stage2_epochs", "stage2_lr_min", "stage2_lr_max"}
     assert {name for name in plain if plain[name] != before[name]} == regime
     own = {"use_momentum", "use_attention", "use_bank", "momentum", "k", "threshold", "bank_size", "strategy", "rule", "answer",
            "keys", "vote_weight", "vote_temperature", "momentum_form", "retrieval", "bank_norm", "attention",

@@ -183,7 +183,7 @@ def refuse_without_space(cells: Sequence[Cell], folder: Path, at_once: int, *, s
     training = 2 * (max(resumes) if resumes else computed[1])  # twice while a new resume file is written
     shared = sorted(_tapes([cell.params for cell, run in zip(cells, runs) if not run.done]), key=lambda found: -found[0])
     tapes = [networks * computed_sizes([params])[0] for networks, params in shared[:at_once]]
-    need = todo * cell + at_once * training + sum(tapes[:at_once])
+    need = todo * cell + at_once * training + sum(tapes)
     training += max(tapes, default=0)
     words = (f"{todo} cells need about {_gb(need)} in {folder} ({_gb(cell)} a finished cell, {_gb(training)} more while "
              f"one trains, {at_once} at once); {_gb(free)} are free")

@@ -82,7 +82,8 @@ def test_tta_averages_augmented_views(learn):
     torch.manual_seed(0)
     averaged, again = learn.tta(n=2)
     assert averaged.shape == plain.shape and torch.equal(labels, again)
-    assert not torch.allclose(averaged, plain, atol=1e-6) and (averaged - plain).abs().mean() < 0.2
+    assert not torch.allclose(averaged, plain, atol=1e-6) and torch.allclose(averaged, plain, atol=0.5)
+    assert (averaged - plain).abs().mean() < 0.1
     assert torch.equal(learn.get_preds()[0], plain)  # augmentation is off again
     assert torch.equal(learn.tta(n=2, beta=1)[0], plain)
 

@@ -293,7 +293,7 @@ ROWS: tuple[Param, ...] = (
     Param("training", "save_delta", float, 0.0, "smallest improvement that replaces the kept epoch; 0.0001 as published",
           low=0, needs={"valid_fraction": ABOVE_0, "monitor": ("valid_loss", "valid_auc", "valid_ap")}, scores=True),
     Param("training", "monitor", str, "valid_loss",
-          "validation figure for early stopping and the kept epoch; last keeps the last epoch of each stage",
+          "validation figure for early stopping and the kept epoch; last keeps and validates the last of each stage",
           ("valid_loss", "valid_auc", "valid_ap", "last"), needs={"valid_fraction": ABOVE_0}, scores=True),
     # run
     Param("run", "run_dir", str, "runs/notebook", "folder of this run's files", shown=True, hashed=False),

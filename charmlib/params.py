@@ -155,6 +155,8 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
             out["valid_fraction"] == 0 and out["patience"],
         f"parameter 'patience': {out['patience']} looks at the validation part, and monitor last does not; say patience: 0.":
             out["monitor"] == "last" and out["patience"],
+        "parameter 'schedule': plateau looks at the validation part, and monitor last does not; say schedule: steps.":
+            out["monitor"] == "last" and out["schedule"] == "plateau",
         f"parameter 'vote_weight': {out['vote_weight']:g} is neither -1 (chosen on the validation part) nor in 0 to 1.":
             -1 < out["vote_weight"] < 0,
         "parameter 'classes': 'own' needs 'csv', the table that holds your labels.": out["classes"] == "own" and not out["csv"]}

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import norm_types
 from fastcore.basics import store_attr
@@ -157,6 +157,19 @@ class LossMode(Callback):
             self.loss_func.eval()
 
 
+class ValidatesFrom(Callback):
+    """Leaves out the validation of the epochs of a fit before ``first``, which counts from 0."""
+
+    order = NetworkHooks.order - 1  # a bank of votes is renewed for a validation only
+
+    def __init__(self, first: int):
+        store_attr()
+
+    def before_validate(self):
+        if self.epoch < self.first:
+            raise CancelValidException
+
+
 class SeedEpoch(Callback):
     """Derives every epoch's randomness (order, augmentation, dropout) from the seed, the phase and the epoch alone: a resumed
     run draws the numbers of an uninterrupted one without stored generator states."""
@@ -183,7 +196,7 @@ class EpochRecord(Callback):
     """One row of the history an epoch: losses, validation AUC and AP, learning rate, seconds, filled slots and share stored.
 
     The training loss is the mean over the epoch's batches: a resumed run could not repeat fastai's smoothed one. Skipped
-    epochs before ``start`` get no row. Without a validation part its three figures are NaN.
+    epochs before ``start`` get no row. Of an epoch that is not validated the three figures are NaN.
 
     A row also holds ``bank_labels`` for ``bank_history.csv``: class -> number of slots, ``no_finding`` last; empty without a
     bank.
@@ -206,10 +219,10 @@ class EpochRecord(Callback):
     def after_epoch(self):
         if self.epoch < self.start:
             return
-        values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
+        values = {} if self.recorder.cancel_valid else dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
         row = {"stage": self.stage, "epoch": self.epoch + self.before + 1,
                "train_loss": torch.stack(self.losses).mean().item() if self.losses else float("nan"),
-               "valid_loss": number(values["valid_loss"]), "valid_auc": number(values.get("mean_auc")),
+               "valid_loss": number(values.get("valid_loss")), "valid_auc": number(values.get("mean_auc")),
                "valid_ap": number(values.get("mean_ap")), "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,
                "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": "", "bank_labels": {}}
         if (bank := getattr(self.model, "bank", None)) is not None:
@@ -217,7 +230,7 @@ class EpochRecord(Callback):
             held = bank.label_counts(finding_columns(classes, self.dls.normal_class))
             counts = torch.stack([bank.seen - self.counts[0], bank.accepted - self.counts[1], bank.filled])
             seen, accepted, row["bank_filled"], *held = torch.cat([counts, held]).tolist()  # one wait for the device
-            row["bank_accepted"] = round(accepted / max(seen, 1), 4)
+            row["bank_accepted"] = round(accepted / seen, 4) if seen else ""
             row["bank_labels"] = dict(zip([*classes, "no_finding"], held))
         self.rows.append(cards.same(row))
         self.on_row(self.rows)

@@ -14,9 +14,9 @@ from charmlib import session
 from charmlib.evaluation.metrics import NotFinite
 from charmlib.files import Damaged
 from charmlib.params import PARAMS
-from charmlib.training.callbacks import EpochRecord, FallingRate, KeepProgress, SeedEpoch, Trains
+from charmlib.training.callbacks import EpochRecord, FallingRate, KeepProgress, SeedEpoch, Trains, ValidatesFrom
 from charmlib.training.checkpoint import differences, fill, load_resume, save_resume
-from charmlib.training.recipes import Phase, epochs_before
+from charmlib.training.recipes import Phase, epochs_before, validations
 from charmlib.training.tape import Tape
 
 FORMAT = 7
@@ -28,7 +28,8 @@ class PhaseRunner:
     ``make_learner`` makes a Learner around the one network from a phase. ``path`` is that of ``resume.pt``, ``identity`` holds
     the settings in which the file and this run must agree, and ``rate`` is the learning rate of stage 1, kept for a resumed
     run. With a ``tape`` (:class:`charmlib.training.tape.Tape`), which holds all epochs, no ``resume.pt`` is written.
-    ``monitor`` is the figure that chooses a stage's epoch, or 'last'. ``on_row`` gets the history so far after each epoch.
+    ``monitor`` is the figure that chooses a stage's epoch, or 'last', which validates no other epoch. ``on_row`` gets the
+    history so far after each epoch.
     """
 
     def __init__(self, make_learner: Callable[[Phase], Learner], net: torch.nn.Module, path: Path, identity: dict, *,
@@ -83,7 +84,8 @@ class PhaseRunner:
                 session.stop_unless(longest, phase.name)
                 before = learner.loss_mode.before = epochs_before(plan, phase)
                 learner.loss_mode.epochs = sum(p.epochs for p in plan if p.stage == phase.stage)
-                longest = self._fit(learner, phase, before, resumed or {"epochs": 0, "scaler": None}, cbs)
+                longest = self._fit(learner, phase, before, validations(plan, self.monitor)[phase.name],
+                                    resumed or {"epochs": 0, "scaler": None}, cbs)
             if last := i + 1 == len(plan) or plan[i + 1].stage != phase.stage:
                 # the next stage goes on from the weights whose mean was scored best
                 own = self.best["raw"] if i + 1 < len(plan) else {}
@@ -92,8 +94,9 @@ class PhaseRunner:
                 self.tape.at = self.best["at"]
         return self.history
 
-    def _fit(self, learner: Learner, phase: Phase, before: int, state: dict, cbs: Sequence) -> float:
-        """Train a phase from a state on; returns the seconds of its longest epoch with a margin."""
+    def _fit(self, learner: Learner, phase: Phase, before: int, validated: int, state: dict, cbs: Sequence) -> float:
+        """Train a phase from a state on and validate after its last epochs; returns the seconds of its longest epoch with a
+        margin."""
         mean = getattr(learner, "average_weights", None)
         if mean is not None:
             mean.resumed = state.get("average")
@@ -117,7 +120,8 @@ class PhaseRunner:
         keep = KeepProgress(self.best, save, self.monitor, phase, start=start, scale=state["scaler"])
         callbacks = [SeedEpoch(self.seed, phase.name), Trains(phase.trains, phase.train_norms), keep,
                      EpochRecord(phase.stage, self.history, self.on_row, before=before, start=start),
-                     Callback(before_epoch=skip), *([self.tape] if self.tape else []), *cbs]
+                     Callback(before_epoch=skip), ValidatesFrom(phase.epochs - validated),
+                     *([self.tape] if self.tape else []), *cbs]
         rates = ", ".join(name for name in PARAMS if name.startswith(f"stage{phase.stage}_lr")) or "the learning rate"
         try:
             with learner.no_logging(), learner.removed_cbs(() if self.bars else learner._grab_cbs(ProgressCallback)):

@@ -176,7 +176,7 @@ class MeanAP(MeanAUC):
 
 
 class Progress(ProgressCallback):
-    """fastai's progress bars, which read the loss once a second; without a bar for an empty validation part."""
+    """fastai's progress bars, which read the loss once a second; without a bar for a validation that is empty or left out."""
 
     name = "progress"
     _read = 0.0
@@ -186,7 +186,7 @@ class Progress(ProgressCallback):
             super().before_validate()
 
     def after_validate(self):
-        if len(self.dl):
+        if len(self.dl) and not self.recorder.cancel_valid:
             super().after_validate()
 
     def after_batch(self):

@@ -12,7 +12,7 @@ from charmlib.param_sources import load_params
 from charmlib.params import DEFAULTS, PARAMS, resolve
 from charmlib.training.device import pick_device
 from charmlib.training.machine import device_name
-from charmlib.training.recipes import batches
+from charmlib.training.recipes import batches, validations
 
 QUICK = "params/demo.yaml"
 _PARTS = {"use_momentum": "momentum encoder", "use_attention": "attention", "use_bank": "memory"}
@@ -48,8 +48,9 @@ def plan(run) -> str:
     with torch.autocast("cuda", torch.float16, enabled=run.precision == "fp16"):  # item() waits for the device
         forward = min(timeit.repeat(lambda: net(x).sum().item(), number=1, repeat=3)) / len(x) / 60
     after = len(run.data.rows("valid")) + (min(p["bank_size"], images["all"]) if hasattr(run.bank.bank, "renew") else 0)
-    whole = forward * sum(phase.epochs * (images[phase.images] * (_HEAD_STEP if phase.trains == ("head",) else _STEP) + after)
-                          for phase in phases)
+    looks = validations(phases, p["monitor"] if run.data.split.has_valid else "last")
+    whole = forward * sum(looks[phase.name] * after + phase.epochs * images[phase.images]
+                          * (_HEAD_STEP if phase.trains == ("head",) else _STEP) for phase in phases)
     finder = "" if p["stage1_lr"] or p["system"] in PARAMS["stage1_lr"].not_of else \
         f"; before them about {forward * _STEP * 100 * phases[0].batch:.1f} minutes for the rate finder"
     about = f"{whole / 60:.1f} hours" if whole > 90 else f"{whole:.1f} minutes"

@@ -13,7 +13,7 @@ from fastai.callback.core import Callback, CancelFitException, CancelValidExcept
 
 from charmlib.data.phantom import make_phantoms
 from charmlib.training.callbacks import Trains
-from charmlib.training.recipes import batches
+from charmlib.training.recipes import batches, validations
 from charmlib.training.run import Run
 
 FIRST, STEPS = 3, 20  # steps before the clock starts, and steps timed
@@ -65,10 +65,11 @@ def measured(params: Mapping, images: Mapping[str, int], folder: Path) -> dict:
     image = (time.perf_counter() - start) / min(len(rows), 2 * batch)
     slots = run.net.bank.size if getattr(run.net, "bank", None) is not None else 0
     look, plan = image * (images["valid"] + min(slots, images["all"])), run.phases()
+    counts = validations(plan, params["monitor"])
     for phase in plan:
-        epochs[phase.name] = step[phase.name] * batches(phase, images) + look
+        epochs[phase.name] = step[phase.name] * batches(phase, images) + look * counts[phase.name] / phase.epochs
     return {"epochs": epochs, "scoring": image * (images["valid"] + images["test"]),
-            "looks": look * sum(phase.epochs for phase in plan)}
+            "looks": look * sum(counts.values())}
 
 
 if __name__ == "__main__":

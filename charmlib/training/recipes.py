@@ -126,6 +126,14 @@ def epochs_before(plan: Sequence[Phase], phase: Phase) -> int:
     return sum(p.epochs for p in plan[:plan.index(phase)] if p.stage == phase.stage)
 
 
+def validations(plan: Sequence[Phase], monitor: str) -> dict[str, int]:
+    """How many of each phase's epochs, the last ones, end with a validation: all; with ``monitor`` 'last' one a stage."""
+    if monitor != "last":
+        return {p.name: p.epochs for p in plan}
+    last = {p.stage: p.name for p in plan}
+    return {p.name: int(last[p.stage] == p.name) for p in plan}
+
+
 def phase_of(plan: Sequence[Phase], row: Mapping) -> Phase:
     """The phase that a row of ``history.csv`` (its ``stage`` and ``epoch``) belongs to."""
     of_stage = [p for p in plan if p.stage == str(row["stage"])]

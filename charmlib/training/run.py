@@ -308,9 +308,10 @@ class Run:
         write_history(self.folder, history)
         row = history[-1]
         bank = f", bank {row['bank_filled']}/{self.net.bank.size}, stored {row['bank_accepted']:.0%}" \
-            if row["bank_filled"] != "" else ""
+            if row["bank_accepted"] != "" else ""
         total = sum(phase.epochs for phase in self.phases() if phase.stage == row["stage"])
-        valid = f"valid {row['valid_loss']:.4f}, AUC {row['valid_auc']:.4f}, " if self.data.split.has_valid else ""
+        valid = f"valid {row['valid_loss']:.4f}, AUC {row['valid_auc']:.4f}, " \
+            if row["valid_loss"] == row["valid_loss"] else ""
         self.log(f"stage {row['stage']} epoch {row['epoch']}/{total}: train {row['train_loss']:.4f}, {valid}"
                  f"{row['seconds']:.1f} s{bank}")
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,9 +361,34 @@ def test_the_last_epoch_stays_where_the_last_is_asked_for(tiny, monkeypatch):
     monkeypatch.setattr(EpochRecord, "after_epoch", row)
     with pytest.raises(ParameterError, match="monitor last does not; say patience: 0"):
         Run.open(tiny, monitor="last", patience=3)
+    with pytest.raises(ParameterError, match="monitor last does not; say schedule: steps"):
+        Run.open(tiny, monitor="last", patience=0, schedule="plateau")
     run = Run.open(tiny, monitor="last", patience=0, stage1_frozen_epochs=0, stage1_epochs=0, stage2_epochs=3, vote_weight=0.5)
     assert len(run.train()) == 3
     assert all(torch.equal(value, states[-1][name]) for name, value in run.net.state_dict().items())
+
+
+@pytest.mark.parametrize("more", [{}, {"answer": "votes", "vote_weight": 0.5}, {"use_bank": False, "average": 0.9}],
+                         ids=["features", "votes", "mean"])
+def test_where_the_last_epoch_is_kept_no_other_is_validated(tiny, tmp_path, monkeypatch, capsys, more):
+    """Training, its losses, the last epochs' figures and the scores are those of a run that validates all epochs."""
+    from charmlib.viz.history import plot_history
+
+    tiny |= {"monitor": "last", "patience": 0, "stage1_frozen_epochs": 1, "stage1_epochs": 1, "stage2_epochs": 2, **more}
+    run = Run.open(tiny, run_dir=str(tmp_path / "few"))
+    few, said = run.train(), capsys.readouterr().out
+    figures = ["valid_loss", "valid_auc", "valid_ap"]
+    assert [[math.isfinite(row[name]) for name in figures] for row in few] == [[False] * 3, [True] * 3] * 2
+    assert said.count("AUC") == 2 and "nan" not in said
+    assert plot_history(few, monitor="last").axes
+    monkeypatch.setattr(fit, "validations", lambda plan, monitor: {phase.name: phase.epochs for phase in plan})
+    whole = Run.open(tiny, run_dir=str(tmp_path / "all"))
+    every = whole.train()
+    assert all(math.isfinite(row["valid_loss"]) for row in every)
+    assert [row["train_loss"] for row in few] == [row["train_loss"] for row in every]
+    assert [few[i][name] for i in (1, 3) for name in figures] == [every[i][name] for i in (1, 3) for name in figures]
+    for part in ("valid", "test"):
+        np.testing.assert_array_equal(run.logits(part)[0], whole.logits(part)[0])
 
 
 def test_early_stopping_counts_on_after_a_kill(tiny, monkeypatch):

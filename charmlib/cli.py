@@ -337,17 +337,24 @@ def predict(run, paths, out, csv, submission, **how):
 @click.argument("run", type=_RUN)
 @click.argument("paths", nargs=-1, required=True, type=_PATH, metavar="PATH...")
 @click.option("--finding", default="", help="The class whose evidence is shown [default: the most probable finding].")
+@click.option("--map", "kind", default="evidence", show_default=True, type=click.Choice(["evidence", "attention", "crop"]),
+              help="Grad-CAM of the finding, weights of CHARM's attention, or the heat that a second path's crop is cut by.")
 @click.option("--stride", default=32, show_default=True, type=click.Choice([4, 8, 16, 32]), help="Pixels a cell of the map.")
 @click.option("--out", type=_FOLDER, default=Path("explained"), show_default=True)
 @_DEVICE
 def explain(run, paths, out, **how):
-    """Where RUN sees a finding in radiographs: a heat map (Grad-CAM) and the terms of the logit, as PNG and JSON a picture."""
+    """Where RUN sees a finding in radiographs: a heat map, the crop of a second path, what the memory answers with, and the
+    terms of the logit, as PNG and JSON a picture."""
+    from charmlib.data.dataset import ImageReader
     from charmlib.data.radiograph import NotARadiograph, find_radiographs
+    from charmlib.evaluation.runs import RunFolder
     from charmlib.files import readable, write_json
     from charmlib.training import heat, predict
+    from charmlib.viz.cards import slot_lines
     from charmlib.viz.heat import plot_heat
 
-    run, refused = one_run(run), []
+    run, refused, reader = one_run(run), [], ImageReader(size=128)
+    card = RunFolder(run).card
     click.echo(origin := predict.origin(run))
     out.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(find_radiographs(paths)):
@@ -360,7 +367,9 @@ def explain(run, paths, out, **how):
         terms = ", ".join(f"{term} {value:+.2f}" for term, value in found["parts"].items())
         words = f"{readable(path.name)}: {found['finding']} {p:.1%}, logit {found['logit']:+.2f}" + (
             f" = {terms}; the map is of the head alone" if terms else "")
-        figure = plot_heat(found.pop("pixels"), found["heat"], found["finding"], margin=found["margin"],
+        slots = [(reader.find(card, s["image"]), "\n".join(slot_lines(s)).replace(", ", ",\n")) for s in found["memory"]]
+        figure = plot_heat(found.pop("pixels"), found["heat"], found["finding"], kind=found["map"], margin=found["margin"],
+                           box=found.get("box", ()), crop=found.pop("crop", None), slots=slots,
                            note=f"{words}. {origin}")
         write_whole(out / f"{name}.png", lambda temporary, figure=figure: figure.savefig(temporary, format="png", dpi=130))
         write_json(out / f"{name}.json", found)

@@ -304,6 +304,8 @@ ROWS: tuple[Param, ...] = (
     Param("run", "tta_merge", str, "mean", "how probabilities of views are merged; logit_mean takes the mean of the logits",
           ("mean", "max", "gmean", "median", "logit_mean"),
           needs={"tta": ("flip", "light", "medium", "heavy", "flip_scale")}, scores=True),
+    Param("run", "heat_maps", str, "boxed", "heat maps that scoring stores: of test images with radiologists' boxes, or of all",
+          ("boxed", "none", "all"), hashed=False),
     Param("run", "precision", str, "auto", "auto is fp16 on a GPU and fp32 on a CPU", ("auto", "fp16", "fp32")),
     Param("run", "workers", int, 0, "processes that decode images for the cache; 0 is one a core", low=0, hashed=False),
     Param("run", "preload", bool, False, "hold the training images as uint8 on the GPU, 50 KB an image at 224 pixels",

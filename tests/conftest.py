@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 
 matplotlib.use("Agg")
@@ -69,6 +70,41 @@ def browser():
             "--no-sandbox", "--host-resolver-rules=MAP evil.example 127.0.0.1"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def grey():
+    """A drawn radiograph (S, S) uint8."""
+    from charmlib.data.phantom import draw_phantom
+
+    return draw_phantom(seed=3)[0]
+
+
+@pytest.fixture
+def dicom(tmp_path, grey):
+    """Writes a 12-bit DICOM radiograph."""
+    pydicom = pytest.importorskip("pydicom", reason="needs pydicom (pip install pydicom)")
+    from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+    def write(name, values=None, **tags):
+        values = grey.astype(np.uint16) * 16 if values is None else values
+        file = pydicom.Dataset()
+        file.file_meta = pydicom.dataset.FileMetaDataset()
+        file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        file.file_meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+        file.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        file.SOPClassUID, file.SOPInstanceUID = file.file_meta.MediaStorageSOPClassUID, generate_uid()
+        file.Modality, file.PhotometricInterpretation = "DX", "MONOCHROME2"
+        file.Rows, file.Columns = values.shape[:2]
+        file.SamplesPerPixel, file.BitsAllocated, file.BitsStored, file.HighBit = 1, 16, 12, 11
+        file.PixelRepresentation, file.PixelData = 0, values.tobytes()
+        for tag, value in tags.items():
+            setattr(file, tag, value)
+        path = tmp_path / name
+        file.save_as(path, enforce_file_format=True)
+        return path
+
+    return write
 
 
 @pytest.fixture

@@ -431,7 +431,7 @@ def empty_page(folder):
 
 
 @pytest.mark.slow
-def test_in_a_real_browser(trained, runs, browser, tmp_path):
+def test_in_a_real_browser(trained, runs, browser, tmp_path, dicom):
     from playwright.sync_api import expect
 
     errors, outside, alerts = [], [], []
@@ -525,6 +525,8 @@ def test_in_a_real_browser(trained, runs, browser, tmp_path):
         expect(tab.locator(".own figcaption")).to_contain_text(good.name, timeout=60_000)
         expect(tab.locator(".own table")).to_contain_text("called")
         expect(tab.get_by_text("The memory's answer.")).to_be_visible()
+        upload(dicom("film.dcm"))
+        expect(tab.locator(".own figcaption")).to_contain_text("film.dcm", timeout=30_000)
         (tmp_path / "notes.png").write_text("no picture")
         upload(tmp_path / "notes.png")
         expect(tab.get_by_role("alert")).to_contain_text(re.compile("notes.png.*Choose a chest radiograph"), timeout=30_000)

@@ -215,6 +215,25 @@ def test_curves_mark_the_kept_epochs_and_count_as_the_history_does(monitor, chan
     assert "kept epoch" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
+def test_a_heat_map_stands_beside_crop_and_memory_in_their_places():
+    from charmlib.viz.heat import plot_heat
+
+    pixels, heat = np.full((64, 64), 90, np.uint8), np.array([[0.0, 2.0], [1.0, 0.0]])
+    figure = plot_heat(pixels, heat, "Mass", margin=0.125, box=(0.0, 0.5, 0.5, 1.0), crop=pixels[:20, :20],
+                       slots=[(pixels, "first"), (None, "second $x$")] * 4, note="drawn")
+    figure.canvas.draw()
+    image, shaded, crop = [axis for axis in figure.axes if axis.images][:3]
+    assert [axis.get_title() for axis in (image, shaded, crop)] == [
+        "image, with the crop's border", "evidence for Mass", "crop, as the second path saw it"]
+    assert shaded.images[1].get_extent() == [7.5, 55.5, 55.5, 7.5]
+    assert image.patches[0].get_bbox().bounds == pytest.approx((31.5, 7.5, 24, 24))
+    slots = [axis for axis in figure.axes if axis.get_title() in ("first", "second $x$")]
+    assert [bool(axis.images) for axis in slots] == [True, False, True, False, True]
+    assert "2 x 2 cells" in figure.get_suptitle() and "memory answers" in figure.get_suptitle()
+    plain = plot_heat(pixels, heat * 0, "Mass")
+    assert [axis.get_title() for axis in plain.axes] == ["image", "no positive evidence for Mass"]
+
+
 def test_the_worst_errors_are_those_that_most_others_contradict():
     """Beside a loop over all images of all classes."""
     from charmlib.evaluation.runs import Predictions

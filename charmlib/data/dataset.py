@@ -205,5 +205,11 @@ class ImageReader:
             self._found[key] = dict(zip(index.frame["id"], index.frame["path"])), [index.root, index.table.parent]
         return self._found[key]
 
+    def find(self, metrics: Mapping, image_id: str | None) -> np.ndarray | None:
+        """An image as a call gives it, None if it is not there."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return self(metrics, image_id)
+        return None
+
     def __call__(self, metrics: Mapping, image_id: str) -> np.ndarray:
         return read_grey(self.path(metrics, image_id), self.size, metrics["params"]["aspect"], scale=metrics["data"]["scale"])

@@ -6,16 +6,23 @@ pointing game of Zhang et al. (ECCV 2016).
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.ndimage import label
 
 from charmlib.evaluation.intervals import RESAMPLES, SEED, draws, interval
+from charmlib.files import reading
 
 IOU, IOBB = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), (0.1, 0.25, 0.5)
 MEASURES = ["hit", "iou", *(f"iou>{t}" for t in IOU), *(f"iobb>{t}" for t in IOBB)]
 MEAN = "mean of findings"
+HOW = ("A hit is a map whose largest cell lies in the box; IoU compares the box around the cells above 0.7 of the map's range "
+       "with the radiologist's. Below the map stand guesses that it must beat: another finding's map, a network with an "
+       "untrained head, a box learnt from other patients without the image, and the picture's centre. Limits are 95 % over "
+       "patients.")
+"""How to read :func:`box_table`."""
 _AROUND = np.ones((3, 3), int)  # cells that touch at a corner are one region
 
 
@@ -120,6 +127,20 @@ def check_boxes(maps: Mapping[str, np.ndarray], boxes: np.ndarray, findings: Seq
                     row |= {f"{measure}_less_low": low, f"{measure}_less_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def box_table(path: str | Path) -> pd.DataFrame:
+    """For display, from the file of a table of :func:`check_boxes`: its methods in the mean over findings, then its first
+    method, the map, by finding."""
+    with reading(path, "table of heat maps and boxes", "score again with the test notebook"):
+        table = pd.read_csv(path)
+        table = table[(table["finding"] == MEAN) | (table["method"] == table["method"][0])]
+        named = {f"{measure}_{end}": f"{name} {end}" for measure, name in (("hit", "hit rate"), ("iou", "mean IoU"))
+                 for end in ("low", "high")}
+        return table.sort_values("finding", key=lambda c: c != MEAN, kind="stable").rename(
+            columns={**named, "hit": "hit rate", "iou": "mean IoU", "ceiling": "largest possible IoU"})[[
+                "method", "finding", "boxes", "patients", "hit rate", "hit rate low", "hit rate high", "mean IoU",
+                "mean IoU low", "mean IoU high", "largest possible IoU", "iou>0.1", "iou>0.5"]]
 
 
 def _values(hit: np.ndarray, found: np.ndarray, boxes: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ def check_card(card: Mapping) -> None:
     refuse_misfits(card, CARD)
     params, classes = {name: value for name, value in card["params"].items() if name != "split_hash"}, card["classes"]
     for name, p in PARAMS.items():
-        wanted = name in params or not p.of or params.get("system") in p.of
+        wanted = name in params or (p.hashed and (not p.of or params.get("system") in p.of))
         if wanted and type(params.get(name)) is not p.type:
             raise ValueError(f"parameter {name!r} is {params.get(name)!r:.60}, wanted {p.type.__name__}")
     if params["system"] in SYSTEMS:  # another's parameters are not known here, and its network is refused when it is made

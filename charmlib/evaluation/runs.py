@@ -102,6 +102,7 @@ class RunFolder:
     - ``history``: rows of ``history.csv``, as text; empty before the first epoch has ended.
     - ``test``, ``valid``: the parts of ``predictions.npz``; ``valid`` is empty for a run without a validation part.
     - ``resamples``: the bootstrap of the test part over patients; None for a single patient.
+    - ``heat``: test image -> class -> heat map (h, w) float16, of the images that ``heat.npz`` has.
     - ``choices``: ``thresholds`` and ``temperature``, both chosen on the validation part, and its positives (``chosen_on``).
 
     On use, raises FileNotFoundError for a missing file, saying which step writes it, and :class:`charmlib.files.Damaged` for
@@ -116,7 +117,7 @@ class RunFolder:
         self.resume_file, self.history_file = self.path / "resume.pt", self.path / "history.csv"
         self.bank_file, self.bank_history_file = self.path / "bank.csv", self.path / "bank_history.csv"
         self.predictions_file, self.resamples_file = self.path / "predictions.npz", self.path / "resamples.npz"
-        self.branches_file = self.path / "branches.npz"
+        self.branches_file, self.heat_file, self.boxes_file = (self.path / n for n in ("branches.npz", "heat.npz", "boxes.csv"))
         # the scores of the test notebook, from which metrics.json is made when the run is done
         self.scored_file, self.metrics_file = self.path / "scored.json", self.path / "metrics.json"
         self.baselines_file, self.baselines_arrays = self.path / "baselines.json", self.path / "baselines.npz"
@@ -206,6 +207,15 @@ class RunFolder:
         from charmlib.evaluation.intervals import read_resamples
 
         return read_resamples(self.resamples_file, self.test)
+
+    @cached_property
+    def heat(self) -> dict[str, dict[str, np.ndarray]]:
+        import numpy as np
+
+        with reading(self.heat_file, "file of heat maps", "score again with the test notebook"), \
+                np.load(self.heat_file, allow_pickle=False) as file:
+            ids, classes, maps = (file[name] for name in ("ids", "classes", "maps"))
+            return {name: dict(zip(classes.tolist(), of, strict=True)) for name, of in zip(ids.tolist(), maps, strict=True)}
 
     @cached_property
     def choices(self) -> dict:

@@ -1,4 +1,4 @@
-"""Heat maps of a network: Grad-CAM (Selvaraju et al., ICCV 2017, arXiv 1610.02391)."""
+"""Heat maps of a network: Grad-CAM (Selvaraju et al., ICCV 2017, arXiv 1610.02391), and those that it makes for itself."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from charmlib.nn.scales import ends_of
+from charmlib.nn.attention import ScaleAttention
+from charmlib.nn.scales import ends_of, maps_of
+
+KINDS = ("evidence", "attention", "crop")
+"""Kinds of maps: :func:`grad_cam` of a class, and :func:`own_map` of a network."""
 
 
 def grad_cam(net: nn.Module, x: Tensor, classes: Sequence[int], stride: int = 32) -> Tensor:
@@ -43,6 +47,43 @@ def grad_cam(net: nn.Module, x: Tensor, classes: Sequence[int], stride: int = 32
             module.training = mode
 
 
+def strides_of(net: nn.Module) -> list[int]:
+    """The strides of the maps that :func:`grad_cam` reads, in rising order."""
+    trunk = getattr(net, "global_path", net).trunk
+    return sorted({*(ends_of(trunk)[0] if type(trunk) is nn.Sequential else ()), 32})
+
+
+@torch.no_grad()
+def own_map(net: nn.Module, x: Tensor, kind: str, stride: int = 32) -> Tensor:
+    """A map of no class that a network in eval mode makes for itself: (B, h, w) for normalised images (B, 3, H, W).
+
+    'attention' is the weight of each position at a ``stride`` in CHARM's attention, in the mean over its heads; 'crop' is the
+    heat that the second of two paths is cut by, at its own stride.
+
+    Raises
+    ------
+    ValueError
+        The network has no such map, or none of that stride; names those that it has.
+    """
+    if kind == "crop":
+        if getattr(net, "local", "") not in ("attention", "other"):
+            raise ValueError("no crop of this network follows a map: that needs system two_path with local: attention")
+        return net.read(x)[1]["heat"]
+    attention = getattr(net, "attention", None)
+    if attention is None:
+        raise ValueError("the network has no attention: that needs system charm with use_attention: true")
+    shared, maps = maps_of(net.trunk, net.ends, x, nn.Module.__call__) if net.ends else (net.trunk(x), [])
+    found = [*maps[-2:], net.final(shared)]
+    if isinstance(attention, ScaleAttention):
+        weights = attention.shares([reduce(m) for m, reduce in zip(found, attention.reduce)])
+    else:
+        weights = [attention(found[-1])]
+    by_stride = {round(x.shape[-1] / w.shape[-1]): w.mean(1) for w in weights}
+    if stride not in by_stride:
+        raise ValueError(f"the attention has maps at the strides {', '.join(map(str, by_stride))}, not at {stride}")
+    return by_stride[stride]
+
+
 class _Leaf(nn.Module):
     """Passes a map on and keeps it; gradients end here."""
 
@@ -57,11 +98,9 @@ def _leaf(net: nn.Module, stride: int) -> Iterator[_Leaf]:
     if stride == 32:
         net.final = nn.Sequential(final, leaf)
     else:
-        ends, _ = ends_of(trunk)
-        if stride not in ends or type(trunk) is not nn.Sequential:
-            there = ", ".join(map(str, sorted({*ends, 32}))) if type(trunk) is nn.Sequential else "32"
-            raise ValueError(f"the network has maps at the strides {there}, not at {stride}")
-        blocks, end = list(trunk), ends[stride][0] - 1
+        if stride not in (there := strides_of(net)):
+            raise ValueError(f"the network has maps at the strides {', '.join(map(str, there))}, not at {stride}")
+        blocks, end = list(trunk), ends_of(trunk)[0][stride][0] - 1
         net.trunk = nn.Sequential(*blocks[:end], nn.Sequential(blocks[end], leaf), *blocks[end + 1:])
     try:
         yield leaf

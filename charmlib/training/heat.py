@@ -1,7 +1,11 @@
 """Heat maps of a run: for its own images, beside the boxes of a data set, and for pictures from elsewhere."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,15 +16,19 @@ from charmlib.data.loaders import ChestDL, ChestImages, GreyToNetwork, grey_to_n
 from charmlib.data.radiograph import read_radiograph
 from charmlib.evaluation.boxes import check_boxes
 from charmlib.evaluation.ensemble import members_of
-from charmlib.evaluation.runs import RunFolder
+from charmlib.evaluation.runs import RunFolder, write_arrays
+from charmlib.files import write_csv
 from charmlib.models.registry import create
-from charmlib.nn.heat import grad_cam
+from charmlib.nn.heat import grad_cam, own_map, strides_of
 from charmlib.training.bank_evidence import answer, stored_slots
 from charmlib.training.callbacks import seed_everything
 from charmlib.training.checkpoint import kept_model, load_model
 from charmlib.training.device import pick_device, place
-from charmlib.training.run import Run
+from charmlib.training.looks import as_grey
 from charmlib.training.views import tensors
+
+if TYPE_CHECKING:
+    from charmlib.training.run import Run
 
 
 def heat_of(run: Run, rows: Sequence[int], classes: Sequence[int], *, stride: int = 32, net: torch.nn.Module | None = None
@@ -84,16 +92,47 @@ def box_check(run: Run, *, stride: int = 32, tau: float = 0.7) -> pd.DataFrame:
                        tau=tau)
 
 
-def explain_picture(folder: str | Path, path: str | Path, *, finding: str = "", stride: int = 32, device: str = "auto") -> dict:
+def keep_heat(run: Run) -> None:
+    """Store a run's maps of its test images, those with boxes or all, and hold them against the boxes.
+
+    Writes ``heat.npz``: ids (n,), classes (C,) and maps (n, C, h, w) float16, and where two findings have boxes there
+    ``boxes.csv``, the table of :func:`box_check`. Maps have the largest stride that gives seven cells a side, as 32 does at 224
+    pixels. Parameter ``heat_maps`` says of which images; without any, what an earlier scoring has left is removed.
+    """
+    folder, rows = run.folder, run.data.rows("test") if run.params["heat_maps"] == "all" else []
+    for file in (folder.heat_file, folder.boxes_file):
+        file.unlink(missing_ok=True)
+    if run.params["heat_maps"] == "none":
+        return
+    with suppress(FileNotFoundError):
+        table = boxed(run)[0]
+        rows = rows if len(rows) else np.unique(table["row"])
+        if table["finding"].nunique() > 1:
+            write_csv(folder.boxes_file, box_check(run, stride=usual_stride(run)))
+    if len(rows):
+        maps = heat_of(run, rows, range(len(run.data.classes)), stride=usual_stride(run))
+        write_arrays(folder.heat_file, ids=run.data.index.frame["id"].to_numpy(str)[rows], classes=np.array(run.data.classes),
+                     maps=maps.swapaxes(0, 1).astype(np.float16))
+
+
+def usual_stride(run: Run) -> int:
+    """The largest stride at which a network's map has seven cells a side, else its smallest."""
+    there, size = strides_of(run.net), run.params["input_size"] or run.params["crop"] or run.params["image_size"]
+    return max((stride for stride in there if size >= 7 * stride), default=there[0])
+
+
+def explain_picture(folder: str | Path, path: str | Path, *, finding: str = "", kind: str = "evidence", stride: int = 32,
+                    device: str = "auto") -> dict:
     """One picture's probabilities, the heat map of a finding (the given, or the most probable), and what the memory answers.
 
     Returns a mapping: file, finding, probabilities (class -> uncalibrated probability), logit; ``parts``, ``memory`` (a row a
-    slot) and ``note`` (parts, table and note of :class:`charmlib.training.bank_evidence.Explanation`); stride, ``heat``
-    (h, w), ``margin`` (share of each side of the picture outside the map, where the network reads a window), and ``pixels``
-    (S, S) uint8 as cached.
+    slot) and ``note`` (parts, table and note of :class:`charmlib.training.bank_evidence.Explanation`); ``map`` (its kind, one
+    of :data:`charmlib.nn.heat.KINDS`), stride, ``heat`` (h, w), ``margin`` (share of each side of the picture outside the map,
+    where the network reads a window), and ``pixels`` (S, S) uint8 as cached; of two paths also ``box``, top, left, bottom and
+    right of the crop in shares of what the map covers, and ``crop`` (s, s) uint8, as the second path saw it.
 
     Raises as :func:`charmlib.data.radiograph.read_radiograph` and :func:`charmlib.training.checkpoint.load_model`, and
-    ValueError for an ensemble, an unknown finding or a stride without a map.
+    ValueError for an ensemble, an unknown finding, or a network without such a map or stride.
     """
     if ensemble := members_of(folder):
         raise ValueError(f"{Path(folder).name} is an ensemble, without a heat map and a memory of its own: ask its members "
@@ -114,7 +153,9 @@ def explain_picture(folder: str | Path, path: str | Path, *, finding: str = "", 
         table, note, parts, _ = answer(getattr(net, "bank", None), seen, classes, finding,
                                        lambda: stored_slots(RunFolder(folder), classes))
     c, window = classes.index(finding), getattr(net, "crop", 0)
-    heat = grad_cam(net, x, [c], stride)[0, 0].cpu().numpy()
+    heat = (grad_cam(net, x, [c], stride)[0] if kind == "evidence" else own_map(net, x, kind, stride))[0].cpu().numpy()
+    two = {"box": seen["box"][0].tolist(), "crop": as_grey(seen["crop"], mean, std)[0]} if "crop" in seen else {}
     return {"file": str(path), "finding": finding, "probabilities": probabilities, "logit": logits[0, c].item(), "parts": parts,
-            "memory": table.astype(object).where(table.notna(), None).to_dict("records"), "note": note, "stride": stride,
-            "heat": heat, "margin": max(0.0, 1 - window / len(pixels)) / 2 if window else 0.0, "pixels": pixels}
+            "memory": table.astype(object).where(table.notna(), None).to_dict("records"), "note": note, "map": kind,
+            "stride": round((window or len(pixels)) / len(heat)), "heat": heat,
+            "margin": max(0.0, 1 - window / len(pixels)) / 2 if window else 0.0, "pixels": pixels, **two}

@@ -26,6 +26,11 @@ class Look:
     top: dict[str, tuple[str, float]]
 
 
+def as_grey(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> np.ndarray:
+    """Normalised images (n, 3, H, W) as pictures (n, H, W) uint8."""
+    return ((x.float() * std + mean).mean(1) * 255).round().clamp(0, 255).byte().cpu().numpy()
+
+
 @torch.no_grad()
 def looks(run, images: Sequence[str]) -> list[Look]:
     """What a run's network sees of images, given by their file names, in one batch; ValueError for a network of one path, or
@@ -40,9 +45,9 @@ def looks(run, images: Sequence[str]) -> list[Look]:
     mean, std = tensors(net, run.device)
     with torch.autocast("cuda", torch.float16, enabled=run.precision == "fp16"):
         seen = net.read(grey_to_network(torch.from_numpy(data.images.take(rows)).to(run.device)[:, None], mean, std))[1]
-    seen |= {name: ((seen[name].float() * std + mean).mean(1) * 255).round().clamp(0, 255).byte() for name in ("view", "crop")}
+    grey = {name: as_grey(seen[name], mean, std) for name in ("view", "crop")}
     seen |= {name: torch.sigmoid(seen[name].float()) for name in ("global", "local", "fusion")}
-    seen = {name: values.cpu().numpy() for name, values in seen.items()}
+    seen = {name: values.cpu().numpy() for name, values in seen.items()} | grey
     best = {name: [data.classes[c] for c in seen[name].argmax(1)] for name in ("global", "local", "fusion")}
     return [Look(image, tuple(c for c, y in zip(data.classes, data.labels[row]) if y == 1) or (NO_FINDING,), seen["view"][i],
                  seen["heat"][i] if "heat" in seen else None, tuple(seen["box"][i].tolist()), seen["crop"][i],

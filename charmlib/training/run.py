@@ -39,6 +39,7 @@ from charmlib.training.callbacks import Trains, seed_everything, write_history
 from charmlib.training.checkpoint import differences, load_model, load_weights, save_model
 from charmlib.training.device import compile_backbone, pick_device, pick_precision, place
 from charmlib.training.fit import PhaseRunner
+from charmlib.training.heat import keep_heat
 from charmlib.training.learner import charm_learner
 from charmlib.training.machine import device_name, peak_memory_mb, versions
 from charmlib.training.recipes import Phase, phases, steps
@@ -204,8 +205,8 @@ class Run:
             return self.history
         if not self.params["resume"]:
             for file in (folder.resume_file, folder.card_file, folder.weights_file, folder.history_file, folder.bank_file,
-                         folder.bank_history_file, folder.predictions_file, folder.branches_file, folder.scored_file,
-                         folder.metrics_file):
+                         folder.bank_history_file, folder.predictions_file, folder.branches_file, folder.heat_file,
+                         folder.boxes_file, folder.scored_file, folder.metrics_file):
                 file.unlink(missing_ok=True)
         folder.path.mkdir(parents=True, exist_ok=True)
         runner = self._runner()
@@ -374,8 +375,8 @@ class Run:
         return score
 
     def score(self) -> dict:
-        """Score the whole validation and test parts; writes ``predictions.npz``, and ``branches.npz`` for a network with
-        branches; returns the metrics.
+        """Score the whole validation and test parts; writes ``predictions.npz``, ``branches.npz`` for a network with branches,
+        and by parameter ``heat_maps`` what :func:`charmlib.training.heat.keep_heat` writes; returns the metrics.
 
         Without a validation part its arrays are empty, ``valid`` of the metrics is None, and the test part has no operating
         points. :func:`charmlib.evaluation.runs.finish` turns the metrics into ``metrics.json``.
@@ -393,6 +394,7 @@ class Run:
             branches |= {f"{part}_ids": parts[part]["ids"], **{f"{part}_{name}": views[f"id_{name}"] for name in names}}
         if names:
             write_arrays(self.folder.branches_file, **branches)
+        keep_heat(self)
         normal = self.data.index.normal_class
         save_predictions(self.folder.predictions_file, parts, self.data.classes, normal)
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)

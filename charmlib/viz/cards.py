@@ -7,7 +7,7 @@ opacity of the maps is the CSS variable ``--heat``.
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,13 @@ def text(value: object) -> str:
 def digits(probability: float) -> str:
     """A probability for reading."""
     return f"{probability:.3f}" if probability >= 0.01 else f"{probability:.2g}"
+
+
+def slot_lines(slot: Mapping) -> list[str]:
+    """What to say of a memory's slot, a row of an :class:`charmlib.training.bank_evidence.Explanation`: its image first."""
+    image = "" if slot["image"] is None or slot["image"] != slot["image"] else str(slot["image"])
+    return [Path(image).stem or "unknown", slot["labels"].replace("|", ", "), f"similarity {slot['similarity']:.3f}",
+            *(f"{key} {slot[key]:+.3f}" for key in ("contribution", "weight") if key in slot)]
 
 
 def cards(shown: Iterable[Card], ident: str) -> str:

@@ -4,7 +4,6 @@ Built from plain widgets with observers (``interact`` and ``Output`` hang at ran
 static pictures and makes no widget. matplotlib and torch are imported where they are first needed: the page is soon there.
 """
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -38,7 +37,6 @@ _ABSENT = "<p role='status'><b>The images are not there</b>"
 _KEY = ("<p>no evidence <span class='key'></span> the most in this image. A map has few cells, and nothing smaller shows. "
         "It is of the head alone: what a memory votes is in no map. Solid boxes are radiologists' for the finding, dashed ones "
         "for others.</p>")
-_UNREAD = (OSError, ValueError, KeyError)
 
 
 class Explorer:
@@ -148,11 +146,8 @@ class Explorer:
             told = self.ask.heat(run.path, self.reader.path(run.metrics, image_id), finding, stride)
             self.heats[key] = {"heat": told["heat"], "margin": told["margin"]}
 
-    def _image(self, name: str, image_id: str) -> np.ndarray | None:
-        with contextlib.suppress(*_UNREAD):
-            if self.reader:
-                return self.reader(self.folders[name].metrics, image_id)
-        return None
+    def _image(self, name: str, image_id: str | None) -> np.ndarray | None:
+        return self.reader and self.reader.find(self.folders[name].metrics, image_id)
 
     def _boxes(self, name: str) -> dict[int, list[tuple]]:
         """Row of the test part -> its boxes as of a :class:`charmlib.viz.cards.Card`."""

@@ -4,11 +4,9 @@ import tempfile
 import threading
 from pathlib import Path
 
-import pandas as pd
-
 from charmlib.data.images import read_grey
 from charmlib.data.radiograph import NotARadiograph
-from charmlib.viz.cards import Card, cards, digits, text
+from charmlib.viz.cards import Card, cards, digits, slot_lines, text
 from charmlib.viz.serve import UPLOAD
 from charmlib.viz.style import readable
 
@@ -80,10 +78,8 @@ class OwnImage:
                 f"<p><b>The memory's answer.</b> {text(told['note'])}</p>{memory}")
 
     def _slot(self, run: str, slot: dict) -> Card:
-        image = "" if pd.isna(slot["image"]) else str(slot["image"])
-        return Card(self.explorer.image(run, image), Path(image).stem or "unknown", [
-            slot["labels"].replace("|", ", "), f"similarity {slot['similarity']:.3f}",
-            *(f"{key} {slot[key]:+.3f}" for key in ("contribution", "weight") if key in slot)])
+        name, *lines = slot_lines(slot)
+        return Card(self.explorer.image(run, slot["image"]), name, lines)
 
 
 def _refusal(why: str, remedy: str) -> str:

@@ -41,7 +41,14 @@ HOW = {"ROC": "A curve nearer to the upper left corner is better; the diagonal i
        "Worst errors": "Above are images that most images without the finding outscore, below those that outscore most with "
        "it. Labels made from reports may themselves be wrong.",
        "Mean test AUC": "A field is a cell, brighter is better; fields whose intervals overlap may differ by chance.",
-       "What the memory": "A row is a cell's bank, a column a finding; 2 is twice as many slots as by a random draw.",
+       "Where the network looks": "A map has few cells and is of the head alone; it may point at the finding, or at "
+       "what comes with it.",
+       "What the memory answers": "The first test image with each of the three rarest findings, and the slots with training "
+       "images that count most; beside a logit stand its terms, beside a slot its contribution. A slot without the finding "
+       "adds if it is less similar than such slots usually are.",
+       "The two paths": "The first test image with each of the six rarest findings: dashed the crop, below the heat that it "
+       "was cut by, and the crop as the second path saw it.",
+       "What the memory banks": "A row is a cell's bank, a column a finding; 2 is twice as many slots as by a random draw.",
        "What filled": "Above the line at 1, the bank holds the finding more often than the training part does.",
        "Findings by part": "A bar is the share of a part's images with the finding; unequal bars show parts that differ.",
        "Patients": "Ages count each patient once; the last panel shows the views of each part.",

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from charmlib.data.dataset import ImageReader
-from charmlib.evaluation import few, tables
+from charmlib.evaluation import boxes, few, tables
 from charmlib.evaluation.enrichment import enrichment_note, enrichment_table
 from charmlib.evaluation.published import beside_published
 from charmlib.evaluation.runs import Predictions, RunFolder, number
@@ -20,10 +20,16 @@ from charmlib.viz.bank_content import plot_enrichment
 from charmlib.viz.cooccurrence import plot_cooccurrence
 from charmlib.viz.curves import plot_precision_recall, plot_reliability, plot_roc, plot_roc_bands
 from charmlib.viz.errors import plot_errors, worst_errors
+from charmlib.viz.heat import plot_boxed
 from charmlib.viz.history import plot_history
+from charmlib.viz.looks import plot_looks
 from charmlib.viz.per_class import plot_counts, plot_per_class
+from charmlib.viz.retrieved import plot_explanation
 
 PANELS = 40  # classes that fit on a picture
+LOOKS, MEMORY, PATHS = "Where the network looks", "What the memory answers", "The two paths"  # of single images
+
+
 def rarest_first(metrics: Mapping, predictions: Predictions) -> tuple[dict, Predictions]:
     """Metrics and predictions with the classes in the order of a page: by rising prevalence in the training part."""
     order = sorted(predictions.classes, key=lambda c: number(metrics["train_prevalence"].get(c), 2))
@@ -90,6 +96,22 @@ def encoded_pictures(metrics: Mapping, predictions: Predictions, *, point: str =
     return pictures
 
 
+def explained_cases(run, metrics: Mapping, predictions: Predictions) -> dict[str, bytes]:
+    """Title -> PNG, as far as a scored :class:`charmlib.training.run.Run` has them: where its network looks in images with
+    boxes, what the memory answers three test images with, and what two paths saw of six."""
+    from charmlib.training.looks import looks
+
+    note = tables.split_note(metrics)
+    drawn = {LOOKS: plot_boxed(run.folder, metrics, predictions, ImageReader(), note=note)}
+    if run.bank.bank is not None:
+        drawn[MEMORY] = plot_explanation([run.bank.explain(image) for image in run.bank.cases(3)], note=note)
+    if hasattr(run.net, "local_path"):
+        drawn[PATHS] = plot_looks(looks(run, run.bank.cases(6)), note=note)
+    pictures = {title: page.png(figure) for title, figure in drawn.items() if figure}
+    plt.close("all")
+    return pictures
+
+
 def write_run_report(path: str | Path, metrics: Mapping, predictions: Predictions, pictures: Mapping,
                      run: RunFolder | None = None) -> Path:
     """Write a run's ``report.html``: tables and pictures on one self-contained page; returns its path.
@@ -102,7 +124,10 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     part, name, note = metrics["test"], metrics.get("cell") or Path(path).resolve().parent.name, tables.split_note(metrics)
     published, remark = beside_published({**metrics, "cell": name})
     worst = worst_errors(predictions)
-    figures = {"Worst errors": plot_errors(worst, ImageReader(), metrics, note=note)}
+    reader = ImageReader()
+    figures = {"Worst errors": plot_errors(worst, reader, metrics, note=note)}
+    if LOOKS not in left:
+        figures[LOOKS] = plot_boxed(run, metrics, predictions, reader, note=note)
     if run.history_file.is_file():
         figures["Training"] = plot_history(pd.read_csv(run.history_file), monitor=metrics["params"]["monitor"],
                                            note=tables.split_note(metrics, "valid" if metrics["valid"] else "train"))
@@ -132,7 +157,11 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
         parts.append(page.paragraph(
             f"Where the network sees the finding: `python -m charmlib explain {run.path.resolve().name} PATH/{case['image']} "
             f"--finding {case['class']}` draws its heat map and the terms of the logit."))
-    parts += shown("Counts")
+    parts += shown(LOOKS)
+    if run.boxes_file.is_file():
+        parts += [page.heading("Heat maps against radiologists' boxes"), page.paragraph(boxes.HOW),
+                  page.table(with_intervals(boxes.box_table(run.boxes_file)), "words")]
+    parts += shown(MEMORY, PATHS, "Counts")
     for point in part["operating"]:
         parts += [page.heading(f"Operating point '{point}'"),
                   page.paragraph(f"{tables.point_note(part, point)}; thresholds stay fixed in the resamples. An interval of "

@@ -2,13 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from charmlib.data.phantom import draw_phantom
 from charmlib.data.radiograph import NotARadiograph, find_radiographs, read_radiograph
-
-
-@pytest.fixture
-def grey():
-    return draw_phantom(seed=3)[0]
 
 
 def save(path, array, mode=None):
@@ -43,33 +37,6 @@ def test_what_is_no_radiograph_is_refused_by_name(tmp_path, grey):
         with pytest.raises(NotARadiograph, match=why) as caught:
             read_radiograph(path, 32)
         assert str(path) in str(caught.value)
-
-
-@pytest.fixture
-def dicom(tmp_path, grey):
-    """Writes a 12-bit DICOM radiograph."""
-    pydicom = pytest.importorskip("pydicom", reason="needs pydicom (pip install pydicom)")
-    from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
-
-    def write(name, values=None, **tags):
-        values = grey.astype(np.uint16) * 16 if values is None else values
-        file = pydicom.Dataset()
-        file.file_meta = pydicom.dataset.FileMetaDataset()
-        file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        file.file_meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
-        file.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-        file.SOPClassUID, file.SOPInstanceUID = file.file_meta.MediaStorageSOPClassUID, generate_uid()
-        file.Modality, file.PhotometricInterpretation = "DX", "MONOCHROME2"
-        file.Rows, file.Columns = values.shape[:2]
-        file.SamplesPerPixel, file.BitsAllocated, file.BitsStored, file.HighBit = 1, 16, 12, 11
-        file.PixelRepresentation, file.PixelData = 0, values.tobytes()
-        for tag, value in tags.items():
-            setattr(file, tag, value)
-        path = tmp_path / name
-        file.save_as(path, enforce_file_format=True)
-        return path
-
-    return write
 
 
 def test_dicom_is_read_as_the_picture_it_shows(tmp_path, grey, dicom):

@@ -5,9 +5,10 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from charmlib.models import CharmNet
-from charmlib.nn.heat import grad_cam
+from charmlib.nn.heat import grad_cam, own_map
 
 TINY = {"arch": "timm:test_resnet", "classes": 3, "weights": "none", "norm": "half", "head": "standard",
         "use_attention": False, "momentum_form": "branch", "use_momentum": False}
@@ -78,6 +79,42 @@ def test_it_costs_little_more_than_scoring():
                 run()
             seconds[name].append(time.process_time() - start)
     assert min(seconds["heat"]) < 1.5 * min(seconds["score"])
+
+
+def test_a_network_shows_the_maps_that_it_makes_for_itself():
+    """The attention's weights, recomputed from its definition; a gate as it multiplies; the heat that a crop is cut by."""
+    from charmlib.models.two_path import TwoPathNet
+
+    torch.manual_seed(0)
+    net, x = network(arch="mobilenet_v2", use_bank=False, use_attention=True).eval(), torch.randn(2, 3, 96, 96)
+    for layer in net.attention.scores:
+        torch.nn.init.normal_(layer.weight)
+    seen = {}
+    net.attention.register_forward_pre_hook(lambda module, given: seen.update(maps=given[0]))
+    net(x)
+    for stride, i in ((8, 0), (16, 1), (32, 2)):
+        attention, f = net.attention, net.attention.reduce[i](seen["maps"][i])
+        place = attention.places[i].repeat_interleave(-(-f.shape[2] // 2), 1).repeat_interleave(-(-f.shape[3] // 2), 2)
+        if f.shape[2] % 2:  # nearest takes the first of two quarters for the middle row and column
+            place = F.interpolate(attention.places[i][None], f.shape[2:])[0]
+        score = torch.einsum("hc,bcij->bhij", attention.scores[i].weight[:, :, 0, 0], f) + place
+        share = (score.exp() / score.exp().sum((2, 3), keepdim=True)).mean(1)
+        found = own_map(net, x, "attention", stride)
+        torch.testing.assert_close(found, share.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.sum((1, 2)), torch.ones(2))
+    with pytest.raises(ValueError, match="strides 8, 16, 32, not at 4"):
+        own_map(net, x, "attention", 4)
+    with pytest.raises(ValueError, match="no crop of this network follows a map"):
+        own_map(net, x, "crop")
+    with pytest.raises(ValueError, match="use_attention: true"):
+        own_map(network(arch="mobilenet_v2", use_bank=False, use_attention=False).eval(), x, "attention")
+    gate = network(arch="mobilenet_v2", use_bank=False, use_attention=True, attention="filter").eval()
+    with torch.no_grad():
+        want = gate.attention(gate.final(gate.trunk(x)))[:, 0]
+    torch.testing.assert_close(own_map(gate, x, "attention"), want)
+    two = TwoPathNet("timm:test_resnet", 3, weights="none", norm="half").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(own_map(two, x, "crop"), two.read(x)[1]["heat"])
 
 
 def test_of_two_paths_it_is_the_first():

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -10,9 +11,12 @@ from click.testing import CliRunner
 from charmlib import Run
 from charmlib.cli import cli
 from charmlib.data.loaders import grey_to_network
-from charmlib.evaluation.boxes import MEAN
+from charmlib.evaluation.boxes import MEAN, box_table
+from charmlib.evaluation.runs import RunFolder
+from charmlib.files import Damaged
 from charmlib.nn.heat import grad_cam
-from charmlib.training.heat import box_check, boxed, explain_picture, heat_of, maps_of_boxes, random_head
+from charmlib.training.heat import box_check, boxed, explain_picture, heat_of, maps_of_boxes, random_head, usual_stride
+from charmlib.viz.run_report import LOOKS, MEMORY, explained_cases, write_run_report
 
 
 @pytest.fixture
@@ -45,6 +49,31 @@ def test_maps_boxes_and_a_picture(run, tmp_path, monkeypatch):
     assert list(means.index) == ["map", "another finding's map", "random head", "constant box", "centre"]
     assert means["hit"].between(0, 1).all() and (means["hit_low"] <= means["hit_high"]).all()
 
+    # what scoring stores of them
+    metrics = run.score()
+    kept, order = RunFolder(run.folder).heat, sorted(set(table["row"]))
+    assert usual_stride(run) == 8 and list(kept) == run.data.index.frame["id"].iloc[order].tolist()
+    for at, name in ((i, "Mass"), (0, run.data.classes[0])):
+        own = heat_of(run, [table["row"][at]], [run.data.classes.index(name)], stride=8)[0, 0]
+        np.testing.assert_allclose(kept[table["id"][at]][name], own, rtol=2e-3, atol=1e-5)
+    pd.testing.assert_frame_equal(pd.read_csv(run.folder.boxes_file), check, check_dtype=False)
+    shown = box_table(run.folder.boxes_file)
+    assert shown["method"].tolist()[:5] == list(means.index) and {*shown["method"][5:]} == {"map"}
+    assert {*shown["finding"][5:]} == {*table["finding"]} and shown["boxes"][0] == len(table)
+    pictures = explained_cases(run, metrics, run.folder.test)
+    assert [*pictures] == [LOOKS, MEMORY] and all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+    text = write_run_report(run.folder / "report.html", metrics, run.folder.test, pictures).read_text()
+    assert all(f"<h2>{title}</h2>" in text for title in (LOOKS, MEMORY, "Heat maps against radiologists&#x27; boxes"))
+    run.params |= {"heat_maps": "none"}
+    run.score()
+    assert not run.folder.heat_file.exists() and not run.folder.boxes_file.exists()
+    run.params |= {"heat_maps": "all"}
+    run.score()
+    assert [*RunFolder(run.folder).heat] == run.folder.test.ids.tolist()
+    run.folder.heat_file.write_bytes(b"no")
+    with pytest.raises(Damaged, match="heat.npz.*score again"):
+        _ = RunFolder(run.folder).heat
+
     # a picture from elsewhere: the same image from its file
     path = next(p for p in run.data.index.root.rglob("*.png") if p.name == run.data.index.frame["id"].iloc[rows[0]])
     told = explain_picture(run.folder, path, finding="Mass", stride=8)
@@ -63,5 +92,11 @@ def test_maps_boxes_and_a_picture(run, tmp_path, monkeypatch):
     kept = json.loads((tmp_path / f"out/000_{path.stem}.json").read_text())
     np.testing.assert_allclose(kept["heat"], told["heat"], rtol=1e-5)
     assert (tmp_path / f"out/000_{path.stem}.png").stat().st_size > 10_000
+    done = CliRunner().invoke(cli, [*command, "--map", "crop"])
+    assert done.exit_code and "no crop of this network follows a map" in str(done.exception) + done.output
+    done = CliRunner().invoke(cli, [*command, "--map", "attention"])
+    assert not done.exit_code, done.output
+    kept = json.loads((tmp_path / f"out/000_{path.stem}.json").read_text())
+    assert kept["map"] == "attention" and np.shape(kept["heat"]) == (2, 2) and 0 < np.min(kept["heat"]) < np.max(kept["heat"]) < 1
     done = CliRunner().invoke(cli, [*command, "--finding", "Gout"])
     assert done.exit_code and "no class 'Gout'" in str(done.exception) + done.output

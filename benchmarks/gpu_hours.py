@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_hours      # writes results/gpu_hours.csv
 
-Operations are those of results/costs_*.csv, at other sizes in proportion to the pixels. Every phase takes all its epochs.
+Operations are those of results/costs_*.csv, at other sizes in proportion to the pixels; for backbones that it lacks, those of
+the last phase of a preset with that backbone in results/costs_presets_*.csv. Every phase takes all its epochs.
 Cells that share a training count it once, and their scoring each, though they also share features. Cells whose network that
 file lacks are counted in the column ``left out``.
 """
@@ -16,10 +17,11 @@ from pathlib import Path
 from charmlib.files import write_text
 from charmlib.grid import load_grid
 from charmlib.grid.sharing import training_of
-from charmlib.training.recipes import phases
+from charmlib.training.recipes import phases, validations
 
 HERE = Path(__file__).parent
 COSTS, OUT = HERE / "results/costs_cpu2_fp32_torch2.14.1.csv", HERE / "results/gpu_hours.csv"
+PRESETS = HERE / "results/costs_presets_cpu2_fp16_torch2.14.1.csv"
 IMAGES, TEST = {"all": 86_524, "findings": 36_024}, 25_596  # of the official lists
 RATES = 8.0, 2.0  # TFLOP/s that a T4 is assumed to sustain, at best and at worst; its peak in fp16 is 65
 
@@ -36,11 +38,12 @@ def operations(params: Mapping, costs: Mapping[tuple[str, str], Mapping]) -> tup
         return None
     train, look = (float(row[f"{of}_gflops"]) * (params["image_size"] / 224) ** 2 / 1e3 for of in ("training", "inference"))
     valid = IMAGES["all"] * params["valid_fraction"]
-    trained, scored = 0.0, (valid + TEST) * look
-    for phase in phases(params, 1.0):
+    trained, scored, plan = 0.0, (valid + TEST) * look, phases(params, 1.0)
+    validated = validations(plan, params["monitor"])
+    for phase in plan:
         images = IMAGES[phase.images] * (1 - params["valid_fraction"])
         trained += phase.epochs * images * (look if phase.trains == ("head",) else train)
-        scored += phase.epochs * (valid + (params["bank_size"] if votes else 0)) * look
+        scored += validated[phase.name] * (valid + (params["bank_size"] if votes else 0)) * look
     return trained, scored
 
 
@@ -48,6 +51,10 @@ def rows() -> list[dict]:
     """A row for each grid file on the NIH set."""
     with open(COSTS, newline="") as file:
         costs = {(row["arch"], row["case"]): row for row in csv.DictReader(file)}
+    with open(PRESETS, newline="") as file:
+        presets = {(row["arch"], "plain"): {of: float(row[of]) * (224 / int(row["size"])) ** 2
+                                            for of in ("training_gflops", "inference_gflops")} for row in csv.DictReader(file)}
+    costs = presets | costs
     out = []
     for path in sorted((HERE.parent / "params").glob("grid_*.yaml")):
         if path.stem.startswith(("grid_nih64", "grid_demo")):

@@ -2,7 +2,8 @@
 
     python -m benchmarks.economy_trainings ../shared/nih64 ../shared/weights/mobilenet_v2_imagenet1001.pt
 
-Three momenta x four k x three thresholds on nih64 (64 pixels, 1 + 2 and 2 epochs).
+Three decays of the mean of the weights x four vote temperatures x three weights of the votes on nih64 (64 pixels, 1 + 2 and 2
+epochs, each stage keeps its last).
 First one cell is run alone, then the grid, then three cells drawn at random alone. Seconds are of wall clock and of CPU time,
 which other work on the machine disturbs less. The result is ``results/economy_trainings.json``.
 """
@@ -27,8 +28,8 @@ from charmlib.files import write_json
 
 BASE = {"arch": "mobilenet_v2", "norm": "half", "image_size": 64, "stage1_frozen_epochs": 1, "stage1_epochs": 2,
         "stage1_lr": 1e-3, "stage1_batch": 64, "stage2_batch": 64, "stage2_epochs": 2, "stage2_lr_min": 5e-4,
-        "stage2_lr_max": 5e-4}
-AXES = {"momentum": [0.99, 0.999, 0.9999], "k": [2, 3, 4, 5], "threshold": [0.05, 0.1, 0.2]}
+        "stage2_lr_max": 5e-4, "monitor": "last", "patience": 0}
+AXES = {"momentum": [0.99, 0.999, 0.9999], "vote_temperature": [0.05, 0.1, 0.2, 0.4], "vote_weight": [0.3, 0.5, 0.7]}
 
 
 def timed(grid: Path, out: Path, *assignments: str) -> dict[str, float]:

@@ -69,7 +69,7 @@ parts64: $(VENV)/.installed
 
 longtail64 two_path64: %64: runs/explore64/explore.txt
 	$(BIN)/python -m charmlib grid run params/grid_nih64_$*.yaml --out runs/$*64 --workers 2 $(REAL) -p split=$(or $(SPLIT),runs/explore64)
-	cp runs/$*64/leaderboard.csv benchmarks/results/nih64_$*.csv
+	$(BIN)/python -m benchmarks.keep_screening runs/$*64 benchmarks/results/nih64_$*.csv
 
 memaug64: $(VENV)/.installed
 	$(BIN)/python -m charmlib grid run params/grid_nih64_memaug.yaml --out runs/nih64_memaug --workers 2 \

@@ -2,7 +2,7 @@
 
     python -m benchmarks.costs                      # about 8 minutes on two idle cores
     python -m benchmarks.costs --only mobilenet_v2  # one backbone, printed and not kept
-    python -m benchmarks.costs --presets            # a row for each phase of the presets of two paths, attention and the long tail
+    python -m benchmarks.costs --presets            # a row for each phase of the presets of other systems
     python -m benchmarks.costs --no-time            # without real steps, which need idle cores
 
 Operations and memory are followed on tensors without data (``benchmarks/tracing.py``), at batch 32 and, for memory, in half

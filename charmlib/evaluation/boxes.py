@@ -18,10 +18,12 @@ from charmlib.files import reading
 IOU, IOBB = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), (0.1, 0.25, 0.5)
 MEASURES = ["hit", "iou", *(f"iou>{t}" for t in IOU), *(f"iobb>{t}" for t in IOBB)]
 MEAN = "mean of findings"
+FEW = 10
+"""Patients below which a table shows no limits."""
 HOW = ("A hit is a map whose largest cell lies in the box; IoU compares the box around the cells above 0.7 of the map's range "
        "with the radiologist's. Below the map stand guesses that it must beat: another finding's map, a network with an "
        "untrained head, a box learnt from other patients without the image, and the picture's centre. Limits are 95 % over "
-       "patients.")
+       f"patients, of {FEW} or more.")
 """How to read :func:`box_table`."""
 _AROUND = np.ones((3, 3), int)  # cells that touch at a corner are one region
 
@@ -134,13 +136,15 @@ def box_table(path: str | Path) -> pd.DataFrame:
     method, the map, by finding."""
     with reading(path, "table of heat maps and boxes", "score again with the test notebook"):
         table = pd.read_csv(path)
-        table = table[(table["finding"] == MEAN) | (table["method"] == table["method"][0])]
+        table = table[(table["finding"] == MEAN) | (table["method"] == table["method"][0])].copy()
+        table.loc[table["patients"] < FEW, [c for c in table if c.endswith(("_low", "_high"))]] = np.nan
         named = {f"{measure}_{end}": f"{name} {end}" for measure, name in (("hit", "hit rate"), ("iou", "mean IoU"))
                  for end in ("low", "high")}
         return table.sort_values("finding", key=lambda c: c != MEAN, kind="stable").rename(
-            columns={**named, "hit": "hit rate", "iou": "mean IoU", "ceiling": "largest possible IoU"})[[
+            columns={**named, "hit": "hit rate", "iou": "mean IoU", "ceiling": "largest possible IoU",
+                     "iou>0.1": "share of IoU > 0.1", "iou>0.5": "> 0.5"})[[
                 "method", "finding", "boxes", "patients", "hit rate", "hit rate low", "hit rate high", "mean IoU",
-                "mean IoU low", "mean IoU high", "largest possible IoU", "iou>0.1", "iou>0.5"]]
+                "mean IoU low", "mean IoU high", "largest possible IoU", "share of IoU > 0.1", "> 0.5"]]
 
 
 def _values(hit: np.ndarray, found: np.ndarray, boxes: np.ndarray) -> np.ndarray:

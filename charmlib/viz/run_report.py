@@ -161,7 +161,7 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     if run.boxes_file.is_file():
         parts += [page.heading("Heat maps against radiologists' boxes"), page.paragraph(boxes.HOW),
                   page.table(with_intervals(boxes.box_table(run.boxes_file)), "words")]
-    parts += shown(MEMORY, PATHS, "Counts")
+    parts += [*shown(MEMORY, PATHS), *shown("Counts")]
     for point in part["operating"]:
         parts += [page.heading(f"Operating point '{point}'"),
                   page.paragraph(f"{tables.point_note(part, point)}; thresholds stay fixed in the resamples. An interval of "

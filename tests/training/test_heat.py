@@ -58,6 +58,7 @@ def test_maps_boxes_and_a_picture(run, tmp_path, monkeypatch):
         np.testing.assert_allclose(kept[table["id"][at]][name], own, rtol=2e-3, atol=1e-5)
     pd.testing.assert_frame_equal(pd.read_csv(run.folder.boxes_file), check, check_dtype=False)
     shown = box_table(run.folder.boxes_file)
+    assert shown["hit rate low"].isna().tolist() == (shown["patients"] < 10).tolist()
     assert shown["method"].tolist()[:5] == list(means.index) and {*shown["method"][5:]} == {"map"}
     assert {*shown["finding"][5:]} == {*table["finding"]} and shown["boxes"][0] == len(table)
     pictures = explained_cases(run, metrics, run.folder.test)

@@ -31,7 +31,7 @@ from charmlib.training.device import pick_device, pick_precision
 from charmlib.training.learner import charm_learner
 
 SIZE, STEPS = 224, 4
-PLAIN = {"use_bank": False, "head": "standard"}
+PLAIN = {"use_bank": False, "use_attention": False, "use_momentum": False, "head": "standard"}
 MOBILENET = {
     "plain": {}, "head charm": {"head": "charm"}, "head csra": {"head": "csra"},
     "head csra, 4 heads": {"head": "csra", "csra_heads": 4},

@@ -155,6 +155,9 @@ def resolve(*layers: Mapping[str, Any], sources: tuple[str, ...] = ()) -> dict[s
             out["valid_fraction"] == 0 and out["patience"],
         f"parameter 'patience': {out['patience']} looks at the validation part, and monitor last does not; say patience: 0.":
             out["monitor"] == "last" and out["patience"],
+        f"parameter 'weight_from': monitor {out['monitor']} might keep an epoch from before the weights, at "
+        f"{out['weight_from']:g}; say monitor: last and patience: 0.":
+            out["class_weight"] != "none" and 0 < out["weight_from"] < 1 and out["monitor"] != "last" and out["valid_fraction"],
         "parameter 'schedule': plateau looks at the validation part, and monitor last does not; say schedule: steps.":
             out["monitor"] == "last" and out["schedule"] == "plateau",
         f"parameter 'vote_weight': {out['vote_weight']:g} is neither -1 (chosen on the validation part) nor in 0 to 1.":

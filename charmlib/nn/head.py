@@ -14,7 +14,7 @@ class _Layers(nn.Sequential):
     def start_at(self, log_odds: Tensor) -> None:
         """Set the last bias (C,), so that training starts at given probabilities (Lin et al., RetinaNet, 2017, section 4.1).
 
-        With one sigmoid a class, this is the logit adjustment in training of Menon et al. (2021).
+        With one sigmoid a class and no decay of this bias, this is the logit adjustment in training of Menon et al. (2021).
         """
         self[-1].bias.copy_(log_odds)
 

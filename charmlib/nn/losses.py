@@ -107,7 +107,8 @@ class AsymmetricLoss(MultiLabelLoss):
     ``L+ = -(1 - p)^gamma_pos log p`` and ``L- = -p_m^gamma_neg log(1 - p_m)`` with ``p_m = max(p - clip, 0)`` (Ridnik et al.,
     arXiv 2009.14119, eq. 7). By default no gradient flows through the focusing weights, as in the authors' code. Differs from
     that code in two points: entries are averaged instead of summed, and log-sigmoid replaces the clamped log where ``clip``
-    does not apply, which keeps float32 exact for large logits.
+    does not apply, which keeps float32 exact for large logits. hieuphamha19/CXR_LT has a loss of this name whose gradient has
+    the wrong sign.
 
     Parameters
     ----------
@@ -141,9 +142,17 @@ class AsymmetricLoss(MultiLabelLoss):
         loss = -(targets * F.logsigmoid(logits) + (1 - targets) * log_q)
         if self.gamma_neg > 0 or self.gamma_pos > 0:
             with torch.set_grad_enabled(self.focus_gradient and torch.is_grad_enabled()):
-                weight = targets * (1 - p).pow(self.gamma_pos) + (1 - targets) * (1 - q).pow(self.gamma_neg)
+                power = _power if self.focus_gradient else torch.pow
+                weight = targets * power(1 - p, self.gamma_pos) + (1 - targets) * power(1 - q, self.gamma_neg)
             loss = loss * weight
         return loss
+
+
+def _positive(counts: Tensor) -> Tensor:
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    if (counts < 1).any():
+        raise ValueError(f"expected counts of 1 or more, got {counts.tolist()}")
+    return counts
 
 
 class LDAMLoss(MultiLabelLoss):
@@ -163,11 +172,16 @@ class LDAMLoss(MultiLabelLoss):
         The largest margin, in units of z, 0 or more; 0.5 as published. 0 is BCE.
     scale : float
         What the network multiplied z by, above 0; 30 as published.
+
+    Raises
+    ------
+    ValueError
+        A count below 1.
     """
 
     def __init__(self, counts: Tensor, margin: float = 0.5, scale: float = 1.0, *, reduction: str = "mean"):
         super().__init__(reduction=reduction)
-        rarity = torch.as_tensor(counts, dtype=torch.float64) ** -0.25
+        rarity = _positive(counts) ** -0.25
         self.margin, self.scale = margin, scale
         self.register_buffer("margins", (margin * rarity / rarity.max()).float(), persistent=False)
 
@@ -192,13 +206,18 @@ class DistributionBalancedLoss(MultiLabelLoss):
     ----------
     counts, images : tensor (C,)
         Positives of each class, and known labels; 1 <= counts < images.
+
+    Raises
+    ------
+    ValueError
+        A count below 1.
     """
 
     def __init__(self, counts: Tensor, images: Tensor, *, alpha: float = 0.1, beta: float = 10.0, mu: float = 0.2,
                  scale: float = 2.0, kappa: float = 0.05, gamma: float = 2.0, balance: float = 2.0, reduction: str = "mean"):
         super().__init__(reduction=reduction)
         self.alpha, self.beta, self.mu, self.scale, self.gamma, self.balance = alpha, beta, mu, scale, gamma, balance
-        counts = torch.as_tensor(counts, dtype=torch.float64)
+        counts = _positive(counts)
         self.register_buffer("rarity", (1 / counts).float(), persistent=False)
         self.register_buffer("nu", (kappa / scale * torch.logit(counts / images)).float(), persistent=False)
 
@@ -256,8 +275,8 @@ def _refuse_one_sided(counts: Tensor, images: Tensor, names: Sequence[str], what
         if wrong.any():
             who = ", ".join(_name(c, names) for c in wrong.nonzero().flatten().tolist())
             raise ValueError(f"{what} needs positives and negatives of each class; the training images have no {side} of "
-                             f"{who}: train on more data, leave the class out of the table, or choose loss bce, focal or "
-                             "asl with class_weight none")
+                             f"{who}: say stage1_images: all, train on more data, leave the class out of the table, or choose "
+                             "loss bce, focal or asl with class_weight none")
 
 
 def make_loss(name: str, counts=None, images=None, *, names: Sequence[str] = (), class_weight: str = "none",

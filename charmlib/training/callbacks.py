@@ -131,7 +131,8 @@ class Trains(Callback):
 
 class LossMode(Callback):
     """Puts the loss into training and eval mode with the network: class weights and the prior of a sample act in training mode
-    only. Class weights act from a share ``weight_from`` of the epochs on, in [0, 1].
+    only. Class weights act after a share ``weight_from`` of the epochs, in [0, 1]: below 1 in the last epoch at least, at 1
+    never.
 
     A stage of several phases says in ``before`` and ``epochs`` how many epochs it had before this fit and has in all. With
     uneven draws, ``shares`` (C,) are the images' own of each class, which a voting bank gets after each epoch of training.
@@ -140,13 +141,20 @@ class LossMode(Callback):
     order = -5
 
     def __init__(self, weight_from: float = 0.0, shares: Tensor | None = None):
+        if not 0 <= weight_from <= 1:
+            raise ValueError(f"weight_from must be in [0, 1], got {weight_from}")
         self.weight_from, self.shares, self.before, self.epochs = weight_from, shares, 0, 0
 
     def before_train(self):
         if isinstance(self.loss_func, MultiLabelLoss):
             self.loss_func.train()
-            first = self.weight_from * (self.epochs or self.n_epoch)
-            self.loss_func.weighted = self.epoch + self.before >= first - 1e-6
+            self.loss_func.weighted = self.epoch + self.before >= self.first
+
+    @property
+    def first(self) -> int:
+        """The stage's first epoch, from 0, in which class weights act; the number of its epochs if they never do."""
+        epochs = self.epochs or self.n_epoch
+        return epochs if self.weight_from >= 1 else min(math.ceil(self.weight_from * epochs - 1e-6), epochs - 1)
 
     def after_train(self):
         if self.shares is not None and isinstance(bank := getattr(self.model, "bank", None), VotingBank):

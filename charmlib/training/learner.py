@@ -18,7 +18,7 @@ from charmlib.data.loaders import ChestDataLoaders, GreyToNetwork
 from charmlib.data.sampling import prior_shift, shares
 from charmlib.models.charm import CharmNet
 from charmlib.models.registry import Network, keywords
-from charmlib.nn.losses import MultiLabelLoss, make_loss
+from charmlib.nn.losses import LDAMLoss, MultiLabelLoss, make_loss
 from charmlib.training import cards
 from charmlib.training.average import AverageWeights
 from charmlib.training.callbacks import LossMode, NetworkHooks, SeedEpoch
@@ -70,10 +70,15 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
     ------
     ValueError
         Network and loaders differ in their number of classes, or in normalisation; or an unknown optimizer; or uneven
-        draws with a loss other than those of :mod:`charmlib.nn.losses`.
+        draws with a loss other than those of :mod:`charmlib.nn.losses`; or arguments of the network beside ``net``, or of the
+        loss beside a loss of your own, or two scales of LDAM.
     """
     of_network, of_loss = keywords(CharmNet, kwargs), keywords(make_loss, kwargs)
     of_learner = {name: value for name, value in kwargs.items() if name not in {**of_network, **of_loss}}
+    no_effect = [] if net is None else [n for n, v in of_network.items() if n not in of_loss or v != getattr(net, n, v)]
+    no_effect += [] if isinstance(loss, str) else [n for n in of_loss if n not in of_network]
+    if no_effect:
+        raise ValueError(f"{', '.join(no_effect)} would have no effect beside a network or loss of your own: give it there")
     if net is None:
         net = CharmNet(arch, len(dls.vocab), **of_network)
     if net.classes != len(dls.vocab):
@@ -98,6 +103,10 @@ def charm_learner(dls: ChestDataLoaders, arch: str = "efficientnet_v2_s", *, net
         if loss.weights is not None:
             warnings.warn("class weights and uneven draws of images both raise rare classes, and multiply", stacklevel=2)
         loss.shift, own = (torch.from_numpy(a).float() for a in (prior_shift(labels, dls.train.expected), shares(labels)))
+    elif isinstance(loss, MultiLabelLoss):
+        loss.shift = None  # that of a learner before
+    if (scale := getattr(net, "ldam_scale", 1.0)) != getattr(loss, "scale", scale) and isinstance(loss, LDAMLoss):
+        raise ValueError(f"the loss's scale is {loss.scale:g}, the network's ldam_scale {scale:g}: they must be equal")
     if not average:
         average, average_warmup = getattr(net, "mean_decay", 0.0), False
     callbacks = [NetworkHooks(), LossMode(weight_from, own), Callback(after_batch=lambda _: session.alive()), *cbs,

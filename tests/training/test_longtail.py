@@ -1,6 +1,7 @@
 """Losses with class counts, class weights that wait, and uneven draws, in training and in the network that it leaves."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from charmlib.data.dataset import open_dataset
 from charmlib.data.loaders import chest_dataloaders
 from charmlib.data.sampling import prior_shift, shares
 from charmlib.models.registry import create
-from charmlib.nn import make_loss
-from charmlib.params import effective, missing_need, resolve
+from charmlib.nn import BCELoss, LDAMLoss, make_loss
+from charmlib.params import ParameterError, effective, missing_need, resolve
+from charmlib.training.callbacks import LossMode
 from charmlib.training.checkpoint import load_model
 from charmlib.training.no_wait import HalfPrecision
 from tests.training.conftest import HALF, NET
@@ -92,9 +94,44 @@ def test_weights_that_never_come_are_none_and_those_from_the_start_are_all(make)
 
 def test_weights_wait_for_a_share_of_a_stage_of_two_phases(tiny):
     seen = []
-    run = Run.open(tiny, class_weight="effective", weight_from=0.5)
+    run = Run.open(tiny, class_weight="effective", weight_from=0.5, monitor="last", patience=0)
     run.train(Callback(after_train=lambda cb: seen.append((len(run.history), cb.loss_func.weighted))))
     assert [on for _, on in seen] == [False, False, True, False, True]  # stage 1 has 1 + 2 epochs, stage 2 has 2
+
+
+@pytest.mark.parametrize("epochs", range(1, 11))
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.75, 0.8, 0.9])
+def test_weights_that_come_late_come_in_the_last_epoch_at_least(share, epochs):
+    mode = LossMode(share)
+    mode.learn, mode.epochs, mode.loss_func = SimpleNamespace(n_epoch=epochs), epochs, BCELoss()
+    on = [epoch >= mode.first for epoch in range(epochs)]
+    assert on[-1] and on == sorted(on) and on.count(False) <= share * epochs + 1
+    assert on == [epoch >= share * epochs - 1e-6 or epoch == epochs - 1 for epoch in range(epochs)]
+    with pytest.raises(ValueError, match="weight_from must be in"):
+        LossMode(1.5)
+
+
+def test_weights_that_come_late_are_refused_where_an_epoch_before_them_might_be_kept(tiny):
+    with pytest.raises(ParameterError, match="valid_loss might keep an epoch from before.*say monitor: last and patience: 0"):
+        Run.open(tiny, class_weight="effective", weight_from=0.5)
+
+
+def test_what_would_have_no_effect_is_refused(make):
+    plain = make(loss="bce")
+    for given, words in (({"loss": BCELoss(), "class_weight": "inverse"}, "class_weight would have no effect"),
+                         ({"head": "csra"}, "head would have no effect"),
+                         ({"loss": "ldam", "ldam_scale": 30.0}, "ldam_scale would have no effect"),
+                         ({"loss": LDAMLoss([5.0] * 14, scale=30.0)}, "scale is 30, the network's ldam_scale 1")):
+        with pytest.raises(ValueError, match=words):
+            charm_learner(plain.dls, net=plain.model, **given)
+    with pytest.raises(ValueError, match="counts of 1 or more"):
+        LDAMLoss([0.0, 5.0])
+
+
+def test_a_loss_that_is_used_again_forgets_the_draws_before(make):
+    loss = BCELoss()
+    assert make("class_aware", loss=loss).loss_func.shift is not None
+    assert make(loss=loss).loss_func.shift is None
 
 
 def test_a_steep_head_is_steep_in_training_and_in_scoring(make):
@@ -141,8 +178,8 @@ def test_the_scale_acts_only_with_a_stage_that_has_the_loss(tiny):
                          ids=["alone", "with_average"])
 def test_a_killed_run_with_uneven_draws_and_late_weights_ends_in_the_same_bits_and_loads(tiny, tmp_path, monkeypatch, more):
     options = {"stage1_sampler": "repeat", "repeat_threshold": 0.1, "stage2_sampler": "class_aware", "class_weight": "sqrt",
-               "weight_from": 0.6, "stage2_loss": "ldam", "ldam_scale": 30.0, "monitor": "valid_ap", "vote_weight": 0.5,
-               **more}
+               "weight_from": 0.6, "stage2_loss": "ldam", "ldam_scale": 30.0, "monitor": "last", "patience": 0,
+               "vote_weight": 0.5, **more}
     whole = Run.open(tiny, **options, run_dir=str(tmp_path / "whole"))
     history = whole.train()
     for saves in (2, 2):  # inside stage 1, and in stage 2
@@ -163,7 +200,7 @@ def test_a_killed_run_with_uneven_draws_and_late_weights_ends_in_the_same_bits_a
     logits, y = loaded.logits("valid")
     from charmlib.evaluation.metrics import ap_by_class
     with warnings.catch_warnings(action="ignore"):
-        assert np.nanmean(list(ap_by_class(y, logits).values())) == pytest.approx(max(last), abs=1e-9)
+        assert np.nanmean(list(ap_by_class(y, logits).values())) == pytest.approx(last[-1], abs=1e-9)
 
 
 def test_training_on_a_sample_with_the_shift_is_the_correction_of_its_logits_afterwards(make):

@@ -20,7 +20,8 @@ def expected_draws(labels: np.ndarray, sampler: str, *, threshold: float = 0.01,
     al., ECCV 2016). That sampler never draws an image without a positive class; here they are a class. 'repeat' repeats an
     image by the largest of its classes' max(1, sqrt(threshold / f_c)), f_c the share of known labels that are positive (Gupta
     et al., LVIS, CVPR 2019). Detectron2's epoch grows by the repeats; here the other images are drawn less. hieuphamha19/CXR_LT
-    takes f_c as a share of labels and rounds the factors, so that most images with a factor are never repeated.
+    takes f_c as a share of labels, rounds the factors, so that most images with a factor are never repeated, and caps them at
+    10.
 
     ``labels`` (n, C) are 0, 1 or NaN for unknown. A class without positives cannot be drawn, of which a warning tells.
 

@@ -148,7 +148,8 @@ def test_no_gradient_pushes_a_probability_away_from_its_label(name, options, how
 
 
 @pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 5])
-@pytest.mark.parametrize("kind", [FocalLoss, lambda gamma: DistributionBalancedLoss(COUNTS, IMAGES, gamma=gamma, scale=5)])
+@pytest.mark.parametrize("kind", [FocalLoss, lambda gamma: DistributionBalancedLoss(COUNTS, IMAGES, gamma=gamma, scale=5),
+                                  lambda gamma: AsymmetricLoss(gamma, gamma / 2, 0.0, focus_gradient=True)])
 def test_no_focus_pushes_a_probability_away_from_its_label(gamma, kind):
     _never_away(kind(gamma))
 
@@ -161,6 +162,14 @@ def _never_away(loss):
         assert torch.isfinite(logits.grad).all()
         assert ((logits.grad <= 0) if y else (logits.grad >= 0)).all()
         assert (logits.grad != 0).any(0).all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 3.5])
+def test_the_focal_loss_is_torchvisions(batch, gamma):
+    from torchvision.ops import sigmoid_focal_loss
+
+    z, y = batch
+    torch.testing.assert_close(FocalLoss(gamma)(z, y), sigmoid_focal_loss(z, y, alpha=-1, gamma=gamma, reduction="mean"))
 
 
 def test_ldam_against_the_formula(batch):

@@ -6,6 +6,7 @@ import torch
 from charmlib import Run, charm_learner
 from charmlib.data.dataset import open_dataset
 from charmlib.data.loaders import chest_dataloaders
+from charmlib.param_sources import load_params
 from charmlib.training.no_wait import HalfPrecision
 from tests.training.conftest import HALF
 from tests.training.test_step import watched
@@ -33,6 +34,19 @@ def test_convnext_trains_scores_and_comes_back_from_its_checkpoint(tiny, head):
     assert ("head" in seen) == head.get("use_bank", True) and seen.keys() == kept.keys()
     if "head" in seen:
         assert not torch.equal(seen["head"], logits)  # the votes are added to the head's
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["longtail_standard", "longtail_csra"])
+def test_a_published_recipe_trains_and_scores_with_a_small_backbone(tiny, name):
+    """Shrunk by parameters alone; what makes the recipe stays as it is."""
+    small = {key: tiny[key] for key in ("data_root", "run_dir", "cache_dir", "valid_fraction") if key in tiny}
+    run = Run.open({**load_params(f"params/{name}.yaml"), **small, "arch": "timm:convnextv2_atto", "weights": "none",
+                    "norm": "half", "image_size": 64, "stage1_frozen_epochs": 1, "stage2_epochs": 2,
+                    "stage1_batch": 16, "stage2_batch": 16})
+    history = run.train()
+    assert [row["stage"] for row in history] == ["1", "2", "2"] and all(row["train_loss"] > 0 for row in history)
+    assert 0 < run.score()["test"]["mean_auc"] < 1
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -696,5 +696,21 @@ def test_the_last_bias_starts_at_the_prevalence(tiny):
     np.testing.assert_allclose(1 / (1 + np.exp(-start[1.0])), share, rtol=1e-5)
     np.testing.assert_allclose(start[0.5], start[1.0] / 2, rtol=1e-6)
     assert np.abs(start[0.0] - start[1.0]).min() > 0.1
+    # with the last weights at 0 the first loss is the entropy of the prevalence, and a shift of all logits moves no AUC
+    from charmlib.evaluation.metrics import auc_by_class
+
+    run, known = runs[1.0], labels[~np.isnan(labels).any(1)]
+    weight = run.net.head[-1].weight.detach().clone()
+    torch.nn.init.zeros_(run.net.head[-1].weight)
+    run.net.bank.filled.zero_(), run.net.train(False)
+    logits = run.net(torch.zeros(1, 3, 32, 32)).expand(len(known), -1)
+    had = known.mean(0)
+    entropy = -(had * np.log(share) + (1 - had) * np.log(1 - share)).mean()
+    assert torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor(known)).item() == pytest.approx(
+        entropy, rel=1e-5)
+    with torch.no_grad():
+        run.net.head[-1].weight.copy_(weight)
+    drawn = np.random.default_rng(0).normal(size=known.shape)
+    assert auc_by_class(known, drawn) == auc_by_class(known, drawn + start[1.0])
     others = [{k: v for k, v in run.net.state_dict().items() if k != "head.4.bias"} for run in runs.values()]
     assert all(torch.equal(value, others[0][name]) for name, value in others[2].items())

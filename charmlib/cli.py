@@ -366,7 +366,7 @@ def explain(run, paths, out, **how):
         name, p = f"{number:03}_{readable(path.stem)}", found["probabilities"][found["finding"]]
         terms = ", ".join(f"{term} {value:+.2f}" for term, value in found["parts"].items())
         words = f"{readable(path.name)}: {found['finding']} {p:.1%}, logit {found['logit']:+.2f}" + (
-            f" = {terms}; the map is of the head alone" if terms else "")
+            f" = {terms}{'; the map is of the head alone' * (found['map'] == 'evidence')}" if terms else "")
         slots = [(reader.find(card, s["image"]), "\n".join(slot_lines(s)).replace(", ", ",\n")) for s in found["memory"]]
         figure = plot_heat(found.pop("pixels"), found["heat"], found["finding"], kind=found["map"], margin=found["margin"],
                            box=found.get("box", ()), crop=found.pop("crop", None), slots=slots,

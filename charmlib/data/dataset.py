@@ -195,7 +195,7 @@ class ImageReader:
         with contextlib.suppress(OSError, ValueError, KeyError):
             if path := next(filter(Path.is_file, (folder / BOXES for folder in self._read(metrics)[1])), None):
                 return read_boxes(path, ids, labels, metrics["classes"])[0]
-        return pd.DataFrame(columns=["row", "finding", *CORNERS])
+        return pd.DataFrame(columns=["row", "id", "finding", *CORNERS])
 
     def _read(self, metrics: Mapping) -> tuple[dict[str, str], list[Path]]:
         key = str(self.root(metrics)), *(metrics["params"][name] for name in READING)

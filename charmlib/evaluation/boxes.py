@@ -131,6 +131,12 @@ def check_boxes(maps: Mapping[str, np.ndarray], boxes: np.ndarray, findings: Seq
     return pd.DataFrame(rows)
 
 
+def margin_of(params: Mapping) -> float:
+    """Share of each side of a picture outside the map, where the network of these parameters reads a window in the middle."""
+    window = params["crop"] if params["system"] == "two_path" else 0
+    return max(0.0, 1 - window / params["image_size"]) / 2 if window else 0.0
+
+
 def box_table(path: str | Path) -> pd.DataFrame:
     """For display, from the file of a table of :func:`check_boxes`: its methods in the mean over findings, then its first
     method, the map, by finding."""

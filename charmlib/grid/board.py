@@ -154,8 +154,8 @@ def read_record(folder: Path) -> dict:
     try:
         refuse_names([cell["id"] for cell in record["cells"]], path)
         for params in filter(None, [cell["params"] for cell in record["cells"]]):
-            params |= {name: coerce(name, params[name], str(path)) for name, p in PARAMS.items()
-                       if name in params or (name != "run_dir" and not p.of)}
+            params |= {name: coerce(name, params[name] if name in params or p.hashed else p.default, str(path))
+                       for name, p in PARAMS.items() if name in params or (name != "run_dir" and not p.of)}
             _ = [params[axis] for axis in record["axes"]]
         return record
     except (KeyError, TypeError, AttributeError) as error:

@@ -78,7 +78,7 @@ def own_map(net: nn.Module, x: Tensor, kind: str, stride: int = 32) -> Tensor:
         weights = attention.shares([reduce(m) for m, reduce in zip(found, attention.reduce)])
     else:
         weights = [attention(found[-1])]
-    by_stride = {round(x.shape[-1] / w.shape[-1]): w.mean(1) for w in weights}
+    by_stride = dict(zip((8, 16, 32)[-len(weights):], (w.mean(1) for w in weights)))
     if stride not in by_stride:
         raise ValueError(f"the attention has maps at the strides {', '.join(map(str, by_stride))}, not at {stride}")
     return by_stride[stride]

@@ -73,7 +73,7 @@ class VotingBank(Slots):
         for name, start in (("usual", torch.zeros(2, classes)), ("shares", torch.zeros(classes)),
                             ("mean", torch.zeros(features)), ("deviation", torch.ones(features))):
             self.register_buffer(name, start)
-        self._directions = None, None  # the writes at which they were made, and the directions
+        self._directions, self._sides = (None, None), (None, None)  # the writes at which they were made, and what was made
 
     def forward(self, keys: Tensor, logits: Tensor) -> Tensor:
         """Keys (B, K) and logits (B, C) -> logits (B, C): with votes in eval mode, unchanged in training mode. Raises as
@@ -130,14 +130,13 @@ class VotingBank(Slots):
         """For each class its two sides, for and against: similarities, slots and shares (B, k), with the sum 1, or 0 if a side
         has no slot."""
         similarity = self.directions(keys) @ self.slot_directions().T
-        there = (torch.arange(self.size, device=keys.device) < self.filled)[None]
         if ids is not None:
-            there = there & ~((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None])
-        for label in self.slot_labels.T:
+            similarity.masked_fill_((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None], -torch.inf)
+        for columns in self._columns():
             sides = []
-            for side in (label == 1, label == 0):
-                near, of = similarity.masked_fill(~(there & side), -torch.inf).topk(self.k)
-                sides.append((near.clamp(min=-1), of, near > -torch.inf))
+            for those in columns:
+                near, of = similarity[:, those].topk(min(self.k, len(those)))
+                sides.append((near.clamp(min=-1), those[of], near > -torch.inf))
             both = torch.stack([votes.any(1) for _, _, votes in sides]).all(0)[:, None]
             yield [(near, of, both * votes / votes.sum(1, keepdim=True).clamp(min=1)) for near, of, votes in sides]
 
@@ -156,6 +155,12 @@ class VotingBank(Slots):
             for usual, (near, _, share) in zip(self.usual, sides):
                 without = share * (self.slot_labels[some, c] == 0)[:, None]
                 usual[c] = (without * near).sum() / without.sum().clamp(min=1)
+
+    def _columns(self) -> list[tuple[Tensor, Tensor]]:
+        """The slots with and those without each class, kept until labels are written. Empty slots have neither."""
+        if self._sides[0] != (written := (id(self.slot_labels), self.slot_labels._version)) or torch.is_inference(self.slots):
+            self._sides = written, [tuple((label == y).nonzero().flatten() for y in (1, 0)) for label in self.slot_labels.T]
+        return self._sides[1]
 
     def slot_directions(self) -> Tensor:
         """:meth:`directions` of all slots (N, K), kept until slots are written."""

@@ -75,10 +75,15 @@ class NetworkHooks(Callback):
         return self.trained and getattr(self.dls.train.dataset, "known", False) and hasattr(self.model, "renew")
 
     def before_validate(self):
+        if self.renews:
+            self.trained = False
+            self.renew()
+
+    def renew(self):
+        """Call the network's ``renew``, after a bank of votes has chosen its images."""
         images = self.dls.train.dataset
-        if not self.renews:
+        if not hasattr(self.model, "renew"):
             return
-        self.trained = False
         if isinstance(bank := getattr(self.model, "bank", None), VotingBank):
             bank.choose(torch.from_numpy(images.rows), torch.from_numpy(images.labels[images.rows]))
         scale = next(t for t in self.dls.valid.after_batch.fs if isinstance(t, GreyToNetwork))
@@ -177,6 +182,9 @@ class ValidatesFrom(Callback):
         if self.epoch < self.first:
             raise CancelValidException
 
+    def after_cancel_validate(self):
+        self.learn.recorder.log += [math.nan] * (1 + len(self.learn.metrics))  # other callbacks read these columns
+
 
 class SeedEpoch(Callback):
     """Derives every epoch's randomness (order, augmentation, dropout) from the seed, the phase and the epoch alone: a resumed
@@ -227,10 +235,10 @@ class EpochRecord(Callback):
     def after_epoch(self):
         if self.epoch < self.start:
             return
-        values = {} if self.recorder.cancel_valid else dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
+        values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
         row = {"stage": self.stage, "epoch": self.epoch + self.before + 1,
                "train_loss": torch.stack(self.losses).mean().item() if self.losses else float("nan"),
-               "valid_loss": number(values.get("valid_loss")), "valid_auc": number(values.get("mean_auc")),
+               "valid_loss": number(values["valid_loss"]), "valid_auc": number(values.get("mean_auc")),
                "valid_ap": number(values.get("mean_ap")), "lr": float(self.recorder.lrs[-1]) if self.recorder.lrs else 0.0,
                "seconds": round(time.monotonic() - self.clock, 3), "bank_filled": "", "bank_accepted": "", "bank_labels": {}}
         if (bank := getattr(self.model, "bank", None)) is not None:

@@ -90,6 +90,9 @@ class PhaseRunner:
                 # the next stage goes on from the weights whose mean was scored best
                 own = self.best["raw"] if i + 1 < len(plan) else {}
                 fill(self.net, self.best["state"] | own, "the best epoch")
+                ended = self.history[-1]["epoch"] < epochs_before(plan, phase) + phase.epochs
+                if i + 1 == len(plan) and self.monitor == "last" and ended:
+                    learner.network_hooks.renew()  # a callback ended the stage before the epoch that is validated
             if self.tape and last:
                 self.tape.at = self.best["at"]
         return self.history

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from charmlib import session
 from charmlib.data.boxes import CORNERS, FILE, read_boxes
 from charmlib.data.loaders import ChestDL, ChestImages, GreyToNetwork, grey_to_network
 from charmlib.data.radiograph import read_radiograph
-from charmlib.evaluation.boxes import check_boxes
+from charmlib.evaluation.boxes import check_boxes, margin_of
 from charmlib.evaluation.ensemble import members_of
 from charmlib.evaluation.runs import RunFolder, write_arrays
 from charmlib.files import write_csv
@@ -38,9 +39,11 @@ def heat_of(run: Run, rows: Sequence[int], classes: Sequence[int], *, stride: in
     ``net`` is read in place of the run's own network.
     """
     images = ChestImages(run.data.images, run.data.labels, np.asarray(rows), run.data.classes)
-    loader = ChestDL(images, bs=min(64, len(images)), device=run.device,
-                     after_batch=[GreyToNetwork(run.net.mean, run.net.std)])
-    maps = [grad_cam(net or run.net, x.as_subclass(torch.Tensor), classes, stride).cpu() for x, _ in loader]
+    loader, maps = ChestDL(images, bs=min(run.params["stage2_batch"], 64, len(images)), device=run.device,
+                           after_batch=[GreyToNetwork(run.net.mean, run.net.std)]), []
+    for x, _ in loader:
+        session.alive()
+        maps.append(grad_cam(net or run.net, x.as_subclass(torch.Tensor), classes, stride).cpu())
     return torch.cat(maps, 1).numpy()
 
 
@@ -57,6 +60,9 @@ def random_head(run: Run) -> torch.nn.Module:
 def boxed(run: Run, parts: Sequence[str] = ("test",)) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
     """The boxes on a run's images of some parts, their patients, and a line for each row that the list's reader left out.
 
+    Boxes are in shares of what the network sees. Where that is a window of the picture, they are cut at its borders, and those
+    outside are left out.
+
     Raises FileNotFoundError for a data set without ``BBox_List_2017.csv``.
     """
     index = run.data.index
@@ -64,7 +70,11 @@ def boxed(run: Run, parts: Sequence[str] = ("test",)) -> tuple[pd.DataFrame, np.
     if path is None:
         raise FileNotFoundError(f"{index.root} has no {FILE}: only the NIH set has boxes")
     table, left = read_boxes(path, index.frame["id"].tolist(), run.data.labels, run.data.classes)
-    table = table[table["row"].isin(np.concatenate([run.data.rows(part) for part in parts]))].reset_index(drop=True)
+    margin = margin_of(run.params)
+    table[CORNERS] = ((table[CORNERS].astype(float) - margin) / (1 - 2 * margin)).clip(0, 1)
+    inside = (table["x0"] < table["x1"]) & (table["y0"] < table["y1"])
+    of_parts = table["row"].isin(np.concatenate([run.data.rows(part) for part in parts]))
+    table = table[inside & of_parts].reset_index(drop=True)
     return table, index.frame["patient"].to_numpy(str)[table["row"]], left
 
 
@@ -158,4 +168,4 @@ def explain_picture(folder: str | Path, path: str | Path, *, finding: str = "", 
     return {"file": str(path), "finding": finding, "probabilities": probabilities, "logit": logits[0, c].item(), "parts": parts,
             "memory": table.astype(object).where(table.notna(), None).to_dict("records"), "note": note, "map": kind,
             "stride": round((window or len(pixels)) / len(heat)), "heat": heat,
-            "margin": max(0.0, 1 - window / len(pixels)) / 2 if window else 0.0, "pixels": pixels, **two}
+            "margin": margin_of(params), "pixels": pixels, **two}

@@ -65,7 +65,7 @@ def measured(params: Mapping, images: Mapping[str, int], folder: Path) -> dict:
     image = (time.perf_counter() - start) / min(len(rows), 2 * batch)
     slots = run.net.bank.size if getattr(run.net, "bank", None) is not None else 0
     look, plan = image * (images["valid"] + min(slots, images["all"])), run.phases()
-    counts = validations(plan, params["monitor"])
+    counts = validations(plan, params["monitor"] if params["valid_fraction"] else "last")
     for phase in plan:
         epochs[phase.name] = step[phase.name] * batches(phase, images) + look * counts[phase.name] / phase.epochs
     return {"epochs": epochs, "scoring": image * (images["valid"] + images["test"]),

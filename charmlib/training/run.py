@@ -153,8 +153,10 @@ class Run:
         path = session.own_temporary_folder() / f"process{cards.rank()}" if cards.rank() else \
             self.folder / "fastai"  # CSVLogger's history.csv is another file than the run's
         path.mkdir(parents=True, exist_ok=True)
-        return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision,
-                             **{name: self.params[name] for name in OF_LEARNER}, **keywords(make_loss, self.params), path=path)
+        given = {name: self.params[name] for name in OF_LEARNER} | keywords(make_loss, self.params)
+        del given["ldam_scale"]  # as the network has it: 1 with another loss
+        return charm_learner(self.dataloaders(phase), net=self.net, loss=phase.loss, precision=self.precision, path=path,
+                             **given)
 
     def find_lr(self, *, plot: bool = False) -> float:
         """The learning rate of stage 1: ``stage1_lr``, or if that is 0 the valley of fastai's finder; of two paths the largest.
@@ -170,7 +172,8 @@ class Run:
         if self._rate is None:
             seed_everything(self.params["seed"], "lr_find")
             phase = self.phase()
-            learner = self.learner(phase)
+            learner, plan = self.learner(phase), self.phases()
+            learner.loss_mode.epochs = sum(p.epochs for p in plan if p.stage == phase.stage)
             Trains(phase.trains, phase.train_norms).apply(learner)
             rank = os.environ.pop("RANK", "")  # fastai's finder restores weights that fastai saves in the first process alone
             try:
@@ -374,9 +377,10 @@ class Run:
               f"mean ROC-AUC {score:.3f}. Not a test score.")
         return score
 
-    def score(self) -> dict:
+    def score(self, *, maps: bool = True) -> dict:
         """Score the whole validation and test parts; writes ``predictions.npz``, ``branches.npz`` for a network with branches,
-        and by parameter ``heat_maps`` what :func:`charmlib.training.heat.keep_heat` writes; returns the metrics.
+        and with ``maps``, by parameter ``heat_maps``, what :func:`charmlib.training.heat.keep_heat` writes; returns the
+        metrics.
 
         Without a validation part its arrays are empty, ``valid`` of the metrics is None, and the test part has no operating
         points. :func:`charmlib.evaluation.runs.finish` turns the metrics into ``metrics.json``.
@@ -394,9 +398,10 @@ class Run:
             branches |= {f"{part}_ids": parts[part]["ids"], **{f"{part}_{name}": views[f"id_{name}"] for name in names}}
         if names:
             write_arrays(self.folder.branches_file, **branches)
-        keep_heat(self)
         normal = self.data.index.normal_class
         save_predictions(self.folder.predictions_file, parts, self.data.classes, normal)
+        if maps:
+            keep_heat(self)
         train = prevalence(self.data.labels[self.data.rows("train")], self.data.classes)
         test, samples = score_part(parts["test"], self.data.classes, prevalence=train, normal_class=normal,
                                    **self.folder.choices)

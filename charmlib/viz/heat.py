@@ -7,6 +7,7 @@ import numpy as np
 
 from charmlib import files
 from charmlib.data.boxes import CORNERS
+from charmlib.evaluation.boxes import margin_of
 from charmlib.evaluation.runs import Predictions, RunFolder
 from charmlib.viz.style import OKABE_ITO, SECOND, heading, readable, styled
 
@@ -41,11 +42,14 @@ def plot_heat(pixels: np.ndarray, heat: np.ndarray, finding: str, *, kind: str =
         left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ls="--", ec=SECOND, lw=1.6))
     left.set_title("image" + ", with the crop's border" * bool(len(box)))
     top = float(heat.max())
-    if top > 0:
+    if kind != "evidence":  # a map of features may be negative
+        heat = heat - heat.min()
+    if top > 0 or kind != "evidence":
         drawn = _shade(right, heat, (low, high, high, low))
         right.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
         above.colorbar(plt.cm.ScalarMappable(drawn.norm, drawn.cmap), ax=right, shrink=0.75, label="share of the largest")
-    right.set_title(_WHAT[kind].format(readable(finding)) if top > 0 else f"no positive evidence for {readable(finding)}")
+    there = top > 0 or kind != "evidence"
+    right.set_title(_WHAT[kind].format(readable(finding)) if there else f"no positive evidence for {readable(finding)}")
     for axis in third:
         axis.imshow(crop, cmap="gray", vmin=0, vmax=255)
         axis.set_title("crop, as the second path saw it")
@@ -68,7 +72,7 @@ def plot_boxed(run: RunFolder, metrics: Mapping, test: Predictions, reader: Call
     """
     if not run.heat_file.is_file():
         return None
-    maps, boxes = run.heat, reader.boxes(metrics, test.ids.tolist(), test.labels)
+    maps, boxes = run.heat, reader.boxes({**metrics, "classes": test.classes}, test.ids.tolist(), test.labels)
     boxes = boxes[boxes["id"].isin(maps)].assign(patient=lambda t: test.patients[t["row"].to_numpy(int)])
     shown = []
     for finding in sorted(set(boxes["finding"]), key=lambda c: metrics["train_prevalence"].get(c) or 0):
@@ -83,8 +87,7 @@ def plot_boxed(run: RunFolder, metrics: Mapping, test: Predictions, reader: Call
     figure, axes = plt.subplots(2, len(images), figsize=(max(2.2 * len(images), 6), 5.2), squeeze=False, layout="constrained")
     for (above, below), pixels, case in zip(axes.T, images, shown):
         heat, size = maps[case.id][case.finding].astype(np.float32), pixels.shape[-1]
-        window = metrics["params"]["crop"] or metrics["params"]["image_size"]
-        margin = max(0.0, 1 - window / metrics["params"]["image_size"]) / 2 * size - 0.5
+        margin = margin_of(metrics["params"]) * size - 0.5
         for axis in (above, below):
             axis.axis("off")
             axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
@@ -100,5 +103,5 @@ def plot_boxed(run: RunFolder, metrics: Mapping, test: Predictions, reader: Call
 
 
 def _shade(axis, heat: np.ndarray, extent: Sequence[float]):
-    share = heat / heat.max()
+    share = heat / max(heat.max(), 1e-30)
     return axis.imshow(share, cmap="inferno", alpha=0.65 * share, vmin=0, vmax=1, interpolation="nearest", extent=extent)

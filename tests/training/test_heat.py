@@ -10,13 +10,15 @@ from click.testing import CliRunner
 
 from charmlib import Run
 from charmlib.cli import cli
+from charmlib.data.dataset import ImageReader
 from charmlib.data.loaders import grey_to_network
 from charmlib.evaluation.boxes import MEAN, box_table
 from charmlib.evaluation.runs import RunFolder
 from charmlib.files import Damaged
 from charmlib.nn.heat import grad_cam
 from charmlib.training.heat import box_check, boxed, explain_picture, heat_of, maps_of_boxes, random_head, usual_stride
-from charmlib.viz.run_report import LOOKS, MEMORY, explained_cases, write_run_report
+from charmlib.viz.heat import plot_boxed
+from charmlib.viz.run_report import LOOKS, MEMORY, explained_cases, rarest_first, write_run_report
 
 
 @pytest.fixture
@@ -65,7 +67,22 @@ def test_maps_boxes_and_a_picture(run, tmp_path, monkeypatch):
     assert [*pictures] == [LOOKS, MEMORY] and all(picture.startswith(b"\x89PNG") for picture in pictures.values())
     text = write_run_report(run.folder / "report.html", metrics, run.folder.test, pictures).read_text()
     assert all(f"<h2>{title}</h2>" in text for title in (LOOKS, MEMORY, "Heat maps against radiologists&#x27; boxes"))
-    run.params |= {"heat_maps": "none"}
+    drawn = [[axis.get_title() for axis in plot_boxed(run.folder, of, part, ImageReader()).axes]
+             for of, part in ((metrics, run.folder.test), rarest_first(metrics, run.folder.test))]
+    assert drawn[0] == drawn[1] and sum(map(bool, drawn[0])) == 5  # whatever the order of classes
+    away = {**metrics, "params": {**metrics["params"], "data_root": str(tmp_path / "nowhere")}}
+    assert plot_boxed(run.folder, away, run.folder.test, ImageReader()) is None
+    assert LOOKS not in write_run_report(tmp_path / "away.html", away, run.folder.test, {}, run.folder).read_text()
+    # of a window in the middle, boxes are in shares of that
+    run.params |= {"system": "two_path", "crop": 16}
+    window, _, _ = boxed(run)
+    both = table.merge(window, on=["row", "finding"], suffixes=("", "_in"))
+    np.testing.assert_allclose(both["x0_in"], ((both["x0"] - 0.375) / 0.25).clip(0, 1), atol=1e-9)
+    outside = ~table.set_index(["row", "finding"]).index.isin(window.set_index(["row", "finding"]).index)
+    lost = table[outside]
+    assert len(both) < len(table) and ((lost["x1"] <= 0.375) | (lost["x0"] >= 0.625) | (lost["y1"] <= 0.375)
+                                       | (lost["y0"] >= 0.625)).all()
+    run.params |= {"system": "charm", "crop": 0, "heat_maps": "none"}
     run.score()
     assert not run.folder.heat_file.exists() and not run.folder.boxes_file.exists()
     run.params |= {"heat_maps": "all"}

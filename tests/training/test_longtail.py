@@ -128,6 +128,10 @@ def test_what_would_have_no_effect_is_refused(make):
         LDAMLoss([0.0, 5.0])
 
 
+def test_a_scale_that_a_loss_does_not_have_stays_without_effect(tiny):
+    assert Run.open(tiny, ldam_scale=30.0).learner().model.ldam_scale == 1.0
+
+
 def test_a_loss_that_is_used_again_forgets_the_draws_before(make):
     loss = BCELoss()
     assert make("class_aware", loss=loss).loss_func.shift is not None

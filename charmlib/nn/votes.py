@@ -73,7 +73,7 @@ class VotingBank(Slots):
         for name, start in (("usual", torch.zeros(2, classes)), ("shares", torch.zeros(classes)),
                             ("mean", torch.zeros(features)), ("deviation", torch.ones(features))):
             self.register_buffer(name, start)
-        self._directions, self._sides = (None, None), (None, None)  # the writes at which they were made, and what was made
+        self._directions, self._found = (None, None), (None, None)  # the writes at which they were made, and what was made
 
     def forward(self, keys: Tensor, logits: Tensor) -> Tensor:
         """Keys (B, K) and logits (B, C) -> logits (B, C): with votes in eval mode, unchanged in training mode. Raises as
@@ -129,14 +129,15 @@ class VotingBank(Slots):
     def _nearest(self, keys: Tensor, ids: Tensor | None = None):
         """For each class its two sides, for and against: similarities, slots and shares (B, k), with the sum 1, or 0 if a side
         has no slot."""
-        similarity = self.directions(keys) @ self.slot_directions().T
+        n, classes = self._sides()
+        similarity = self.directions(keys) @ self.slot_directions()[:n].T
         if ids is not None:
-            similarity.masked_fill_((self.slot_ids == ids[:, None]) & (ids >= 0)[:, None], -torch.inf)
-        for columns in self._columns():
-            sides = []
-            for those in columns:
-                near, of = similarity[:, those].topk(min(self.k, len(those)))
-                sides.append((near.clamp(min=-1), those[of], near > -torch.inf))
+            similarity.masked_fill_((self.slot_ids[:n] == ids[:, None]) & (ids >= 0)[:, None], -torch.inf)
+        for with_it, not_without in classes:
+            near, of = similarity[:, with_it].topk(min(self.k, len(with_it)))
+            against, those = similarity.index_fill(1, not_without, -torch.inf).topk(min(self.k, n))
+            sides = [(values.clamp(min=-1), slots, values > -torch.inf)
+                     for values, slots in ((near, with_it[of]), (against, those))]
             both = torch.stack([votes.any(1) for _, _, votes in sides]).all(0)[:, None]
             yield [(near, of, both * votes / votes.sum(1, keepdim=True).clamp(min=1)) for near, of, votes in sides]
 
@@ -156,11 +157,15 @@ class VotingBank(Slots):
                 without = share * (self.slot_labels[some, c] == 0)[:, None]
                 usual[c] = (without * near).sum() / without.sum().clamp(min=1)
 
-    def _columns(self) -> list[tuple[Tensor, Tensor]]:
-        """The slots with and those without each class, kept until labels are written. Empty slots have neither."""
-        if self._sides[0] != (written := (id(self.slot_labels), self.slot_labels._version)) or torch.is_inference(self.slots):
-            self._sides = written, [tuple((label == y).nonzero().flatten() for y in (1, 0)) for label in self.slot_labels.T]
-        return self._sides[1]
+    def _sides(self) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+        """The number of filled slots, and for each class those with it and those not without it (with it, or unknown); kept
+        until labels are written."""
+        written = None if torch.is_inference(self.slots) else (id(self.slot_labels), self.slot_labels._version)
+        if (written is None or self._found[0] != written) and not torch.compiler.is_compiling():
+            labels = self.slot_labels[:int(self.filled)]
+            self._found = written, (len(labels), [((y == 1).nonzero().flatten(), (y != 0).nonzero().flatten())
+                                                  for y in labels.T])
+        return self._found[1]
 
     def slot_directions(self) -> Tensor:
         """:meth:`directions` of all slots (N, K), kept until slots are written."""

@@ -54,6 +54,7 @@ def export_onnx(run: str | Path, out: str | Path = "", **where) -> tuple[Path, f
     grey = torch.from_numpy(loaded.data.images.take(rows, axis=0))[:, None].float()
     path = Path(out or loaded.folder.path) / "model.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
+    net(grey[:2])  # a bank of votes finds its slots' sides, which no graph can
     program = torch.onnx.export(net, (grey[:2],), dynamo=True, verbose=False, input_names=["grey"], output_names=["logits"],
                                 dynamic_shapes={"grey": {0: torch.export.Dim("images")}})
     content = program.model_proto.SerializeToString()

@@ -109,9 +109,13 @@ class VotingBank(Slots):
     @torch.no_grad()
     def votes(self, keys: Tensor, ids: Tensor | None = None) -> Tensor:
         """Votes ``e`` (B, C) of keys (B, K) in logits; 0 where a side has no slot. An image's own slot is excluded."""
+        return self.differences(keys, ids) / self.temperature
+
+    def differences(self, keys: Tensor, ids: Tensor | None = None) -> Tensor:
+        """``for - against`` (B, C) of keys (B, K), as :meth:`votes` divides them."""
         votes = [sum(sign * (share * (near - usual)).sum(1) for sign, usual, (near, _, share) in zip((1, -1), usuals, sides))
                  for usuals, sides in zip(self.usual.T, self._nearest(keys, ids))]
-        return torch.stack(votes, 1) / self.temperature
+        return torch.stack(votes, 1)
 
     @torch.no_grad()
     def contributions(self, keys: Tensor, logits: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

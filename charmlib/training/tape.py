@@ -37,7 +37,8 @@ class Tape(Callback):
     ``tape_KEY_opt.pt`` is the optimizer after a phase's newest epoch. A killed training goes on after the last epoch that the
     tape holds.
 
-    What the network makes of an image is kept as well, while 4 GB of memory stay free (:meth:`remember`). ``trained`` counts
+    What the network makes of an image is kept as well, while 4 GB of memory stay free, and what its nearest slots say
+    (:meth:`remember`). ``trained`` counts
     the epochs that were not on the tape.
 
     Raises
@@ -52,6 +53,7 @@ class Tape(Callback):
         self.folder, self.training, self.at, self.trained = Path(folder), training, training, 0
         self.means = {_name(decay, warmup): RunningMean(decay, warmup) for decay, warmup in means if decay}
         self._seen: dict[tuple, Encoded] = {}
+        self._votes: dict[tuple, Tensor] = {}
 
     def before_fit(self):
         self.own, self.fresh, self.entry = getattr(self.learn, "average_weights", None), True, None
@@ -126,13 +128,14 @@ class Tape(Callback):
         wanted, weights = isinstance(net.head, CSRAHead), {}
         tensors = [t for part in parts for t in itertools.chain(part.parameters(), part.buffers())]
 
+        if isinstance(net.bank, VotingBank):
+            self._remember_votes(net.bank)
+
         def remembered(x: Tensor) -> Encoded:
             if net.training or torch.is_grad_enabled():
                 return encode(x)
-            versions = tuple((id(t), t._version) for t in tensors)  # torch counts the writes to a tensor
-            if weights.get("versions") != versions:
-                weights.update(versions=versions, digest=_digest(tensors))
-            key = net.keys, weights["digest"], _digest([x[:, :1]]), tuple(x.shape), torch.is_autocast_enabled(x.device.type)
+            half = torch.is_autocast_enabled(x.device.type)
+            key = net.keys, _current(tensors, weights), _digest([x[:, :1]]), tuple(x.shape), half
             if key not in self._seen:
                 encoded = encode(x)
                 if psutil.virtual_memory().available < _SPARE:
@@ -143,6 +146,20 @@ class Tape(Callback):
             return Encoded(*(None if t is None else t.to(x.device) for t in self._seen[key]))
 
         net.encode = remembered
+
+    def _remember_votes(self, bank: VotingBank) -> None:
+        """Let a bank look up its differences for the same keys and slots: cells that differ in temperature or weight of the
+        votes have the same nearest slots."""
+        differences, slots = bank.differences, {}
+        stores = [bank.slots, bank.slot_ids, bank.slot_labels, bank.filled, bank.mean, bank.deviation, bank.usual]
+
+        def remembered(keys: Tensor, ids: Tensor | None = None) -> Tensor:
+            key = bank.k, _current(stores, slots), _digest([keys]), None if ids is None else _digest([ids])
+            if key not in self._votes:
+                self._votes[key] = differences(keys, ids).cpu()
+            return self._votes[key].to(keys.device)
+
+        bank.differences = remembered
 
 
 @cache
@@ -158,6 +175,14 @@ def _name(decay: float, warmup: bool) -> str:
 
 def _hash(*parts) -> str:
     return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _current(tensors: Sequence[Tensor], kept: dict) -> bytes:
+    """The digest of tensors, found anew once one was written to."""
+    versions = tuple((id(t), t._version) for t in tensors)  # torch counts the writes to a tensor
+    if kept.get("versions") != versions:
+        kept.update(versions=versions, digest=_digest(tensors))
+    return kept["digest"]
 
 
 def _digest(tensors: Sequence[Tensor]) -> bytes:

@@ -10,6 +10,7 @@ import torch
 
 from charmlib import Run, session
 from charmlib.files import Damaged
+from charmlib.nn import VotingBank
 from charmlib.training.checkpoint import load_resume
 from charmlib.training.tape import Tape, tape_of_grid
 from tests.training.test_run import Killed, bits
@@ -153,6 +154,24 @@ def test_features_are_looked_up_for_the_same_images_and_weights_only(base, tmp_p
         assert not torch.equal(net(x), first) and len(calls) == 3
     net(x)
     assert len(calls) == 4, "with gradients nothing is looked up"
+
+
+def test_votes_are_looked_up_for_the_same_keys_and_slots_only(base, tmp_path, monkeypatch):
+    run = shared(base, tmp_path, 0, Tape(tmp_path, "these"), answer="votes", vote_weight=0.5)
+    run.train()
+    bank, calls, real = run.net.eval().bank, [], VotingBank._nearest
+    monkeypatch.setattr(VotingBank, "_nearest", lambda *given: calls.append(1) or real(*given))
+    keys, logits = torch.randn(5, bank.slots.shape[1]), torch.zeros(5, 14)
+    first, before = bank(keys, logits), len(calls)
+    bank.temperature *= 2
+    bank.weight.fill_(0.25)
+    assert torch.allclose(4 * (bank(keys, logits) - bank.prior() * 0.25)[:, bank.fitted],
+                          (first - bank.prior() * 0.5)[:, bank.fitted], atol=1e-5) and len(calls) == before
+    for i, change in enumerate((lambda: bank.slots.mul_(1.1), lambda: bank.slot_labels[0].fill_(0), lambda: keys.add_(1),
+                                lambda: setattr(bank, "k", 1)), 1):
+        change()
+        bank(keys, logits)
+        assert len(calls) == before + i
 
 
 def test_a_grid_hands_the_tape_to_its_runs(monkeypatch, tmp_path):

@@ -79,7 +79,7 @@ def test_one_stage_without_validation_from_the_file_to_predictions(phantoms, tmp
     book = nbformat.read(tmp_path / "out/test.ipynb", as_version=4)
     said = "".join(o.get("text", "") for c in book.cells if c.cell_type == "code" for o in c.outputs)
     assert "no operating point: trained without a validation part" in said
-    assert (tmp_path / "out/report.html").read_text().count("data:image/png") == 9
+    assert (tmp_path / "out/report.html").read_text().count("data:image/png") == 11
     image = next(phantoms.rglob("*.png"))
     done = charm("predict", tmp_path / "out", image, "--out", tmp_path / "p.csv")
     assert done.returncode == 0 and "1 images, probabilities only" in done.stdout, done.stderr

@@ -170,11 +170,11 @@ def test_train_with_the_finder_then_test(phantoms, tmp_path):
     assert "learning-rate finder: " in text(book) and "DRAWN PHANTOMS" in text(book) and "stage 2 epoch 2/2" in text(book)
     assert "phase stage1_frozen: at most 1 epochs" in text(book) and "minutes on this machine" in text(book)
     book = papermill("test", tmp_path / "test.ipynb", {"run_dir": run}, ROOT / "notebooks")
-    assert (run / "metrics.json").is_file() and pictures(book) == 9  # those of the report, and what the memory answered with
+    assert (run / "metrics.json").is_file() and pictures(book) == 10
     assert "QUICK CHECK on" in text(book) and "What the memory holds" in text(book) and "The two paths" not in text(book)
     assert "slots with images of" in text(book) and "any head finding" in text(book)
     assert re.search("mean of (\\d+ of 14 )?classes", text(book)) and "no published figure belongs beside" in text(book)
-    assert (run / "report.html").read_text().count("data:image/png") == 10  # and training and worst errors
+    assert (run / "report.html").read_text().count("data:image/png") == 12  # and training and worst errors
 
 
 @pytest.mark.slow

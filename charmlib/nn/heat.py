@@ -48,9 +48,9 @@ def grad_cam(net: nn.Module, x: Tensor, classes: Sequence[int], stride: int = 32
 
 
 def strides_of(net: nn.Module) -> list[int]:
-    """The strides of the maps that :func:`grad_cam` reads, in rising order."""
-    trunk = getattr(net, "global_path", net).trunk
-    return sorted({*(ends_of(trunk)[0] if type(trunk) is nn.Sequential else ()), 32})
+    """The strides of the maps that :func:`grad_cam` reads, in rising order; none for a network without a ``trunk``."""
+    trunk = getattr(getattr(net, "global_path", net), "trunk", None)
+    return sorted({*(ends_of(trunk)[0] if type(trunk) is nn.Sequential else ()), 32}) if trunk is not None else []
 
 
 @torch.no_grad()

@@ -107,12 +107,13 @@ def keep_heat(run: Run) -> None:
 
     Writes ``heat.npz``: ids (n,), classes (C,) and maps (n, C, h, w) float16, and where two findings have boxes there
     ``boxes.csv``, the table of :func:`box_check`. Maps have the largest stride that gives seven cells a side, as 32 does at 224
-    pixels. Parameter ``heat_maps`` says of which images; without any, what an earlier scoring has left is removed.
+    pixels. Parameter ``heat_maps`` says of which images; without any, what an earlier scoring has left is removed. A network of
+    your own without ``trunk`` and ``final`` has no maps.
     """
     folder, rows = run.folder, run.data.rows("test") if run.params["heat_maps"] == "all" else []
     for file in (folder.heat_file, folder.boxes_file):
         file.unlink(missing_ok=True)
-    if run.params["heat_maps"] == "none":
+    if run.params["heat_maps"] == "none" or not strides_of(run.net):
         return
     with suppress(FileNotFoundError):
         table = boxed(run)[0]

@@ -41,6 +41,7 @@ from charmlib.training.device import compile_backbone, pick_device, pick_precisi
 from charmlib.training.fit import PhaseRunner
 from charmlib.training.heat import keep_heat
 from charmlib.training.learner import charm_learner
+from charmlib.training.looks import Look, looks
 from charmlib.training.machine import device_name, peak_memory_mb, versions
 from charmlib.training.recipes import Phase, phases, steps
 from charmlib.training.tape import tape_of_grid
@@ -376,6 +377,10 @@ class Run:
         print(f"QUICK CHECK on {len(rows)} of {self.data.split.counts['test']['images']} test images: "
               f"mean ROC-AUC {score:.3f}. Not a test score.")
         return score
+
+    def looks(self, images: Sequence[str]) -> list[Look]:
+        """What the second of two paths sees of images: :func:`charmlib.training.looks.looks`."""
+        return looks(self, images)
 
     def score(self, *, maps: bool = True) -> dict:
         """Score the whole validation and test parts; writes ``predictions.npz``, ``branches.npz`` for a network with branches,

@@ -99,14 +99,12 @@ def encoded_pictures(metrics: Mapping, predictions: Predictions, *, point: str =
 def explained_cases(run, metrics: Mapping, predictions: Predictions) -> dict[str, bytes]:
     """Title -> PNG, as far as a scored :class:`charmlib.training.run.Run` has them: where its network looks in images with
     boxes, what the memory answers three test images with, and what two paths saw of six."""
-    from charmlib.training.looks import looks
-
     note = tables.split_note(metrics)
     drawn = {LOOKS: plot_boxed(run.folder, metrics, predictions, ImageReader(), note=note)}
     if run.bank.bank is not None:
         drawn[MEMORY] = plot_explanation([run.bank.explain(image) for image in run.bank.cases(3)], note=note)
     if hasattr(run.net, "local_path"):
-        drawn[PATHS] = plot_looks(looks(run, run.bank.cases(6)), note=note)
+        drawn[PATHS] = plot_looks(run.looks(run.bank.cases(6)), note=note)
     pictures = {title: page.png(figure) for title, figure in drawn.items() if figure}
     plt.close("all")
     return pictures

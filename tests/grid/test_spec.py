@@ -96,7 +96,7 @@ def test_the_published_grid_is_exactly_the_published_one():
 def test_published_yaml_pins_all_that_a_changed_default_could_move():
     free = {"system", "data_root", "csv", "valid_fraction", "cache_dir", "limit", "run_dir", "precision", "workers", "device",
             "resume", "preload", "grad_checkpointing", "normal_class", "blank", "uncertain", "patients", "never_test",
-            "allow_leak", "processes"}
+            "allow_leak", "processes", "heat_maps"}
     pinned = load_params(PARAMS_DIR / "published.yaml")
     assert {name for name in PARAMS if not missing_need(name, resolve(pinned))} - free <= set(pinned) <= set(PARAMS) - free
 

@@ -39,7 +39,8 @@ def test_a_grid_leaves_all_its_files(done):
     for cell in board["cell"]:
         assert {p.name for p in (out / cell).iterdir() } == {
             "params.yaml", "train.ipynb", "test.ipynb", "model.safetensors", "model.json", "history.csv", "predictions.npz",
-            "heat.npz", "boxes.csv", "resamples.npz", "metrics.json", "report.html", "log.txt", "bank_history.csv", "bank.csv", "card.md"}
+            "heat.npz", "boxes.csv", "resamples.npz", "metrics.json", "report.html", "log.txt", "bank_history.csv", "bank.csv",
+            "card.md"}
         metrics = RunFolder(out / cell).metrics
         assert metrics["cell"] == cell and len(metrics["hash"]) == 16 and metrics["seconds"]["overhead"] > 0
         params = yaml.safe_load((out / cell / "params.yaml").read_text())

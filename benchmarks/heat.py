@@ -1,6 +1,6 @@
 """What heat maps cost beside scoring: 512 images of 224 pixels, one finding, at each stride that the network has.
 
-    python -m benchmarks.heat       # 20 minutes on two idle cores
+    python -m benchmarks.heat       # 3 minutes on two idle cores
 
 Scoring and maps of a batch take turns. Ratios are medians over batches. Images are noise: the time does not depend on them.
 """

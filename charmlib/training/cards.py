@@ -108,7 +108,8 @@ def launch(params: Mapping) -> None:
                 child.terminate()
                 raise
     if child.returncode:
-        raise ChildProcessError(f"the training in {params['processes']} processes has failed: the lines above say why")
+        raise ChildProcessError(f"the training in {params['processes']} processes has failed: the lines above say why, and "
+                                "the same command goes on after the last finished epoch")
 
 
 class _Joined(torch.autograd.Function):

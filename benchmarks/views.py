@@ -1,38 +1,63 @@
-"""Menus of views and merges on finished runs: mean AUC and AP of the validation and test parts, and the paired difference on
-the test part of the menu and merge that validation picks.
+"""Views of test-time augmentation, merges, means of seeds and gates, on finished folds of one configuration.
 
-    python benchmarks/views.py OUT.csv RUN... [--gate 0.25 --gate 0.5]
+    python -m benchmarks.views OUT.csv RUN... [--gate 0.25 --gate 0.5]
 
-The network of each run runs once over all views (``views.npz``). ``votes`` is what views do to a voting bank: ``once`` takes
-the votes of the image as it is, ``each`` those of every view. Several runs of one split are also merged, as seeds.
+A row a setting: mean AUC and AP of the validation parts, and of the test parts within folds, less those of the image as it is,
+with 95 % intervals over patients and seeds. ``picked`` marks the menu and merge of the highest mean validation AP. ``votes`` is
+what views do to a voting bank: ``once`` takes the votes of the image as it is, ``each`` those of every view. A mean of n seeds
+merges the first n runs of each fold by each merge, and is less the mean score of these runs. A gate needs a class that means
+"no finding".
+
+The network of each run runs once over all views (``views.npz``). ``OUT.json`` has the network's time of `flip` beside one view.
 """
 
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import click
 import numpy as np
 import pandas as pd
 
+from benchmarks.keep_parts import Measured, measure
+from benchmarks.measure import interleaved, median_ratio
 from charmlib.data.views import MENUS
 from charmlib.evaluation.combine import MERGES, mean_ensemble
-from charmlib.evaluation.compare import MEAN, compare
-from charmlib.evaluation.ensemble import gate_note
+from charmlib.evaluation.ensemble import gated
+from charmlib.evaluation.intervals import interval, over_seeds
 from charmlib.evaluation.metrics import ap_by_class, auc_by_class
-from charmlib.evaluation.runs import RunFolder, run_names
-from charmlib.files import write_csv
+from charmlib.evaluation.runs import Predictions, RunFolder
+from charmlib.files import write_csv, write_json
 from charmlib.nn import VotingBank
 from charmlib.training.run import Run
 from charmlib.training.views import stored_views, with_views
 
+Runs = dict[int, dict[str, RunFolder]]  # by seed and fold
+SHOWN = {"mean_auc": "AUC", "mean_ap": "AP"}
 
-def figures(valid, test) -> dict[str, float]:
-    out = {}
-    for name, part in (("valid", valid), ("test", test)):
-        p = part.of([part.classes[c] for c in part.findings])
-        for figure, of in (("AUC", auc_by_class), ("AP", ap_by_class)):
-            out[f"{name} {figure}"] = float(np.nanmean(list(of(p.labels, p.logits, p.classes).values())))
+
+def findings(part: Predictions) -> Predictions:
+    return part.of([part.classes[c] for c in part.findings])
+
+
+def row(runs: Runs, plain: Measured, **setting) -> dict:
+    """Figures of a setting's runs, and their test figures less ``plain``'s: of as many seeds, or of one that is their mean."""
+    out, parts = dict(setting), [findings(run.valid) for folds in runs.values() for run in folds.values()]
+    for name, of in (("AUC", auc_by_class), ("AP", ap_by_class)):
+        out[f"valid {name}"] = np.mean([np.nanmean(list(of(p.labels, p.logits, p.classes).values())) for p in parts])
+    test = measure({seed: {fold: findings(run.test) for fold, run in folds.items()} for seed, folds in runs.items()})
+    for figure, name in SHOWN.items():
+        less = over_seeds(test.drawn[figure] - plain.drawn[figure])
+        out |= {f"test {name}": test.values[figure].mean(),
+                f"{name} less one view": (test.values[figure] - plain.values[figure]).mean(),
+                **dict(zip((f"{name} low", f"{name} high"), interval(less)[:2]))}
     return out
+
+
+def mean_of(measured: Measured, seeds: int) -> Measured:
+    """The mean score of the first seeds, as one."""
+    return Measured(*({figure: v[:seeds].mean(0, keepdims=True) for figure, v in some.items()} for some in measured[:2]),
+                    *(v[:seeds].mean(0, keepdims=True) for v in measured[2:]))
 
 
 @click.command()
@@ -40,32 +65,47 @@ def figures(valid, test) -> dict[str, float]:
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--gate", "gates", multiple=True, type=float)
 def main(out, runs, gates):
-    folders, rows = [RunFolder(run) for run in runs], []
-    for folder, name in zip(folders, run_names(folders)):
-        run = Run.load(folder)
-        for menu in ("none", "flip"):  # network time
-            start = time.monotonic()
-            run.views("test", MENUS[menu])
-            click.echo(f"{name}: {menu} takes {time.monotonic() - start:.1f} s on the test part")
-        stored_views(folder, MENUS)
-        best, votes = {}, ("once", "each") if isinstance(getattr(run.net, "bank", None), VotingBank) else ("once",)
-        for menu in MENUS:
-            for how in MERGES if menu != "none" else ("mean",):
-                for v in votes if menu != "none" else ("once",):
-                    seen = with_views(folder, menu, how, votes=v)
-                    scores = figures(seen.valid, seen.test)
-                    rows.append({"run": name, "menu": menu, "merge": how, "votes": v, **scores})
-                    if scores["valid AP"] > best.get("valid AP", -1):
-                        best = {**rows[-1], "seen": seen}
-        table = compare(folder.test, best.pop("seen").test)
-        click.echo(f"picked on validation AP: {best}\n{table[table['class'] == MEAN].to_string(index=False)}")
-        for alpha in gates:
-            click.echo(gate_note(folder, alpha))
-    for n in range(2, len(folders) + 1):
-        mean = {part: mean_ensemble([getattr(f, part) for f in folders[:n]]) for part in ("valid", "test")}
-        rows.append({"run": f"first {n}", "menu": "none", "merge": "mean", "votes": "once", **figures(**mean)})
-    write_csv(out, pd.DataFrame(rows))
-    click.echo(pd.DataFrame(rows).to_string(index=False))
+    found, rows = defaultdict(dict), []
+    for folder in map(RunFolder, runs):
+        found[folder.metrics["params"]["seed"]][folder.metrics["split"]["name"]] = folder
+    one_seed = next(iter(found.values()))
+    first = Run.load(next(iter(one_seed.values())))
+    seconds = interleaved({menu: lambda menu=menu: first.views("test", MENUS[menu]) for menu in ("none", "flip")}, 3)
+    votes, start = ("once", "each") if isinstance(getattr(first.net, "bank", None), VotingBank) else ("once",), time.monotonic()
+    for folds in found.values():
+        for folder in folds.values():
+            stored_views(folder, MENUS)
+    took = time.monotonic() - start
+
+    def changed(change) -> Runs:
+        return {seed: {fold: change(folder) for fold, folder in folds.items()} for seed, folds in found.items()}
+
+    plain = measure({seed: {fold: findings(f.test) for fold, f in folds.items()} for seed, folds in found.items()})
+    rows.append(row(found, plain, menu="none", merge="", votes=""))
+    for menu in [menu for menu in MENUS if menu != "none"]:
+        rows += [row(changed(lambda f, m=menu, h=how, v=v: with_views(f, m, h, votes=v)), plain, menu=menu, merge=how,
+                     votes=v if len(votes) > 1 else "") for how in MERGES for v in votes]
+    rows[int(np.argmax([r["valid AP"] for r in rows]))]["picked"] = True
+    for n in range(2, len(found) + 1):
+        for how in MERGES:
+            mean = {}
+            for fold, folder in one_seed.items():
+                mean[fold] = RunFolder(folder.path)
+                for part in ("valid", "test"):
+                    members = [getattr(folds[fold], part) for folds in list(found.values())[:n]]
+                    setattr(mean[fold], part, mean_ensemble(members, how))
+            rows.append(row({0: mean}, mean_of(plain, n), menu=f"mean of {n} seeds", merge=how, votes=""))
+    rows += [row(changed(lambda f, a=alpha: gated(f, a)), plain, menu=f"gate {alpha:g}", merge="", votes="") for alpha in gates]
+    write_csv(out, (table := pd.DataFrame(rows)).round(5))
+    metrics = first.folder.metrics
+    write_json(out.with_suffix(".json"), {
+        "runs": [folder.name for folds in found.values() for folder in folds.values()], "seeds": list(found),
+        "folds": sorted({fold for folds in found.values() for fold in folds}), "versions": metrics["versions"],
+        "device": metrics["device"],
+        "test": {key: sum(f.metrics["split"]["test"][key] for f in one_seed.values()) for key in ("images", "patients")},
+        "flip_times_one_view": round(median_ratio(seconds["flip"], seconds["none"]), 3), "asked": 2.1,
+        "seconds_of_all_views": round(took)})
+    click.echo(table.round(4).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -41,9 +41,11 @@ from charmlib.params import UNHASHED
 PLAIN, BEFORE, OURS, PUBLISHED, PAIR = "plain", "plain_0.5", "charm", "published", "plain, two seeds"
 BASELINE, GRID, PICK = "plain, best baseline", "charm_grid_", "charm, picked by its grid"
 NAMED = {2: ((PLAIN, BEFORE),),
+         4: (("momentum_alone", PLAIN), ("ldam_drw", PLAIN, "rare_auc")),
+         5: (("attention", PLAIN), ("attention", "plain_long"), ("attention", "other")),
          6: ((OURS, PLAIN), (OURS, BASELINE), (OURS, "no_momentum"), (OURS, "no_attention"), (OURS, "no_memory"),
              (OURS, PUBLISHED))}
-"""By part of the protocol: (configuration, less this one). Holm's correction is within a part."""
+"""By part of the protocol: (configuration, less this one), by mean AUC or the figure. Holm's correction is within a part."""
 AXES = ("momentum", "k", "threshold")
 RARE = ("Hernia", "Pneumonia", "Edema", "Emphysema")
 FIGURES = ("mean_auc", "auc_without_hernia", "rare_auc", "mean_ap", "log_loss")
@@ -199,14 +201,14 @@ def log_loss(p: Predictions, resamples: int, seed: int) -> tuple[float, np.ndarr
     return lost.sum() / known.sum(), np.concatenate(drawn)
 
 
-def differences(one: Measured, other: Measured) -> dict:
-    """First less second, by figure: value, limits, each seed's value, whether all seeds agree in sign."""
+def differences(one: Measured, other: Measured, named: str = FIGURES[0]) -> dict:
+    """First less second, by figure: value and limits; of the named one each seed's value, and whether all agree in sign."""
     out = {}
     for figure in FIGURES:
         by_seed = one.values[figure] - other.values[figure]
         low, high, _ = interval(over_seeds(one.drawn[figure] - other.drawn[figure]))
         out |= {figure: by_seed.mean(), f"{figure}_low": low, f"{figure}_high": high}
-        if figure == FIGURES[0]:
+        if figure == named:
             out |= {"seeds": " ".join(f"{v:+.4f}" for v in by_seed), "one_sign": bool(len(set(np.sign(by_seed))) == 1)}
     return out
 
@@ -240,11 +242,11 @@ def tables(configurations: Configurations) -> tuple[pd.DataFrame, pd.DataFrame, 
                              "patients": len(set(positive[c])), "auc": m.auc[:, c].mean(),
                              "less_plain": (one.auc - plain.auc)[:, c].mean(), "low": low, "high": high})
     for part, named in NAMED.items():
-        named = [(name, other) for name, other in named if name in measured and other in measured]
-        found = [differences(*pair(name, other)) for name, other in named]
-        p = np.array([p_of(row["mean_auc"], (row["mean_auc_low"], row["mean_auc_high"])) for row in found])
-        pairs += [{"part": part, "configuration": name, "less": other, "p": own, "p_holm": corrected, **row}
-                  for (name, other), own, corrected, row in zip(named, p, holm(p), found)]
+        named = [(name, other, *(figure or FIGURES[:1])) for name, other, *figure in named if {name, other} <= measured.keys()]
+        found = [differences(*pair(name, other), figure) for name, other, figure in named]
+        p = np.array([p_of(row[f], (row[f"{f}_low"], row[f"{f}_high"])) for row, (*_, f) in zip(found, named)])
+        pairs += [{"part": part, "configuration": name, "less": other, "figure": figure, "p": own, "p_holm": corrected, **row}
+                  for (name, other, figure), own, corrected, row in zip(named, p, holm(p), found)]
     return pd.DataFrame(rows), pd.DataFrame(pairs), pd.DataFrame(by_class)
 
 

@@ -114,6 +114,8 @@ def test_the_table_of_parts_pairs_within_folds_over_seeds(make_run, phantoms, tm
     by_seed = one.values["mean_auc"] - other.values["mean_auc"]
     assert found["mean_auc"] == pytest.approx(by_seed.mean()) and found["one_sign"] == (len(set(np.sign(by_seed))) == 1)
     assert found["mean_auc_low"] < found["mean_auc"] < found["mean_auc_high"]
+    rare = one.values["rare_auc"] - other.values["rare_auc"]
+    assert differences(one, other, "rare_auc")["seeds"] == " ".join(f"{v:+.4f}" for v in rare) != found["seeds"]
     drawn = over_seeds(np.stack([np.zeros((4000, 1)), np.ones((4000, 1))]))  # of two seeds: 0, a half, a half, or 1
     assert np.bincount((2 * drawn[:, 0]).astype(int)) / 4000 == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
     compared = pd.read_csv(f"{target}_comparisons.csv")

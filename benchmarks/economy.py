@@ -28,6 +28,7 @@ from benchmarks.measure import RESULTS, median_ratio
 from charmlib.evaluation.intervals import bootstrap, save_resamples
 from charmlib.evaluation.runs import RunFolder, save_predictions
 from charmlib.files import write_json
+from charmlib.grid.board import record_text
 
 ROOT = Path(__file__).parents[1]
 LEFT = (".board.json", "leaderboard.csv", "report.html")  # what a commit keeps in a grid's folder between its boards
@@ -58,7 +59,7 @@ def many_cells(cell: RunFolder, folder: Path, number: int = 500) -> list[Path]:
         write_json(target / "metrics.json", metrics | {"cell": name, "params": params,
                                                        "valid": metrics["valid"] | {"mean_auc": score}})
         grid.append({"id": name, "params": {k: v for k, v in params.items() if k != "run_dir"}, "axes": own})
-    (folder / "grid.yaml").write_text(yaml.safe_dump({"name": folder.name, "axes": ["k", "threshold", "seed"], "cells": grid}))
+    (folder / "grid.json").write_text(json.dumps({"name": folder.name, "axes": ["k", "threshold", "seed"], "cells": grid}))
     for split in (*cell.path.glob("split*.csv"), *cell.path.parent.glob("split*.csv")):
         shutil.copy(split, folder)
     return [folder / each["id"] for each in grid]
@@ -83,9 +84,12 @@ def boards(cell: str, before: str, number: int, rounds: int) -> dict:
         archive = subprocess.run(["git", "archive", before], cwd=ROOT, check=True, capture_output=True).stdout
         subprocess.run(["tar", "x"], cwd=old, input=archive, check=True)
         cells = many_cells(RunFolder(cell), folder, number)
+        record = json.loads((folder / "grid.json").read_text())
         for turn in range(rounds):
             for what in ("status", "report"):
+                (folder / "grid.yaml").write_text(yaml.safe_dump(record, sort_keys=False))  # as either commit writes it
                 before = seconds_of(old, "-m", "charmlib", "grid", what, folder)
+                (folder / "grid.yaml").write_text(record_text(record))
                 for case in ("first", "one more", "again"):
                     if case == "first":
                         for file in LEFT:

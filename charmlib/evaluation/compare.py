@@ -119,7 +119,7 @@ def mean_auc_difference(first: RunFolder | Sequence[RunFolder], second: RunFolde
         return intervals.interval(intervals.over_seeds(np.stack([
             intervals.mean_of_defined(b) - intervals.mean_of_defined(a) for a, b in zip(one, two)])))
     differences = intervals.over_seeds(two - one)
-    values = [[few.auc(b.labels, b.logits, c) - few.auc(a.labels, a.logits, c) for c in range(len(names[0]))] for a, b in pairs]
+    values = [b.test.auc[b.test.findings] - a.test.auc[a.test.findings] for a, b in zip(*sides)]
     return few.mean_interval(differences, np.mean(values, 0), class_differences(pairs, "auc", differences), -1)
 
 

@@ -59,6 +59,15 @@ class Predictions:
         """Positions of the classes in means: all but the one that means "no finding"."""
         return finding_columns(self.classes, self.normal_class)
 
+    @cached_property
+    def auc(self) -> np.ndarray:
+        """ROC-AUC (C,) of each class; NaN without positives or negatives."""
+        import numpy as np
+
+        from charmlib.evaluation.few import auc
+
+        return np.array([auc(self.labels, self.logits, c) for c in range(len(self.classes))])
+
     @property
     def positives(self) -> dict[str, int]:
         """Class -> number of positive images."""
@@ -277,13 +286,13 @@ def save_predictions(path: str | Path, parts: Mapping[str, Mapping[str, np.ndarr
     write_arrays(path, classes=np.array(list(classes)), normal_class=np.array(normal_class), **arrays)
 
 
-def write_arrays(path: str | Path, **arrays) -> None:
+def write_arrays(path: str | Path, *, compress: bool = True, **arrays) -> None:
     """An .npz file, whole or not at all."""
     import numpy as np
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            (np.savez_compressed if compress else np.savez)(file, **arrays)
 
     write_whole(path, write)
 

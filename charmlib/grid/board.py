@@ -1,5 +1,6 @@
 """``leaderboard.csv``: ranked by validation, with the test score and its interval beside, for reading."""
 
+import csv
 import json
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 import charmlib
 from charmlib.evaluation.compare import holm, mean_auc_difference, p_of
@@ -112,7 +114,7 @@ class Kept:
     def get(self, name: str, state: list, find: Callable[[], Any]) -> Any:
         """The finding of this name (plain JSON), made by ``find`` unless it is there with this ``state``."""
         if self._found.get(name, [None])[0] != state:
-            self._found[name] = json.loads(json.dumps([state, find()]))
+            self._found[name] = [state, find()]
         self._used[name] = self._found[name]
         return self._used[name][1]
 
@@ -153,6 +155,9 @@ def read_record(folder: Path) -> dict:
     record = read_yaml(path)
     try:
         refuse_names([cell["id"] for cell in record["cells"]], path)
+        shared = record.pop("params", {})
+        for cell in record["cells"]:
+            cell["params"] = {**shared, **cell["params"]}
         for params in filter(None, [cell["params"] for cell in record["cells"]]):
             params |= {name: coerce(name, params[name] if name in params or p.hashed else p.default, str(path))
                        for name, p in PARAMS.items() if name in params or (name != "run_dir" and not p.of)}
@@ -164,9 +169,18 @@ def read_record(folder: Path) -> dict:
 
 
 def record_of(grid: Grid) -> dict:
-    """The content of ``grid.yaml``."""
+    """What :func:`read_record` reads of a grid."""
     return {"name": grid.name, "axes": list(grid.axes), "cells": [
         {"id": cell.id, "axes": cell.axes, "params": cell.params} for cell in grid.cells]}
+
+
+def record_text(record: Mapping) -> str:
+    """The text of ``grid.yaml``, in which parameters that all cells share stand once."""
+    texts = [{name: repr(value) for name, value in cell["params"].items()} for cell in record["cells"]]
+    shared = {name: value for name, value in record["cells"][0]["params"].items()
+              if all(text.get(name) == repr(value) for text in texts)}
+    cells = [{**cell, "params": {n: v for n, v in cell["params"].items() if n not in shared}} for cell in record["cells"]]
+    return yaml.safe_dump({"name": record["name"], "axes": record["axes"], "params": shared, "cells": cells}, sort_keys=False)
 
 
 def _acting(params: Mapping, images: Mapping[str, int] | None) -> dict:
@@ -212,7 +226,9 @@ def _scores(run: CellFolder) -> dict:
     _ = run.resamples and run.resamples.auc[:, run.test.findings], run.history
     class_rows(m["test"])
     if run.bank_history_file.is_file():
-        pd.read_csv(run.bank_history_file)
+        with open(run.bank_history_file, newline="") as file:
+            if len({*map(len, csv.reader(file))}) != 1:
+                raise ValueError(f"{run.bank_history_file.name} is not a table")
     if m["quick_check"]:
         status = "quick check"
     elif m["params"]["labels"] == "shuffled":
@@ -236,22 +252,24 @@ def _with_differences(board: pd.DataFrame, runs: Mapping[str, CellFolder], seeds
     """Fill in the paired difference of each ranked cell, or ``of`` each configuration over seeds, to the first of its split:
     value, limits, and whether it can be told from 0 in all seeds."""
     for _, ranked in board[board["rank"].notna() & board["cell"].isin(runs)].groupby("split"):
-        auc, rows, found = ranked.set_index("cell")["test_mean_auc"], dict(list(ranked.groupby(of, sort=False))), {}
-        cells = {name: {seeds[cell]: cell for cell in group["cell"]} for name, group in rows.items()}
-        first = max(rows, key=lambda name: rows[name]["valid_mean_auc"].mean())
+        cell, valid, auc = (ranked[name].to_dict() for name in ("cell", "valid_mean_auc", "test_mean_auc"))  # quicker to ask
+        rows, found = ranked.groupby(of, sort=False).groups, {}
+        cells = {name: {seeds[cell[i]]: i for i in group} for name, group in rows.items()}
+        first = max(rows, key=lambda name: np.mean([valid[i] for i in rows[name]]))
         for name in cells:
             common = sorted(cells[first].keys() & cells[name].keys())
             if name == first or len(common) < (1 if of == "cell" else 2):
                 continue
-            one, two = ([runs[cells[each][seed]] for seed in common] for each in (first, name))
+            at = [[cells[each][seed] for seed in common] for each in (first, name)]
+            one, two = ([runs[cell[i]] for i in side] for side in at)
             limits = kept.get(f"{of} {name} less {first}", [[run.name, state_of(run)] for run in one + two],
                               lambda one=one, two=two: mean_auc_difference(one, two)[:2])
-            found[name] = np.array([auc[b.name] - auc[a.name] for a, b in zip(one, two)]), limits
+            found[name] = np.array([auc[b] - auc[a] for a, b in zip(*at)]), limits
         p = holm([p_of(by_seed.mean(), limits) for by_seed, limits in found.values()])
         told = [bool(len(set(np.sign(by_seed))) == 1 and corrected <= 1 - LEVEL)
                 for (by_seed, _), corrected in zip(found.values(), p)]
         filled = {i: (by_seed.mean(), *limits, one) for (name, (by_seed, limits)), one in zip(found.items(), told)
-                  for i in rows[name].index}
+                  for i in rows[name]}
         for column, values in zip(columns, zip(*filled.values())):  # by columns, since single rows take milliseconds each
             board.loc[list(filled), column] = list(values)
     return board

@@ -9,12 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from charmlib.data.dataset import LABELS, PICTURES, WEIGHTS
 from charmlib.files import LEASE, remove_temporaries, sync, write_text, write_whole
 from charmlib.grid import lease
-from charmlib.grid.board import leaderboard, read_record
+from charmlib.grid.board import leaderboard, read_record, record_text
 from charmlib.grid.cells import CellFolder, GridError
 from charmlib.grid.report import write_report
 from charmlib.grid.spec import Grid, refuse_names
@@ -155,7 +154,7 @@ def merge_grids(out: str | Path, folders: Sequence[str | Path], *, say: Callable
     _refuse_mixture(records)
     with _aside(out):  # as above
         remove_temporaries(out)
-    write_text(out / "grid.yaml", yaml.safe_dump(together, sort_keys=False))  # first: a killed merge is known for what it is
+    write_text(out / "grid.yaml", record_text(together))  # first: a killed merge is known for what it is
     for place in places:
         for split in place.glob("split*.csv"):
             if split.is_file() and not split.is_symlink():

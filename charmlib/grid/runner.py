@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from fastcore.meta import delegates
 
 import charmlib
@@ -16,7 +15,7 @@ from charmlib.data.dataset import digests, find_data, open_dataset
 from charmlib.evaluation.leaks import one_cross_validation
 from charmlib.files import write_csv, write_text
 from charmlib.grid import lease
-from charmlib.grid.board import leaderboard, record_of
+from charmlib.grid.board import leaderboard, record_of, record_text
 from charmlib.grid.bring import bring_earlier, refuse_links, remove_cell
 from charmlib.grid.budget import KAGGLE_WEEK, Pace, existing, hours, paces, probed, refuse_without_space, remaining
 from charmlib.grid.cells import CellFolder, GridError, cell_hash, code_hash, find_notebooks, notebook_code
@@ -124,7 +123,7 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
         say(f"{len(jobs)} trainings, which the cells share")
     refresh = partial(leaderboard, folder, whole) if whole else lambda: None
     if whole:
-        write_text(folder / "grid.yaml", yaml.safe_dump(record_of(whole), sort_keys=False))
+        write_text(folder / "grid.yaml", record_text(record_of(whole)))
     refresh()
     if not jobs:
         return

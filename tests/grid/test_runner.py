@@ -313,9 +313,13 @@ def test_a_board_whose_cells_set_the_split_and_switch_parts_off(tmp_path):
     assert pd.isna(board.loc["own", "retrieval"]) and board.loc["other", "retrieval"] == "gated"  # votes retrieve no features
 
 
-def test_grid_yaml_is_readable(tmp_path):
-    from charmlib.grid.board import record_of
+def test_grid_yaml_is_readable_and_says_once_what_cells_share(tmp_path):
+    from charmlib.grid.board import read_record, record_of, record_text
     from charmlib.grid.spec import load_grid
 
     record = record_of(load_grid(ROOT / "params/grid_demo.yaml"))
-    assert len(record["cells"]) == 8 and yaml.safe_load(yaml.safe_dump(record)) == record == json.loads(json.dumps(record))
+    assert len(record["cells"]) == 8 and record == json.loads(json.dumps(record))
+    for cells in (record["cells"], record["cells"][:1]):
+        (tmp_path / "grid.yaml").write_text(text := record_text({**record, "cells": cells}))
+        assert read_record(tmp_path) == {**record, "cells": cells} and text.count(" image_size:") == 1
+        assert ("threshold" in yaml.safe_load(text)["params"]) == (len(cells) == 1)

@@ -1,9 +1,10 @@
 """What a grid costs beside its trainings, beside another commit in one run.
 
-    python -m benchmarks.economy boards runs/demo/m0.9_k2_t0.1 --before b5f82ba
+    python -m benchmarks.economy boards runs/demo/charm_k2_t0.05 --before b5f82ba --cell-before CELL
 
 ``boards`` makes a grid of 500 finished cells from one, in a temporary folder: 50 settings of k and threshold with ten
-seeds each, whose scores are the cell's with noise of their own. It times ``grid status`` and ``grid report`` of both
+seeds each, whose scores are the cell's with noise of their own. The commit before, which may not read today's files, gets
+such a grid of a cell of its own, made with its code. It times ``grid status`` and ``grid report`` of both
 commits as a user starts them, in turn: on a folder that nobody has read yet (``first``), after one more cell has finished
 (``one more``), and with nothing new (``again``). The commit before keeps nothing, so it is timed once a round. Seconds are
 of the CPU, which a busy machine hardly changes. The result is ``results/economy_boards.json``.
@@ -28,7 +29,6 @@ from benchmarks.measure import RESULTS, median_ratio
 from charmlib.evaluation.intervals import bootstrap, save_resamples
 from charmlib.evaluation.runs import RunFolder, save_predictions
 from charmlib.files import write_json
-from charmlib.grid.board import record_text
 
 ROOT = Path(__file__).parents[1]
 LEFT = (".board.json", "leaderboard.csv", "report.html")  # what a commit keeps in a grid's folder between its boards
@@ -59,7 +59,7 @@ def many_cells(cell: RunFolder, folder: Path, number: int = 500) -> list[Path]:
         write_json(target / "metrics.json", metrics | {"cell": name, "params": params,
                                                        "valid": metrics["valid"] | {"mean_auc": score}})
         grid.append({"id": name, "params": {k: v for k, v in params.items() if k != "run_dir"}, "axes": own})
-    (folder / "grid.json").write_text(json.dumps({"name": folder.name, "axes": ["k", "threshold", "seed"], "cells": grid}))
+    (folder / "grid.yaml").write_text(yaml.safe_dump({"name": folder.name, "axes": ["k", "threshold", "seed"], "cells": grid}))
     for split in (*cell.path.glob("split*.csv"), *cell.path.parent.glob("split*.csv")):
         shutil.copy(split, folder)
     return [folder / each["id"] for each in grid]
@@ -69,27 +69,28 @@ def seconds_of(code: Path, *command: str) -> float:
     """CPU seconds of a command with the charmlib of a checkout; a failed one raises with what it said."""
     start = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run([sys.executable, "-W", "ignore", *map(str, command)], cwd=code, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(code)})
+                          env={**os.environ, "PYTHONPATH": f"{code}:{ROOT}"})
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     return round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - start, 2)
 
 
-def boards(cell: str, before: str, number: int, rounds: int) -> dict:
+def boards(cell: str, before: str, cell_before: str, number: int, rounds: int) -> dict:
     """Seconds of status, report and refresh by case and commit, one list over the rounds each."""
+    from charmlib.grid.board import record_text  # which the commit before lacks
+
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as place:
-        old, folder = Path(place) / "before", Path(place) / "grid"
+        old, folder, folder_before = Path(place) / "before", Path(place) / "grid", Path(place) / "grid_before"
         old.mkdir()
         archive = subprocess.run(["git", "archive", before], cwd=ROOT, check=True, capture_output=True).stdout
         subprocess.run(["tar", "x"], cwd=old, input=archive, check=True)
+        seconds_of(old, __file__, "make", cell_before, folder_before, "--cells", number)
         cells = many_cells(RunFolder(cell), folder, number)
-        record = json.loads((folder / "grid.json").read_text())
+        (folder / "grid.yaml").write_text(record_text(yaml.safe_load((folder / "grid.yaml").read_text())))
         for turn in range(rounds):
             for what in ("status", "report"):
-                (folder / "grid.yaml").write_text(yaml.safe_dump(record, sort_keys=False))  # as either commit writes it
-                before = seconds_of(old, "-m", "charmlib", "grid", what, folder)
-                (folder / "grid.yaml").write_text(record_text(record))
+                before = seconds_of(old, "-m", "charmlib", "grid", what, folder_before)
                 for case in ("first", "one more", "again"):
                     if case == "first":
                         for file in LEFT:
@@ -105,13 +106,19 @@ def boards(cell: str, before: str, number: int, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["boards"])
+    parser.add_argument("what", choices=["boards", "make"])
     parser.add_argument("cell", help="folder of a finished cell")
+    parser.add_argument("out", nargs="?", help="of make: the grid's folder")
+    parser.add_argument("--cell-before", help="folder of one that the other commit has finished [default: the same]")
     parser.add_argument("--before", default="b5f82ba", help="commit to compare with")
     parser.add_argument("--cells", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    found = boards(given.cell, given.before, given.cells, given.rounds)
+    if given.what == "make":
+        many_cells(RunFolder(given.cell), Path(given.out), given.cells)
+        return
+    cells = [str(Path(cell).resolve()) for cell in (given.cell, given.cell_before or given.cell)]
+    found = boards(cells[0], given.before, cells[1], given.cells, given.rounds)
     share = {case: round(median_ratio(seconds["now"], seconds["before"]), 3) for case, seconds in found.items()}
     test = RunFolder(given.cell).test
     write_json(RESULTS / "economy_boards.json", {

@@ -361,7 +361,7 @@ def test_only_its_user_on_this_machine_gets_the_page(runs, browser):
         tab.close()
 
 
-SEEN = """() => {  // each frame after the finding was changed: the finding of the curve, those of the cards, and when it was
+SEEN = """() => {  // when the finding is changed, and each frame after it: the finding of the curve, those of the cards, and when it was
   const label = [...document.querySelectorAll('label')].find(l => l.textContent == 'finding');
   label.parentElement.querySelector('select').addEventListener('change', () => {
     const start = performance.now();
@@ -372,7 +372,7 @@ SEEN = """() => {  // each frame after the finding was changed: the finding of t
       window.frames_seen.push([curve, [...new Set(cards)], performance.now() - start]);
       if (window.looking) requestAnimationFrame(look);
     };
-    requestAnimationFrame(look);
+    look();  // now, since the first frame may have the new ones
   });
 }"""
 FAINT = """() => {  // texts whose contrast to the colour behind them is below 4.5 : 1 (WCAG 2.1)

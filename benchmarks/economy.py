@@ -76,7 +76,7 @@ def seconds_of(code: Path, *command: str) -> float:
 
 
 def boards(cell: str, before: str, cell_before: str, number: int, rounds: int) -> dict:
-    """Seconds of status, report and refresh by case and commit, one list over the rounds each."""
+    """Seconds of status and report by case and commit, one list over the rounds each."""
     from charmlib.grid.board import record_text  # which the commit before lacks
 
     found: dict[str, dict[str, list[float]]] = {}
@@ -90,7 +90,7 @@ def boards(cell: str, before: str, cell_before: str, number: int, rounds: int) -
         (folder / "grid.yaml").write_text(record_text(yaml.safe_load((folder / "grid.yaml").read_text())))
         for turn in range(rounds):
             for what in ("status", "report"):
-                before = seconds_of(old, "-m", "charmlib", "grid", what, folder_before)
+                own = seconds_of(old, "-m", "charmlib", "grid", what, folder_before)
                 for case in ("first", "one more", "again"):
                     if case == "first":
                         for file in LEFT:
@@ -99,7 +99,7 @@ def boards(cell: str, before: str, cell_before: str, number: int, rounds: int) -
                         with open(cells[turn] / "metrics.json", "a") as file:
                             file.write(" ")
                     seconds = found.setdefault(f"{what}, {case}", {"before": [], "now": []})
-                    seconds["before"].append(before)
+                    seconds["before"].append(own)
                     seconds["now"].append(seconds_of(ROOT, "-m", "charmlib", "grid", what, folder))
     return found
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--cell-before", help="folder of one that the other commit has finished [default: the same]")
     parser.add_argument("--before", default="b5f82ba", help="commit to compare with")
     parser.add_argument("--cells", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     if given.what == "make":
         many_cells(RunFolder(given.cell), Path(given.out), given.cells)
@@ -122,7 +122,8 @@ def main() -> None:
     share = {case: round(median_ratio(seconds["now"], seconds["before"]), 3) for case, seconds in found.items()}
     test = RunFolder(given.cell).test
     write_json(RESULTS / "economy_boards.json", {
-        "before": given.before, "cells": given.cells, "test_images": len(test.ids), "classes": len(test.classes),
+        "before": given.before, "rounds": given.rounds, "cells": given.cells,
+        "test_images": len(test.ids), "classes": len(test.classes),
         "cpu_seconds": found, "share_of_before": share, "asked": "at most a third, each"})
     for case, seconds in found.items():
         print(f"{case}: {statistics.median(seconds['before']):.1f} s before, {statistics.median(seconds['now']):.1f} s now: "

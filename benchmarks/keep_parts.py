@@ -45,7 +45,7 @@ NAMED = {2: ((PLAIN, BEFORE),),
          5: (("attention", PLAIN), ("attention", "plain_long"), ("attention", "other")),
          6: ((OURS, PLAIN), (OURS, BASELINE), (OURS, "no_momentum"), (OURS, "no_attention"), (OURS, "no_memory"),
              (OURS, PUBLISHED))}
-"""By part of the protocol: (configuration, less this one), by mean AUC or the figure. Holm's correction is within a part."""
+"""By part of the protocol: configuration, less this one, figure (mean AUC if none is named). Holm's corrects within a part."""
 AXES = ("momentum", "k", "threshold")
 RARE = ("Hernia", "Pneumonia", "Edema", "Emphysema")
 FIGURES = ("mean_auc", "auc_without_hernia", "rare_auc", "mean_ap", "log_loss")
@@ -135,9 +135,12 @@ def axes(table: pd.DataFrame) -> pd.DataFrame:
 
 def read(target: Path) -> tuple[Configurations, dict[str, dict]]:
     """What is kept, and the JSON of each cell. A seed without all the folds of others is left out, with a line."""
-    found, cells = {}, {}
+    found, cells, splits = {}, {}, {}
     for file in sorted(target.glob("*.npz")):
         card = cells[file.stem] = json.loads(file.with_suffix(".json").read_text())
+        if splits.setdefault(card["split"]["name"], card["split"]["hash"]) != card["split"]["hash"]:
+            raise ValueError(f"{file} is of another split {card['split']['name']} than the cells before it, and cannot be "
+                             "paired with them: were both made with -p never_test=benchmarks/explore64.txt?")
         with np.load(file, allow_pickle=False) as arrays:
             labels = arrays["labels"].astype(np.float32)
             for name, logits in zip(arrays["names"].tolist(), arrays["logits"]):
@@ -165,7 +168,7 @@ def measure(seeds: Mapping[int, Folds], resamples: int = RESAMPLES) -> Measured:
     values, drawn, auc, auc_drawn = {f: [] for f in FIGURES}, {f: [] for f in FIGURES}, [], []
     for folds in seeds.values():
         classes = next(iter(folds.values())).classes
-        columns = {"mean_auc": list(range(len(classes))), "rare_auc": [classes.index(name) for name in RARE],
+        columns = {"mean_auc": list(range(len(classes))), "rare_auc": [classes.index(name) for name in RARE if name in classes],
                    "auc_without_hernia": [c for c, name in enumerate(classes) if name != "Hernia"]}
         found = [(bootstrap(p.labels, p.logits, p.patients, resamples=resamples, seed=i), p) for i, (_, p) in
                  enumerate(sorted(folds.items()))]

@@ -3,10 +3,10 @@
     python -m benchmarks.views OUT.csv RUN... [--gate 0.25 --gate 0.5]
 
 A row a setting: mean AUC and AP of the validation parts, and of the test parts within folds, less those of the image as it is,
-with 95 % intervals over patients and seeds. ``picked`` marks the menu and merge of the highest mean validation AP. ``votes`` is
-what views do to a voting bank: ``once`` takes the votes of the image as it is, ``each`` those of every view. A mean of n seeds
-merges the first n runs of each fold by each merge, and is less the mean score of these runs. A gate needs a class that means
-"no finding".
+with 95 % intervals over patients and seeds (of means of seeds: over patients). ``picked`` marks the menu and merge of the
+highest mean validation AP. ``votes`` is what views do to a voting bank: ``once`` takes the votes of the image as it is, and
+``each`` those of every view. A mean of n seeds merges the first n runs of each fold by each merge, and is less the mean score
+of these runs. A gate needs a class that means "no finding".
 
 The network of each run runs once over all views (``views.npz``). ``OUT.json`` has the network's time of `flip` beside one view.
 """
@@ -67,7 +67,11 @@ def mean_of(measured: Measured, seeds: int) -> Measured:
 def main(out, runs, gates):
     found, rows = defaultdict(dict), []
     for folder in map(RunFolder, runs):
-        found[folder.metrics["params"]["seed"]][folder.metrics["split"]["name"]] = folder
+        seed, fold = folder.metrics["params"]["seed"], folder.metrics["split"]["name"]
+        if found[seed].setdefault(fold, folder) is not folder:
+            raise click.UsageError(f"{folder} and {found[seed][fold]} have one seed and split: name runs of one configuration")
+    if len({frozenset(folds) for folds in found.values()}) > 1:
+        raise click.UsageError("the seeds have different folds: name as many of each")
     one_seed = next(iter(found.values()))
     first = Run.load(next(iter(one_seed.values())))
     seconds = interleaved({menu: lambda menu=menu: first.views("test", MENUS[menu]) for menu in ("none", "flip")}, 3)

@@ -1,10 +1,10 @@
 """What votes cost: one image with them beside the plain network, and 16,384 slots until they can vote beside another commit.
 
-    python -m benchmarks.votes      # 3 minutes on two cores
+    python -m benchmarks.votes      # two minutes on two cores
 
 One image: MobileNetV2 at 224 pixels, CHARM's default with so many slots, and plain; turns of one process, median ratios.
 Slots: what :meth:`VotingBank.calibrate` takes here, and ``solve`` in b5f82ba, whose votes were a kernel ridge regression. Each
-has a process of its own on the same keys, for its CPU seconds and for the memory that it needs beyond the bank. The votes of
+has a process of its own on drawn keys, for its CPU seconds and for the memory that it needs beyond the bank. The votes of
 both cannot be compared, because the reading is another. The result is ``results/votes_*.json``.
 """
 
@@ -40,8 +40,8 @@ def fill(bank: torch.nn.Module, images: int) -> None:
     """Let a voting bank of this commit choose its slots among so many drawn images."""
     ids, keys, labels = drawn(bank.slots.shape[1], images)
     bank.choose(ids, labels)
-    bank.renew(torch.arange(int(bank.filled)), keys[bank.slot_ids[:int(bank.filled)]])
-    bank.calibrate()
+    held = bank.slot_ids[:int(bank.filled)]
+    bank.renew(torch.arange(len(held), device=held.device), keys[held.cpu()].to(held.device))
 
 
 def ready(features: int) -> None:
@@ -85,6 +85,7 @@ def main() -> None:
         place(net.eval(), device)
         if slots != "plain":
             fill(net.bank, 3 * slots)
+            net.bank.calibrate()
     image = torch.randn(1, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
 
     def score(net):

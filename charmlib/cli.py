@@ -418,7 +418,7 @@ def grid():
 @click.option("--any-worker", is_flag=True, help="Also use workers without a GPU resource, a cell each.")
 @click.option("--wait-workers", default="60s", show_default=True, metavar="TIME",
               help="Time after which a cluster without workers is refused.")
-@click.option("--shard", metavar="I/N", help="Only every N-th cell from the I-th on.")
+@click.option("--shard", metavar="I/N", help="Only every N-th training from the I-th on, with its cells.")
 @click.option("--budget", metavar="TIME", help="Time for this call, such as 11h; the same command goes on with the cells left.")
 @click.option("--hung-after", default="30m", show_default=True, metavar="TIME",
               help="Time without any sign of life after which a cell is ended and tried once more.")

@@ -361,7 +361,7 @@ def test_only_its_user_on_this_machine_gets_the_page(runs, browser):
         tab.close()
 
 
-SEEN = """() => {  // when the finding is changed, and each frame after it: the finding of the curve, those of the cards, and when it was
+SEEN = """() => {  // at a change of the finding and each frame after it: finding of the curve, those of the cards, milliseconds
   const label = [...document.querySelectorAll('label')].find(l => l.textContent == 'finding');
   label.parentElement.querySelector('select').addEventListener('change', () => {
     const start = performance.now();

@@ -112,7 +112,8 @@ class Kept:
         self._used: dict[str, list] = {}
 
     def get(self, name: str, state: list, find: Callable[[], Any]) -> Any:
-        """The finding of this name (plain JSON), made by ``find`` unless it is there with this ``state``."""
+        """The finding of this name, made by ``find`` unless it is there with this ``state``; both are plain JSON, since they
+        are compared with what was read from a file."""
         if self._found.get(name, [None])[0] != state:
             self._found[name] = [state, find()]
         self._used[name] = self._found[name]
@@ -177,7 +178,7 @@ def record_of(grid: Grid) -> dict:
 def record_text(record: Mapping) -> str:
     """The text of ``grid.yaml``, in which parameters that all cells share stand once."""
     texts = [{name: repr(value) for name, value in cell["params"].items()} for cell in record["cells"]]
-    shared = {name: value for name, value in record["cells"][0]["params"].items()
+    shared = {name: value for name, value in (record["cells"] or [{"params": {}}])[0]["params"].items()
               if all(text.get(name) == repr(value) for text in texts)}
     cells = [{**cell, "params": {n: v for n, v in cell["params"].items() if n not in shared}} for cell in record["cells"]]
     return yaml.safe_dump({"name": record["name"], "axes": record["axes"], "params": shared, "cells": cells}, sort_keys=False)

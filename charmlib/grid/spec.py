@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from charmlib import param_sources
+from charmlib.grid.sharing import training_of
 from charmlib.param_sources import find_file, load_params, parse_assignments, parse_yaml, read_params, read_yaml
 from charmlib.params import ParameterError, coerce, effective, missing_need, nearest, no_effect, resolve
 from charmlib.training.recipes import phases, steps
@@ -42,8 +43,13 @@ class Grid(NamedTuple):
     given: tuple[str, ...] = ()
 
     def shard(self, part: int, parts: int) -> Self:
-        """Every ``parts``-th cell from the ``part``-th on (1-based): shards of about equal length."""
-        return self._replace(cells=self.cells[part - 1::parts])
+        """The cells of every ``parts``-th training from the ``part``-th on (1-based), so that none is trained twice; with fewer
+        trainings than parts, every ``parts``-th cell."""
+        dealt = [training_of(cell.params) for cell in self.cells]
+        if len({*dealt}) < parts:
+            dealt = [cell.id for cell in self.cells]
+        mine = {*list(dict.fromkeys(dealt))[part - 1::parts]}
+        return self._replace(cells=tuple(cell for cell, key in zip(self.cells, dealt) if key in mine))
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -37,9 +37,8 @@ class Tape(Callback):
     ``tape_KEY_opt.pt`` is the optimizer after a phase's newest epoch. A killed training goes on after the last epoch that the
     tape holds.
 
-    What the network makes of an image is kept as well, while 4 GB of memory stay free, and what its nearest slots say
-    (:meth:`remember`). ``trained`` counts
-    the epochs that were not on the tape.
+    What the network makes of an image is kept as well, while 4 GB of memory stay free (:meth:`remember`), and so is what the
+    nearest slots say of it. ``trained`` counts the epochs that were not on the tape.
 
     Raises
     ------

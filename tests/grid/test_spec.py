@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from charmlib.evaluation.published import published_charm_grid
+from charmlib.grid.sharing import training_of
 from charmlib.grid.spec import cell_id, load_grid, refuse_dead_axes, remarks
 from charmlib.param_sources import load_params
 from charmlib.params import DEFAULTS, PARAMS, ParameterError, missing_need, resolve
@@ -49,11 +50,14 @@ def test_axes_are_those_of_the_file_and_what_the_extra_cells_set_differently(tmp
     assert only.axes == ("rule",)
 
 
-def test_shards_cover_the_grid_once(tmp_path):
+@pytest.mark.parametrize(("parts", "trainings"), [(2, 3), (3, 3), (4, 6)])
+def test_shards_cover_the_grid_once_and_repeat_no_training_that_they_need_not(parts, trainings):
     grid = load_grid(PARAMS_DIR / "grid_charm.yaml")
-    shards = [grid.shard(i, 3).cells for i in (1, 2, 3)]
-    assert sorted(c.id for s in shards for c in s) == sorted(c.id for c in grid.cells)
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    shards = [grid.shard(i, parts).cells for i in range(1, parts + 1)]
+    assert sorted(c.id for s in shards for c in s) == sorted(c.id for c in grid.cells) and all(shards)
+    assert sum(len({training_of(c.params) for c in s}) for s in shards) == trainings
+    if parts == 4:  # more than trainings
+        assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 @pytest.mark.parametrize(("text", "says"), [

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from charmlib.files import write_text
 from charmlib.grid import load_grid
+from charmlib.grid.budget import CARDS
 from charmlib.grid.sharing import training_of
 from charmlib.training.recipes import phases, validations
 
@@ -23,7 +24,7 @@ HERE = Path(__file__).parent
 COSTS, OUT = HERE / "results/costs_cpu2_fp32_torch2.14.1.csv", HERE / "results/gpu_hours.csv"
 PRESETS = HERE / "results/costs_presets_cpu2_fp16_torch2.14.1.csv"
 IMAGES, TEST = {"all": 86_524, "findings": 36_024}, 25_596  # of the official lists
-RATES = 8.0, 2.0  # TFLOP/s that a T4 is assumed to sustain, at best and at worst; its peak in fp16 is 65
+RATES = CARDS["T4"]  # its peak in fp16 is 65
 
 
 def operations(params: Mapping, costs: Mapping[tuple[str, str], Mapping]) -> tuple[float, float] | None:

@@ -23,6 +23,7 @@ from charmlib.session import with_this_package
 from charmlib.training.recipes import phase_of, phases
 
 KAGGLE_WEEK = 30  # GPU hours a week of a free account; a session with two cards counts once
+CARDS = {"T4": (8.0, 2.0), "P100": (4.0, 1.0)}  # TFLOP/s that a card is assumed to sustain, at best and at worst
 KAGGLE_WORKING, KAGGLE_LIMIT = Path("/kaggle/working"), 20e9  # what a session keeps, in bytes; its disk claims more
 
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
@@ -125,8 +126,9 @@ def paces(folder: Path, cells: Iterable[Cell]) -> dict[str, Pace]:
     return {cell: known[cost] for cell, cost in costs.items()}
 
 
-def probed(cells: Sequence[Cell], say: Callable[[str], None] = print) -> dict[str, Pace]:
-    """The pace of cells by 20 training steps a phase on this machine, one probe for cells of about the same cost.
+def probed(cells: Sequence[Cell], say: Callable[[str], None] = print) -> tuple[dict[str, Pace], dict[str, Pace]]:
+    """The pace of cells by 20 training steps a phase on this machine, one probe for cells of about the same cost: in seconds,
+    and in TFLOP instead of seconds.
 
     Cells whose data are not there are left out, and decoding images is not counted.
     """
@@ -136,11 +138,11 @@ def probed(cells: Sequence[Cell], say: Callable[[str], None] = print) -> dict[st
         with suppress(ValueError, OSError):
             asked[cost] = asked.get(cost) or {"params": cell.params, "images": count_images(cell.params)}
     if not asked:
-        return {}
+        return {}, {}
     say(f"timing {len(asked)} kinds of cells by a few steps each")
     found = dict(zip(asked, _answer("charmlib.training.probe", list(asked.values()))))
-    return {cell: Pace(found[cost]["epochs"], found[cost]["scoring"], None, found[cost]["looks"])
-            for cell, cost in costs.items() if cost in found}
+    return tuple({cell: Pace(found[cost][unit]["epochs"], found[cost][unit]["scoring"], None, found[cost][unit]["looks"])
+                  for cell, cost in costs.items() if cost in found} for unit in ("seconds", "tflop"))
 
 
 def next_step(cell: Cell, run: RunFolder, pace: Pace) -> float:

@@ -17,7 +17,7 @@ from charmlib.files import write_csv, write_text
 from charmlib.grid import lease
 from charmlib.grid.board import leaderboard, record_of, record_text
 from charmlib.grid.bring import bring_earlier, refuse_links, remove_cell
-from charmlib.grid.budget import KAGGLE_WEEK, Pace, existing, hours, paces, probed, refuse_without_space, remaining
+from charmlib.grid.budget import CARDS, KAGGLE_WEEK, Pace, existing, hours, paces, probed, refuse_without_space, remaining
 from charmlib.grid.cells import CellFolder, GridError, cell_hash, code_hash, find_notebooks, notebook_code
 from charmlib.grid.cluster import Means, connect, given_cluster, handling, local_cluster
 from charmlib.grid.report import write_report
@@ -149,7 +149,8 @@ def _refuse_locked(folder: Path, more: str = "") -> None:
 
 def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
     unknown = [cell for cell, left in zip(grid.cells, _seconds_left(grid, grid, folder)) if left == float("inf")]
-    seconds = _seconds_left(grid, grid, folder, probed(unknown, say) if unknown else {})
+    known, work = probed(unknown, say) if unknown else ({}, {})
+    seconds = _seconds_left(grid, grid, folder, known)
     for cell, left in zip(grid.cells, seconds):
         run = CellFolder(folder / cell.id)
         changed = run.done and changes(run.metrics["params"], cell.params)
@@ -163,6 +164,11 @@ def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
     say(f"at most {total:.2f} GPU hours are left{more}: {total / at_once / KAGGLE_WEEK:.1%} of Kaggle's {KAGGLE_WEEK} session "
         "hours a week" + (", by a few steps on this machine and without decoding images" if unknown else "")
         if total < float("inf") else "how long they take is known once the data are there, or one epoch has been timed")
+    if len(work) == len(grid.cells):  # afterwards finished epochs say more
+        tflop = sum(_seconds_left(grid, grid, folder, work))
+        say(f"{tflop:,.0f} TFLOP: " + ", ".join(f"{tflop / best / 3600:.1f} to {tflop / worst / 3600:.1f} hours on a {card} at "
+                                              f"{best:g} to {worst:g} TFLOP/s" for card, (best, worst) in CARDS.items())
+            + "; these rates are assumed, not measured")
 
 
 def _seconds_left(grid: Grid, part: Grid, folder: Path, known: Mapping[str, Pace] | None = None) -> list[float]:

@@ -1,4 +1,5 @@
-"""``python -m charmlib.training.probe``: seconds of an epoch of each phase and of scoring, from a few steps on this machine."""
+"""``python -m charmlib.training.probe``: seconds and operations of an epoch of each phase and of scoring, from a few steps on
+this machine."""
 
 import json
 import sys
@@ -8,8 +9,10 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from torch.utils.flop_counter import FlopCounterMode
 
 from charmlib.data.phantom import make_phantoms
 from charmlib.training.callbacks import Trains
@@ -20,10 +23,18 @@ FIRST, STEPS = 3, 20  # steps before the clock starts, and steps timed
 
 
 class _Clock(Callback):
-    """Times the training steps of a fit, ends it after them, and skips validation."""
+    """Counts the operations of a fit's first forward pass, times the later steps, ends it after them, and skips validation."""
 
     def before_fit(self):
-        self.count = 0
+        self.count, self.flops = 0, FlopCounterMode(display=False)
+
+    def before_batch(self):
+        if self.count == 0:
+            self.flops.__enter__()
+
+    def after_pred(self):
+        if self.count == 0:
+            self.flops.__exit__(None, None, None)
 
     def after_batch(self):
         self.count += 1
@@ -39,7 +50,9 @@ class _Clock(Callback):
 
 
 def measured(params: Mapping, images: Mapping[str, int], folder: Path) -> dict:
-    """``epochs`` (phase -> seconds of an epoch with its validation), ``scoring``, and ``looks`` (all validations), in seconds.
+    """``epochs`` (phase -> an epoch with its validation), ``scoring``, and ``looks`` (all validations), in ``seconds`` and in
+    ``tflop``, 10^12 operations: a training step counts as three forward passes, or as one where only a head trains. (Torch
+    counts backward passes of grouped convolutions as if they had no groups.)
 
     ``images`` are the numbers of training images 'all' and 'findings', and those of 'valid' and 'test'. Steps are those of
     training, on drawn images of 64 pixels in ``folder``, enlarged to ``image_size``, from random weights.
@@ -57,19 +70,23 @@ def measured(params: Mapping, images: Mapping[str, int], folder: Path) -> dict:
         trains.apply(learner)
         with learner.no_bar(), learner.no_logging():
             learner.fit(FIRST + STEPS, 1e-6, cbs=[clock, trains])
-        step[phase.name] = clock.seconds / STEPS
+        passes = 1 if phase.trains and {*phase.trains} <= {"head", "fusion"} else 3
+        step[phase.name] = np.array([clock.seconds / STEPS, passes * clock.flops.get_total_flops() / 1e12])
     rows = run.data.rows("train")
-    run.views("train", ["id"], rows[:batch])
+    with FlopCounterMode(display=False) as flops:
+        run.views("train", ["id"], rows[:batch])
     start = time.perf_counter()
     run.views("train", ["id"], rows[:2 * batch])
-    image = (time.perf_counter() - start) / min(len(rows), 2 * batch)
+    image = np.array([(time.perf_counter() - start) / min(len(rows), 2 * batch),
+                      flops.get_total_flops() / 1e12 / min(len(rows), batch)])
     slots = run.net.bank.size if getattr(run.net, "bank", None) is not None else 0
     look, plan = image * (images["valid"] + min(slots, images["all"])), run.phases()
     counts = validations(plan, params["monitor"] if params["valid_fraction"] else "last")
     for phase in plan:
         epochs[phase.name] = step[phase.name] * batches(phase, images) + look * counts[phase.name] / phase.epochs
-    return {"epochs": epochs, "scoring": image * (images["valid"] + images["test"]),
-            "looks": look * sum(counts.values())}
+    found = {"scoring": image * (images["valid"] + images["test"]), "looks": look * sum(counts.values())}
+    return {unit: {"epochs": {name: float(each[i]) for name, each in epochs.items()},
+                   **{name: float(each[i]) for name, each in found.items()}} for i, unit in enumerate(("seconds", "tflop"))}
 
 
 if __name__ == "__main__":

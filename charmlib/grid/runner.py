@@ -166,8 +166,8 @@ def _tell_plan(grid: Grid, folder: Path, means: Means, say) -> None:
         if total < float("inf") else "how long they take is known once the data are there, or one epoch has been timed")
     if len(work) == len(grid.cells):  # afterwards finished epochs say more
         tflop = sum(_seconds_left(grid, grid, folder, work))
-        say(f"{tflop:,.0f} TFLOP: " + ", ".join(f"{tflop / best / 3600:.1f} to {tflop / worst / 3600:.1f} hours on a {card} at "
-                                              f"{best:g} to {worst:g} TFLOP/s" for card, (best, worst) in CARDS.items())
+        say(f"{tflop:,.0f} TFLOP: " + ", ".join(f"{hours(tflop / best)} to {hours(tflop / worst)} on a {card} at {best:g} to "
+                                               f"{worst:g} TFLOP/s" for card, (best, worst) in CARDS.items())
             + "; these rates are assumed, not measured")
 
 

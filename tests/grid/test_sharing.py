@@ -131,6 +131,26 @@ def test_a_killed_training_goes_on(both, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.once
+def test_two_shards_at_once_end_as_their_cells_alone(both, tmp_path):
+    """Two trainings of two cells in one folder, one a shard, by two runners with two workers each."""
+    path, folder, *_ = both
+    out, asked = tmp_path / "out", ("-p", "use_bank=[True]", "-p", f"seed=[{PARAMS['seed'].default},1]", "--workers", "2")
+    halves = [start(path, out, *asked, "--shard", f"{i}/2", log=tmp_path / f"{i}.log") for i in (1, 2)]
+    assert [half.wait(180) for half in halves] == [0, 0]
+    cells = [CellFolder(cell) for cell in out.iterdir() if cell.is_dir()]
+    assert len(cells) == 4 and all(cell.done for cell in cells) and not [*out.glob("*/tape_*")]
+    assert all("1 trainings" in (tmp_path / f"{i}.log").read_text() for i in (1, 2))
+    first = {cell.metrics.get("shares_training_with", cell.name) for cell in cells}
+    assert len(first) == 2 and len({CellFolder(out / name).metrics["params"]["seed"] for name in first}) == 2
+    alone = CellFolder(folder / "alone" / "m0.0_use_bank=True")
+    ours = next(cell for cell in cells if cell.metrics["params"]["momentum"] == 0
+                and cell.metrics["params"]["seed"] == PARAMS["seed"].default)
+    assert ours.card["sha256"] == alone.card["sha256"]
+    assert (ours.path / "predictions.npz").read_bytes() == (alone.path / "predictions.npz").read_bytes()
+
+
+@pytest.mark.slow
 def test_a_cell_that_fails_keeps_its_error_and_the_others_go_on(both, phantoms, tmp_path):
     path, *_ = both
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -110,6 +111,28 @@ def test_a_killed_training_goes_on_from_the_tape(base, alone, tmp_path, monkeypa
     equal(scored(shared(base, tmp_path, 2, tape)), alone[2])
     assert tape.trained == len(alone[2].history) - epochs
     equal(scored(shared(base, tmp_path, 5, tape)), alone[5])
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_budgets_of_an_epoch_each_change_no_bit(base, alone, tmp_path, monkeypatch):
+    """Out of time after each epoch that is trained; each continuation is a new run, which reads the epochs before."""
+    def stop(seconds, what):
+        if tape.trained:
+            stops.append(what)
+            raise session.OutOfTime(what)
+
+    monkeypatch.setattr(session, "stop_unless", stop)
+    stops = []
+    while True:
+        assert len(stops) <= len(alone[2].history)
+        tape = Tape(tmp_path, "these", MEANS)
+        with suppress(session.OutOfTime):
+            equal(scored(shared(base, tmp_path, 2, tape)), alone[2])
+            break
+    assert len(stops) == len(alone[2].history) and {"the next epoch", "scoring"} < {*stops}
+    monkeypatch.undo()
+    equal(scored(shared(base, tmp_path, 5, Tape(tmp_path, "these", MEANS))), alone[5])
 
 
 @pytest.mark.slow

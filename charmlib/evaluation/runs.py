@@ -354,7 +354,8 @@ def finish(run: str | Path, *, cell: str | None = None, hash: str | None = None,
     if wall is not None:
         metrics["seconds"]["overhead"] = round(wall - metrics["seconds"]["train"] - metrics["seconds"]["score"], 3)
     if hash is None and folder.done:  # a finished cell that is scored again stays one
-        cell, hash, code = (folder.metrics.get(name) for name in ("cell", "hash", "code"))
+        cell, hash, code, shares = map(folder.metrics.get, ("cell", "hash", "code", "shares_training_with"))
+        metrics["seconds"]["overhead"] = folder.metrics["seconds"]["overhead"]
     write_json(folder.metrics_file, {"format": FORMAT, "cell": cell or folder.name, "hash": hash, "code": code, **metrics,
                                      **({"shares_training_with": shares} if shares else {})})
     from charmlib.evaluation.card import card_text

@@ -1,7 +1,8 @@
 """The process that runs one cell: ``python -m charmlib.grid.cell_process`` with the cell as JSON on standard input.
 
-Papermill executes both notebooks here, in one kernel, so that a crash or a kill stays in this process and its kernel. The
-process holds the lease of the cell's folder; its exit status is a :class:`charmlib.grid.cells.Ended`.
+Papermill executes both notebooks here, in one kernel, so that a crash or a kill stays in this process and its kernel. With
+``look`` in the job, the cell is finished and the test notebook alone is executed. The process holds the lease of the cell's
+folder; its exit status is a :class:`charmlib.grid.cells.Ended`.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from charmlib.grid import lease
 from charmlib.grid.cells import NOTEBOOKS, CellFolder, Ended, declared
 from charmlib.grid.sharing import remove_tape
 from charmlib.param_sources import changed
-from charmlib.params import UNHASHED, coerce
+from charmlib.params import coerce
 from charmlib.session import PARENT, die_with_parent, end_children, own_temporary_folder
 
 _BETWEEN = "between"  # tag of the cell that deletes the train notebook's variables before the test notebook starts
@@ -52,11 +54,9 @@ def run_cell(job: dict, sockets: Path | None = None) -> None:
     spent = _spent(cell, job["hash"])
     write_json(cell.identity_file, {key: job[key] for key in ("id", "hash", "split", "code", "digests", "started")}
                | {"charmlib": charmlib.__version__, "spent": spent})
-    params = {name: coerce(name, value, "cell") for name, value in job["params"].items()}
-    params["run_dir"] = str(cell.path)
-    wanted = {"train": params, "test": {name: params[name] for name in UNHASHED if name in params}}
+    params = {name: coerce(name, value, "cell") for name, value in job["params"].items()} | {"run_dir": str(cell.path)}
     if sockets:
-        _execute({notebooks / f"{name}.ipynb": wanted[name] for name in NOTEBOOKS}, cell, sockets)
+        _execute({notebooks / f"{name}.ipynb": params for name in NOTEBOOKS}, cell, sockets)
     else:
         from charmlib import Run  # as the notebooks have it
 
@@ -68,6 +68,12 @@ def run_cell(job: dict, sockets: Path | None = None) -> None:
            shares=first if first != job["id"] else None)
     for file in (cell.identity_file, cell.alive_file):
         file.unlink(missing_ok=True)
+
+
+def look_at(job: dict, sockets: Path) -> None:
+    """Execute the test notebook alone, for a finished cell that shares the training of another and has none."""
+    cell = CellFolder(job["folder"])
+    _execute({Path(job["notebooks"]) / "test.ipynb": job["params"] | {"run_dir": str(cell.path)}}, cell, sockets)
 
 
 def run_members(job: dict) -> None:
@@ -137,14 +143,14 @@ def _sockets(cell: CellFolder) -> Path:
 
 
 def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder, sockets: Path) -> None:
-    """Run both notebooks, each with its parameters, as one, and keep each as executed, also when it failed."""
+    """Run notebooks, each with the parameters that it declares, as one, and keep each as executed, also when it failed."""
     import papermill
 
-    books = train, test = [papermill.execute_notebook(for_papermill(notebook), None, parameters=injected(notebook, params),
-                                                      prepare_only=True, progress_bar=False)
-                           for notebook, params in notebooks.items()]
-    joined = nbformat.from_dict(train)
-    joined.cells = [*train.cells, nbformat.v4.new_code_cell(_CLEAR, metadata={"tags": [_BETWEEN]}), *test.cells]
+    books = [papermill.execute_notebook(for_papermill(notebook), None, parameters=injected(notebook, params),
+                                        prepare_only=True, progress_bar=False) for notebook, params in notebooks.items()]
+    joined = nbformat.from_dict(books[0])
+    for book in books[1:]:
+        joined.cells += [nbformat.v4.new_code_cell(_CLEAR, metadata={"tags": [_BETWEEN]}), *book.cells]
     source = cell.path / ".both.ipynb"
     write_text(source, nbformat.writes(joined))
     try:
@@ -153,23 +159,28 @@ def _execute(notebooks: Mapping[Path, Mapping], cell: CellFolder, sockets: Path)
                                        KernelManager={"transport": "ipc", "connection_file": str(sockets / "kernel.json")}))
     finally:
         source.unlink(missing_ok=True)
-        _split(books, cell)
+        _split({notebook.name: book for notebook, book in zip(notebooks, books)}, cell)
 
 
-def _split(books: list[nbformat.NotebookNode], cell: CellFolder) -> None:
+def _split(books: Mapping[str, nbformat.NotebookNode], cell: CellFolder) -> None:
     try:
         done = nbformat.read(cell.running_file, as_version=4)
     except (FileNotFoundError, nbformat.reader.NotJSONError):  # nothing ran, or the disk was full
         return
     finally:
         cell.running_file.unlink(missing_ok=True)
-    at = next(i for i, part in enumerate(done.cells) if _BETWEEN in part.metadata.get("tags", []))
-    for name, book, parts in zip(NOTEBOOKS, books, (done.cells[:at], done.cells[at + 1:])):
-        if any(part.get("execution_count") for part in parts):
-            took = sum(part.metadata.get("papermill", {}).get("duration") or 0.0 for part in parts)
-            book.cells = parts
-            book.metadata.papermill |= {"output_path": str(cell.path / f"{name}.ipynb"), "duration": round(took, 3)}
-            write_text(cell.path / f"{name}.ipynb", nbformat.writes(book))
+    parts = [[]]
+    for part in done.cells:
+        if _BETWEEN in part.metadata.get("tags", []):
+            parts.append([])
+        else:
+            parts[-1].append(part)
+    for (name, book), own in zip(books.items(), parts):
+        if any(part.get("execution_count") for part in own):
+            took = sum(part.metadata.get("papermill", {}).get("duration") or 0.0 for part in own)
+            book.cells = own
+            book.metadata.papermill |= {"output_path": str(cell.path / name), "duration": round(took, 3)}
+            write_text(cell.path / name, nbformat.writes(book))
 
 
 def main() -> int:
@@ -194,13 +205,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: leave(Ended.STOPPED))
     held.keep(lost=lambda: leave(Ended.LEASE_LOST))
     os.environ.update(held.environment)
-    os.environ.update({session.CELL: job["id"], session.BATCH: "1", session.ALIVE: str(cell.alive_file)})
+    os.environ.update({session.BATCH: "1"} if job.get("look") else {
+        session.CELL: job["id"], session.BATCH: "1", session.ALIVE: str(cell.alive_file)})
     if tape:
         os.environ[session.TAPE] = json.dumps(tape)
     if other:
         other.keep(lost=lambda: leave(Ended.LEASE_LOST))
     try:
-        _run_unless_done(job, cell, sockets)
+        (look_at if job.get("look") else partial(_run_unless_done, cell=cell))(job, sockets=sockets)
         if tape:
             run_members(job)
         return Ended.DONE

@@ -1,8 +1,11 @@
 """Run a grid on Dask: one child process a cell, all results on disk, finished cells skipped."""
 
 import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,9 +27,11 @@ from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
 from charmlib.grid.sharing import shared_jobs, training_of
 from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell, refuse_dead_axes, remarks
+from charmlib.grid.worker import child_environment
 from charmlib.param_sources import find_file, read_yaml, with_absolute_paths
 from charmlib.params import READING, changes, mean_of
 
+_LOOK = 120.0  # seconds of a budget that a test notebook may need
 _DATA = (*READING, "data_root", "labels", "split", "never_test", "valid_fraction", "limit", "image_size", "aspect", "contrast",
          "cache_dir", "workers")
 
@@ -67,6 +72,8 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
     bring_earlier(grid, folder, continue_from, say=say)
     run_cells(part, folder, books, means, whole=grid, say=say)
     board = leaderboard(folder, grid)
+    if not means.given and _look_at_first(board, grid, folder, books, means, say):
+        board = leaderboard(folder, grid)
     write_report(folder, board, name=grid.name)
     over, spare = sum(CellFolder(folder / cell.id).status in ("done", "failed") for cell in part.cells), means.budget.left()
     if over < len(part.cells) and means.budget.seconds is not None:
@@ -76,6 +83,23 @@ def run_grid(grid: Grid | str | Path, assignments: Iterable[str] = (), *, out: s
         say(f"the budget of {hours(means.budget.seconds)} {used}: {over} of {len(part.cells)} cells are over, "
             f"{len(part.cells) - over} left to run ({more}). The same command goes on with them.")
     return board
+
+
+def _look_at_first(board: pd.DataFrame, grid: Grid, folder: Path, books: Path, means: Means, say) -> bool:
+    """Execute the test notebook of each cell ranked first that has none because it shares a training; whether any was."""
+    names, looked = set(board["cell"][board["rank"].eq(1)]), False
+    for cell in grid.cells:
+        if cell.id in names and not (folder / cell.id / "test.ipynb").exists() and means.budget.left() > _LOOK:
+            root = str(find_data(cell.params["data_root"], cell.params["csv"]))
+            job = {"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(books), "look": True, "threads": 0,
+                   "params": with_absolute_paths(cell.params | {"data_root": root}), "deadline": None, "scoring_seconds": None}
+            say(f"{cell.id} is ranked first: its test notebook and report")
+            ended = subprocess.run([sys.executable, "-m", "charmlib.grid.cell_process"], input=json.dumps(job), text=True,
+                                   capture_output=True, env=child_environment(job))
+            looked |= not ended.returncode
+            if ended.returncode:
+                say("without them: " + "".join(ended.stderr.strip().splitlines()[-1:]))
+    return looked
 
 
 def run_single(path: str | Path, assignments: Iterable[str] = (), *, out: str | Path | None = None,

@@ -140,8 +140,8 @@ def write_run_report(path: str | Path, metrics: Mapping, predictions: Prediction
     parts = [page.paragraph(f"{name}: {score_words(metrics)}.", "lead"),
              page.paragraph(f"{note}. {tables.origin_note(metrics)}.", ""),
              *(page.paragraph(f"{text[0].upper()}{text[1:]}.") for text in _members(metrics)),
-             *([f"<p>{page.link('All cells of the grid', '../report.html')}, its {page.link('training', 'train.ipynb')} "
-                f"and {page.link('test', 'test.ipynb')}</p>"] if (run / "../grid.yaml").is_file() else []),
+             *([f"<p>{page.link('All cells of the grid', '../report.html')}, this cell's "
+                f"{page.link('files', '.')}</p>"] if (run / "../grid.yaml").is_file() else []),
              settings(metrics["params"], name), page.paragraph(page.ORDER), *shown("Training", "ROC", "Precision", "AUC"),
              page.heading("Scores on the whole test part"),
              page.paragraph(f"95 % intervals by bootstrap over {tables.clusters(metrics['split'])}; 'undefined' is the share "

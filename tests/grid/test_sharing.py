@@ -3,13 +3,17 @@
 import json
 import signal
 
+import nbformat
 import psutil
 import pytest
 
 from charmlib.evaluation.runs import finish
 from charmlib.grid import run_grid
 from charmlib.grid.cells import CellFolder, code_hash, find_notebooks, notebook_code
+from charmlib.grid.cluster import Means
+from charmlib.grid.runner import _look_at_first
 from charmlib.grid.sharing import NOTEBOOKS, shared_jobs, training_of
+from charmlib.grid.spec import load_grid
 from charmlib.params import PARAMS, resolve
 from tests.conftest import OURS, TINY
 from tests.grid.conftest import family, same_results, small_grid, start, wait_for
@@ -95,11 +99,13 @@ def test_each_cell_ends_as_it_would_alone(both):
     cells = sorted(path for path in (folder / "shared").iterdir() if CellFolder(path).done)
     assert len(cells) == len(board) == 4 and any("1 trainings" in line for line in said)
     assert [line[:5] for line in said if line.startswith("[")] == [f"[{i}/4]" for i in range(1, 5)]
-    lead = min(cells, key=lambda path: (path / "metrics.json").stat().st_mtime)
+    lead, first = folder / "shared" / "m0.5_use_bank=True", board["cell"][board["rank"] == 1].item()
+    assert (first == lead.name) != (f"{first} is ranked first: its test notebook and report" in said)
     for cell in cells:
         metrics = json.loads((cell / "metrics.json").read_text())
         assert metrics.pop("shares_training_with", None) == (None if cell == lead else lead.name)
-        assert (cell / "train.ipynb").exists() == (cell / "report.html").exists() == (cell == lead)
+        assert (cell / "train.ipynb").exists() == (cell == lead)
+        assert (cell / "test.ipynb").exists() == (cell / "report.html").exists() == (cell.name in (lead.name, first))
         assert not [*cell.glob("tape_*")] and not [*cell.glob(".running*")] and not (cell / "cell.json").exists()
         if not (alone := folder / "alone" / cell.name).is_dir():
             continue
@@ -165,6 +171,25 @@ def test_a_cell_that_fails_keeps_its_error_and_the_others_go_on(both, phantoms, 
     (second / "history.csv").rmdir()
     run_grid(path, out=out, workers=1)
     assert CellFolder(second).done and not [*out.glob("*/tape_*")]
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_the_cell_ranked_first_has_a_test_notebook_and_nothing_else_changes(both):
+    path, folder, _, board = both
+    cell, said = CellFolder(folder / "shared" / "m0.0_use_bank=False"), []
+    before, predictions = cell.metrics, (cell.path / "predictions.npz").read_bytes()
+    ranked = board.assign(rank=board["cell"].eq(cell.name).map({True: 1, False: 2}))
+    asked = ranked, load_grid(path), folder / "shared", find_notebooks(), Means(), said.append
+    assert _look_at_first(*asked) and said == [f"{cell.name} is ranked first: its test notebook and report"]
+    book = nbformat.read(cell.path / "test.ipynb", as_version=4)
+    assert book.cells[-1].execution_count and not any(c.metadata.get("tags") == ["between"] for c in book.cells)
+    assert "AUC" in (cell.path / "report.html").read_text()
+    after = CellFolder(cell.path).metrics
+    for name in ("seconds", "peak_memory_mb"):
+        assert after.pop(name) != before.pop(name)
+    assert after == before and before["shares_training_with"] and predictions == (cell.path / "predictions.npz").read_bytes()
+    assert not [*cell.path.glob(".*")] and not cell.scored_file.exists() and not _look_at_first(*asked)
 
 
 def test_a_finished_cell_that_is_scored_again_by_hand_stays_one(both):

@@ -43,7 +43,7 @@ def operations(params: Mapping, costs: Mapping[tuple[str, str], Mapping]) -> tup
     validated = validations(plan, params["monitor"])
     for phase in plan:
         images = IMAGES[phase.images] * (1 - params["valid_fraction"])
-        trained += phase.epochs * images * (look if phase.trains == ("head",) else train)
+        trained += phase.epochs * images * (look if phase.head_only else train)
         scored += validated[phase.name] * (valid + (params["bank_size"] if votes else 0)) * look
     return trained, scored
 

@@ -50,7 +50,7 @@ def plan(run) -> str:
     after = len(run.data.rows("valid")) + (min(p["bank_size"], images["all"]) if hasattr(run.bank.bank, "renew") else 0)
     looks = validations(phases, p["monitor"] if run.data.split.has_valid else "last")
     whole = forward * sum(looks[phase.name] * after + phase.epochs * images[phase.images]
-                          * (_HEAD_STEP if phase.trains == ("head",) else _STEP) for phase in phases)
+                          * (_HEAD_STEP if phase.head_only else _STEP) for phase in phases)
     finder = "" if p["stage1_lr"] or p["system"] in PARAMS["stage1_lr"].not_of else \
         f"; before them about {forward * _STEP * 100 * phases[0].batch:.1f} minutes for the rate finder"
     about = f"{whole / 60:.1f} hours" if whole > 90 else f"{whole:.1f} minutes"

@@ -70,7 +70,7 @@ def measured(params: Mapping, images: Mapping[str, int], folder: Path) -> dict:
         trains.apply(learner)
         with learner.no_bar(), learner.no_logging():
             learner.fit(FIRST + STEPS, 1e-6, cbs=[clock, trains])
-        passes = 1 if phase.trains and {*phase.trains} <= {"head", "fusion"} else 3
+        passes = 1 if phase.head_only else 3
         step[phase.name] = np.array([clock.seconds / STEPS, passes * clock.flops.get_total_flops() / 1e12])
     rows = run.data.rows("train")
     with FlopCounterMode(display=False) as flops:

@@ -49,6 +49,11 @@ class Phase:
     save_delta: float = 0.0
     sets: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def head_only(self) -> bool:
+        """Whether no gradient goes further back than the head or the fusion."""
+        return bool(self.trains) and {*self.trains} <= {"head", "fusion"}
+
 
 def phases(params: Mapping, rate: float = 0.0) -> list[Phase]:
     """The phases of a system's recipe that have epochs; ``rate`` is the learning rate of stage 1.

@@ -3,10 +3,10 @@
     python -m benchmarks.chaos
 
 Twelve cells on drawn phantoms, two at once, run twice: undisturbed, and with kills. Six have a bank of features, six one that
-votes; they share five trainings. SIGKILL goes to the runner, the cells' papermill processes and their kernels, at random moments of stage 1, stage 2,
-scoring or writing a file. When the runner has ended, the same command is started again. At the end both leaderboards must be
-equal except for times, and every cell's ``metrics.json`` and predictions must have the same bits. Keeps ``results/chaos.log``
-(a line per kill) and ``results/chaos.json``.
+votes; they share five trainings. SIGKILL goes to the runner, the cells' papermill processes and their kernels, at random
+moments of stage 1, stage 2, scoring or writing a file. When the runner has ended, the same command is started again. At the
+end both leaderboards must be equal except for times, and every cell's ``metrics.json`` and predictions must have the same
+bits. Keeps ``results/chaos.log`` (a line per kill) and ``results/chaos.json``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-kaggle test-long explore nih64 regime64 parts64 longtail64 two_path64 memaug64 benchmarks parameters notebooks lint lab clean
+.PHONY: demo test test-kaggle test-long explore nih64 regime64 parts64 judged64 longtail64 two_path64 memaug64 benchmarks parameters notebooks lint lab clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml kaggle_setup/constraints-latest.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; say PYTHON=...')"
@@ -66,6 +66,11 @@ parts64: $(VENV)/.installed
 		$(REAL) -p never_test=benchmarks/explore64.txt -p "seed=$(SEEDS)"
 	set -e; for run in runs/nih64_parts/*_seed=*; do $(BIN)/python -m charmlib baselines $$run; done
 	$(BIN)/python -m benchmarks.keep_parts runs/nih64_parts benchmarks/results/nih64_parts
+
+judged64: $(VENV)/.installed
+	$(BIN)/python -m charmlib grid run params/grid_nih64_judged.yaml --out runs/nih64_judged --workers 2 \
+		$(REAL) -p never_test=benchmarks/explore64.txt
+	$(BIN)/python -m benchmarks.keep_parts runs/nih64_judged benchmarks/results/nih64_parts
 
 longtail64 two_path64: %64: runs/explore64/explore.txt
 	$(BIN)/python -m charmlib grid run params/grid_nih64_$*.yaml --out runs/$*64 --workers 2 $(REAL) -p split=$(or $(SPLIT),runs/explore64)

@@ -66,33 +66,39 @@ def keep(cell: RunFolder, target: Path, name: str = "") -> None:
     """Write a finished cell's predictions by configuration, and what they were made with."""
     own, at, where = cell.path.name.partition("_split=")
     test, name, file_name = cell.test, name or own, ("picked" if name else own) + at + where
-    logits = {name: test.logits}
+    logits, more, judged = {name: test.logits}, {}, {}
     if (file := cell.baselines_arrays).is_file():
         with np.load(file, allow_pickle=False) as found:
             at = {image: i for i, image in enumerate(found["test_ids"].tolist())}
             order = [at[image] for image in test.ids.tolist()]
             logits |= {f"{name}, {key.removeprefix('test_')}": found[key][order] for key in found.files
                        if key.startswith("test_") and key not in ("test_ids", "test_patients", "test_labels", "test_run")}
-            logits |= {BASELINE: found[f"test_{best_baseline(found, cell.valid)}"][order]} if name == PLAIN else {}
+            if name == PLAIN:
+                judged = dict(zip(("baseline", "baseline_valid_auc"), best_baseline(found, cell.valid)))
+                logits[BASELINE] = found[f"test_{judged['baseline']}"][order]
+    if name == PLAIN:  # whose mean with another seed may be the best baseline
+        more = {"valid_ids": cell.valid.ids, "valid_labels": cell.valid.labels.astype(np.float16),
+                "valid_logits": cell.valid.logits.astype(np.float16)}
     target.mkdir(parents=True, exist_ok=True)
     write_arrays(target / f"{file_name}.npz", ids=test.ids, patients=test.patients, labels=test.labels.astype(np.float16),
                  view=test.about.get("view", np.full(len(test.ids), "")), classes=np.array(test.classes),
-                 names=np.array(list(logits)), logits=np.stack(list(logits.values())).astype(np.float16))
+                 names=np.array(list(logits)), logits=np.stack(list(logits.values())).astype(np.float16), **more)
     kept = ("split", "seconds", "device", "precision", "versions", "code", "hash")
     metrics = cell.metrics
     params = {key: value for key, value in metrics["params"].items() if key not in UNHASHED}
     params["weights"] = Path(params["weights"]).name
     write_json(target / f"{file_name}.json",
-               {"configuration": name, "params": params, **{key: metrics.get(key) for key in kept}})
+               {"configuration": name, "params": params, **judged, **{key: metrics.get(key) for key in kept}})
 
 
-def best_baseline(found: Mapping[str, np.ndarray], valid: Predictions) -> str:
-    """The baseline with the highest mean AUC on validation."""
+def best_baseline(found: Mapping[str, np.ndarray], valid: Predictions) -> tuple[str, float]:
+    """The baseline of one run with the highest mean AUC on validation, and this AUC; :func:`read` adds the mean of two seeds."""
     at = {image: i for i, image in enumerate(found["valid_ids"].tolist())}
     order = [at[image] for image in valid.ids.tolist()]
     names = [key.removeprefix("valid_") for key in found.files if key.startswith("valid_")]
-    names = [name for name in names if name not in ("ids", "patients", "labels", "run", "head", "shuffled", "shuffled+head")]
-    return max(names, key=lambda name: mean_auc(valid.labels, found[f"valid_{name}"][order], valid.classes))
+    names = {*names} - {"ids", "patients", "labels", "run", "head", "shuffled", "shuffled+head", "two_seeds"}
+    scores = {name: mean_auc(valid.labels, found[f"valid_{name}"][order], valid.classes) for name in sorted(names)}
+    return max(scores.items(), key=lambda item: item[1])
 
 
 def keep_grid(folder: Path, target: Path) -> None:
@@ -135,23 +141,34 @@ def axes(table: pd.DataFrame) -> pd.DataFrame:
 
 def read(target: Path) -> tuple[Configurations, dict[str, dict]]:
     """What is kept, and the JSON of each cell. A seed without all the folds of others is left out, with a line."""
-    found, cells, splits = {}, {}, {}
+    found, cells, splits, valid, single = {}, {}, {}, {}, {}
     for file in sorted(target.glob("*.npz")):
         card = cells[file.stem] = json.loads(file.with_suffix(".json").read_text())
         if splits.setdefault(card["split"]["name"], card["split"]["hash"]) != card["split"]["hash"]:
             raise ValueError(f"{file} is of another split {card['split']['name']} than the cells before it, and cannot be "
                              "paired with them: were both made with -p never_test=benchmarks/explore64.txt?")
+        at = card["params"]["seed"], card["split"]["name"]
         with np.load(file, allow_pickle=False) as arrays:
+            if card["configuration"] == PLAIN and "valid_ids" in arrays:
+                single[at], ids = card.get("baseline_valid_auc"), arrays["valid_ids"]
+                valid[at] = Predictions(ids, ids, *(arrays[f"valid_{key}"].astype(np.float32) for key in ("labels", "logits")),
+                                        tuple(arrays["classes"].tolist()))
             labels = arrays["labels"].astype(np.float32)
             for name, logits in zip(arrays["names"].tolist(), arrays["logits"]):
                 part = Predictions(arrays["ids"], arrays["patients"], labels, logits.astype(np.float32),
                                    tuple(arrays["classes"].tolist()), about={"view": arrays["view"]})
                 part = part.take(np.argsort(part.ids))
-                found.setdefault(name, {}).setdefault(card["params"]["seed"], {})[card["split"]["name"]] = part
+                found.setdefault(name, {}).setdefault(at[0], {})[at[1]] = part
     if PLAIN in found:
         seeds = sorted(found[PLAIN])
         found[PAIR] = {one: {fold: mean_ensemble([part, found[PLAIN][two][fold]]) for fold, part in found[PLAIN][one].items()
                              if fold in found[PLAIN][two]} for one, two in zip(seeds, seeds[1:] + seeds[:1]) if two != one}
+        for one, two in zip(seeds, seeds[1:] + seeds[:1]):
+            for fold in found.get(BASELINE, {}).get(one, {}):
+                if {(one, fold), (two, fold)} <= valid.keys() and two != one:
+                    pair = mean_ensemble([valid[one, fold], valid[two, fold]])
+                    if mean_auc(pair.labels, pair.logits, pair.classes) > single[one, fold]:
+                        found[BASELINE][one][fold] = found[PAIR][one][fold]
     wanted = {fold for seeds in found.values() for folds in seeds.values() for fold in folds}
     for name in list(found):
         whole = {seed: folds for seed, folds in sorted(found[name].items()) if set(folds) == wanted}

@@ -72,6 +72,10 @@ def test_the_table_of_parts_pairs_within_folds_over_seeds(make_run, phantoms, tm
         ("ids", part.ids), ("view", part.logits), (KERNEL, part.logits + 3 * part.labels),
         ("run", part.logits + 9 * part.labels))}
     np.savez(run.path / "baselines.npz", **own)
+    for i in (2, 3):  # whose baseline is below the mean of two seeds
+        run = RunFolder(grid / f"plain_split=fold-{i}-3_seed=1")
+        np.savez(run.path / "baselines.npz", **{f"{name}_{key}": value for name, part in (("valid", run.valid), (
+            "test", run.test)) for key, value in (("ids", part.ids), ("view", -part.logits), ("two_seeds", 9 * part.labels))})
     skills = {(1, 2): 0.2, (1, 3): 2.0, (2, 2): 2.0, (2, 3): 0.2, (3, 2): 0.2, (3, 3): 2.0}  # by fold and k
     cells = {at: make_run(f"charm_grid_k{at[1]}_split=fold-{at[0]}-3_seed=1", split=f"fold:{at[0]}/3", seed=1, skill=skill,
                           k=at[1]) for at, skill in skills.items()}
@@ -80,8 +84,9 @@ def test_the_table_of_parts_pairs_within_folds_over_seeds(make_run, phantoms, tm
     said = capsys.readouterr().out
     assert "charm, seed 2: 2 of 3 folds, left out" in said and f"plain, {KERNEL}, seed 1: 1 of 3 folds" in said
     rows = pd.read_csv(f"{target}.csv").set_index("configuration")
-    assert list(rows.index) == ["plain_0.5", "plain", "charm", "charm, picked by its grid", "plain, two seeds"]
-    assert rows["seeds"].tolist() == [2, 2, 1, 1, 2] and "plain, best baseline, seed 1: 1 of 3 folds, left out" in said
+    assert list(rows.index) == ["plain_0.5", "plain", "charm", "charm, picked by its grid", "plain, best baseline",
+                                "plain, two seeds", "plain, view"]
+    assert rows["seeds"].tolist() == [2, 2, 1, 1, 1, 2, 1]
     parts = {s: [RunFolder(grid / f"plain_split=fold-{i}-3_seed={s}").test for i in (1, 2, 3)] for s in (1, 2)}
     halves = {s: [p.logits.astype(np.float16).astype(float) for p in found] for s, found in parts.items()}
 
@@ -95,7 +100,10 @@ def test_the_table_of_parts_pairs_within_folds_over_seeds(make_run, phantoms, tm
     assert rows.loc["plain", "log_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
     assert rows.loc["plain, two seeds", "mean_auc"] > rows.loc["plain", "mean_auc"]
 
-    configurations, _ = read(target)
+    configurations, cards = read(target)
+    best, pair = (configurations[name][1] for name in ("plain, best baseline", "plain, two seeds"))
+    assert [np.array_equal(best[f"fold:{i}/3"].logits, pair[f"fold:{i}/3"].logits) for i in (1, 2, 3)] == [False, True, True]
+    assert cards["plain_split=fold-1-3_seed=1"]["baseline"] == KERNEL
     picked = configurations["charm, picked by its grid"][1]
     for (fold, k), path in cells.items():
         own = RunFolder(path).test

@@ -92,7 +92,7 @@ def keep(cell: RunFolder, target: Path, name: str = "") -> None:
 
 
 def best_baseline(found: Mapping[str, np.ndarray], valid: Predictions) -> tuple[str, float]:
-    """The baseline of one run with the highest mean AUC on validation, and this AUC; :func:`read` adds the mean of two seeds."""
+    """The baseline of one run with the highest mean AUC on validation, and that AUC; :func:`read` adds means of two seeds."""
     at = {image: i for i, image in enumerate(found["valid_ids"].tolist())}
     order = [at[image] for image in valid.ids.tolist()]
     names = [key.removeprefix("valid_") for key in found.files if key.startswith("valid_")]

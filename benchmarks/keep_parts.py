@@ -161,11 +161,12 @@ def read(target: Path) -> tuple[Configurations, dict[str, dict]]:
                 found.setdefault(name, {}).setdefault(at[0], {})[at[1]] = part
     if PLAIN in found:
         seeds = sorted(found[PLAIN])
+        other = {one: two for one, two in zip(seeds, seeds[1:] + seeds[:1]) if two != one}
         found[PAIR] = {one: {fold: mean_ensemble([part, found[PLAIN][two][fold]]) for fold, part in found[PLAIN][one].items()
-                             if fold in found[PLAIN][two]} for one, two in zip(seeds, seeds[1:] + seeds[:1]) if two != one}
-        for one, two in zip(seeds, seeds[1:] + seeds[:1]):
+                             if fold in found[PLAIN][two]} for one, two in other.items()}
+        for one, two in other.items():
             for fold in found.get(BASELINE, {}).get(one, {}):
-                if {(one, fold), (two, fold)} <= valid.keys() and two != one:
+                if {(one, fold), (two, fold)} <= valid.keys():
                     pair = mean_ensemble([valid[one, fold], valid[two, fold]])
                     if mean_auc(pair.labels, pair.logits, pair.classes) > single[one, fold]:
                         found[BASELINE][one][fold] = found[PAIR][one][fold]

@@ -17,7 +17,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +211,10 @@ def main() -> int:
     if other:
         other.keep(lost=lambda: leave(Ended.LEASE_LOST))
     try:
-        (look_at if job.get("look") else partial(_run_unless_done, cell=cell))(job, sockets=sockets)
+        if job.get("look"):
+            look_at(job, sockets)
+        else:
+            _run_unless_done(job, cell, sockets)
         if tape:
             run_members(job)
         return Ended.DONE

@@ -26,7 +26,7 @@ from charmlib.grid.cluster import Means, connect, given_cluster, handling, local
 from charmlib.grid.report import write_report
 from charmlib.grid.schedule import Schedule
 from charmlib.grid.sharing import shared_jobs, training_of
-from charmlib.grid.spec import Grid, load_grid, parse_shard, read_cell, refuse_dead_axes, remarks
+from charmlib.grid.spec import Cell, Grid, load_grid, parse_shard, read_cell, refuse_dead_axes, remarks
 from charmlib.grid.worker import child_environment
 from charmlib.param_sources import find_file, read_yaml, with_absolute_paths
 from charmlib.params import READING, changes, mean_of
@@ -90,9 +90,8 @@ def _look_at_first(board: pd.DataFrame, grid: Grid, folder: Path, books: Path, m
     names, looked = set(board["cell"][board["rank"].eq(1)]), False
     for cell in grid.cells:
         if cell.id in names and not (folder / cell.id / "test.ipynb").exists() and means.budget.left() > _LOOK:
-            root = str(find_data(cell.params["data_root"], cell.params["csv"]))
             job = {"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(books), "look": True, "threads": 0,
-                   "params": with_absolute_paths(cell.params | {"data_root": root}), "deadline": None, "scoring_seconds": None}
+                   "params": _found(cell), "deadline": None, "scoring_seconds": None}
             say(f"{cell.id} is ranked first: its test notebook and report")
             ended = subprocess.run([sys.executable, "-m", "charmlib.grid.cell_process"], input=json.dumps(job), text=True,
                                    capture_output=True, env=child_environment(job))
@@ -136,10 +135,7 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
         refuse_dead_axes(grid, images)
     for line in remarks(grid, images):
         say(line)
-    # absolute paths, because the notebooks run in the cell's folder
-    roots = {cell.id: str(find_data(cell.params["data_root"], cell.params["csv"])) for cell in grid.cells}
-    jobs = [{"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(notebooks),
-             "params": with_absolute_paths(cell.params | {"data_root": roots[cell.id]}),
+    jobs = [{"id": cell.id, "folder": str(folder / cell.id), "notebooks": str(notebooks), "params": _found(cell),
              "hash": cell_hash(cell.params, code, splits[cell.id], seen[cell.id]), "split": splits[cell.id],
              "code": code_hash(code), "digests": seen[cell.id], "hung_after": means.hung_after} for cell in grid.cells]
     jobs = shared_jobs(_checked(jobs, folder, means.rerun_changed, say))
@@ -155,6 +151,11 @@ def run_cells(grid: Grid, folder: Path, notebooks: Path, means: Means, *, whole:
     cluster = given_cluster(means, jobs, say) if means.given else local_cluster(means, len(jobs))
     with handling(signal.SIGTERM, _terminate), cluster as seats:
         Schedule(grid.cells, jobs, folder, seats, budget=means.budget, refresh=refresh, say=say).run()
+
+
+def _found(cell: Cell) -> dict:
+    """A cell's parameters with absolute paths and the data's folder, because its notebooks run in the cell's own."""
+    return with_absolute_paths(cell.params | {"data_root": str(find_data(cell.params["data_root"], cell.params["csv"]))})
 
 
 class Terminated(KeyboardInterrupt):
